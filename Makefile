@@ -1,0 +1,67 @@
+# make demo   inpaint the example photograph, with nothing installed but Python and make
+# make test   install what the tests need and run them
+# The other targets serve development: see CONTRIBUTING.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= .demo/venv
+DEMO_IMAGE := examples/coffee.png
+DEMO_MASK := examples/coffee_mask.png
+DEMO_OUTPUT := outputs/coffee.png
+# One wheel of torch, exactly: a range may bring another build with gigabytes of GPU libraries.
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_QUIET := -q --disable-pip-version-check --no-input
+
+.PHONY: demo test test-slow lint types wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO)/.installed
+	@mkdir -p $(dir $(DEMO_OUTPUT))
+	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --output $(DEMO_OUTPUT)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+
+# No type checker follows setuptools' package-dir, so the installed package is what is checked.
+types: $(VENV)/.installed
+	@rm -rf build/lib build/bdist.* build/typed
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml \
+	  --cache-dir $(CURDIR)/.mypy_cache -p moebius_edge
+
+wheel: $(VENV)/.installed
+	@rm -rf build/lib build/bdist.*
+	$(VENV)/bin/python -m pip wheel $(PIP_QUIET) --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf build dist outputs .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# $(1): a virtual environment made by $(PYTHON), or one line that says why not.
+define make_venv
+@test -x $(1)/bin/python || { \
+  $(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+    echo "moebius-edge needs Python 3.10 or newer with the venv module, but '$(PYTHON)' is" \
+      "$$($(PYTHON) --version 2>/dev/null || echo not found). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+    exit 1; }; \
+  $(PYTHON) -m venv $(1); }
+endef
+
+# Editable, so that a change of the sources needs no second installation; only these files do.
+$(DEMO)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(DEMO))
+	@echo "installing moebius-edge and ONNX Runtime into $(DEMO) (once)"
+	@$(DEMO)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt -e ".[cpu]"
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	@echo "installing moebius-edge, PyTorch and the development tools into $(VENV) (once)"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) "$(TORCH)"
+	@$(VENV)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt -e ".[dev]"
+	@touch $@

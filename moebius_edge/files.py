@@ -1,0 +1,169 @@
+"""Output that is whole or absent: atomic files and folders, hashes, names that stay in their folder.
+
+Everything is written under a hidden temporary name beside its target and renamed at the end, so that an
+error, a full disk or Ctrl-C leaves neither half a file nor the temporary one. This module knows nothing
+about the contents, and it does not flush to the platter: it guards against errors, not against power cuts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from .errors import BundleError, MachineError, UsageError
+
+_CHUNK = 4 << 20  # bytes read at a time when hashing; larger is no faster
+
+# These can only come from writing, so they concern the output wherever in the caller's block they arise.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path with the suffix of ``path``; on leaving normally it becomes ``path``.
+
+    The temporary file exists (empty) from the start, so an unwritable folder fails before any work is done.
+    A symbolic link is followed: the file it points to is replaced, the link stays.
+
+    Raises:
+        UsageError: ``path`` is a folder or a device.
+        MachineError: the folder is missing, read-only or full, or the block left the file empty.
+    """
+    shown, target = Path(path), Path(os.path.realpath(path))
+    if os.path.isdir(target):
+        raise UsageError(f"output {shown} is a folder: name a file in it, such as {shown / 'result.png'}")
+    if os.path.exists(target) and not os.path.isfile(target):  # renaming over /dev/null would destroy it
+        raise UsageError(f"output {shown} is not a regular file: name another output")
+    if os.path.exists(target) and not os.access(target, os.W_OK):  # renaming would ignore the protection
+        raise MachineError(f"output {shown} is write-protected: run `chmod u+w {shown}` or name another")
+    temporary = _temporary(target, target.suffix)
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        if temporary.stat().st_size == 0:  # some encoders report a full disk only by writing nothing
+            raise MachineError(f"nothing was written to {shown}: free space in {target.parent} and run again")
+        os.replace(temporary, target)
+    except OSError as error:
+        if (problem := _problem(error, shown, target.parent, temporary)) is None:
+            raise
+        raise problem from error
+    finally:  # also on KeyboardInterrupt; after the rename there is nothing left to remove
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_directory(
+    path: str | os.PathLike[str], overwrite: bool = False, marker: str = "bundle.json"
+) -> Iterator[Path]:
+    """Yield an empty temporary folder; on leaving normally it becomes ``path``.
+
+    An empty folder at ``path`` is replaced. A folder with contents is replaced only with ``overwrite`` and if
+    it holds a file named ``marker``: any other folder is the user's and is never deleted.
+
+    Raises:
+        UsageError: ``path`` exists and may not be replaced.
+        MachineError: the parent folder is missing, read-only or full.
+    """
+    shown, target = Path(path), Path(os.path.realpath(path))
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise UsageError(f"output {shown} is a file: name a folder")
+    if os.path.isdir(target) and any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"output folder {shown} exists and is not empty: remove it or name another")
+        if not os.path.isfile(target / marker):
+            raise UsageError(f"output folder {shown} is not overwritten, it holds no {marker}: name another")
+    temporary = _temporary(target, ".part")
+    try:
+        temporary.mkdir()
+        yield temporary
+        _replace_directory(temporary, target)
+    except OSError as error:
+        if (problem := _problem(error, shown, target.parent, temporary)) is None:
+            raise
+        raise problem from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file in lower-case hex, read in pieces so that gigabytes need no memory."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def safe_join(root: str | os.PathLike[str], name: str) -> Path:
+    """``root / name`` for a relative ``name`` with forward slashes that stays inside ``root``.
+
+    Raises:
+        BundleError: ``name`` is empty, absolute, climbs out, or reaches the outside through a symbolic link.
+    """
+    inside = Path(os.path.realpath(root))
+    windows = PureWindowsPath(name)  # read with both rules, so that a bundle is safe or unsafe everywhere
+    parts = PurePosixPath(name).parts
+    lexical = bool(parts) and "\0" not in name and "\\" not in name and not windows.drive and not windows.root
+    if lexical and ".." not in parts:
+        joined = inside.joinpath(*parts)
+        resolved = Path(os.path.realpath(joined))
+        if resolved != inside and resolved.is_relative_to(inside):
+            return joined
+    raise BundleError(f"file name {name!r} leaves the folder {root}: copy the file into it, or export again")
+
+
+def _temporary(target: Path, suffix: str) -> Path:
+    """A hidden, unused name beside ``target``; short, because the target's own name may be at the limit."""
+    return target.with_name(f".moebius-{secrets.token_hex(6)}{suffix}")
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    """Rename ``new`` to ``target``; an old folder there is set aside first and comes back on failure."""
+    if not target.is_dir():
+        os.rename(new, target)
+        return
+    old = _temporary(target, ".old")
+    try:
+        os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:
+        if old.is_dir() and not target.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _problem(error: OSError, shown: Path, folder: Path, temporary: Path) -> MachineError | None:
+    """The one-line message for an ``OSError`` about our output; None for one that is not."""
+    named = [os.fsdecode(f) for f in (error.filename, error.filename2) if _is_path(f)]
+    ours = any(os.fspath(temporary) in name for name in named)
+    if not ours and error.errno not in _WRITE_ERRORS:
+        return None
+    if error.errno == errno.ENOENT and temporary.exists():  # a wrong name inside the caller's block: a bug
+        return None
+    missing = f"the folder {folder} does not exist: run `mkdir -p {folder}`"
+    if folder.is_dir():
+        missing = f"{folder} takes no new files: name an output elsewhere"
+    reasons = {
+        errno.ENOSPC: f"the disk is full: free space in {folder} or name an output on another disk",
+        errno.EDQUOT: f"the disk quota is used up: free space in {folder} or name an output on another disk",
+        errno.EROFS: f"{folder} is on a read-only file system: name an output elsewhere",
+        errno.EACCES: f"no right to write in {folder}: run `chmod u+w {folder}` or name an output elsewhere",
+        errno.EPERM: f"no right to write in {folder}: run `chmod u+w {folder}` or name an output elsewhere",
+        errno.ENOENT: missing,
+        errno.ENOTDIR: f"{folder} is not a folder: name an output elsewhere",
+    }
+    reason = reasons.get(error.errno or 0, f"{error.strerror or error}: name an output elsewhere")
+    return MachineError(f"cannot write {shown}: {reason}")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, (str, bytes, os.PathLike))

@@ -1,0 +1,180 @@
+"""``bundle.json``: what stands in it, and the check that every field is what this program computes with.
+
+Pure data: this module reads the one JSON file and neither the ONNX files beside it nor their hashes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, MachineError
+from .files import safe_join
+from .spec import (
+    BETA_END,
+    BETA_START,
+    COMPONENTS,
+    LATENT_DOWNSCALE,
+    NOISE_OFFSET,
+    NUM_TRAIN_TIMESTEPS,
+    SCHEMA_VERSION,
+    Component,
+    Tensor,
+)
+
+# What the samplers compute with. Recorded in each bundle, and compared on loading: a model trained with other
+# values would run without an error and give wrong pictures.
+SCHEDULER: dict[str, Any] = {
+    "prediction": "epsilon",
+    "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+    "beta_schedule": "scaled_linear",
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
+    "spacing": "leading",
+    "final_alpha_bar": 1.0,
+    "noise_offset": NOISE_OFFSET,
+}
+
+_KINDS: dict[str, Any] = {"a text": str, "a whole number": int, "a number": (int, float), "an object": dict}
+_FIELDS = {
+    "schema_version": "a whole number",
+    "name": "a text",
+    "description": "a text",
+    "licence": "a text",
+    "precision": "a text",
+    "resolution": "a whole number",
+    "latent_size": "a whole number",
+    "scaling_factor": "a number",
+    "defaults": "an object",
+    "scheduler": "an object",
+    "model": "an object",
+    "components": "an object",
+    "gate": "an object",
+    "source": "an object",
+    "tools": "an object",
+    "files": "an object",
+}
+
+
+def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
+    """The checked contents of a ``bundle.json``. ``remedy`` ends each message: how to get a good one.
+
+    Raises:
+        BundleError: no JSON, an unknown schema, a field missing or of the wrong kind or value.
+        MachineError: the file cannot be read.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON ({error}): {remedy}") from error
+    try:
+        _check(data, path.parent)
+    except _Problem as problem:
+        raise BundleError(f"{path}: {problem}: {problem.remedy or remedy}") from None
+    return data
+
+
+def resolved_components(resolution: int) -> dict[str, Component]:
+    """The components of ``spec`` with all sizes but the batch filled in."""
+    return {
+        name: Component(
+            name,
+            tuple(t.resolved(resolution) for t in component.inputs),
+            tuple(t.resolved(resolution) for t in component.outputs),
+        )
+        for name, component in COMPONENTS.items()
+    }
+
+
+def component_table(component: Component) -> dict[str, Any]:
+    """A component as it stands in ``bundle.json``: file, then name, type and shape of each tensor."""
+
+    def row(tensor: Tensor) -> dict[str, Any]:
+        return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+    return {
+        "file": component.file,
+        "inputs": [row(t) for t in component.inputs],
+        "outputs": [row(t) for t in component.outputs],
+    }
+
+
+class _Problem(Exception):
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+def _check(data: Any, folder: Path) -> None:
+    if not isinstance(data, dict):
+        raise _Problem("should hold a JSON object")
+    _check_kind(data, "schema_version", "a whole number")  # first: another schema may have other fields
+    version = data["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise _Problem(
+            f"schema version {version} is unknown, this program reads version {SCHEMA_VERSION}",
+            "run `pip install --upgrade moebius-edge`" if version > SCHEMA_VERSION else "",
+        )
+    for key, kind in _FIELDS.items():
+        _check_kind(data, key, kind)
+    resolution, latent, factor = data["resolution"], data["latent_size"], data["scaling_factor"]
+    if resolution <= 0 or resolution % LATENT_DOWNSCALE:
+        raise _Problem(f"'resolution' {resolution} is not a positive multiple of {LATENT_DOWNSCALE}")
+    if latent * LATENT_DOWNSCALE != resolution:
+        raise _Problem(f"'latent_size' {latent} does not fit 'resolution' {resolution}")
+    if not (math.isfinite(factor) and factor > 0):
+        raise _Problem(f"'scaling_factor' should be positive and is {factor}")
+    for key, expected in SCHEDULER.items():
+        if (found := data["scheduler"].get(key)) != expected:
+            raise _Problem(f"scheduler '{key}' is {found!r}, this program computes with {expected!r}")
+    for key in ("steps", "guidance", "start"):
+        if key not in data["defaults"]:
+            raise _Problem(f"'defaults' lacks '{key}'")
+    _check_files(data["files"], folder)
+    _check_components(data["components"], resolution)
+
+
+def _check_kind(data: dict[str, Any], key: str, kind: str) -> None:
+    value = data.get(key)
+    if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):  # True would pass for a number
+        found = f"{value!r:.60}" if key in data else "missing"
+        raise _Problem(f"'{key}' should be {kind} and is {found}")
+
+
+def _check_files(files: dict[str, Any], folder: Path) -> None:
+    for name, record in files.items():
+        safe_join(folder, name)
+        good = isinstance(record, dict) and isinstance(record.get("sha256"), str)
+        if not good or type(record.get("bytes")) is not int:
+            raise _Problem(f"the record of file '{name}' should hold 'sha256' and 'bytes'")
+    for component in COMPONENTS.values():
+        if component.file not in files:
+            raise _Problem(f"'files' lacks '{component.file}'")
+
+
+def _check_components(tables: dict[str, Any], resolution: int) -> None:
+    """The table must be the one of ``spec``: the pipeline feeds exactly those tensors."""
+    expected = resolved_components(resolution)
+    for name, component in expected.items():
+        wanted = component_table(component)
+        if tables.get(name) != wanted:
+            raise _Problem(f"component '{name}' {_difference(tables.get(name), wanted)}")
+    if extra := sorted(set(tables) - set(expected)):
+        raise _Problem(f"unknown component '{extra[0]}'")
+
+
+def _difference(found: Any, wanted: dict[str, Any]) -> str:
+    """The first place where a component's table differs, in words."""
+    if not isinstance(found, dict):
+        return "is missing"
+    key = next((k for k in wanted if found.get(k) != wanted[k]), None)
+    if key is None:
+        return f"has unknown entries {sorted(set(found) - set(wanted))}"
+    got, want = found.get(key), wanted[key]
+    if isinstance(got, list) and isinstance(want, list) and len(got) == len(want):
+        got, want = next((g, w) for g, w in zip(got, want, strict=True) if g != w)
+    return f"has {key} {json.dumps(got):.200}, this program needs {json.dumps(want)}"

@@ -1,0 +1,77 @@
+"""The contract between an exported bundle and whatever runs it: tensors, constants of the sampler.
+
+One ordered table a component gives names, symbolic shapes and types (``COMPONENTS``); export writes
+it into ``bundle.json``, every runtime checks its inputs against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEMA_VERSION = 1
+LATENT_CHANNELS = 4
+LATENT_DOWNSCALE = 8  # image pixels per latent position, each way
+NUM_PROMPTS = 10  # prompt ids 0..9 condition, 10..19 are the unconditional branch
+NOISE_OFFSET = 0.0357  # upstream's: one extra normal draw per image and channel, added to the noise
+NUM_TRAIN_TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012  # scaled linear
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Name, type and symbolic shape of one graph input or output.
+
+    ``shape`` holds ints for fixed sizes and strings for free ones: ``N`` batch, ``h``/``w`` the
+    latent size, ``H``/``W`` the image size. A bundle fixes all but ``N``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def resolved(self, resolution: int) -> Tensor:
+        """The same tensor with the sizes of a model of ``resolution`` pixels filled in."""
+        latent = resolution // LATENT_DOWNSCALE
+        sizes: dict[int | str, int] = {"h": latent, "w": latent, "H": resolution, "W": resolution}
+        return Tensor(self.name, self.dtype, tuple(sizes.get(d, d) for d in self.shape))
+
+
+@dataclass(frozen=True)
+class Component:
+    """One ONNX graph of a bundle."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.onnx"
+
+
+# Images are RGB in [-1, 1]. Latents are scaled (times the VAE's scaling factor) on both sides: the
+# factor is inside the graphs, and the encoder returns the posterior's mean.
+COMPONENTS: dict[str, Component] = {
+    c.name: c
+    for c in (
+        Component(
+            "vae_encoder",
+            (Tensor("image", "float32", ("N", 3, "H", "W")),),
+            (Tensor("latent", "float32", ("N", 4, "h", "w")),),
+        ),
+        Component(
+            "denoiser",
+            (
+                Tensor("sample", "float32", ("N", 9, "h", "w")),  # noisy latent 4, mask 1, masked-image latent 4
+                Tensor("timestep", "float32", ("N",)),
+                Tensor("branch", "int64", ("N",)),  # 0 conditional, 1 unconditional
+            ),
+            (Tensor("noise", "float32", ("N", 4, "h", "w")),),
+        ),
+        Component(
+            "vae_decoder",
+            (Tensor("latent", "float32", ("N", 4, "h", "w")),),
+            (Tensor("image", "float32", ("N", 3, "H", "W")),),
+        ),
+    )
+}

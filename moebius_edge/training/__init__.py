@@ -1,0 +1,1 @@
+"""Training: data, masks, losses and the loops. Needs PyTorch (the ``train`` extra)."""

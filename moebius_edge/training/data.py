@@ -1,0 +1,31 @@
+"""Endless training pictures: augmented crops of the photographs mixed with synthetic scenes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .photographs import TRAINING, load_photograph, random_crop
+from .scenes import draw_scene
+
+# Natural colour photographs first; textures and grey or medical pictures fill up.
+WEIGHTS = {"motorcycle": 4.0, "china": 4.0, "flower": 3.0, "camera": 1.5, "coins": 1.0}
+
+
+class PictureSource:
+    """``source(rng)`` draws one uint8 RGB (size, size, 3) picture; ``photo_share`` of them are photographs."""
+
+    def __init__(self, size: int, photo_share: float = 0.5) -> None:
+        self.size, self.photo_share = size, photo_share
+        self.photographs = [load_photograph(name) for name in TRAINING]
+        weights = np.array([WEIGHTS.get(name, 0.6) for name in TRAINING])
+        self.weights = weights / weights.sum()
+
+    def __call__(self, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() < self.photo_share:
+            return random_crop(rng, self.photographs[rng.choice(len(self.photographs), p=self.weights)], self.size)
+        return draw_scene(rng, self.size)
+
+
+def to_network(pictures: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
+    return pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1

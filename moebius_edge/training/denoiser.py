@@ -1,0 +1,198 @@
+"""Trains a student to predict the noise, without a teacher: the task loss of the paper alone.
+
+Distillation is not here. The loss is weighted by 1 / alpha-bar, cut at ``weight_limit``: as much as
+predicting the velocity would weigh it (Salimans and Ho, arXiv 2202.00512, section 4), because with equal
+weights the early steps, which decide the hole's colours, hardly count.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model import StudentConfig, build_student
+from ..scheduler import DDIM
+from ..spec import NOISE_OFFSET, NUM_TRAIN_TIMESTEPS
+from .latents import LatentCache
+from .loop import Loader, atomic_save, progress_bar
+
+
+@dataclass(frozen=True)
+class DenoiserRecipe:
+    """Everything that decides the result, saved beside the weights."""
+
+    student: StudentConfig = field(
+        default_factory=lambda: StudentConfig(
+            block_out_channels=(64, 64, 96),
+            cross_attention_dim=32,
+            prompt_embedding_dim=32,
+            latent_size=32,
+        )
+    )
+    steps: int = 3000
+    batch: int = 16
+    learning_rate: float = 1.5e-3
+    warmup: int = 150
+    ema_decay: float = 0.997
+    prompt_dropout: float = 0.15
+    hole_weight: float = 3.0
+    weight_limit: float = 20.0
+    seed: int = 0
+
+
+def initialise(student: nn.Module) -> None:
+    """Starts every λ block as the identity, keeps the input's sign, and both branches equal.
+
+    ``conv_in`` has a ReLU after nine depthwise channels, which would throw half the noisy latent away:
+    its batch norm starts with a bias that keeps the ReLU open.
+    """
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("proj_out.weight") or name.endswith("proj_out.bias"):
+                parameter.zero_()
+            elif name.endswith("conv_in.bn1.bias"):
+                parameter.fill_(2.0)
+            elif name == "embedding_layer.weight":
+                parameter[len(parameter) // 2 :] = parameter[: len(parameter) // 2]
+
+
+def task_loss(noise_pred: torch.Tensor, noise: torch.Tensor, hole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean squared error; noise (N, 4, h, w), hole weights (N, 1, h, w), sample weights (N,)."""
+    error = (noise_pred.float() - noise).square() * hole
+    return (error.mean((1, 2, 3)) * weight).mean()
+
+
+class DenoiserTrainer:
+    """One student, its average and its optimiser. ``step`` and ``save``/``resume`` are the whole loop."""
+
+    def __init__(self, recipe: DenoiserRecipe, cache: LatentCache, output: Path, device: str = "cpu") -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.cache, self.output, self.device = recipe, cache, output, device
+        self.student = build_student(recipe.student)
+        initialise(self.student)
+        self.student.to(device)
+        self.average = build_student(recipe.student).to(device).requires_grad_(False)
+        self.average.load_state_dict(self.student.state_dict())
+        decayed = [p for p in self.student.parameters() if p.ndim > 1]
+        others = [p for p in self.student.parameters() if p.ndim <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+        )
+        scheduler = DDIM(NUM_TRAIN_TIMESTEPS)
+        self.alpha_bar = torch.tensor(
+            [scheduler.alpha_bar(t) for t in range(NUM_TRAIN_TIMESTEPS)], dtype=torch.float32, device=device
+        )
+        self.done = 0
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """One training sample: clean, masked and mask latents, noise, timestep, whether to drop the prompts."""
+        clean, masked, mask = self.cache.pair(rng)
+        noise = rng.standard_normal(clean.shape, np.float32)
+        noise += NOISE_OFFSET * rng.standard_normal((len(clean), 1, 1), np.float32)
+        timestep = np.int64(rng.integers(NUM_TRAIN_TIMESTEPS))
+        return clean, masked, mask, noise, timestep, np.int64(rng.random() < self.recipe.prompt_dropout)
+
+    def predict(self, network: nn.Module, batch: tuple[np.ndarray, ...]) -> tuple[torch.Tensor, ...]:
+        """The predicted noise and what the loss needs beside it."""
+        clean, masked, mask, noise, timestep, drop = (torch.from_numpy(a).to(self.device) for a in batch)
+        alpha_bar = self.alpha_bar[timestep]
+        signal, spread = (a.sqrt()[:, None, None, None] for a in (alpha_bar, 1 - alpha_bar))
+        sample = torch.cat([signal * clean + spread * noise, mask, masked], 1)
+        prompts = self.recipe.student.num_prompts
+        ids = torch.arange(prompts, device=self.device)[None] + prompts * drop[:, None]
+        with torch.autocast(self.device, torch.bfloat16):
+            predicted = network(sample, timestep, ids).noise
+        return predicted, noise, mask, alpha_bar
+
+    def step(self, batch: tuple[np.ndarray, ...]) -> float:
+        """One optimiser step; returns the loss. Raises RuntimeError when the loss is not finite."""
+        recipe = self.recipe
+        share = self.done / recipe.steps
+        rate = min(1.0, (self.done + 1) / recipe.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * rate
+        predicted, noise, mask, alpha_bar = self.predict(self.student, batch)
+        weight = (1 / alpha_bar).clamp(max=recipe.weight_limit)
+        loss = task_loss(predicted, noise, 1 + (recipe.hole_weight - 1) * mask, weight)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss.item()} at step {self.done}; lower learning_rate")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.done += 1
+        decay = min(recipe.ema_decay, self.done / (self.done + 10))
+        with torch.no_grad():
+            for slow, fast in zip(self.average.parameters(), self.student.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+            for slow, fast in zip(self.average.buffers(), self.student.buffers(), strict=True):
+                slow.copy_(fast)
+        return loss.item()
+
+    def run(self, save_every: int = 250) -> nn.Module:
+        """Trains to the end, saving on the way; returns the averaged student, ready for inference."""
+        started, first = time.monotonic(), self.done
+        recent: list[float] = []
+        loader = Loader(self.draw, self.recipe.batch, self.recipe.seed, self.done * self.recipe.batch)
+        with progress_bar("denoiser", self.recipe.steps) as report:
+            for batch in loader:
+                if self.done >= self.recipe.steps:
+                    break
+                recent.append(self.step(batch))
+                if self.done % 20 == 0:
+                    speed = (self.done - first) * self.recipe.batch / (time.monotonic() - started)
+                    report(self.done, {"step": self.done, "loss": float(np.mean(recent[-100:])), "images_per_s": speed})
+                if self.done % save_every == 0:
+                    self.save()
+        self.save()
+        self.settle_batch_norms()
+        return self.average.eval()
+
+    def settle_batch_norms(self, batches: int = 60) -> None:
+        """Measures the batch norms' statistics anew with the averaged weights, over ``batches`` batches."""
+        norms = [m for m in self.average.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over all batches
+        self.average.train()
+        loader = Loader(self.draw, self.recipe.batch, self.recipe.seed + 1)
+        with torch.no_grad():
+            for number, batch in enumerate(loader):
+                if number == batches:
+                    break
+                self.predict(self.average, batch)
+        self.average.eval()
+
+    def save(self) -> None:
+        """Writes the state that ``resume`` reads."""
+        state: dict[str, Any] = {
+            "student": self.student.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "done": self.done,
+            "recipe": asdict(self.recipe),
+        }
+        atomic_save(state, self.output / "state.pt")
+
+    def resume(self) -> bool:
+        """Continues from ``state.pt`` if there is one. Raises ValueError if its recipe is another."""
+        path = self.output / "state.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"{path} was made by another recipe; remove it or give another output folder")
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.done = state["done"]
+        return True

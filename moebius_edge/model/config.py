@@ -1,0 +1,123 @@
+"""The shapes of the student and of the teacher, as small frozen dataclasses that travel as JSON.
+
+The defaults are the published checkpoints'. Holds no PyTorch and builds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from ..errors import BundleError, UsageError
+from ..spec import NUM_PROMPTS
+
+GROUPS = 32  # of every group norm; all channel counts are multiples of it
+
+_Config = TypeVar("_Config", "StudentConfig", "TeacherConfig")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The Moebius student. ``StudentConfig()`` is the published one (226 041 531 parameters).
+
+    ``block_out_channels``: channels per level, finest first. ``num_heads``: heads at every level, so the
+    head dimension is channels / heads. ``cross_attention_dim``: width of a projected prompt, which
+    ``encoder_hid_proj`` makes from ``prompt_embedding_dim``. ``num_prompts``: prompts per branch; the
+    embedding has two branches. ``latent_size``: side of the one latent grid the weights serve.
+    ``mix_ffn_ratio``: the Mix-FFN works on 2 * ratio * channels. ``layers_per_block``: resnets per down
+    block; an up block has one more. ``window``: side of the Local-lambda kernel, odd.
+
+    Raises UsageError for values that make no network.
+    """
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280)
+    num_heads: int = 8
+    cross_attention_dim: int = 768
+    prompt_embedding_dim: int = 3072
+    num_prompts: int = NUM_PROMPTS
+    latent_size: int = 64
+    mix_ffn_ratio: float = 2.5
+    layers_per_block: int = 2
+    window: int = 15
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.window < 1 or self.window % 2 == 0:
+            raise UsageError(f"window {self.window} has no centre; choose an odd number")
+        coarsest = 2 ** (len(self.block_out_channels) - 1)
+        if self.latent_size < 1 or self.latent_size % coarsest:
+            raise UsageError(f"latent_size {self.latent_size} does not halve per level; use a multiple of {coarsest}")
+        if int(self.mix_ffn_ratio * self.block_out_channels[0]) < 1:
+            raise UsageError(f"mix_ffn_ratio {self.mix_ffn_ratio} leaves no channels; the published is 2.5")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StudentConfig:
+        """The configuration in ``values``; absent keys are as published. BundleError on unknown keys."""
+        return _from_dict(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` reads, with JSON types only."""
+        return {**asdict(self), "block_out_channels": list(self.block_out_channels)}
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The PixelHacker teacher. ``TeacherConfig()`` is the published one (862 251 708 parameters).
+
+    Fields as in ``StudentConfig``; ``gate_rank`` is the width between the two layers of the decay gate.
+    The teacher takes any latent size that halves cleanly at each level. Raises UsageError likewise.
+    """
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    num_heads: int = 8
+    cross_attention_dim: int = 768
+    prompt_embedding_dim: int = 3072
+    num_prompts: int = NUM_PROMPTS
+    layers_per_block: int = 2
+    gate_rank: int = 16
+
+    def __post_init__(self) -> None:
+        _check(self)
+        for channels in self.block_out_channels:
+            if channels % (2 * self.num_heads):
+                raise UsageError(
+                    f"{channels} channels do not give {self.num_heads} heads keys of half width; "
+                    f"use a multiple of {2 * self.num_heads}"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TeacherConfig:
+        """The configuration in ``values``; absent keys are as published. BundleError on unknown keys."""
+        return _from_dict(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` reads, with JSON types only."""
+        return {**asdict(self), "block_out_channels": list(self.block_out_channels)}
+
+
+def _check(config: StudentConfig | TeacherConfig) -> None:
+    if len(config.block_out_channels) < 2:
+        raise UsageError(f"block_out_channels {config.block_out_channels} needs two levels or more")
+    for channels in config.block_out_channels:
+        if channels < 1 or channels % GROUPS:
+            raise UsageError(f"{channels} channels do not divide into {GROUPS} groups; use a multiple")
+        if config.num_heads < 1 or channels % config.num_heads:
+            raise UsageError(f"{channels} channels do not divide into {config.num_heads} heads")
+    for name in ("cross_attention_dim", "prompt_embedding_dim", "num_prompts", "layers_per_block"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"{name} is {getattr(config, name)}; it must be 1 or more")
+
+
+def _from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise BundleError(
+            f"model configuration has unknown keys {', '.join(unknown)} (known: {', '.join(sorted(known))}); "
+            "it may come from a newer moebius-edge: upgrade"
+        )
+    given = dict(values)
+    if "block_out_channels" in given:
+        given["block_out_channels"] = tuple(given["block_out_channels"])
+    return cls(**given)

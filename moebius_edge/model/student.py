@@ -1,0 +1,128 @@
+"""The Moebius student: a U-Net of depthwise-separable convolutions with a LλMI block after every resnet.
+
+The plain network, with the checkpoint's names; rewrites for inference belong to export.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..spec import LATENT_DOWNSCALE
+from .config import StudentConfig
+from .lambdas import InteractiveLambda, LocalLambda
+from .layers import SpatialTransformer
+from .unet import INPUT_CHANNELS, Denoised, UNet
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3, batch norm, ReLU, pointwise 1x1, batch norm; plus the input where channels agree."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.residual = inputs == outputs
+        self.conv_dw = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv_pw = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, inputs, h, w) -> (N, outputs, h, w)."""
+        y = self.bn2(self.conv_pw(F.relu(self.bn1(self.conv_dw(x)))))
+        return cast(Tensor, x + y if self.residual else y)
+
+
+class Conv(nn.Module):
+    """A convolution under the name ``conv``, as the checkpoint nests the Mix-FFN's."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, groups: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x))
+
+
+class MixFFN(nn.Module):
+    """1x1 up and SiLU, depthwise 3x3, value times SiLU(gate), 1x1 down. The gate is the second half."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(ratio * channels)
+        self.inverted_conv = Conv(channels, 2 * hidden, 1)
+        self.depth_conv = Conv(2 * hidden, 2 * hidden, 3, groups=2 * hidden)
+        self.point_conv = Conv(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, h, w) -> the same shape."""
+        value, gate = self.depth_conv(F.silu(self.inverted_conv(x))).chunk(2, dim=1)
+        return cast(Tensor, self.point_conv(value * F.silu(gate)))
+
+
+class LambdaBlock(nn.Module):
+    """Local-lambda, Interactive-lambda and Mix-FFN, each with a layer norm before and a residual around."""
+
+    def __init__(self, config: StudentConfig, level: int, channels: int) -> None:
+        super().__init__()
+        size = config.latent_size // 2**level
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = LocalLambda(channels, config.num_heads, config.window)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = InteractiveLambda(channels, config.num_heads, config.cross_attention_dim, config.num_prompts, size)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = MixFFN(channels, config.mix_ffn_ratio)
+
+    def forward(self, tokens: Tensor, prompts: Tensor, size: tuple[int, int]) -> Tensor:
+        """tokens (N, h*w, C), prompts (N, M, D), size (h, w) -> (N, h*w, C)."""
+
+        def grid(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).unflatten(2, size)  # (N, C, h, w)
+
+        def flat(x: Tensor) -> Tensor:
+            return x.flatten(2).transpose(1, 2)
+
+        tokens = tokens + flat(self.attn1(grid(self.norm1(tokens))))
+        tokens = tokens + flat(self.attn2(grid(self.norm2(tokens)), prompts))
+        return tokens + flat(self.ff(grid(self.norm3(tokens))))
+
+
+class Student(nn.Module):
+    """The prompt embeddings and the U-Net, under the checkpoint's names. Built by ``build_student``."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_layer = nn.Embedding(2 * config.num_prompts, config.prompt_embedding_dim)
+        self.diff_model = UNet(
+            config.block_out_channels,
+            config.layers_per_block,
+            config.prompt_embedding_dim,
+            config.cross_attention_dim,
+            conv=SeparableConv,
+            attention=lambda level, channels: SpatialTransformer(channels, LambdaBlock(config, level, channels)),
+            middle=False,
+        )
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Denoised:
+        """The noise in ``sample``.
+
+        sample (N, 9, h, w) with h = w = ``config.latent_size``: noisy latent, mask, masked-image latent;
+        timesteps (N,) int64 or float; prompt_ids (N, M) int64: 0..M-1 conditional, M..2M-1 unconditional.
+        Returns ``Denoised``. Raises UsageError for a sample of another shape.
+        """
+        size = self.config.latent_size
+        if tuple(sample.shape[1:]) != (INPUT_CHANNELS, size, size):
+            pixels = size * LATENT_DOWNSCALE
+            raise UsageError(
+                f"sample has shape {tuple(sample.shape)}; this network takes (N, {INPUT_CHANNELS}, {size}, "
+                f"{size}), that is images of {pixels}x{pixels} only: resize or crop to that"
+            )
+        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+
+
+def build_student(config: StudentConfig | None = None) -> Student:
+    """A student with fresh weights, in training mode; the published shape unless ``config`` is given."""
+    return Student(StudentConfig() if config is None else config)

@@ -1,0 +1,133 @@
+"""The PixelHacker teacher: Stable Diffusion's U-Net with gated linear attention in place of self-attention.
+
+Written with the checkpoint's names (diffusers' UNet2DConditionModel). For distillation and comparison; it is
+never exported.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .config import TeacherConfig
+from .gla import GatedLinearAttention
+from .layers import SpatialTransformer
+from .unet import INPUT_CHANNELS, Denoised, UNet
+
+
+class CrossAttention(nn.Module):
+    """``attn2``: softmax attention of the positions to the prompts."""
+
+    def __init__(self, channels: int, heads: int, prompt_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(prompt_dim, channels, bias=False)
+        self.to_v = nn.Linear(prompt_dim, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
+        """x (N, P, C), prompts (N, M, D) -> (N, P, C)."""
+
+        def by_head(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, P or M, C / H)
+
+        q, k, v = by_head(self.to_q(x)), by_head(self.to_k(prompts)), by_head(self.to_v(prompts))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return cast(Tensor, self.to_out[0](y.transpose(1, 2).flatten(2)))
+
+
+class GEGLU(nn.Module):
+    """value * GELU(gate), both from one linear layer; the gate is the second half."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, P, C) -> (N, P, hidden)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return cast(Tensor, value * F.gelu(gate))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The checkpoint numbers a dropout between the two; the identity keeps its place.
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, P, C) -> the same shape."""
+        return cast(Tensor, self.net(x))
+
+
+class TeacherBlock(nn.Module):
+    """Gated linear attention, cross-attention, feed-forward, each pre-normed with a residual around."""
+
+    def __init__(self, config: TeacherConfig, channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = GatedLinearAttention(channels, config.num_heads, config.gate_rank)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, config.num_heads, config.cross_attention_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, tokens: Tensor, prompts: Tensor, size: tuple[int, int]) -> Tensor:
+        """tokens (N, P, C), prompts (N, M, D) -> (N, P, C). ``size`` is not needed here."""
+        tokens = tokens + self.attn1(self.norm1(tokens))
+        tokens = tokens + self.attn2(self.norm2(tokens), prompts)
+        return cast(Tensor, tokens + self.ff(self.norm3(tokens)))
+
+
+def _conv3x3(inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class Teacher(nn.Module):
+    """The prompt embeddings and the U-Net, under the checkpoint's names. Built by ``build_teacher``."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        super().__init__()
+        self.config = config
+        coarsest = len(config.block_out_channels) - 1
+
+        def attention(level: int, channels: int) -> nn.Module | None:
+            # The coarsest down and up block have none; the mid block (one level further) has.
+            return None if level == coarsest else SpatialTransformer(channels, TeacherBlock(config, channels))
+
+        self.embedding_layer = nn.Embedding(2 * config.num_prompts, config.prompt_embedding_dim)
+        self.diff_model = UNet(
+            config.block_out_channels,
+            config.layers_per_block,
+            config.prompt_embedding_dim,
+            config.cross_attention_dim,
+            conv=_conv3x3,
+            attention=attention,
+            middle=True,
+        )
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Denoised:
+        """The noise in ``sample``.
+
+        sample (N, 9, h, w), h and w multiples of 2 ** (levels - 1): noisy latent, mask, masked-image latent;
+        timesteps (N,) int64 or float; prompt_ids (N, M) int64. Returns ``Denoised``: its blocks are the down
+        blocks, the mid block, the up blocks. Raises UsageError for a sample of another shape.
+        """
+        step = 2 ** (len(self.config.block_out_channels) - 1)
+        if sample.dim() != 4 or sample.shape[1] != INPUT_CHANNELS or any(s % step for s in sample.shape[2:]):
+            raise UsageError(
+                f"sample has shape {tuple(sample.shape)}; the teacher takes (N, {INPUT_CHANNELS}, h, w) "
+                f"with h and w multiples of {step}: crop or pad to that"
+            )
+        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+
+
+def build_teacher(config: TeacherConfig | None = None) -> Teacher:
+    """A teacher with fresh weights, in training mode; the published shape unless ``config`` is given."""
+    return Teacher(TeacherConfig() if config is None else config)

@@ -1,0 +1,158 @@
+"""The U-Net that student and teacher share: Stable Diffusion's layout, with the parts that differ passed in.
+
+Module names are the checkpoints' (diffusers' UNet2DConditionModel). Knows nothing of lambda or attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..spec import LATENT_CHANNELS
+from .config import GROUPS
+from .layers import Conv3x3, Downsample, Resnet, TimeEmbedding, Upsample
+
+INPUT_CHANNELS = 2 * LATENT_CHANNELS + 1  # noisy latent, mask, masked-image latent
+
+# (level, channels) -> what follows a resnet there, called with (x, prompts); None at a level without
+Attention = Callable[[int, int], nn.Module | None]
+
+
+class Denoised(NamedTuple):
+    """What a network returns: ``noise`` (N, 4, h, w), and each block's output in order, for distillation."""
+
+    noise: Tensor
+    blocks: list[Tensor]
+
+
+class Block(nn.Module):
+    """Resnets, each followed by its attention where the level has one. Base of the three kinds of block."""
+
+    def __init__(self, resnets: Sequence[Resnet], attentions: Sequence[nn.Module | None]) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([a for a in attentions if a is not None])
+        self.resnets = nn.ModuleList(resnets)
+
+    def attend(self, index: int, x: Tensor, prompts: Tensor) -> Tensor:
+        """x through the attention that follows resnet ``index``; x itself at a level without attention."""
+        return self.attentions[index](x, prompts) if len(self.attentions) else x
+
+
+class DownBlock(Block):
+    """Returns its output and what it adds to the skip connections (every layer's output)."""
+
+    def __init__(self, resnets: Sequence[Resnet], attentions: Sequence[nn.Module | None], sampler: int | None) -> None:
+        super().__init__(resnets, attentions)
+        self.downsamplers = nn.ModuleList([Downsample(sampler)] if sampler else [])
+
+    def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for index, resnet in enumerate(self.resnets):
+            x = self.attend(index, resnet(x, time), prompts)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Block):
+    """Resnet, attention, resnet at the coarsest level."""
+
+    def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
+        x = self.attend(0, self.resnets[0](x, time), prompts)
+        return cast(Tensor, self.resnets[1](x, time))
+
+
+class UpBlock(Block):
+    """Takes one skip connection per resnet, the last added first."""
+
+    def __init__(self, resnets: Sequence[Resnet], attentions: Sequence[nn.Module | None], sampler: int | None) -> None:
+        super().__init__(resnets, attentions)
+        self.upsamplers = nn.ModuleList([Upsample(sampler)] if sampler else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, prompts: Tensor) -> Tensor:
+        for index, resnet in enumerate(self.resnets):
+            x = self.attend(index, resnet(torch.cat([x, skips.pop()], dim=1), time), prompts)
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Down blocks, a mid block if ``middle``, up blocks, with skip connections between.
+
+    ``channels`` per level, finest first; ``layers`` resnets per down block, one more per up block.
+    ``conv`` makes every 3x3 convolution but the samplers'; ``attention`` what follows each resnet.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        layers: int,
+        prompt_embedding_dim: int,
+        prompt_dim: int,
+        conv: Conv3x3,
+        attention: Attention,
+        middle: bool,
+    ) -> None:
+        super().__init__()
+        time_width = 4 * channels[0]
+        last = len(channels) - 1
+        self.conv_in = conv(INPUT_CHANNELS, channels[0])
+        self.time_embedding = TimeEmbedding(channels[0], time_width)
+        self.encoder_hid_proj = nn.Linear(prompt_embedding_dim, prompt_dim)
+
+        skips = [channels[0]]
+        width = channels[0]
+        downs = []
+        for level, outputs in enumerate(channels):
+            resnets = [Resnet(width if i == 0 else outputs, outputs, time_width, conv) for i in range(layers)]
+            attentions = [attention(level, outputs) for _ in range(layers)]
+            downs.append(DownBlock(resnets, attentions, outputs if level < last else None))
+            skips += [outputs] * (layers if level == last else layers + 1)
+            width = outputs
+        self.down_blocks = nn.ModuleList(downs)
+
+        self.mid_block = None
+        if middle:
+            resnets = [Resnet(width, width, time_width, conv) for _ in range(2)]
+            # A level of its own, so that it can have attention where the coarsest level has none.
+            self.mid_block = MidBlock(resnets, [attention(last + 1, width)])
+
+        ups = []
+        for level in range(last, -1, -1):
+            outputs = channels[level]
+            resnets = []
+            for _ in range(layers + 1):
+                resnets.append(Resnet(width + skips.pop(), outputs, time_width, conv))
+                width = outputs
+            attentions = [attention(level, outputs) for _ in range(layers + 1)]
+            ups.append(UpBlock(resnets, attentions, outputs if level else None))
+        self.up_blocks = nn.ModuleList(ups)
+
+        self.conv_norm_out = nn.GroupNorm(GROUPS, channels[0], eps=1e-5)
+        self.conv_out = conv(channels[0], LATENT_CHANNELS)
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> Denoised:
+        """sample (N, 9, h, w), timesteps (N,), prompts (N, M, prompt_embedding_dim)."""
+        time = self.time_embedding(timesteps)
+        prompts = self.encoder_hid_proj(prompts)
+        x = self.conv_in(sample)
+        skips = [x]
+        blocks = []
+        for block in self.down_blocks:
+            x, added = block(x, time, prompts)
+            skips += added
+            blocks.append(x)
+        if self.mid_block is not None:
+            x = self.mid_block(x, time, prompts)
+            blocks.append(x)
+        for block in self.up_blocks:
+            x = block(x, skips, time, prompts)
+            blocks.append(x)
+        return Denoised(self.conv_out(F.silu(self.conv_norm_out(x))), blocks)

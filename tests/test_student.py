@@ -1,0 +1,218 @@
+"""The student against the published network's recorded numbers, and what export and training rely on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import check_against_golden, fill_golden, golden_input, golden_keys, golden_numbers
+
+from moebius_edge.errors import BundleError, UsageError
+from moebius_edge.model import Denoised, StudentConfig, build_student
+from moebius_edge.model.lambdas import LocalLambda, PositionConv, interactive_lambda, local_lambda
+from moebius_edge.model.layers import timestep_embedding
+
+SMALL = StudentConfig(
+    block_out_channels=(32, 64, 128),
+    num_heads=4,
+    cross_attention_dim=48,
+    prompt_embedding_dim=64,
+    latent_size=16,
+)
+NARROW = dataclasses.replace(
+    SMALL, block_out_channels=(32, 32), num_heads=2, latent_size=8, window=5, layers_per_block=1
+)
+
+
+CONFIGS = [("full", StudentConfig(), 226_041_531), ("small", SMALL, None)]
+
+
+def narrow_inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    timesteps = torch.tensor([1, 500, 999])[:batch]
+    return torch.randn(batch, 9, 8, 8), timesteps, torch.arange(10).expand(batch, 10)
+
+
+@pytest.mark.parametrize(("size", "config", "count"), CONFIGS)
+def test_keys_and_shapes_are_the_checkpoints(size, config, count):
+    with torch.device("meta"):
+        student = build_student(config)
+    assert {k: list(v.shape) for k, v in student.state_dict().items()} == golden_keys("student", size)
+    if count is not None:
+        assert sum(p.numel() for p in student.parameters()) == count
+
+
+def test_small_reproduces_the_recorded_numbers():
+    check_against_golden(fill_golden(build_student(SMALL)), "student_small", sample_tolerance=2e-5, size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_full_reproduces_the_recorded_numbers():
+    check_against_golden(fill_golden(build_student()), "student_full", sample_tolerance=2e-5, size=64)
+
+
+@pytest.mark.parametrize(("change", "text"), [(1e-4, "1[.]..e-04"), (float("nan"), "nan")])
+def test_the_golden_comparison_can_fail(change, text):
+    student = fill_golden(build_student(SMALL))
+    with torch.no_grad():
+        student.diff_model.conv_out.bn2.bias[0] += change
+    with pytest.raises(AssertionError, match=f"student_small sample: off by {text}"):
+        check_against_golden(student, "student_small", sample_tolerance=2e-5, size=16)
+
+
+def test_timesteps_may_be_float_or_int_and_differ_per_row():
+    student = fill_golden(build_student(SMALL))
+    numbers = golden_numbers("student_small")
+    sample = torch.from_numpy(golden_input("student_small", (2, 9, 16, 16)))
+    ids = torch.stack([torch.arange(10, 20), torch.arange(10)])
+    with torch.no_grad():
+        mixed = student(sample, torch.tensor([999.0, 1.0]), ids).noise.numpy()
+    assert abs(mixed[0] - numbers["sample_t999"][0]).max() < 2e-5
+    assert abs(mixed[1] - numbers["sample_t1"][1]).max() < 2e-5
+
+
+def test_output_is_the_noise_and_every_blocks_output():
+    student = build_student(NARROW).eval()
+    out = student(*narrow_inputs())
+    assert isinstance(out, Denoised)
+    assert out.noise.shape == (3, 4, 8, 8)
+    assert all(b.shape[:2] == (3, 32) for b in out.blocks)
+    assert [tuple(b.shape[2:]) for b in out.blocks] == [(4, 4), (4, 4), (8, 8), (8, 8)]
+
+
+def test_timestep_embedding_is_cosines_then_sines():
+    embedding = timestep_embedding(torch.tensor([7]), 4)
+    angles = torch.tensor([7.0, 0.07])
+    torch.testing.assert_close(embedding, torch.cat([angles.cos(), angles.sin()])[None])
+
+
+def local_lambda_by_the_letter(q, k, v, weight, bias):
+    """The definition, the lambdas written out: content and position, a position at a time."""
+    batch, _, _, positions = q.shape
+    height, width = v.shape[2:]
+    half = weight.shape[-1] // 2
+    padded = F.pad(v, (half, half, half, half))
+    rows = []
+    for p in range(positions):
+        i, j = divmod(p, width)
+        patch = padded[:, :, i : i + 2 * half + 1, j : j + 2 * half + 1]
+        position = torch.einsum("nvyx,kyx->nkv", patch, weight[:, 0]) + bias[None, :, None]
+        content = torch.einsum("nkm,nvm->nkv", k, v.flatten(2))
+        rows.append(torch.einsum("nhk,nkv->nhv", q[..., p], content + position))
+    return torch.stack(rows, dim=-1)
+
+
+def test_local_lambda_is_its_definition():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 5, 42, dtype=torch.double), torch.rand(2, 5, 42, dtype=torch.double)
+    v, weight = torch.randn(2, 4, 6, 7, dtype=torch.double), torch.randn(5, 1, 3, 3, dtype=torch.double)
+    bias = torch.randn(5, dtype=torch.double)
+    expected = local_lambda_by_the_letter(q, k, v, weight, bias)
+    torch.testing.assert_close(local_lambda(q, k, v, weight, bias), expected)
+
+
+def test_interactive_lambda_is_its_definition():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, 5, 6, dtype=torch.double), torch.rand(2, 5, 10, dtype=torch.double)
+    v, e = torch.randn(2, 4, 10, dtype=torch.double), torch.randn(6, 10, 5, dtype=torch.double)
+    content = torch.einsum("nkm,nvm->nkv", k, v)
+    position = torch.einsum("pmk,nvm->npkv", e, v)
+    expected = torch.einsum("nhkp,npkv->nhvp", q, content[:, None] + position)
+    torch.testing.assert_close(interactive_lambda(q, k, v, e), expected)
+
+
+def test_local_lambda_matches_the_stored_3d_convolution():
+    torch.manual_seed(0)
+    module = LocalLambda(32, heads=2, window=15).eval()
+    x = torch.randn(2, 32, 6, 6)
+    with torch.no_grad():
+        q = module.norm_q(module.to_q(x)).reshape(2, 2, 16, 36)
+        k = module.to_k(x).flatten(2).softmax(-1)
+        v = module.norm_v(module.to_v(x))
+        position = module.pos_conv(v.unsqueeze(1)).flatten(3)  # (N, K, V, P)
+        lambdas = position + torch.einsum("nkm,nvm->nkv", k, v.flatten(2))[..., None]
+        expected = torch.einsum("nhkp,nkvp->nhvp", q, lambdas).reshape(x.shape)
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_position_convolution_has_the_gradients_of_conv2d():
+    torch.manual_seed(0)
+    shapes = ((6, 1, 9, 7), (4, 1, 5, 5), (4,))
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    ours, reference = PositionConv.apply(*inputs), F.conv2d(*inputs, padding=2)
+    torch.testing.assert_close(ours, reference)
+    weights = torch.randn_like(ours)
+    expected = torch.autograd.grad(reference, inputs, weights)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, weights), expected)
+
+
+def test_training_reaches_every_weight_and_moves_the_batch_norms():
+    student = build_student(NARROW)
+    assert student.training
+    before = {k: v.clone() for k, v in student.state_dict().items() if k.endswith("running_mean")}
+    student(*narrow_inputs()).noise.square().mean().backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+    after = student.state_dict()
+    still = [k for k, v in before.items() if torch.equal(v, after[k])]
+    assert not still
+
+
+def test_exports_with_a_free_batch():
+    class NoiseOnly(torch.nn.Module):
+        def __init__(self, student):
+            super().__init__()
+            self.student = student
+
+        def forward(self, sample, timesteps, prompt_ids):
+            return self.student(sample, timesteps, prompt_ids).noise
+
+    module = NoiseOnly(build_student(NARROW).eval())
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(module, narrow_inputs(), dynamic_shapes=({0: batch},) * 3)
+    for n in (1, 2):
+        inputs = narrow_inputs(n)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 16, 16), (1, 4, 8, 8), (1, 9, 8, 4)])
+def test_another_latent_size_is_refused(shape):
+    student = build_student(NARROW).eval()
+    with pytest.raises(UsageError, match=r"takes \(N, 9, 8, 8\), that is images of 64x64 only"):
+        student(torch.zeros(shape), torch.zeros(1), torch.arange(10)[None])
+
+
+def test_config_survives_json():
+    config = dataclasses.replace(SMALL, window=7, mix_ffn_ratio=1.5)
+    assert StudentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert StudentConfig.from_dict({}) == StudentConfig()
+
+
+def test_config_from_a_newer_version_is_refused():
+    with pytest.raises(BundleError, match="unknown keys colour .known: block_out_channels"):
+        StudentConfig.from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"window": 4}, "window 4 has no centre"),
+        ({"window": 0}, "window 0 has no centre"),
+        ({"latent_size": 18}, "latent_size 18 does not halve"),
+        ({"latent_size": 0}, "latent_size 0 does not halve"),
+        ({"block_out_channels": (32,)}, "needs two levels"),
+        ({"block_out_channels": (32, 48, 64)}, "48 channels do not divide into 32 groups"),
+        ({"num_heads": 3}, "32 channels do not divide into 3 heads"),
+        ({"num_heads": 0}, "32 channels do not divide into 0 heads"),
+        ({"num_prompts": 0}, "num_prompts is 0"),
+        ({"mix_ffn_ratio": 0.0}, "mix_ffn_ratio 0.0 leaves no channels"),
+    ],
+)
+def test_config_that_makes_no_network_is_refused(change, text):
+    with pytest.raises(UsageError, match=text):
+        dataclasses.replace(SMALL, **change)

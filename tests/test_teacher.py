@@ -1,0 +1,125 @@
+"""The teacher against the published network's recorded numbers; its attention's forms against each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from golden import check_against_golden, fill_golden, golden_keys
+
+from moebius_edge.errors import UsageError
+from moebius_edge.model import TeacherConfig, build_teacher, gla
+
+SMALL = TeacherConfig(
+    block_out_channels=(32, 64, 128, 128), num_heads=4, cross_attention_dim=48, prompt_embedding_dim=64
+)
+
+
+CONFIGS = [("full", TeacherConfig(), 862_251_708), ("small", SMALL, None)]
+
+
+def attention_inputs(tokens, heads=3, keys=4, values=5, forget=0.3, dtype=torch.float64, device="cpu"):
+    batch = 2
+    torch.manual_seed(tokens)
+    q, k = torch.randn(2, batch, tokens, heads, keys, dtype=dtype).unbind()
+    v = torch.randn(batch, tokens, heads, values, dtype=dtype)
+    g = -forget * torch.rand(batch, tokens, heads, keys, dtype=dtype)
+    return tuple(x.to(device) for x in (q, k, v, g))
+
+
+@pytest.mark.parametrize(("size", "config", "count"), CONFIGS)
+def test_keys_and_shapes_are_the_checkpoints(size, config, count):
+    with torch.device("meta"):
+        teacher = build_teacher(config)
+    assert {k: list(v.shape) for k, v in teacher.state_dict().items()} == golden_keys("teacher", size)
+    if count is not None:
+        assert sum(p.numel() for p in teacher.parameters()) == count
+
+
+def test_small_reproduces_the_recorded_numbers():
+    check_against_golden(fill_golden(build_teacher(SMALL)), "teacher_small", sample_tolerance=1e-4, size=16)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 15, 16, 17, 100, 256])
+def test_chunked_is_the_recurrence(tokens):
+    inputs = attention_inputs(tokens)
+    torch.testing.assert_close(gla.chunked_gla(*inputs), gla.recurrent_gla(*inputs))
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 64])
+def test_the_chunk_size_changes_nothing(chunk):
+    inputs = attention_inputs(70)
+    torch.testing.assert_close(gla.chunked_gla(*inputs, chunk=chunk), gla.recurrent_gla(*inputs))
+
+
+@pytest.mark.parametrize("forget", [0.0, 1e-4, 20.0, 1e4])
+def test_chunked_is_stable_however_fast_it_forgets(forget):
+    inputs = attention_inputs(200, forget=forget, dtype=torch.float32)
+    exact = gla.recurrent_gla(*(x.double() for x in inputs))
+    chunked = gla.chunked_gla(*inputs)
+    assert bool(chunked.isfinite().all())
+    assert float((chunked.double() - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+
+
+def test_chunked_has_the_recurrences_gradients():
+    gradients = []
+    for form in (gla.chunked_gla, gla.recurrent_gla):
+        inputs = [x.requires_grad_() for x in attention_inputs(37)]
+        gradients.append(torch.autograd.grad(form(*inputs).square().sum(), inputs))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_chunked_keeps_half_precision_to_its_ends():
+    inputs = attention_inputs(300, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = gla.chunked_gla(*(x.bfloat16() for x in inputs[:3]), inputs[3])
+    assert out.dtype == torch.bfloat16
+    exact = gla.recurrent_gla(*(x.bfloat16().double() for x in inputs[:3]), inputs[3].double())
+    assert float((out.double() - exact).abs().max()) < 0.005 * float(exact.abs().max())
+
+
+def test_attention_is_causal():
+    q, k, v, g = attention_inputs(40)
+    before = gla.gated_linear_attention(q, k, v, g)
+    v[:, 25:] += 1
+    after = gla.gated_linear_attention(q, k, v, g)
+    torch.testing.assert_close(after[:, :25], before[:, :25])
+    assert not torch.allclose(after[:, 25], before[:, 25])
+
+
+def test_the_fused_kernel_is_not_asked_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(gla, "_fused_gla", lambda: pytest.fail("a CUDA kernel was asked for CPU tensors"))
+    inputs = attention_inputs(5)
+    torch.testing.assert_close(gla.gated_linear_attention(*inputs), gla.recurrent_gla(*inputs))
+
+
+@pytest.mark.gpu
+def test_the_fused_kernel_is_the_recurrence():
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    inputs = attention_inputs(1000, heads=8, keys=20, values=40, dtype=torch.float32, device="cuda")
+    exact = gla.recurrent_gla(*(x.double() for x in inputs))
+    assert gla._fused_gla() is not None
+    fused = gla.gated_linear_attention(*inputs)
+    # The kernel works in TF32.
+    assert float((fused.double() - exact).abs().max()) < 0.005 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 12, 16), (1, 9, 16, 20), (1, 8, 16, 16), (9, 16, 16)])
+def test_a_sample_it_cannot_halve_is_refused(shape):
+    with torch.device("meta"):
+        teacher = build_teacher(SMALL)
+    with pytest.raises(UsageError, match=r"takes \(N, 9, h, w\) with h and w multiples of 8"):
+        teacher(torch.zeros(shape, device="meta"), torch.zeros(1), torch.arange(10)[None])
+
+
+def test_config_survives_json():
+    assert TeacherConfig.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
+
+
+def test_config_with_odd_heads_is_refused():
+    with pytest.raises(UsageError, match="32 channels do not give 32 heads keys of half width"):
+        TeacherConfig(block_out_channels=(32, 64), num_heads=32)

@@ -1,0 +1,126 @@
+"""The interface every back-end implements: build cheaply, ``with`` to touch the device, ``run`` a graph.
+
+Inputs and outputs are checked here, once for all back-ends, so that a back-end holds nothing but its
+own calls. It does not look at values: the pipeline says at which stage a network went non-finite.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import BundleError
+from ..spec import Component, Tensor
+
+Arrays = dict[str, np.ndarray]
+_Self = TypeVar("_Self", bound="Runtime")  # typing.Self needs Python 3.11
+
+
+class Runtime(ABC):
+    """Executes the components of one bundle.
+
+    A subclass implements ``activate``, ``deactivate``, ``_run`` and ``info``. ``components`` maps each
+    component's name to its tensors, every size fixed but the batch ``N``.
+    """
+
+    def __init__(self, components: Mapping[str, Component]) -> None:
+        self.components = dict(components)
+        self._active = False
+
+    @property
+    @abstractmethod
+    def info(self) -> dict[str, Any]:
+        """What executes: ``name``, ``version``, ``device``, ``provider`` and the back-end's own settings."""
+
+    @abstractmethod
+    def activate(self) -> None:
+        """Load the graphs onto the device."""
+
+    @abstractmethod
+    def deactivate(self) -> None:
+        """Free what ``activate`` took; called once after it, also after a failure inside ``with``."""
+
+    @abstractmethod
+    def _run(self, component: str, feeds: Arrays) -> Arrays:
+        """Execute one graph on checked, contiguous inputs."""
+
+    def __enter__(self: _Self) -> _Self:
+        if self._active:
+            raise RuntimeError(f"{type(self).__name__} is already active: enter it once")
+        try:
+            self.activate()
+        except BaseException:
+            self.deactivate()
+            raise
+        self._active = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._active = False
+        self.deactivate()
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    def run(self, component: str, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Execute ``component`` on ``feeds`` (tensor name -> array) and return its outputs by name.
+
+        Raises ``ValueError`` for feeds that are not what the component declares (the caller's bug) and
+        ``BundleError`` for outputs that are not (the graph's).
+        """
+        if not self._active:
+            raise RuntimeError(f"{type(self).__name__} is not active: call run inside `with runtime:`")
+        if component not in self.components:
+            raise ValueError(f"no component {component!r}: this bundle has {', '.join(self.components)}")
+        tensors = self.components[component]
+        batch = check_arrays(component, "input", tensors.inputs, feeds)
+        ordered = {t.name: np.ascontiguousarray(feeds[t.name]) for t in tensors.inputs}
+        outputs = self._run(component, ordered)
+        try:
+            check_arrays(component, "output", tensors.outputs, outputs, batch)
+        except ValueError as error:
+            raise BundleError(f"{error}: the graph is not what bundle.json says; export it again") from None
+        return outputs
+
+
+def check_arrays(
+    component: str,
+    kind: str,
+    tensors: tuple[Tensor, ...],
+    arrays: Mapping[str, np.ndarray],
+    batch: int | None = None,
+) -> int:
+    """Raise ``ValueError`` unless ``arrays`` has the declared names, types and shapes; return the batch.
+
+    Every ``N`` must be the same number, ``batch`` where it is given.
+    """
+    declared = [t.name for t in tensors]
+    if missing := [n for n in declared if n not in arrays]:
+        raise ValueError(f"{component} lacks {kind} {', '.join(missing)}")
+    if unknown := [n for n in arrays if n not in declared]:
+        raise ValueError(f"{component} has no {kind} {', '.join(unknown)}: it has {', '.join(declared)}")
+    for tensor in tensors:
+        array = arrays[tensor.name]
+        where = f"{component} {kind} {tensor.name!r}"
+        if array.dtype != np.dtype(tensor.dtype):
+            raise ValueError(f"{where} must be {tensor.dtype}, got {array.dtype}")
+        sizes = dict(zip(tensor.shape, array.shape, strict=False))
+        if batch is None and "N" in sizes:
+            batch = sizes["N"]
+        expected = tuple(batch if d == "N" else d for d in tensor.shape)
+        if array.shape != expected:
+            raise ValueError(f"{where} must have shape {_shape(expected)}, got {_shape(array.shape)}")
+    if not batch:
+        raise ValueError(f"{component} {kind} has an empty batch")
+    return batch
+
+
+def _shape(shape: tuple[int | str | None, ...]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

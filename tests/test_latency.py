@@ -1,0 +1,145 @@
+"""The stage timer's arithmetic, the report's form, and what is learnt about the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import make_toy_bundle
+
+import moebius_edge
+from moebius_edge import machine
+from moebius_edge.bundle import Bundle
+from moebius_edge.latency import STAGES, StageTimer, latency_report, machine_info, peak_memory_bytes
+
+
+def test_summary_of_known_values() -> None:
+    timer = StageTimer()
+    for ms in (50.0, 10.0, 20.0, 30.0, 40.0):
+        timer.add("denoise", ms)
+    assert timer.summary() == {
+        "denoise": {
+            "count": 5,
+            "first_ms": 50.0,
+            "median_ms": 30.0,
+            "p95_ms": pytest.approx(48.0),  # linear: 0.95 of the way through 4 gaps is 40 + 0.8 * 10
+            "p99_ms": pytest.approx(49.6),
+            "total_ms": 150.0,
+        }
+    }
+
+
+def test_stages_come_in_the_order_of_the_work_and_only_if_measured() -> None:
+    timer = StageTimer()
+    for stage in ("stitch", "denoise", "load"):
+        timer.add(stage, 1.0)
+    assert list(timer.summary()) == ["load", "denoise", "stitch"]
+    assert StageTimer().summary() == {}
+    assert set(STAGES) >= {"preprocess", "vae_encode", "denoise", "vae_decode", "stitch", "total"}
+
+
+def test_measure_is_wall_clock_in_milliseconds() -> None:
+    timer = StageTimer()
+    with timer.measure("total"):
+        time.sleep(0.02)
+    assert 20 <= timer.summary()["total"]["first_ms"] < 2000
+
+
+def test_a_stage_that_failed_leaves_no_figure() -> None:
+    timer = StageTimer()
+    with pytest.raises(KeyboardInterrupt), timer.measure("denoise"):
+        raise KeyboardInterrupt
+    assert timer.summary() == {}
+
+
+def test_a_misspelt_stage_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="unknown stage 'denoising': one of load, read"):
+        StageTimer().add("denoising", 1.0)
+
+
+def test_report_is_json_and_complete(tmp_path: Path) -> None:
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "toy"))
+    timer = StageTimer()
+    timer.add("denoise", 12.5)
+    report = latency_report(timer, {"name": "onnxruntime", "threads": 2}, bundle, {"steps": 20})
+    again = json.loads(json.dumps(report, allow_nan=False))
+    assert again == report
+    assert report["schema_version"] == 1
+    assert report["version"] == moebius_edge.__version__
+    assert report["stages"]["denoise"]["first_ms"] == 12.5
+    assert report["runtime"] == {"name": "onnxruntime", "threads": 2}
+    assert report["settings"] == {"steps": 20}
+    assert report["bundle"]["name"] == "toy"
+    assert report["bundle"]["denoiser_sha256"] == bundle.files["denoiser.onnx"]["sha256"]
+    assert report["machine"]["cpu"]["cores_available"] >= 1
+    assert report["peak_memory_bytes"] > 10 << 20
+
+
+def test_peak_memory_sees_an_allocation_and_its_release() -> None:
+    code = (
+        "from moebius_edge.machine import peak_memory_bytes as peak\n"
+        "before = peak(); block = bytearray(200 << 20); del block; print(peak() - before)"
+    )
+    grown = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    assert 190 << 20 < grown < 260 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_peak_memory_is_not_the_parents() -> None:
+    block = np.ones(300 << 17)  # 300 MiB, really touched
+    code = "from moebius_edge.machine import peak_memory_bytes; print(peak_memory_bytes())"
+    child = int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    mine = peak_memory_bytes()
+    assert mine is not None and mine > block.nbytes > child
+
+
+def test_cores_follow_the_affinity() -> None:
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two CPUs whose affinity can be set")
+    code = (
+        "import os; from moebius_edge.machine import available_cores\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(available_cores())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "1"
+
+
+def test_machine_info_asks_no_package() -> None:
+    code = (
+        "import json, sys; from moebius_edge.machine import machine_info; json.dumps(machine_info())\n"
+        "print([m for m in ('numpy', 'cv2', 'torch', 'onnxruntime', 'rich') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert machine_info()["python"].startswith("3.")
+
+
+def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.gpus() == []
+
+    program.write_text(
+        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.86.15, 9.0, 81559'\necho 'Orin, 540.4.0, 8.7, [N/A]'\n"
+    )
+    program.chmod(0o755)
+    assert machine.gpus() == [
+        {
+            "name": "NVIDIA H100 80GB HBM3",
+            "driver": "570.86.15",
+            "compute_capability": "9.0",
+            "memory_bytes": 81559 << 20,
+        },
+        {"name": "Orin", "driver": "540.4.0", "compute_capability": "8.7", "memory_bytes": None},
+    ]
+
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert machine.gpus() == []

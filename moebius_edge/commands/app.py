@@ -1,0 +1,54 @@
+"""The typer application: which commands there are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .doctor import doctor
+from .download import download
+from .export import export
+from .inspect import inspect
+from .run import run
+from .train import train
+
+app = typer.Typer(
+    help="Inpaint photographs with the Moebius network on a Jetson, a GPU or a CPU, without PyTorch.",
+    epilog="Try: moebius-edge run photo.jpg mask.png  (white in the mask is filled)",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: a third of the time to print, and it can be searched
+)
+for command in (run, inspect, doctor, download, export, train):
+    app.command()(command)
+
+Abort = typer.Abort
+# What typer raises for a wrong option. Its home has moved between versions, so it is found by name.
+ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moebius-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def parse_message(error: Exception) -> str:
+    """Typer's message and where the help is: error classes carry both, but their type is not public."""
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = message.replace(": Value error, ", ": ")  # a validator's name in typer's newer versions
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "moebius-edge"
+    return f"{message.rstrip('.')}: see `{command} --help`"

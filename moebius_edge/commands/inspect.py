@@ -1,0 +1,95 @@
+"""``moebius-edge inspect``: what a bundle is, from ``bundle.json``. No graph is opened, no runtime needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+
+def inspect(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or the name 'tiny'.")],
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare every file's SHA-256.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show a bundle: model, gate, files and tensors."""
+    from ..bundle import Bundle
+
+    loaded = Bundle.load(bundle, verify=verify)
+    if as_json:
+        console.print_json({**loaded.summary(), "verified": verify, "exit_code": 0})
+        return
+    _print_facts(loaded)
+    _print_files(loaded, verify)
+    _print_tensors(loaded)
+
+
+def _print_facts(bundle: Bundle) -> None:
+    pixels, positions = (f"{n}x{n}" for n in (bundle.resolution, bundle.latent_size))
+    total, files = console.size(bundle.summary()["total_bytes"]), console.counted(len(bundle.files), "file")
+    facts: dict[str, Any] = {
+        "path": bundle.path,
+        "licence": bundle.licence,
+        "images": f"{pixels} pixels, latent {positions}",
+        "precision": f"{bundle.precision}, {total} in {files}",
+        "defaults": _pairs(bundle.defaults),
+        "model": _pairs(bundle.model),
+        "gate": _pairs(bundle.gate),
+        "made with": _pairs(bundle.tools),
+    }
+    print(f"{bundle.name}: {bundle.description}\n")
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        if str(value):
+            print(f"{name:<{width}}  {value}")
+    for name, value in _flat(bundle.source):
+        print(f"{'source':<{width}}  {name} {value}")
+
+
+def _print_files(bundle: Bundle, verified: bool) -> None:
+    table = console.table("file", "size", "SHA-256", "state", right=("size",))
+    for name, record in bundle.files.items():
+        table.add_row(
+            name,
+            console.size(record["bytes"]),
+            record["sha256"][:16],
+            "verified" if verified else "size only",
+        )
+    print()
+    console.print_table(table)
+    print()
+
+
+def _print_tensors(bundle: Bundle) -> None:
+    table = console.table("graph", "", "tensor", "type", "shape")
+    for component in bundle.components.values():
+        name = component.name
+        for direction, tensors in (("in", component.inputs), ("out", component.outputs)):
+            for tensor in tensors:
+                table.add_row(name, direction, tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)))
+                name = ""
+    console.print_table(table)
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in _flat(values))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested objects as dotted names; floats to four digits, which is what a person compares."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            rows.append((prefix + name, "(" + ", ".join(map(str, value)) + ")"))
+        else:
+            rows.append((prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return rows

@@ -1,0 +1,164 @@
+"""``moebius-edge run``: fill the hole in one photograph, or in a folder of them.
+
+Names and rights are checked first, then the picture is read, then the model, so that a mistake ends in
+milliseconds. The work itself is ``pipeline.Inpainter``'s; what is printed is ``summary``'s.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import BundleError, MoebiusError, PartialFailure, UsageError
+from . import console
+from .batch import Job, check_writable, plan, unused_masks
+from .summary import print_entry, print_result
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class Start(str, Enum):
+    """``pipeline.STARTS``, which is not imported here: that takes numpy and OpenCV."""
+
+    image = "image"
+    prefill = "prefill"
+    noise = "noise"
+
+
+class Sampler(str, Enum):
+    """``scheduler.SCHEDULERS``."""
+
+    ddim = "ddim"
+    dpm = "dpm++2m"
+
+
+def run(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph, or a folder of them.")],
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Its mask, or a folder: white is filled.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PATH", help="Result; default IMAGE_inpainted.png here."),
+    ] = None,
+    bundle: Annotated[str, typer.Option("--bundle", "-b", metavar="DIR", help="The model.")] = "tiny",
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, metavar="N", help="Sampling steps; default the bundle's.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="X", help="Guidance, 1 halves the time; default the bundle's."),
+    ] = None,
+    start: Annotated[
+        Start | None,
+        typer.Option(help="Sample from the image, from a prefill (removes objects), or from noise."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, metavar="X", help="Share of the steps that is executed.")
+    ] = None,
+    scheduler: Annotated[Sampler, typer.Option(help="dpm++2m needs fewer steps.")] = Sampler.ddim,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same result.")] = 0,
+    invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Fill black instead of white.")] = False,
+    mask_dilate: Annotated[
+        float, typer.Option(min=0.0, metavar="PX", help="Grow the mask by PX pixels.")
+    ] = 0,
+    feather: Annotated[
+        float | None, typer.Option(min=0.0, metavar="PX", help="Width of the seam round the mask.")
+    ] = None,
+    runtime: Annotated[str, typer.Option(metavar="NAME", help="What executes the network.")] = "onnxruntime",
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    latency_report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the latencies to FILE as JSON.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Fill the white part of MASK in IMAGE; the rest stays.
+
+    In folders, photo.jpg goes with photo.png or photo_mask.png, and --output names a folder; one bad pair
+    does not stop the others. PNG results keep every pixel outside the mask and its seam.
+    """
+    jobs = plan(image, mask, output)
+    if latency_report is not None:
+        _check_report(latency_report, jobs)
+    chosen = {
+        "steps": steps,
+        "guidance": guidance,
+        "start": None if start is None else start.value,
+        "strength": strength,
+        "scheduler": scheduler.value,
+        "seed": seed,
+        "feather": feather,
+    }
+    from .session import Session
+
+    session = Session(
+        bundle,
+        runtime,
+        device,
+        settings={name: value for name, value in chosen.items() if value is not None},
+        mask_options={"invert": invert_mask, "dilate": mask_dilate},
+    )
+    batch = image.is_dir()
+    if batch and (unused := unused_masks(jobs, mask)):
+        console.note(f"{console.counted(len(unused), 'mask')} without an image: {', '.join(unused)}")
+    entries: list[dict[str, Any]] = []
+    try:
+        with session:
+            for job in jobs:
+                label = f"[{len(entries) + 1}/{len(jobs)}] {job.image.name}" if batch else job.image.name
+                entries.append(_process(session, job, label, batch))
+                print_entry(entries[-1], batch, as_json)
+    except KeyboardInterrupt:
+        what = f"{_done(entries)} of {len(jobs)} done" if batch else "nothing written"
+        raise console.Interrupted(f"interrupted, {what}") from None
+    return _finish(session, entries, latency_report, batch, as_json)
+
+
+def _process(session: Session, job: Job, label: str, batch: bool) -> dict[str, Any]:
+    """The job's record. In a batch a bad pair becomes one; a bad model is bad for all and ends the run."""
+    try:
+        if job.problem:
+            raise UsageError(job.problem)
+        return session.process(job, label)
+    except MoebiusError as error:
+        if not batch or isinstance(error, BundleError) or session.unusable:
+            raise
+        mask = None if job.mask is None else str(job.mask)
+        return {"image": str(job.image), "mask": mask, "error": str(error), "exit_code": error.exit_code}
+
+
+def _finish(
+    session: Session, entries: list[dict[str, Any]], report_path: Path | None, batch: bool, as_json: bool
+) -> int:
+    """Write the latency report, print what the whole run has to say, and return its exit code."""
+    from ..files import atomic_write
+    from ..latency import latency_report
+
+    document: dict[str, Any] = {"exit_code": 0, "results": entries, "latency": None}
+    done = [entry["settings"] for entry in entries if "error" not in entry]
+    if len(done) < len(entries):
+        document["error"] = f"{len(done)} of {len(entries)} done, {len(entries) - len(done)} failed"
+        document["exit_code"] = PartialFailure.exit_code
+    if done and session.bundle is not None:
+        shared = {name: value for name, value in done[0].items() if all(s[name] == value for s in done)}
+        settings = {**shared, "pictures": len(done)}
+        document["latency"] = latency_report(session.timer, session.runtime_info, session.bundle, settings)
+        if report_path is not None:
+            with atomic_write(report_path) as temporary:
+                temporary.write_text(json.dumps(document["latency"], indent=2) + "\n", encoding="utf-8")
+    print_result(document, report_path, batch, as_json)
+    return int(document["exit_code"])
+
+
+def _check_report(path: Path, jobs: list[Job]) -> None:
+    check_writable(path)
+    taken = {p.resolve() for job in jobs for p in (job.image, job.mask, job.output) if p is not None}
+    if path.resolve() in taken:
+        raise UsageError(f"the latency report {path} is one of the pictures: name another file")
+
+
+def _done(entries: list[dict[str, Any]]) -> int:
+    return sum("error" not in entry for entry in entries)

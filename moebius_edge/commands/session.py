@@ -1,0 +1,100 @@
+"""One use of ``run``: a model that is opened once, and one picture after another through it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MachineError
+from . import console
+from .batch import Job
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..pipeline import Inpainter, Step
+
+
+class Session:
+    """Use as a context manager. ``settings`` go to ``Inpainter.inpaint``, ``mask_options`` to ``read_mask``.
+
+    ``timer`` collects the latencies of all pictures. ``bundle`` and ``runtime_info`` are known once the first
+    picture was read; ``unusable`` says that the model could not be opened, for which no picture is to blame.
+    """
+
+    def __init__(
+        self, bundle: str, runtime: str, device: str, settings: dict[str, Any], mask_options: dict[str, Any]
+    ) -> None:
+        from ..latency import StageTimer
+
+        self._wanted = (bundle, runtime, device)
+        self._settings, self._mask_options = settings, mask_options
+        self._stack = ExitStack()
+        self._inpainter: Inpainter | None = None
+        self.bundle: Bundle | None = None
+        self.runtime_info: dict[str, Any] = {}
+        self.unusable = False
+        self.timer = StageTimer()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._inpainter = None
+
+    def process(self, job: Job, label: str) -> dict[str, Any]:
+        """Read, inpaint and write one job, and return its JSON-ready record.
+
+        The picture is read before the model is opened: of two mistakes the cheap one is reported first.
+        """
+        assert job.mask is not None, "a job without a mask has nothing to process"
+        from ..imaging import check_output, read_mask, read_picture, write_picture
+
+        with console.progress() as update:
+
+            def on_step(step: Step) -> None:
+                update(label, step.index, step.total)
+
+            update(label, 0, 0)
+            with self.timer.measure("read"):
+                picture = read_picture(job.image)
+                check_output(job.output, picture)
+                hole = read_mask(job.mask, picture.size, **self._mask_options)
+            inpainter = self._inpainter or self._open()
+            result = inpainter.inpaint(picture, hole, on_step=on_step, timer=self.timer, **self._settings)
+            with self.timer.measure("write"):
+                _make_folder(job.output.parent)
+                written = write_picture(job.output, result.picture)
+        return {
+            "image": str(job.image),
+            "mask": str(job.mask),
+            "output": str(job.output),
+            "settings": result.settings,
+            "notes": [*result.notes, *written],
+        }
+
+    def _open(self) -> Inpainter:
+        from ..bundle import Bundle
+        from ..pipeline import Inpainter
+
+        name, runtime, device = self._wanted
+        self.unusable = True
+        with self.timer.measure("load"):
+            self.bundle = Bundle.load(name)
+            inpainter = self._stack.enter_context(Inpainter(self.bundle, runtime, device))
+        self.unusable = False
+        self._inpainter = inpainter
+        self.runtime_info = dict(inpainter.runtime.info)
+        for key in ("steps", "guidance", "start"):  # what was not chosen is the bundle's
+            if key in self.bundle.defaults:
+                self._settings.setdefault(key, self.bundle.defaults[key])
+        return inpainter
+
+
+def _make_folder(folder: Path) -> None:
+    """The results' folder, made for the first of them so that a run without results leaves none."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"cannot make folder {folder} ({error.strerror}): name another output") from error

@@ -1,0 +1,68 @@
+"""``moebius-edge inspect``: everything a bundle says of itself, and refusal of one that lies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from toy import flip_byte, make_toy_bundle
+
+from moebius_edge.cli import main
+from moebius_edge.files import sha256_file
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy_bundle(tmp_path / "toy")
+
+
+def test_a_person_sees_what_it_is(toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", str(toy)]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "toy: three toy graphs for tests"
+    facts = dict(line.split(maxsplit=1) for line in lines[2:10])
+    assert facts["path"] == str(toy)
+    assert facts["images"] == "64x64 pixels, latent 8x8"
+    assert facts["defaults"] == "steps 20, guidance 2, start image"
+    assert facts["gate"] == "psnr_db 99"
+    rows = [line.split() for line in lines]
+    assert ["denoiser.onnx", *sizes(toy), sha256_file(toy / "denoiser.onnx")[:16], "verified"] in rows
+    assert ["denoiser", "in", "sample", "float32", "N", "x", "9", "x", "8", "x", "8"] in rows
+    assert ["in", "branch", "int64", "N"] in rows
+    assert err == ""
+
+
+def sizes(toy: Path) -> list[str]:
+    return [f"{(toy / 'denoiser.onnx').stat().st_size / 1000:.1f}", "kB"]
+
+
+def test_json_holds_all(toy: Path, capsys: Captured) -> None:
+    assert main(["inspect", str(toy), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    manifest = json.loads((toy / "bundle.json").read_text())
+    for key in ("name", "resolution", "precision", "files", "gate", "tools", "source", "model", "defaults"):
+        assert document[key] == manifest[key], key
+    assert document["verified"] is True
+    assert document["components"]["denoiser"]["inputs"]
+
+
+def test_an_altered_bundle_is_refused_unless_told_otherwise(toy: Path, capsys: Captured) -> None:
+    flip_byte(toy / "vae_decoder.onnx")
+    assert main(["inspect", str(toy)]) == 4
+    out, err = capsys.readouterr()
+    assert out == "" and "vae_decoder.onnx was altered" in err
+    assert main(["inspect", str(toy), "--no-verify"]) == 0
+    out = capsys.readouterr().out
+    assert "size only" in out and "verified" not in out
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["inspect", str(tmp_path)]) == 4
+    assert "holds no bundle.json" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none"), "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 4

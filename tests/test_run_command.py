@@ -1,0 +1,590 @@
+"""``moebius-edge run`` from the outside: files in, files and text out, and every bad input of the list."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy import flip_byte, make_toy_bundle
+
+from moebius_edge.cli import main
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_bundle(tmp_path_factory.mktemp("bundles") / "toy")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def write_pair(
+    folder: Path, stem: str = "photo", suffix: str = ".png", size: tuple[int, int] = (96, 80)
+) -> None:
+    """An image and its mask, 16 by 16 pixels white in the middle."""
+    width, height = size
+    folder.mkdir(exist_ok=True)
+    noise = np.random.default_rng(zlib.crc32(stem.encode())).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(noise).save(folder / f"{stem}{suffix}")
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 2 - 8 : height // 2 + 8, width // 2 - 8 : width // 2 + 8] = 255
+    Image.fromarray(mask).save(folder / f"{stem}_mask.png")
+
+
+def run(toy: Path, *arguments: str | Path) -> int:
+    return main(["run", *map(str, arguments), "--bundle", str(toy)])
+
+
+def contents(folder: Path) -> set[str]:
+    """Every name below a folder, hidden temporary files included."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# --- one picture -----------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_filled_and_the_rest_is_untouched(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    before = contents(here)
+    assert run(toy, "photo.png", "photo_mask.png", "--feather", "4") == 0
+    out, err = capsys.readouterr()
+    assert contents(here) - before == {"photo_inpainted.png"}
+    assert out.splitlines()[0] == "saved photo_inpainted.png"
+    assert "start image, 19 of 20 steps, guidance 2, strength 0.99, ddim, seed 0\n" in out
+    assert "bundle toy (float32), onnxruntime 1." in out and " on cpu\n" in out
+    assert "error" not in err and "demonstration" not in err
+
+    original, result = (np.asarray(Image.open(here / f"photo{e}.png")) for e in ("", "_inpainted"))
+    assert result.shape == original.shape
+    hole = np.asarray(Image.open(here / "photo_mask.png")) > 127
+    assert (result[hole] != original[hole]).any(axis=-1).mean() > 0.9
+    far = np.ones_like(hole)
+    far[80 // 2 - 13 : 80 // 2 + 13, 96 // 2 - 13 : 96 // 2 + 13] = False
+    assert (result[far] == original[far]).all()
+
+
+def test_the_table_is_complete_and_fits_80_columns(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    write_pair(here)
+    assert run(toy, "photo.png", "photo_mask.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = (line.split() for line in lines if line.startswith("latency (ms)"))
+    assert header == ["latency", "(ms)", "count", "first", "median", "p95", "p99", "total"]
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in lines
+        if line and line.split()[1:2] in (["1"], ["2"], ["19"])
+    }
+    assert set(rows) == {
+        "load",
+        "read",
+        "write",
+        "preprocess",
+        "vae_encode",
+        "denoise",
+        "vae_decode",
+        "stitch",
+        "total",
+    }
+    assert len(rows["denoise"]) == 6 and rows["denoise"][0] == "19"
+    assert len(rows["load"]) == 3, "one value has no median"
+    assert all(len(line) <= 80 for line in lines if not line.startswith("total is one"))
+
+
+def test_settings_are_passed_on_and_named(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    options = "--steps 8 --guidance 1 --start prefill --strength 0.5 --seed 7 --scheduler dpm++2m --json"
+    assert run(toy, "photo.png", "photo_mask.png", *options.split()) == 0
+    document = json.loads(capsys.readouterr().out)
+    (entry,) = document["results"]
+    expected = {
+        "steps": 8,
+        "steps_executed": 4,
+        "guidance": 1.0,
+        "start": "prefill",
+        "strength": 0.5,
+        "seed": 7,
+        "scheduler": "dpm++2m",
+        "generator": "PCG64",
+        "regions": 1,
+    }
+    assert {name: entry["settings"][name] for name in expected} == expected
+    assert document["latency"]["stages"]["denoise"]["count"] == 4
+
+
+def test_what_is_not_chosen_is_the_bundles(here: Path, tmp_path: Path, capsys: Captured) -> None:
+    folder = make_toy_bundle(tmp_path / "own")
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["defaults"] = {"steps": 6, "guidance": 1.5, "start": "prefill"}
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    write_pair(here)
+    assert run(folder, "photo.png", "photo_mask.png", "--guidance", "0", "--json") == 0
+    settings = json.loads(capsys.readouterr().out)["results"][0]["settings"]
+    assert (settings["steps"], settings["guidance"], settings["start"]) == (6, 0.0, "prefill"), (
+        "0 is a choice"
+    )
+
+
+def test_json_is_the_only_thing_on_stdout(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    assert run(toy, "photo.png", "photo_mask.png", "-o", "out.jpg", "--json") == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["exit_code"] == 0
+    (entry,) = document["results"]
+    assert (entry["image"], entry["mask"], entry["output"]) == ("photo.png", "photo_mask.png", "out.jpg")
+    assert entry["notes"] == [
+        "out.jpg is JPEG, which is lossy: pixels outside the mask change slightly; .png keeps them"
+    ]
+    assert "note: out.jpg is JPEG" in err
+    assert document["latency"]["runtime"]["name"] == "onnxruntime"
+    assert document["latency"]["stages"]["total"]["count"] == 1
+
+
+def test_latency_report(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    assert run(toy, "photo.png", "photo_mask.png", "--latency-report", "latency.json") == 0
+    assert "latency report latency.json\n" in capsys.readouterr().out
+    report = json.loads((here / "latency.json").read_text())
+    assert report["schema_version"] == 1
+    assert report["bundle"]["name"] == "toy"
+    assert report["settings"]["steps_executed"] == 19
+    assert report["stages"]["denoise"]["count"] == 19
+    denoise = report["stages"]["denoise"]
+    assert 0 < denoise["median_ms"] <= denoise["p95_ms"] <= denoise["p99_ms"] <= denoise["total_ms"]
+    total = report["stages"]["total"]["total_ms"]
+    assert total >= sum(
+        report["stages"][s]["total_ms"] for s in ("denoise", "vae_encode", "vae_decode", "stitch")
+    )
+    assert report["peak_memory_bytes"] > 1 << 20
+    assert report["machine"]["cpu"]["cores_available"] >= 1
+
+
+def test_masks_inverted_dilated_and_empty(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    common = ("photo.png", "photo_mask.png", "--feather", "0")
+    original = np.asarray(Image.open("photo.png"))
+    assert run(toy, *common, "-o", "dilated.png", "--mask-dilate", "4") == 0
+    changed = (np.asarray(Image.open("dilated.png")) != original).any(axis=-1)
+    assert 16 * 16 < changed.sum() <= 24 * 24
+
+    Image.fromarray(np.zeros((80, 96), np.uint8)).save("empty.png")
+    capsys.readouterr()
+    assert run(toy, "photo.png", "empty.png", "-o", "same.png") == 0
+    assert "note: mask is empty: image returned unchanged" in capsys.readouterr().err
+    assert (np.asarray(Image.open("same.png")) == original).all()
+
+    assert run(toy, "photo.png", "empty.png", "-o", "all.png", "--invert-mask") == 0
+    assert "mask covers 100% of the image" in capsys.readouterr().err
+
+
+def test_the_same_command_gives_the_same_bytes(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    for name in ("a.png", "b.png"):
+        assert run(toy, "photo.png", "photo_mask.png", "-o", name, "--seed", "3") == 0
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+
+
+def test_an_output_folder_takes_the_default_name(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    (here / "out").mkdir()
+    assert run(toy, "photo.png", "photo_mask.png", "-o", "out") == 0
+    assert contents(here / "out") == {"photo_inpainted.png"}
+
+
+def test_odd_names_are_printed_as_they_are(here: Path, toy: Path, capsys: Captured) -> None:
+    long = "a photo [red]with[bold] " + "much " * 20 + "é.png"
+    write_pair(here)
+    assert run(toy, "photo.png", "photo_mask.png", "-o", long) == 0
+    assert f"saved {long}\n" in capsys.readouterr().out
+    assert (here / long).is_file()
+
+
+def test_the_bundled_model_says_that_it_is_a_demonstration(
+    here: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    write_pair(here)
+    assert run(make_toy_bundle(tmp_path / "t", name="tiny"), "photo.png", "photo_mask.png") == 0
+    err = capsys.readouterr().err
+    assert (
+        "note: tiny is a small demonstration model; for the published weights run `moebius-edge download"
+        in err
+    )
+
+
+# --- bad input: one line, the documented code, nothing written -------------------------------------------
+
+
+def refused(code: int, message: str, here: Path, toy: Path, capsys: Captured, *arguments: str | Path) -> str:
+    """Run, and check that it fails as documented and leaves the folder as it was. Returns the message."""
+    before = contents(here)
+    assert run(toy, *arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert "Traceback" not in err
+    assert contents(here) == before
+    return errors[0]
+
+
+def test_missing_files(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    refused(3, "there is no image nowhere.png", here, toy, capsys, "nowhere.png", "photo_mask.png")
+    refused(3, "there is no mask nowhere.png", here, toy, capsys, "photo.png", "nowhere.png")
+
+
+def test_truncated_and_false_pictures(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    (here / "cut.png").write_bytes((here / "photo.png").read_bytes()[:2000])
+    refused(2, "cut.png", here, toy, capsys, "cut.png", "photo_mask.png")
+    (here / "text.png").write_text("this is no picture\n")
+    refused(2, "text.png", here, toy, capsys, "text.png", "photo_mask.png")
+    refused(2, "text.png", here, toy, capsys, "photo.png", "text.png")
+    (here / "empty.png").write_bytes(b"")
+    refused(2, "empty.png", here, toy, capsys, "empty.png", "photo_mask.png")
+
+
+def test_a_huge_header_is_refused_before_decoding(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+    (here / "huge.png").write_bytes(data)
+    refused(2, "30000x30000", here, toy, capsys, "huge.png", "photo_mask.png")
+
+
+def test_a_mask_of_another_size_names_both(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    write_pair(here, "other", size=(64, 48))
+    message = refused(2, "64x48", here, toy, capsys, "photo.png", "other_mask.png")
+    assert "96x80" in message
+
+
+def test_damaged_bundles(here: Path, tmp_path: Path, capsys: Captured) -> None:
+    write_pair(here)
+    pair = ("photo.png", "photo_mask.png")
+    flipped = make_toy_bundle(tmp_path / "flipped")
+    flip_byte(flipped / "denoiser.onnx")
+    refused(4, "denoiser.onnx was altered", here, flipped, capsys, *pair)
+
+    missing = make_toy_bundle(tmp_path / "missing")
+    (missing / "vae_decoder.onnx").unlink()
+    refused(4, "vae_decoder.onnx is missing", here, missing, capsys, *pair)
+
+    unknown = make_toy_bundle(tmp_path / "unknown")
+    manifest = json.loads((unknown / "bundle.json").read_text())
+    (unknown / "bundle.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    refused(4, "99", here, unknown, capsys, *pair)
+
+    refused(4, "there is no bundle folder", here, tmp_path / "none", capsys, *pair)
+
+
+@pytest.mark.parametrize("component", ["vae_encoder", "denoiser", "vae_decoder"])
+def test_nan_weights_end_the_run_with_the_stage(
+    component: str, here: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    write_pair(here)
+    bundle = make_toy_bundle(tmp_path / "nan", nan_in=component)
+    refused(4, f"{component} returned NaN", here, bundle, capsys, "photo.png", "photo_mask.png")
+
+
+def test_a_full_disk(here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pair(here)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moebius_edge.imaging.write_png", full)
+    message = refused(3, "cannot write photo_inpainted.png", here, toy, capsys, "photo.png", "photo_mask.png")
+    assert "the disk is full" in message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_file_system_that_takes_no_more(here: Path, toy: Path) -> None:
+    """A real failing write, by the system's limit on a file's size."""
+    write_pair(here, size=(640, 480))
+    before = contents(here)
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from moebius_edge.cli import main\n"
+        f"sys.exit(main(['run', 'photo.png', 'photo_mask.png', '--bundle', {str(toy)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "error: cannot write photo_inpainted.png" in done.stderr and "Traceback" not in done.stderr
+    assert contents(here) == before
+
+
+def test_outputs_that_cannot_be_written_fail_before_any_work(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(here)
+    monkeypatch.setattr("moebius_edge.imaging.read_picture", lambda path: pytest.fail("the picture was read"))
+    pair = ("photo.png", "photo_mask.png")
+    refused(3, "there is no folder no: run `mkdir -p no`", here, toy, capsys, *pair, "-o", "no/out.png")
+    refused(
+        2, "output out.xyz has extension .xyz: use one of .png", here, toy, capsys, *pair, "-o", "out.xyz"
+    )
+    refused(2, "output out has no extension", here, toy, capsys, *pair, "-o", "out")
+    refused(2, "the output photo.png is the image itself", here, toy, capsys, *pair, "-o", "photo.png")
+    refused(2, "photo_mask.png is the mask itself", here, toy, capsys, *pair, "-o", "./photo_mask.png")
+    os.symlink("photo.png", "link.png")
+    refused(2, "the output link.png is the image itself", here, toy, capsys, *pair, "-o", "link.png")
+    refused(2, "photo.png is one of the pictures", here, toy, capsys, *pair, "--latency-report", "photo.png")
+    refused(3, "there is no folder no", here, toy, capsys, *pair, "--latency-report", "no/latency.json")
+    refused(2, "is no file", here, toy, capsys, *pair, "--latency-report", ".")
+    if sys.platform == "linux":
+        refused(3, "cannot write to /proc", here, toy, capsys, *pair, "-o", "/proc/out.png")
+    (here / "old.png").write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    refused(3, "cannot write old.png, it is write-protected", here, toy, capsys, *pair, "-o", "old.png")
+
+
+def test_a_folder_and_a_file_do_not_mix(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    (here / "masks").mkdir()
+    refused(2, "photo.png is a file but masks is a folder", here, toy, capsys, "photo.png", "masks")
+
+
+def test_unknown_runtime_and_missing_device(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    pair = ("photo.png", "photo_mask.png")
+    refused(2, "unknown runtime 'caffe'", here, toy, capsys, *pair, "--runtime", "caffe")
+    refused(2, "no device 'tpu'", here, toy, capsys, *pair, "--device", "tpu")
+
+
+def test_a_failed_run_keeps_an_older_result(here: Path, tmp_path: Path, capsys: Captured) -> None:
+    write_pair(here)
+    (here / "photo_inpainted.png").write_bytes(b"older")
+    bundle = make_toy_bundle(tmp_path / "nan", nan_in="vae_decoder")
+    refused(4, "vae_decoder returned NaN", here, bundle, capsys, "photo.png", "photo_mask.png")
+    assert (here / "photo_inpainted.png").read_bytes() == b"older"
+
+
+def test_ctrl_c_in_the_sampling_loop(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(here)
+    from moebius_edge.runtimes.ort import OrtRuntime
+
+    plain, calls = OrtRuntime._run, []
+
+    def interrupting(self: OrtRuntime, component: str, feeds: dict) -> dict:
+        calls.append(component)
+        if calls.count("denoiser") == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, component, feeds)
+
+    monkeypatch.setattr(OrtRuntime, "_run", interrupting)
+    before = contents(here)
+    assert run(toy, "photo.png", "photo_mask.png") == 130
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[-1]) == ("", "interrupted, nothing written")
+    assert contents(here) == before
+
+
+def test_ctrl_c_while_writing(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(here)
+
+    def interrupted(stream: object, *arguments: object) -> None:
+        stream.write(b"half a picture")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moebius_edge.imaging.write_png", interrupted)
+    before = contents(here)
+    assert run(toy, "photo.png", "photo_mask.png", "--json") == 130
+    assert json.loads(capsys.readouterr().out) == {"error": "interrupted, nothing written", "exit_code": 130}
+    assert contents(here) == before
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_processed_pair_by_pair(here: Path, toy: Path, capsys: Captured) -> None:
+    for stem, suffix in (("a", ".png"), ("b", ".jpg"), ("c", ".png")):
+        write_pair(here / "in", stem, suffix)
+    (here / "in" / "notes.txt").write_text("no picture")
+    assert run(toy, "in", "in", "-o", "out", "--latency-report", "l.json") == 0
+    out, err = capsys.readouterr()
+    assert contents(here / "out") == {"a.png", "b.png", "c.png"}
+    assert [line for line in out.splitlines() if line.startswith("saved")] == [
+        f"saved out/{s}.png" for s in "abc"
+    ]
+    assert out.splitlines()[-1] == "3 of 3 done"
+    assert "[2/3] b.jpg" in err
+    report = json.loads((here / "l.json").read_text())
+    assert report["stages"]["load"]["count"] == 1, "the model is opened once"
+    assert report["stages"]["total"]["count"] == 3
+    assert report["settings"]["pictures"] == 3 and report["settings"]["steps_executed"] == 19
+
+    Image.fromarray(np.zeros((80, 96), np.uint8)).save(here / "in" / "b_mask.png")
+    assert run(toy, "in", "in", "-o", "out", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [r["settings"]["steps_executed"] for r in document["results"]] == [19, 0, 19]
+    assert "steps_executed" not in document["latency"]["settings"], "what differs is not one setting"
+
+
+def test_one_bad_pair_does_not_stop_the_rest(here: Path, toy: Path, capsys: Captured) -> None:
+    images, masks = here / "images", here / "masks"
+    for stem in "abcd":
+        write_pair(images, stem)
+        masks.mkdir(exist_ok=True)
+        (images / f"{stem}_mask.png").rename(masks / f"{stem}.png")
+    (images / "a.png").write_text("no picture")
+    assert run(toy, "images", "masks", "--output", "out") == 6
+    out, err = capsys.readouterr()
+    assert contents(here / "out") == {"b.png", "c.png", "d.png"}
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert errors[0].startswith("error: a.png: images/a.png")
+    assert errors[1] == "error: 3 of 4 done, 1 failed"
+
+    assert run(toy, "images", "masks", "--output", "out", "--json") == 6
+    document = json.loads(capsys.readouterr().out)
+    assert (document["exit_code"], document["error"]) == (6, "3 of 4 done, 1 failed")
+    failed, *done = document["results"]
+    assert (failed["image"], failed["exit_code"]) == ("images/a.png", 2) and "output" not in failed
+    assert [entry["output"] for entry in done] == ["out/b.png", "out/c.png", "out/d.png"]
+
+
+def test_pairs_that_cannot_be_made(here: Path, toy: Path, capsys: Captured) -> None:
+    images, masks = here / "images", here / "masks"
+    for stem in ("good", "twice", "lonely"):
+        write_pair(images, stem)
+    write_pair(images, "good2", ".jpg")
+    masks.mkdir()
+    for stem in ("good", "good2", "twice"):
+        (images / f"{stem}_mask.png").rename(masks / f"{stem}.png")
+    (images / "lonely_mask.png").rename(masks / "lonley.png")
+    Image.open(images / "good2.jpg").save(images / "good2.png")
+    Image.open(masks / "twice.png").save(masks / "twice.bmp")
+    assert run(toy, images, masks, "-o", "out") == 6
+    err = capsys.readouterr().err
+    assert "error: good2.jpg: good2.jpg and good2.png share a name: rename one" in err
+    assert "error: twice.png: twice.png has 2 masks, twice.bmp and twice.png: keep one" in err
+    assert f"error: lonely.png: lonely.png has no mask: put lonely.png or lonely_mask.png into {masks}" in err
+    assert "note: 1 mask without an image: lonley.png" in err
+    assert "error: 1 of 4 done, 3 failed" in err
+    assert contents(here / "out") == {"good.png"}
+
+
+def test_a_bad_model_ends_a_batch_at_once(here: Path, tmp_path: Path, capsys: Captured) -> None:
+    for stem in "abc":
+        write_pair(here / "in", stem)
+    bundle = make_toy_bundle(tmp_path / "nan", nan_in="denoiser")
+    refused(4, "denoiser returned NaN", here, bundle, capsys, "in", "in", "-o", "out")
+    refused(2, "unknown runtime", here, bundle, capsys, "in", "in", "-o", "out", "--runtime", "x")
+
+
+def test_folders_that_make_no_sense(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here / "in")
+    (here / "empty").mkdir()
+    (here / "file").write_text("")
+    refused(2, "name one for the results with --output DIR", here, toy, capsys, "in", "in")
+    refused(2, "the output folder in holds the input", here, toy, capsys, "in", "in", "-o", "in")
+    refused(2, "output file is a file", here, toy, capsys, "in", "in", "-o", "file")
+    refused(3, "there is no folder no", here, toy, capsys, "in", "in", "-o", "no/out")
+    refused(2, "folder empty holds no images", here, toy, capsys, "empty", "in", "-o", "out")
+
+
+def test_a_batch_without_a_result_leaves_nothing(here: Path, toy: Path, capsys: Captured) -> None:
+    (here / "in").mkdir()
+    (here / "in" / "a.png").write_text("no picture")
+    (here / "in" / "a_mask.png").write_text("no picture")
+    before = contents(here)
+    assert run(toy, "in", "in", "-o", "out", "--latency-report", "l.json") == 6
+    err = capsys.readouterr().err
+    assert "note: no latency report was written to l.json: no picture was processed" in err
+    assert "error: 0 of 1 done, 1 failed" in err
+    assert contents(here) == before
+
+
+def test_ctrl_c_in_a_batch_says_what_is_done(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stem in "abc":
+        write_pair(here / "in", stem)
+    from moebius_edge import imaging
+
+    plain, read = imaging.read_picture, []
+
+    def interrupting(path: Path) -> imaging.Picture:
+        read.append(path)
+        if Path(path).name == "b.png":
+            raise KeyboardInterrupt
+        return plain(path)
+
+    monkeypatch.setattr(imaging, "read_picture", interrupting)
+    assert run(toy, "in", "in", "-o", "out") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted, 1 of 3 done"
+    assert contents(here / "out") == {"a.png"}
+
+
+# --- a terminal ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_bar_and_the_result_stays(here: Path, toy: Path) -> None:
+    import pty
+
+    write_pair(here)
+    parent, child = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "moebius_edge",
+        "run",
+        "photo.png",
+        "photo_mask.png",
+        "--bundle",
+        str(toy),
+    ]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=child, text=True, env=environment)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            data = os.read(parent, 65536)
+        except OSError:  # Linux's end of file of a terminal
+            break
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    assert done.returncode == 0, shown
+    assert b"photo.png" in shown and b"19/19" in shown and b"\x1b[" in shown
+    assert done.stdout.startswith("saved photo_inpainted.png\n"), "stdout is a pipe: no bar, no colour"
+    assert "\x1b" not in done.stdout

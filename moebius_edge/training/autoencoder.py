@@ -1,17 +1,19 @@
 """Trains a small autoencoder: diffusers' ``AutoencoderKL``, the class the published models use.
 
 The loss is L1 on pixels and on the levels of a Laplacian pyramid, so that detail counts at every scale, plus a
-light Kullback-Leibler term that keeps the latents smooth. No perceptual network and no adversary: nothing
-has to be downloaded, and the price is a slight softness.
+light Kullback-Leibler term that keeps the latents smooth. Three of the four latent channels are anchored to the
+mean colour of their 8x8 pixels: left to itself a short training spends all four on brightness and the pictures
+come out grey. No perceptual network and no adversary: nothing has to be downloaded, and the price is softness.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import asdict, dataclass
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from .data import PictureSource, to_network
-from .loop import Loader, atomic_save, progress_bar
+from .loop import Loader, cosine, progress_bar, update_average
+
+Loss = Callable[[AutoencoderKL, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
+
+
+class Stage(NamedTuple):
+    """``steps`` optimiser steps on batches of ``batch`` crops of ``side`` pixels."""
+
+    steps: int
+    batch: int
+    side: int
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,14 @@ class AutoencoderRecipe:
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 96)
     norm_num_groups: int = 8
-    # (share of the time, batch, side): small crops first, whole pictures last.
-    stages: tuple[tuple[float, int, int], ...] = ((0.55, 8, 64), (0.3, 4, 128), (0.15, 2, 256))
-    minutes: float = 25.0
+    stages: tuple[Stage, ...] = (Stage(1540, 8, 64), Stage(870, 4, 128))
     learning_rate: float = 2e-3
+    warmup: int = 100
     kl_weight: float = 2e-6
+    anchor_weight: float = 0.1
+    decoder_stage: Stage = Stage(1200, 1, 256)
+    decoder_learning_rate: float = 5e-4
+    texture_weight: float = 0.5
     photo_share: float = 0.6
     ema_decay: float = 0.997
     seed: int = 0
@@ -61,63 +76,135 @@ def pyramid_l1(a: torch.Tensor, b: torch.Tensor, levels: int = 3) -> torch.Tenso
         band = difference - F.interpolate(coarse, scale_factor=2.0, mode="nearest")
         loss = loss + band.abs().mean()
         difference = coarse
-    return loss + difference.abs().mean()
+    return loss + 2 * difference.abs().mean()
+
+
+def mean_colours(image: torch.Tensor) -> torch.Tensor:
+    """What three latent channels are anchored to: brightness and two colour differences, each of about unit
+    deviation on photographs; image (N, 3, 8h, 8w) in [-1, 1] -> (N, 3, h, w)."""
+    red, green, blue = F.avg_pool2d(image, 8).unbind(1)
+    return torch.stack([(red + green + blue) * (2 / 3), (red - blue) * 3, (green - (red + blue) / 2) * 4], 1)
+
+
+def texture_loss(decoded: torch.Tensor, image: torch.Tensor, window: int = 8) -> torch.Tensor:
+    """L1 between the local contrasts (root mean square in windows) of the two finest pyramid bands; a scalar.
+
+    Pixel losses alone answer doubt with blur. This asks for the right amount of detail, wherever it may lie.
+    """
+    loss = decoded.new_zeros(())
+    for _ in range(2):
+        contrasts = []
+        coarse = []
+        for picture in (decoded, image):
+            small = F.avg_pool2d(picture, 2)
+            band = picture - F.interpolate(small, scale_factor=2.0, mode="nearest")
+            contrasts.append((F.avg_pool2d(band.square(), window) + 1e-5).sqrt())
+            coarse.append(small)
+        loss = loss + (contrasts[0] - contrasts[1]).abs().mean()
+        decoded, image = coarse
+    return loss
+
+
+class Trainer:
+    """An autoencoder with its running average and optimiser; ``run`` trains it on stages with one loss."""
+
+    def __init__(self, model: AutoencoderKL, recipe: AutoencoderRecipe, learning_rate: float, device: str) -> None:
+        self.model, self.recipe = model.to(device).train(), recipe
+        self.learning_rate, self.device = learning_rate, device
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=1e-4, betas=(0.9, 0.95))
+
+    def run(self, title: str, stages: tuple[Stage, ...], loss: Loss, seed: int) -> AutoencoderKL:
+        """Trains to the end of ``stages``; returns the averaged model. Raises RuntimeError on a loss not finite."""
+        recipe, step, total = self.recipe, 0, sum(stage.steps for stage in stages)
+        with progress_bar(title, total) as report:
+            for number, stage in enumerate(stages):
+                source = PictureSource(stage.side, recipe.photo_share)
+                loader = Loader(source, stage.batch, seed=seed + 1000 * number)
+                for pictures in itertools.islice(loader, stage.steps):
+                    rate = min(1.0, (step + 1) / recipe.warmup) * cosine(step / total, 0.02)
+                    for group in self.optimiser.param_groups:
+                        group["lr"] = self.learning_rate * rate
+                    image = torch.from_numpy(to_network(pictures)).to(self.device)
+                    value, figures = loss(self.model, image)
+                    if not torch.isfinite(value):
+                        raise RuntimeError(f"the {title}'s loss is {value.item()} at step {step}; lower learning_rate")
+                    value.backward()
+                    nn.utils.clip_grad_norm_(self.trained, 1.0)
+                    self.optimiser.step()
+                    self.optimiser.zero_grad(set_to_none=True)
+                    step += 1
+                    update_average(self.average, self.model, min(recipe.ema_decay, step / (step + 10)))
+                    if step % 20 == 0:
+                        report(step, {"step": step, "side": stage.side, **figures})
+        return self.average.eval()
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, output: Path, device: str = "cpu") -> AutoencoderKL:
-    """Trains for ``recipe.minutes`` and writes a diffusers folder ``output``; returns the averaged model."""
+    """Trains encoder and decoder, evens out the latents and writes a diffusers folder ``output``."""
     torch.manual_seed(recipe.seed)
-    model = build_autoencoder(recipe).to(device)
-    average = build_autoencoder(recipe).to(device).requires_grad_(False)
-    average.load_state_dict(model.state_dict())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=1e-4, betas=(0.9, 0.95))
-    started, step, elapsed = time.monotonic(), 0, 0.0
-    with progress_bar("autoencoder", recipe.minutes * 60) as report:
-        stage_ends = np.cumsum([share for share, _, _ in recipe.stages]) * recipe.minutes * 60
-        for stage, (_, batch, side) in enumerate(recipe.stages):
-            source = PictureSource(side, recipe.photo_share)
-            loader = Loader(lambda rng, s=source: s(rng), batch, seed=recipe.seed + 1000 * stage)
-            for pictures in loader:
-                elapsed = time.monotonic() - started
-                if elapsed > stage_ends[stage]:
-                    break
-                share = elapsed / (recipe.minutes * 60)
-                for group in optimiser.param_groups:
-                    warm = min(1.0, (step + 1) / 100)
-                    group["lr"] = recipe.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-                image = torch.from_numpy(to_network(pictures)).to(device)
-                with torch.autocast(device, torch.bfloat16):
-                    posterior = model.encode(image).latent_dist
-                    decoded = model.decode(posterior.sample()).sample
-                reconstruction = pyramid_l1(decoded.float(), image)
-                loss = reconstruction + recipe.kl_weight * posterior.kl().mean()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
-                step += 1
-                decay = min(recipe.ema_decay, step / (step + 10))
-                with torch.no_grad():
-                    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                        slow.lerp_(fast, 1 - decay)
-                if step % 20 == 0:
-                    report(elapsed, {"step": step, "side": side, "loss": reconstruction.item()})
-                if step % 500 == 0:
-                    _save(average, recipe, output, {"steps": step})
-    _save(average, recipe, output, {"steps": step, "seconds": elapsed})
-    return average
+
+    def loss(model: AutoencoderKL, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        with torch.autocast(device, torch.bfloat16):
+            posterior = model.encode(image).latent_dist
+            decoded = model.decode(posterior.sample()).sample
+        reconstruction = pyramid_l1(decoded.float(), image)
+        anchor = (posterior.mean[:, :3].float() - mean_colours(image)).square().mean()
+        total = reconstruction + recipe.kl_weight * posterior.kl().mean() + recipe.anchor_weight * anchor
+        return total, {"loss": reconstruction.item(), "anchor": anchor.item()}
+
+    trainer = Trainer(build_autoencoder(recipe), recipe, recipe.learning_rate, device)
+    model = trainer.run("autoencoder", recipe.stages, loss, recipe.seed).cpu()
+    rng, source = np.random.default_rng(recipe.seed + 7), PictureSource(256, recipe.photo_share)
+    normalise_latents(model, np.stack([source(rng) for _ in range(48)]))
+    model.register_to_config(scaling_factor=1.0)
+    model.save_pretrained(output)
+    return model
+
+
+def finetune_decoder(
+    model: AutoencoderKL, recipe: AutoencoderRecipe, output: Path, device: str = "cpu"
+) -> AutoencoderKL:
+    """Goes on training the decoder alone, on whole pictures and with ``texture_loss``; writes ``output``.
+
+    The encoder is frozen, so latents that a denoiser was trained on keep their meaning.
+    """
+    model.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+    model.post_quant_conv.requires_grad_(True)
+
+    def loss(model: AutoencoderKL, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                latent = model.encode(image).latent_dist.mean
+            decoded = model.decode(latent).sample.float()
+        reconstruction, texture = pyramid_l1(decoded, image), texture_loss(decoded, image)
+        return reconstruction + recipe.texture_weight * texture, {
+            "loss": reconstruction.item(),
+            "texture": texture.item(),
+        }
+
+    trainer = Trainer(model, recipe, recipe.decoder_learning_rate, device)
+    model = trainer.run("decoder", (recipe.decoder_stage,), loss, recipe.seed + 500).cpu()
+    model.save_pretrained(output)
+    return model
 
 
 @torch.no_grad()
-def latent_deviation(model: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Standard deviation of the posterior means over uint8 pictures (N, H, W, 3)."""
-    latents = [model.encode(torch.from_numpy(to_network(p[None]))).latent_dist.mean for p in pictures]
-    return float(torch.cat(latents).std())
+def normalise_latents(model: AutoencoderKL, pictures: np.ndarray) -> None:
+    """Gives every latent channel zero mean and unit deviation over uint8 pictures (N, H, W, 3), in place.
 
-
-def _save(model: AutoencoderKL, recipe: AutoencoderRecipe, output: Path, figures: dict[str, Any]) -> None:
-    rng = np.random.default_rng(recipe.seed + 7)
-    source = PictureSource(256, recipe.photo_share)
-    model.register_to_config(scaling_factor=1 / latent_deviation(model, np.stack([source(rng) for _ in range(32)])))
-    model.save_pretrained(output)
-    atomic_save({"recipe": asdict(recipe), **figures}, output / "training.json")
+    Exact: the 1x1 convolutions next to the latent take the factors, so decode(encode(x)) stays what it was.
+    A channel of small deviation would otherwise drown in the noise that is the same for all.
+    """
+    means = [model.encode(torch.from_numpy(to_network(p[None]))).latent_dist.mean for p in pictures]
+    latents = torch.cat(means)
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    encode, decode = model.quant_conv, model.post_quant_conv
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= deviation[None, :, None, None]
+    encode.weight[:channels] /= deviation[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / deviation
+    encode.bias[channels:] -= 2 * deviation.log()  # the logarithm of the variance

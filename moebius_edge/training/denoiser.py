@@ -7,7 +7,6 @@ weights the early steps, which decide the hole's colours, hardly count.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..model import StudentConfig, build_student
 from ..scheduler import DDIM
 from ..spec import NOISE_OFFSET, NUM_TRAIN_TIMESTEPS
 from .latents import LatentCache
-from .loop import Loader, atomic_save, progress_bar
+from .loop import Loader, atomic_save, cosine, progress_bar, update_average
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class DenoiserRecipe:
             latent_size=32,
         )
     )
-    steps: int = 3000
-    batch: int = 16
-    learning_rate: float = 1.5e-3
-    warmup: int = 150
-    ema_decay: float = 0.997
+    steps: int = 4700
+    batch: int = 8
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    ema_decay: float = 0.998
     prompt_dropout: float = 0.15
     hole_weight: float = 3.0
     weight_limit: float = 20.0
@@ -94,16 +93,18 @@ class DenoiserTrainer:
         self.done = 0
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """One training sample: clean, masked and mask latents, noise, timestep, whether to drop the prompts."""
+        """One sample: clean, masked and mask latents, noise, a place in its share of the timesteps, prompts dropped."""
         clean, masked, mask = self.cache.pair(rng)
         noise = rng.standard_normal(clean.shape, np.float32)
         noise += NOISE_OFFSET * rng.standard_normal((len(clean), 1, 1), np.float32)
-        timestep = np.int64(rng.integers(NUM_TRAIN_TIMESTEPS))
-        return clean, masked, mask, noise, timestep, np.int64(rng.random() < self.recipe.prompt_dropout)
+        return clean, masked, mask, noise, rng.random(), np.int64(rng.random() < self.recipe.prompt_dropout)
 
     def predict(self, network: nn.Module, batch: tuple[np.ndarray, ...]) -> tuple[torch.Tensor, ...]:
         """The predicted noise and what the loss needs beside it."""
-        clean, masked, mask, noise, timestep, drop = (torch.from_numpy(a).to(self.device) for a in batch)
+        clean, masked, mask, noise, place, drop = (torch.from_numpy(a).to(self.device) for a in batch)
+        # Each sample of a batch has its own share of the trajectory: less spread between batches.
+        shares = torch.arange(len(place), device=self.device)
+        timestep = ((shares + place) / len(place) * NUM_TRAIN_TIMESTEPS).long()
         alpha_bar = self.alpha_bar[timestep]
         signal, spread = (a.sqrt()[:, None, None, None] for a in (alpha_bar, 1 - alpha_bar))
         sample = torch.cat([signal * clean + spread * noise, mask, masked], 1)
@@ -117,7 +118,7 @@ class DenoiserTrainer:
         """One optimiser step; returns the loss. Raises RuntimeError when the loss is not finite."""
         recipe = self.recipe
         share = self.done / recipe.steps
-        rate = min(1.0, (self.done + 1) / recipe.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+        rate = min(1.0, (self.done + 1) / recipe.warmup) * cosine(share, 0.01)
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate
         predicted, noise, mask, alpha_bar = self.predict(self.student, batch)
@@ -130,12 +131,7 @@ class DenoiserTrainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.done += 1
-        decay = min(recipe.ema_decay, self.done / (self.done + 10))
-        with torch.no_grad():
-            for slow, fast in zip(self.average.parameters(), self.student.parameters(), strict=True):
-                slow.lerp_(fast, 1 - decay)
-            for slow, fast in zip(self.average.buffers(), self.student.buffers(), strict=True):
-                slow.copy_(fast)
+        update_average(self.average, self.student, min(recipe.ema_decay, self.done / (self.done + 10)))
         return loss.item()
 
     def run(self, save_every: int = 250) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 class Loader:
@@ -62,6 +64,20 @@ def atomic_save(content: Any, path: Path) -> None:
     else:
         torch.save(content, temporary)
     os.replace(temporary, path)
+
+
+def cosine(share: float, floor: float) -> float:
+    """1 at the start, ``floor`` at the end, half a cosine between."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves the average's parameters towards the model's; buffers are copied."""
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - decay)
+    for slow, fast in zip(average.buffers(), model.buffers(), strict=True):
+        slow.copy_(fast)
 
 
 @contextlib.contextmanager

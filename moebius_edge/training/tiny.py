@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
-from .autoencoder import AutoencoderRecipe, train_autoencoder
+from ..errors import MachineError
+from .autoencoder import AutoencoderRecipe, finetune_decoder, train_autoencoder
 from .denoiser import DenoiserRecipe, DenoiserTrainer
 from .latents import LatentCache, encode_pairs
 from .loop import atomic_save
@@ -33,12 +34,13 @@ class TinyRecipe:
 
 def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
     """Trains ``tiny`` and writes ``output/checkpoint``, which ``moebius-edge export`` reads; returns that folder."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
     output.mkdir(parents=True, exist_ok=True)
     resolution = 8 * recipe.denoiser.student.latent_size
     vae_folder, cache_file = output / "vae", output / "latents.npz"
-    if not (vae_folder / "finished").exists():
+    if not (vae_folder / "config.json").exists():
         train_autoencoder(recipe.autoencoder, vae_folder, device)
-        (vae_folder / "finished").touch()
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
     if not cache_file.exists():
         encode_pairs(
@@ -48,6 +50,7 @@ def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
     trainer = DenoiserTrainer(recipe.denoiser, LatentCache.load(cache_file), output, device)
     trainer.resume()
     student = trainer.run()
+    vae = finetune_decoder(vae, recipe.autoencoder, output / "vae_finetuned", device)
     return save_checkpoint(student, vae, recipe, output / "checkpoint")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ..masks import latent_mask
 from .data import PictureSource, to_network
 from .loop import Loader, progress_bar
 from .masks import sample_mask
@@ -61,9 +62,7 @@ def encode_pairs(
             latents = (latents.float() * scale).numpy().astype(np.float16)
             clean.append(latents[0])
             masked.append(latents[1:])
-            step = size // latents.shape[-1]
-            # Nearest to the latent grid, as the sampler does it.
-            masks.append(mask[0][:, step // 2 :: step, step // 2 :: step].astype(np.uint8))
+            masks.append(np.stack([latent_mask(m, latents.shape[-1]) for m in mask[0]]).astype(np.uint8))
             if len(clean) % 50 == 0:
                 report(len(clean), {"pairs": len(clean), "per_s": len(clean) / (time.monotonic() - started)})
             if len(clean) == pictures:

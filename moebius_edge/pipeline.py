@@ -1,0 +1,258 @@
+"""The main job: fill the masked part of a picture with a bundle's network, and change nothing else.
+
+``Inpainter`` goes from picture to picture: it cuts out regions, drives ``sampling.denoise`` on each, and
+stitches the results in. Files are ``imaging``'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import UsageError
+from .imaging import Picture
+from .masks import Mask, latent_mask, threshold
+from .regions import Region, extract, extract_mask, plan_regions, prefill
+from .runtimes import Runtime, create_runtime
+from .sampling import Floats, Step, check_finite, denoise, initial_noise, measured
+from .scheduler import SCHEDULERS, Scheduler
+from .spec import LATENT_CHANNELS
+from .stitching import default_feather, stitch
+
+if TYPE_CHECKING:
+    from .latency import StageTimer
+
+__all__ = ["STARTS", "Inpainter", "Result", "Step", "check_finite", "denoise", "initial_noise"]
+
+STARTS = ("image", "prefill", "noise")
+STRENGTH = 0.99  # upstream's: of 20 steps the first is left out
+LARGE_SHARE = 0.9  # a mask covering more of the picture than this leaves too little to go by
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The filled picture, what the user should know of it, and every setting that made it (JSON-ready)."""
+
+    picture: Picture
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, C): grey, grey and alpha, RGB, or RGB and alpha, in the input's type."""
+        return self.picture.samples
+
+
+class Inpainter:
+    """A bundle's model, ready for one picture after another.
+
+    ``with Inpainter("tiny") as inpainter`` loads the graphs at once and frees them at the end. Without
+    ``with`` the first picture that needs them loads them, and ``close`` frees them. A runtime passed in
+    already active is used as it is and left active.
+
+    Args:
+        bundle: a loaded bundle, a bundle's folder, or the name of a bundled model.
+        runtime: a runtime's name, or a runtime that holds the graphs of ``bundle``.
+        device: where a runtime given by name executes.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or altered.
+        UsageError, MachineError: the runtime is unknown, or this machine lacks it.
+    """
+
+    def __init__(
+        self, bundle: Bundle | str | Path, runtime: str | Runtime = "onnxruntime", device: str = "cpu"
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self.runtime = runtime if isinstance(runtime, Runtime) else create_runtime(runtime, self.bundle, device)
+        self._opened = False
+
+    def __enter__(self) -> Inpainter:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the runtime holds; the next picture loads it again."""
+        if self._opened:
+            self._opened = False
+            self.runtime.__exit__(None, None, None)
+
+    def _open(self) -> None:
+        if not self.runtime.active:
+            self.runtime.__enter__()
+            self._opened = True
+
+    def inpaint(
+        self,
+        image: np.ndarray | Picture,
+        mask: np.ndarray,
+        steps: int = 20,
+        guidance: float = 2.0,
+        start: str = "image",
+        seed: int = 0,
+        strength: float | None = None,
+        scheduler: str = "ddim",
+        feather: float | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        timer: StageTimer | None = None,
+    ) -> Result:
+        """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
+
+        Args:
+            image: a picture, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept as it is, and grey
+                stays grey.
+            mask: (H, W), True or above half of its type's range where to fill.
+            steps: length of the sampler's schedule, of which ``strength`` executes a part.
+            guidance: e = eu + guidance (ec - eu); 1 needs half the network's work.
+            start: where sampling starts. ``image``: from the original, as upstream; what is under the mask
+                leaks into the start, so an object to be removed may show through. ``prefill``: from the
+                original with its hole filled by a classical inpainter, right for removing an object.
+                ``noise``: from nothing.
+            seed: the same seed gives the same noise on every runtime.
+            strength: share of the schedule that is executed, in (0, 1]; absent, 0.99, and 1 for ``noise``.
+            scheduler: a name in ``SCHEDULERS``.
+            feather: width of the seam in pixels; absent, 3% of each crop's side and at least 4. Where the
+                hole comes closer than that to the edge of its crop, it is narrower.
+            on_step: called after each network call of the denoiser; with several regions in the picture,
+                index and total count through all of them.
+            timer: collects the stages' latencies.
+
+        Raises:
+            UsageError: an argument is out of range, or the mask has another size than the image.
+            BundleError: a component's output is not finite; the message names the stage.
+        """
+        with measured(timer, "total"):
+            picture = image if isinstance(image, Picture) else Picture.from_array(image)
+            hole = _checked_mask(mask, picture)
+            strength = _checked_strength(start, strength)
+            _check_numbers(guidance, seed, feather)
+            if scheduler not in SCHEDULERS:
+                raise UsageError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
+            sampler = SCHEDULERS[scheduler](steps, strength)
+            with measured(timer, "preprocess"):
+                regions = plan_regions(hole, self.bundle.resolution)
+                canvas = picture.pixels.copy() if regions else picture.pixels
+            notes = [*picture.notes, *_mask_notes(hole)]
+            feathers = [default_feather(r) if feather is None else feather for r in regions]
+            if regions:
+                self._open()
+            calls = len(sampler.timesteps)
+            for number, (region, width) in enumerate(zip(regions, feathers, strict=True)):
+
+                def report(step: Step, done: int = number * calls) -> None:
+                    if on_step is not None:
+                        on_step(replace(step, index=done + step.index, total=len(regions) * calls))
+
+                noise = initial_noise(seed, number, self._latent_shape())
+                made = self._fill(picture.pixels, hole, region, start, noise, sampler, guidance, report, timer)
+                with measured(timer, "stitch"):
+                    stitch(canvas, made, region, hole, width)
+            settings = {
+                "start": start,
+                "steps": steps,
+                "steps_executed": calls if regions else 0,
+                "guidance": guidance,
+                "strength": strength,
+                "scheduler": scheduler,
+                "seed": seed,
+                "generator": "PCG64",
+                "regions": len(regions),
+                "feather_px": [min(f, r.room(*hole.shape)) for f, r in zip(feathers, regions, strict=True)],
+            }
+            return Result(replace(picture, pixels=canvas), notes, settings)
+
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        return 1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size
+
+    def _fill(
+        self,
+        pixels: np.ndarray,
+        mask: Mask,
+        region: Region,
+        start: str,
+        noise: Floats,
+        sampler: Scheduler,
+        guidance: float,
+        report: Callable[[Step], None],
+        timer: StageTimer | None,
+    ) -> Floats:
+        """What the network makes of one region: RGB in [0, 1], (resolution, resolution, 3)."""
+        with measured(timer, "preprocess"):
+            image = extract(pixels, region, self.bundle.resolution)
+            hole = extract_mask(mask, region, self.bundle.resolution)
+            cells = latent_mask(hole, self.bundle.latent_size)[None, None].astype(np.float32)
+            first = prefill(image, hole) if start == "prefill" else image
+        masked = self._encode(_to_network(image) * ~hole, timer, "the masked image")
+        latent = noise
+        if start != "noise":
+            latent = sampler.add_noise(self._encode(_to_network(first), timer, "the start"), noise)
+        for step in denoise(self.runtime, latent, cells, masked, sampler, guidance, timer):
+            latent = step.latent
+            report(step)
+        with measured(timer, "vae_decode"):
+            decoded = self.runtime.run("vae_decoder", {"latent": latent})["image"]
+        check_finite(decoded, "vae_decoder")
+        return decoded[0].transpose(1, 2, 0) / 2 + np.float32(0.5)
+
+    def _encode(self, image: Floats, timer: StageTimer | None, what: str) -> Floats:
+        """One picture at a time: two in a batch would double the encoder's memory, largest on a device."""
+        with measured(timer, "vae_encode"):
+            latent = self.runtime.run("vae_encoder", {"image": image})["latent"]
+        check_finite(latent, "vae_encoder", f" for {what}")
+        return latent
+
+
+def _to_network(image: Floats) -> Floats:
+    """(H, W, 3) in [0, 1] -> (1, 3, H, W) in [-1, 1]."""
+    return image.transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1)
+
+
+def _checked_mask(mask: np.ndarray, picture: Picture) -> Mask:
+    hole = threshold(mask)
+    height, width = hole.shape
+    if (width, height) != picture.size:
+        raise UsageError(
+            f"the mask is {width}x{height} and the picture is {picture.size[0]}x{picture.size[1]}: "
+            "give a mask of the picture's size"
+        )
+    return hole
+
+
+def _mask_notes(hole: Mask) -> list[str]:
+    share = float(hole.mean())
+    if share == 0:
+        return ["mask is empty: image returned unchanged"]
+    if share > LARGE_SHARE:
+        return [f"mask covers {share:.0%} of the image: little is left to guide the fill; is it inverted?"]
+    return []
+
+
+def _checked_strength(start: str, strength: float | None) -> float:
+    if start not in STARTS:
+        raise UsageError(f"unknown start {start!r}: choose one of {', '.join(STARTS)}")
+    if start != "noise":
+        return STRENGTH if strength is None else strength
+    if strength is not None and strength != 1:
+        raise UsageError(f"strength {strength} does not go with start noise, which is strength 1: leave it out")
+    return 1.0
+
+
+def _check_numbers(guidance: float, seed: int, feather: float | None) -> None:
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise UsageError(f"guidance is {guidance}: give a number of 0 or more, such as 2.0")
+    if seed < 0:
+        raise UsageError(f"seed is {seed}: give a whole number of 0 or more")
+    if feather is not None and not (math.isfinite(feather) and feather >= 0):
+        raise UsageError(f"feather is {feather}: give 0 or more pixels")

@@ -1,0 +1,103 @@
+"""Thresholds on arrays, growing, and the latent grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moebius_edge.errors import UsageError
+from moebius_edge.masks import bounds, dilate, distance_outside, latent_mask, threshold
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[False, True]]), [False, True]),
+        (np.array([[127, 128]], np.uint8), [False, True]),
+        (np.array([[32767, 32768]], np.uint16), [False, True]),
+        (np.array([[0.5, 0.51]]), [False, True]),
+        (np.array([[[0], [255]]], np.uint8), [False, True]),
+    ],
+)
+def test_threshold(values: np.ndarray, expected: list[bool]) -> None:
+    assert threshold(values).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            np.array([[0, 1]], np.uint8),
+            r"mask fills nothing: white \(255\) fills, and its brightest value is 1;",
+        ),
+        (np.array([[0, 300]], np.uint16), r"white \(65535\) fills, and its brightest value is 300"),
+        (np.array([[0.0, np.nan]]), "values that are not finite"),
+        (np.zeros((2, 2), np.int64), "type int64: convert it to bool"),
+        (np.zeros((2, 2, 3), np.uint8), r"shape \(2, 2, 3\): give one value a pixel"),
+    ],
+)
+def test_threshold_refuses(values: np.ndarray, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        threshold(values)
+
+
+def test_bounds() -> None:
+    mask = np.zeros((9, 8), bool)
+    assert bounds(mask) is None
+    mask[2, 3] = mask[6, 5] = True
+    assert bounds(mask) == (2, 3, 7, 6)
+
+
+def test_distance_is_euclidean_and_dilation_agrees() -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((40, 50)) < 0.005
+    points = np.argwhere(mask)
+    y, x = np.mgrid[:40, :50]
+    expected = np.min([np.hypot(y - a, x - b) for a, b in points], axis=0)
+    np.testing.assert_array_equal(distance_outside(mask), expected.astype(np.float32))
+    for radius in (1, 2.5, 6):
+        np.testing.assert_array_equal(dilate(mask, radius), expected <= radius)
+
+
+def test_dilate_keeps_its_input() -> None:
+    mask = np.zeros((20, 20), bool)
+    mask[10, 10] = True
+    dilate(mask, 4)
+    assert mask.sum() == 1
+    assert not dilate(np.zeros((5, 5), bool), 3).any()
+
+
+def test_latent_mask_of_solid_shapes_is_nearest() -> None:
+    """As upstream: the top left pixel of each cell decides, wherever a whole cell fits in the shape."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        mask = np.zeros((128, 128), bool)
+        for _ in range(3):
+            top, left = rng.integers(0, 110, 2)
+            height, width = rng.integers(8, 60, 2)
+            mask[top : min(128, top + height), left : min(128, left + width)] = True
+        mask[-8:] &= mask[-8:].all(axis=0)  # a sliver at the edge is thin
+        mask[:, -8:] &= mask[:, -8:].all(axis=1)[:, None]
+        np.testing.assert_array_equal(latent_mask(mask, 16), mask[::8, ::8])
+
+
+def test_latent_mask_keeps_thin_strokes_whole() -> None:
+    """A line of 3 pixels covers every cell it passes, and nearest alone would lose most of them."""
+    mask = np.zeros((64, 64), bool)
+    for i in range(64):
+        mask[max(0, i - 1) : i + 2, i] = True
+    touched = mask.reshape(8, 8, 8, 8).any(axis=(1, 3))
+    np.testing.assert_array_equal(latent_mask(mask, 8), touched)
+    mask = np.zeros((64, 64), bool)
+    mask[:, 60:] = True  # narrower than a cell, at the edge
+    assert latent_mask(mask, 8)[:, 7].all() and latent_mask(mask, 8).sum() == 8
+    mask[:] = False
+    mask[35, 13] = True
+    assert np.argwhere(latent_mask(mask, 8)).tolist() == [[4, 1]]
+
+
+def test_latent_mask_of_nothing_everything_and_a_grid_that_does_not_divide() -> None:
+    assert not latent_mask(np.zeros((64, 64), bool), 8).any()
+    assert latent_mask(np.ones((64, 64), bool), 8).all()
+    with pytest.raises(ValueError, match="60x64 does not divide into a grid of 8"):
+        latent_mask(np.zeros((64, 60), bool), 8)

@@ -1,0 +1,446 @@
+"""The main job with a network of a few lines of numpy: every result is known, and no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moebius_edge.bundle import SCHEDULER, Bundle
+from moebius_edge.errors import BundleError, UsageError
+from moebius_edge.imaging import Picture
+from moebius_edge.latency import StageTimer
+from moebius_edge.masks import distance_outside
+from moebius_edge.pipeline import Inpainter, Result, Step, denoise, initial_noise
+from moebius_edge.runtimes import Runtime
+from moebius_edge.scheduler import DDIM, DPMSolverPP2M
+from moebius_edge.spec import COMPONENTS, LATENT_DOWNSCALE, NOISE_OFFSET, Component
+
+R = 64
+LATENT = R // LATENT_DOWNSCALE
+
+
+def components() -> dict[str, Component]:
+    return {
+        c.name: Component(c.name, tuple(t.resolved(R) for t in c.inputs), tuple(t.resolved(R) for t in c.outputs))
+        for c in COMPONENTS.values()
+    }
+
+
+BUNDLE = Bundle(
+    path=Path("nowhere"),
+    **dict.fromkeys(("name", "description", "licence"), "fake"),
+    precision="float32",
+    resolution=R,
+    latent_size=LATENT,
+    scaling_factor=1.0,
+    **{key: {} for key in ("model", "source", "gate", "tools", "files")},
+    defaults={"steps": 20, "guidance": 2.0, "start": "image"},
+    scheduler=SCHEDULER,
+    components=components(),
+)
+
+
+class FakeRuntime(Runtime):
+    """Encoder: the mean of each 8x8 block, a channel of zeros fourth. Decoder: its inverse, nearest.
+
+    Denoiser: ``predict(x_t, mask, masked, t, branch)`` guesses the clean latent, the noise follows from it;
+    so any sampler ends in the guess. By default that is what is known, and ``FILL`` in the hole.
+    """
+
+    FILL = 0.5
+
+    def __init__(self, predict: Callable[..., np.ndarray] | None = None) -> None:
+        super().__init__(components())
+        self.predict = predict or self.known_and_fill
+        self.calls: list[tuple[str, dict[str, np.ndarray]]] = []
+        self.activations = 0
+        self.broken: dict[str, tuple[int, float]] = {}  # component -> (call from which on, value)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"name": "fake", "version": "1", "device": "cpu", "provider": "numpy"}
+
+    def activate(self) -> None:
+        self.activations += 1
+
+    def deactivate(self) -> None:
+        pass
+
+    @classmethod
+    def known_and_fill(
+        cls, x: np.ndarray, mask: np.ndarray, masked: np.ndarray, t: int, branch: np.ndarray
+    ) -> np.ndarray:
+        return np.where(mask > 0, np.float32(cls.FILL), masked)
+
+    def called(self, component: str) -> list[dict[str, np.ndarray]]:
+        return [feeds for name, feeds in self.calls if name == component]
+
+    def _run(self, component: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.calls.append((component, feeds))
+        out = getattr(self, f"_{component}")(**feeds)
+        since, value = self.broken.get(component, (10**9, 0.0))
+        if len(self.called(component)) >= since:
+            next(iter(out.values())).flat[7] = value
+        return out
+
+    def _vae_encoder(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        s = LATENT_DOWNSCALE
+        means = image.reshape(len(image), 3, LATENT, s, LATENT, s).mean(axis=(3, 5))
+        return {"latent": np.concatenate([means, np.zeros_like(means[:, :1])], axis=1)}
+
+    def _vae_decoder(self, latent: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": latent[:, :3].repeat(LATENT_DOWNSCALE, 2).repeat(LATENT_DOWNSCALE, 3)}
+
+    def _denoiser(self, sample: np.ndarray, timestep: np.ndarray, branch: np.ndarray) -> dict[str, np.ndarray]:
+        x, mask, masked = sample[:, :4], sample[:, 4:5], sample[:, 5:]
+        t = int(timestep[0])
+        alpha = np.float32(DDIM(20).alpha_bar(t))
+        guess = self.predict(x, mask, masked, t, branch)
+        return {"noise": ((x - np.sqrt(alpha) * guess) / np.sqrt(1 - alpha)).astype(np.float32)}
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (150, 170, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def hole() -> np.ndarray:
+    mask = np.zeros((150, 170), bool)
+    mask[60:80, 70:100] = True
+    return mask
+
+
+def inpaint(image: np.ndarray | Picture, mask: np.ndarray, runtime: Runtime | None = None, **options: Any) -> Result:
+    with Inpainter(BUNDLE, runtime or FakeRuntime()) as inpainter:
+        return inpainter.inpaint(image, mask, **{"steps": 4, **options})
+
+
+FILLED = {np.uint8: round(0.75 * 255), np.uint16: round(0.75 * 65535)}  # FILL of [-1, 1] in samples
+
+
+@pytest.mark.parametrize("start", ["image", "prefill", "noise"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++2m"])
+def test_the_hole_is_filled_and_the_rest_is_kept(
+    photo: np.ndarray, hole: np.ndarray, start: str, scheduler: str
+) -> None:
+    before = photo.copy()
+    result = inpaint(photo, hole, start=start, scheduler=scheduler, steps=20)
+    np.testing.assert_array_equal(photo, before, "the input was changed")
+    inner = np.s_[62:80, 77:100]  # the cells whose top left pixel is in the hole
+    assert np.abs(result.image[inner].astype(int) - FILLED[np.uint8]).max() <= 1
+    beyond = distance_outside(hole) >= 4
+    np.testing.assert_array_equal(result.image[beyond], photo[beyond])
+    assert not np.array_equal(result.image[~beyond & ~hole], photo[~beyond & ~hole]), "the seam is blended"
+    assert result.notes == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
+def test_depth_channels_and_alpha_are_kept(hole: np.ndarray, dtype: type, channels: int | None) -> None:
+    shape = hole.shape if channels is None else (*hole.shape, channels)
+    image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
+    result = inpaint(image, hole).image
+    image = image[..., None] if channels is None else image
+    assert result.dtype == dtype and result.shape == image.shape
+    beyond = distance_outside(hole) >= 4
+    np.testing.assert_array_equal(result[beyond], image[beyond])
+    colours = 3 if image.shape[2] > 2 else 1
+    np.testing.assert_array_equal(result[..., colours:], image[..., colours:], "alpha")
+    tolerance = np.iinfo(dtype).max // 255
+    assert np.abs(result[70:79, 77:95, :colours].astype(int) - FILLED[dtype]).max() <= tolerance
+
+
+def test_a_picture_keeps_its_profile_and_its_notes(photo: np.ndarray, hole: np.ndarray) -> None:
+    picture = Picture(photo, None, b"profile", ("it was CMYK",))
+    result = inpaint(picture, hole)
+    assert result.picture.icc == b"profile" and result.notes == ["it was CMYK"]
+
+
+def test_what_the_network_is_fed(photo: np.ndarray, hole: np.ndarray) -> None:
+    """The crop in [-1, 1], mid-grey under the mask, and the mask on the latent grid."""
+    runtime = FakeRuntime()
+    inpaint(photo, hole, runtime)
+    masked, image = (feeds["image"] for feeds in runtime.called("vae_encoder"))
+    top, left = (60 + 80 - R) // 2, (70 + 100 - R) // 2
+    crop = photo[top : top + R, left : left + R].transpose(2, 0, 1)[None] / 127.5 - 1
+    np.testing.assert_allclose(image, crop, atol=1e-6)
+    window = hole[top : top + R, left : left + R]
+    np.testing.assert_allclose(masked, np.where(window, 0, crop), atol=1e-6)
+    for feeds in runtime.called("denoiser"):
+        assert feeds["sample"].shape == (2, 9, LATENT, LATENT)
+        np.testing.assert_array_equal(feeds["sample"][:, 4], np.stack([window[::8, ::8]] * 2))
+        np.testing.assert_array_equal(feeds["branch"], [1, 0])
+        np.testing.assert_array_equal(feeds["sample"][0], feeds["sample"][1])
+
+
+def test_the_three_starts(photo: np.ndarray, hole: np.ndarray) -> None:
+    """``image``: from the original, hole included; ``prefill``: from its surroundings; ``noise``: neither."""
+    photo[:] = 200
+    photo[hole] = 0  # the object
+    begin: dict[str, np.ndarray] = {}
+    for start in ("image", "prefill", "noise"):
+        runtime = FakeRuntime()
+        result = inpaint(photo, hole, runtime, start=start, steps=20)
+        begin[start] = runtime.called("denoiser")[0]["sample"][0, :4]
+        assert len(runtime.called("vae_encoder")) == (1 if start == "noise" else 2)
+        assert result.settings["start"] == start
+        assert result.settings["steps_executed"] == (20 if start == "noise" else 19)
+        assert result.settings["strength"] == (1.0 if start == "noise" else 0.99)
+    noise = initial_noise(0, 0, (1, 4, LATENT, LATENT))
+    np.testing.assert_array_equal(begin["noise"], noise[0])
+    alpha = DDIM(20).alpha_bar(900)
+    latent = {s: (begin[s] - np.sqrt(1 - alpha) * noise[0]) / np.sqrt(alpha) for s in ("image", "prefill")}
+    inside = np.s_[0, 3:5, 3:5]
+    assert latent["image"][inside].mean() == pytest.approx(-1, abs=0.01)
+    assert latent["prefill"][inside].mean() == pytest.approx(200 / 127.5 - 1, abs=0.02)
+    np.testing.assert_allclose(latent["prefill"][:3], np.full((3, LATENT, LATENT), 200 / 127.5 - 1), atol=0.02)
+
+
+def test_guidance_mixes_the_branches_and_at_one_runs_half(photo: np.ndarray, hole: np.ndarray) -> None:
+    def predict(x: np.ndarray, mask: np.ndarray, masked: np.ndarray, t: int, branch: np.ndarray) -> np.ndarray:
+        values = np.where(branch == 0, 0.1, -0.2).astype(np.float32)  # conditional, unconditional
+        return np.broadcast_to(values[:, None, None, None], x.shape)
+
+    for guidance, rows in ((1, 1), (0, 2), (1.5, 2), (2.0, 2)):
+        runtime = FakeRuntime(predict)
+        result = inpaint(photo, hole, runtime, guidance=guidance)
+        expected = -0.2 + guidance * (0.1 + 0.2)
+        assert result.image[70, 80].astype(int) == pytest.approx((expected + 1) * 127.5, abs=1)
+        assert {len(f["sample"]) for f in runtime.called("denoiser")} == {rows}
+        assert runtime.called("denoiser")[0]["branch"].tolist() == ([0] if rows == 1 else [1, 0])
+
+
+def test_denoise_on_a_batch_without_pictures() -> None:
+    rng = np.random.default_rng(0)
+    latents, masked = rng.standard_normal((2, 3, 4, LATENT, LATENT), np.float32)
+    mask = (rng.random((3, 1, LATENT, LATENT)) < 0.5).astype(np.float32)
+    scheduler = DDIM(20, 0.99)
+    with FakeRuntime() as runtime:
+        steps = list(denoise(runtime, latents, mask, masked, scheduler, 2.0))
+    assert [s.index for s in steps] == list(range(1, 20)) and {s.total for s in steps} == {19}
+    assert [s.timestep for s in steps] == scheduler.timesteps
+    assert [f["branch"].tolist() for f in runtime.called("denoiser")] == [[1, 1, 1, 0, 0, 0]] * 19
+    assert [f["timestep"][5] for f in runtime.called("denoiser")] == scheduler.timesteps
+    np.testing.assert_array_equal(runtime.called("denoiser")[3]["sample"][:3, :4], steps[2].latent)
+    np.testing.assert_array_equal(runtime.called("denoiser")[3]["sample"][3:, :4], steps[2].latent)
+    assert steps[-1].latent.dtype == np.float32
+    np.testing.assert_allclose(steps[-1].latent, np.where(mask > 0, 0.5, masked), atol=1e-4)
+
+
+def test_denoise_can_be_stopped_early() -> None:
+    zeros = np.zeros((1, 4, LATENT, LATENT), np.float32)
+    with FakeRuntime() as runtime:
+        for step in denoise(runtime, zeros, zeros[:, :1], zeros, DPMSolverPP2M(10), 1.0):
+            if step.index == 3:
+                break
+    assert len(runtime.called("denoiser")) == 3
+
+
+def test_initial_noise_is_pinned() -> None:
+    """These numbers are the same on every machine; a change of them changes every result."""
+    noise = initial_noise(0, 0, (1, 4, 8, 8))
+    np.testing.assert_allclose(noise[0, 0, 0, :3], [0.10189378, -0.15594129, 0.61658621], rtol=1e-6)
+    assert noise.dtype == np.float32
+    others = [initial_noise(1, 0, (1, 4, 8, 8)), initial_noise(0, 1, (1, 4, 8, 8))]
+    assert all(np.abs(noise - other).max() > 1 for other in others)
+
+
+def test_initial_noise_has_an_offset_an_image_and_channel() -> None:
+    noise = initial_noise(3, 0, (64, 4, 64, 64)).astype(float)
+    means = noise.mean(axis=(2, 3))
+    expected = np.hypot(NOISE_OFFSET, 1 / 64)  # the offset, and the mean of 4096 normals
+    assert means.std() == pytest.approx(expected, rel=0.15)
+    assert noise.std() == pytest.approx(1, abs=0.01)
+
+
+def test_the_same_seed_gives_the_same_picture(photo: np.ndarray, hole: np.ndarray) -> None:
+    def keep(x: np.ndarray, *_: Any) -> np.ndarray:
+        return np.clip(x, -1, 1)  # a guess that depends on the noise
+
+    def run(seed: int) -> np.ndarray:
+        return inpaint(photo, hole, FakeRuntime(keep), seed=seed).image
+
+    np.testing.assert_array_equal(run(0), run(0))
+    assert not np.array_equal(run(0), run(1))
+
+
+def test_several_regions_count_and_draw_through(hole: np.ndarray) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    mask = np.zeros((300, 500), bool)
+    mask[20:30, 20:40] = mask[200:240, 300:330] = True
+    runtime, seen = FakeRuntime(), []
+    result = inpaint(image, mask, runtime, on_step=lambda s: seen.append((s.index, s.total, s.timestep)), steps=4)
+    assert seen == [(i + 1, 6, t) for i, t in enumerate([500, 250, 0] * 2)]
+    assert result.settings["regions"] == 2 and result.settings["feather_px"] == [4, 4]
+    first, second = (runtime.called("denoiser")[i]["sample"][0, :4] for i in (0, 3))
+    assert np.abs(first - second).max() > 1, "each region has its own noise"
+    assert (np.abs(result.image[mask].astype(int) - FILLED[np.uint8]) <= 1).mean() > 0.6
+    beyond = distance_outside(mask) >= 4
+    np.testing.assert_array_equal(result.image[beyond], image[beyond])
+
+
+def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
+    result = inpaint(photo, hole, seed=7, guidance=1.5, steps=10, strength=0.5, scheduler="dpm++2m", feather=6)
+    assert result.settings == {
+        "start": "image",
+        "steps": 10,
+        "steps_executed": 5,
+        "guidance": 1.5,
+        "strength": 0.5,
+        "scheduler": "dpm++2m",
+        "seed": 7,
+        "generator": "PCG64",
+        "regions": 1,
+        "feather_px": [6],
+    }
+
+
+def test_a_feather_of_zero_stays_zero(photo: np.ndarray, hole: np.ndarray) -> None:
+    result = inpaint(photo, hole, feather=0)
+    np.testing.assert_array_equal(result.image[~hole], photo[~hole])
+    assert result.settings["feather_px"] == [0]
+
+
+def test_an_empty_mask_returns_the_image_and_loads_nothing(photo: np.ndarray) -> None:
+    runtime = FakeRuntime()
+    result = Inpainter(BUNDLE, runtime).inpaint(photo, np.zeros(photo.shape[:2], bool))
+    np.testing.assert_array_equal(result.image, photo)
+    assert result.notes == ["mask is empty: image returned unchanged"]
+    assert result.settings["regions"] == 0 and result.settings["steps_executed"] == 0
+    assert runtime.activations == 0 and runtime.calls == []
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(135, False), (140, True), (150, True)])
+def test_a_mask_over_nearly_everything_warns(photo: np.ndarray, rows: int, warned: bool) -> None:
+    mask = np.zeros(photo.shape[:2], bool)
+    mask[:rows] = True
+    notes = inpaint(photo, mask).notes
+    assert bool(notes) == warned
+    if warned:
+        assert notes == [
+            f"mask covers {rows / 150:.0%} of the image: little is left to guide the fill; is it inverted?"
+        ]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 300), (63, 64), (20, 20)])
+@pytest.mark.parametrize("start", ["image", "prefill", "noise"])
+def test_tiny_pictures(size: tuple[int, int], start: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    mask = np.zeros(size, bool)
+    mask[size[0] // 2, size[1] // 2] = True
+    result = inpaint(image, mask, start=start, feather=2)
+    beyond = distance_outside(mask) >= 2
+    np.testing.assert_array_equal(result.image[beyond], image[beyond])
+
+
+@pytest.mark.parametrize(
+    ("component", "since", "value", "message"),
+    [
+        ("vae_encoder", 1, np.nan, "vae_encoder returned NaN for the masked image"),
+        ("vae_encoder", 2, np.inf, "vae_encoder returned an infinite value for the start"),
+        ("denoiser", 3, np.nan, r"denoiser returned NaN at step 3 of 19 \(t=800\)"),
+        ("denoiser", 19, -np.inf, r"denoiser returned an infinite value at step 19 of 19 \(t=0\)"),
+        ("vae_decoder", 1, np.nan, "vae_decoder returned NaN"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run(
+    photo: np.ndarray, hole: np.ndarray, component: str, since: int, value: float, message: str
+) -> None:
+    runtime = FakeRuntime()
+    runtime.broken[component] = (since, value)
+    with pytest.raises(BundleError, match=f"^{message}: .*export or download the bundle again$"):
+        inpaint(photo, hole, runtime, steps=20)
+    assert len(runtime.called(component)) == since, "it went on after that"
+    assert not runtime.active
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "nothing"}, "unknown start 'nothing': choose one of image, prefill, noise"),
+        ({"scheduler": "euler"}, r"unknown scheduler 'euler': choose one of ddim, dpm\+\+2m"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1}, "strength 0.99 leaves no"),
+        ({"strength": 1.5}, "strength is 1.5"),
+        (
+            {"start": "noise", "strength": 0.5},
+            "strength 0.5 does not go with start noise, which is strength 1",
+        ),
+        ({"guidance": float("nan")}, "guidance is nan: give a number of 0 or more"),
+        ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"feather": -2}, "feather is -2: give 0 or more pixels"),
+        ({"feather": float("inf")}, "feather is inf"),
+    ],
+)
+def test_arguments_out_of_range(photo: np.ndarray, hole: np.ndarray, options: dict[str, Any], message: str) -> None:
+    runtime = FakeRuntime()
+    with pytest.raises(UsageError, match=message):
+        Inpainter(BUNDLE, runtime).inpaint(photo, hole, **{"steps": 4, **options})
+    assert runtime.activations == 0
+
+
+def test_a_mask_of_another_size_names_both(photo: np.ndarray, hole: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="the mask is 150x170 and the picture is 170x150: give a mask of"):
+        inpaint(photo, hole.T)
+
+
+def test_start_noise_at_strength_one_is_the_same_as_left_out(photo: np.ndarray, hole: np.ndarray) -> None:
+    a, b = (inpaint(photo, hole, start="noise", **o).image for o in ({}, {"strength": 1}))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_runtime_is_opened_once_and_closed(photo: np.ndarray, hole: np.ndarray) -> None:
+    runtime = FakeRuntime()
+    with Inpainter(BUNDLE, runtime) as inpainter:
+        assert runtime.active
+        for _ in range(2):
+            inpainter.inpaint(photo, hole, steps=2)
+    assert runtime.activations == 1 and not runtime.active
+
+    lazy = Inpainter(BUNDLE, runtime)
+    assert not runtime.active
+    for _ in range(2):
+        lazy.inpaint(photo, hole, steps=2)
+    assert runtime.activations == 2 and runtime.active
+    lazy.close()
+    lazy.close()
+    assert not runtime.active
+
+    with runtime:  # the caller's: used as it is, and left to the caller
+        with Inpainter(BUNDLE, runtime) as inpainter:
+            inpainter.inpaint(photo, hole, steps=2)
+        assert runtime.active
+    assert runtime.activations == 3
+
+
+def test_an_interrupt_passes_through_and_frees_the_runtime(photo: np.ndarray, hole: np.ndarray) -> None:
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    runtime = FakeRuntime()
+    with pytest.raises(KeyboardInterrupt):
+        inpaint(photo, hole, runtime, on_step=stop)
+    assert not runtime.active and len(runtime.called("denoiser")) == 1
+
+
+def test_every_stage_is_timed(photo: np.ndarray, hole: np.ndarray) -> None:
+    timer = StageTimer()
+    inpaint(photo, hole, timer=timer, steps=10)
+    counts = {stage: figures["count"] for stage, figures in timer.summary().items()}
+    assert counts == {
+        "preprocess": 2,
+        "vae_encode": 2,
+        "denoise": 9,
+        "vae_decode": 1,
+        "stitch": 1,
+        "total": 1,
+    }
+    stages = timer.summary()
+    parts = sum(f["total_ms"] for s, f in stages.items() if s != "total")
+    assert 0 < parts <= stages["total"]["total_ms"]

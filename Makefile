@@ -17,13 +17,13 @@ PIP_QUIET := -q --disable-pip-version-check --no-input
 
 demo: $(DEMO)/.installed
 	@mkdir -p $(dir $(DEMO_OUTPUT))
-	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --output $(DEMO_OUTPUT)
+	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --start prefill --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu"
 
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -q --timeout 900 -m "slow and not gpu"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -40,11 +40,11 @@ wheel: $(VENV)/.installed
 	$(VENV)/bin/python -m pip wheel $(PIP_QUIET) --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf build dist outputs .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist $(DEMO_OUTPUT) .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # $(1): a virtual environment made by $(PYTHON), or one line that says why not.
 define make_venv
-@test -x $(1)/bin/python || { \
+@test -x $(1)/bin/pip || { \
   $(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
     echo "moebius-edge needs Python 3.10 or newer with the venv module, but '$(PYTHON)' is" \
       "$$($(PYTHON) --version 2>/dev/null || echo not found). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \

@@ -1,0 +1,169 @@
+"""``export_bundle``: checkpoint and VAE -> a bundle folder that has passed its gate, or nothing at all.
+
+The order of work, and what is saved; how each step is done stands in the modules beside it. PyTorch is
+imported late, so that a wrong path or an occupied output is reported at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..bundle import Bundle, write_bundle
+from ..errors import MachineError, UsageError
+from ..files import atomic_directory
+from ..manifest import resolved_components
+from ..spec import LATENT_DOWNSCALE
+from .source import Source, find_source, load_config, load_student, load_vae
+
+if TYPE_CHECKING:
+    from ..runtimes import Runtime
+    from .gate import Trajectory
+
+Progress = Callable[[str, float | None], None]
+
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
+PRECISION = "float32"
+MIN_PSNR_DB = 60.0  # float32 against float32: only the order of sums may differ
+
+
+def export_bundle(
+    source: str | os.PathLike[str],
+    vae: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    description: str | None = None,
+    licence: str | None = None,
+    steps: int = 20,
+    guidance: float = 2.0,
+    min_psnr_db: float = MIN_PSNR_DB,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Bundle:
+    """Export ``source`` (student weights, or a bundled model's name) with ``vae`` to the folder ``output``.
+
+    ``config`` is a JSON file of a ``StudentConfig``; ``source.find_source`` says where one is looked for.
+    ``steps`` and ``guidance`` are the gate's and the bundle's defaults. ``progress(stage, fraction)`` is told
+    what is being done; the fraction is of that stage, None where not known. An existing bundle at
+    ``output`` is replaced only with ``force``.
+
+    Raises:
+        UsageError: an argument is unusable, or ``output`` may not be replaced.
+        MachineError: a package or file is missing, or ``output`` cannot be written.
+        BundleError: the weights are damaged, unsafe, of another configuration or not finite.
+        QualityError: the gate was missed; nothing was saved.
+    """
+    if not 2 <= steps <= 1000:
+        raise UsageError(f"{steps} steps make no trajectory: choose 2 to 1000")
+    if not 0 <= guidance < float("inf"):
+        raise UsageError(f"guidance {guidance} is unusable: choose 0 or more, such as 2.0")
+    found = find_source(source, vae, config)
+    _refuse_loss(Path(output), found)
+    given = {"name": name, "description": description, "licence": licence}
+    card: dict[str, Any] = {
+        **_default_card(found, Path(output)),
+        **{key: value for key, value in given.items() if value is not None},
+        "precision": PRECISION,
+        "scaling_factor": found.scaling_factor,
+        "defaults": {"steps": steps, "guidance": guidance, "start": "image"},
+    }
+    with atomic_directory(output, overwrite=force) as folder:
+        _fill(folder, found, card, min_psnr_db, progress or _silent)
+    return Bundle.load(Path(output), verify=False)
+
+
+def _fill(folder: Path, found: Source, card: dict[str, Any], min_psnr_db: float, tell: Progress) -> None:
+    """Write the graphs, measure them, and only then describe them as a bundle that has passed."""
+    tell("load packages", None)
+    card["tools"] = _tools()
+    from ..runtimes.ort import OrtRuntime
+    from ..runtimes.pytorch import TorchRuntime
+    from .gate import CONDITIONS, compare, judge
+    from .graphs import build_graphs
+    from .onnx_file import write_onnx
+
+    tell(f"load weights, VAE scaling factor {found.scaling_factor:g}", None)
+    config = load_config(found)
+    card["model"] = config.to_dict()
+    card["resolution"] = config.latent_size * LATENT_DOWNSCALE
+    card["source"] = found.provenance()
+    components = resolved_components(card["resolution"])
+    student, vae = load_student(found, config), load_vae(found)
+    graphs = build_graphs(student, vae)
+    for index, (name, component) in enumerate(components.items()):
+        tell(f"export {name}", index / len(components))
+        write_onnx(graphs[name], component, folder / component.file)
+    reference = _run(TorchRuntime(student, vae, components), card["defaults"], "gate, PyTorch", tell)
+
+    del student, vae, graphs  # a gigabyte at full size, and the other runtime needs as much again
+    gc.collect()
+    write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
+    runtime = OrtRuntime(Bundle.load(folder, verify=False))
+    candidate = _run(runtime, card["defaults"], "gate, ONNX Runtime", tell)
+    figures = compare(candidate, reference)
+    judge(figures, min_psnr_db)
+    tell("write bundle.json", None)
+    write_bundle(
+        folder, gate={**figures, "min_psnr_db": min_psnr_db, **card["defaults"], **CONDITIONS}, **card
+    )
+
+
+def _run(runtime: Runtime, defaults: dict[str, Any], stage: str, tell: Progress) -> Trajectory:
+    from .gate import run_trajectory
+
+    tell(stage, 0.0)
+    return run_trajectory(
+        runtime,
+        steps=defaults["steps"],
+        guidance=defaults["guidance"],
+        on_step=lambda done, total: tell(stage, done / total),
+    )
+
+
+def _default_card(found: Source, output: Path) -> dict[str, Any]:
+    if found.bundled is not None:
+        description = (
+            "Demonstration model of reduced width for 256x256. Real work uses the published weights."
+        )
+        return {"name": found.bundled, "description": description, "licence": "Apache-2.0"}
+    description = f"Moebius student exported from {found.checkpoint.name}."
+    return {
+        "name": output.resolve().name,
+        "description": description,
+        "licence": "that of the checkpoint (not stated)",
+    }
+
+
+def _refuse_loss(output: Path, found: Source) -> None:
+    """Replacing a folder deletes what lies in it, and that must not be what is being exported."""
+    inside = output.resolve()
+    for path in (found.checkpoint, found.vae, found.config):
+        if path is not None and path.resolve().is_relative_to(inside):
+            raise UsageError(
+                f"output folder {output} holds {path}, which is being exported: name another output"
+            )
+
+
+def _tools() -> dict[str, str]:
+    """Versions of everything that has a say in the files; importing each is the check that it is there."""
+    versions = {"moebius-edge": __version__}
+    missing = []
+    for package in PACKAGES:
+        try:
+            versions[package] = str(importlib.import_module(package).__version__)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise MachineError(f'export needs {", ".join(missing)}: run `pip install "moebius-edge[export]"`')
+    return versions
+
+
+def _silent(stage: str, fraction: float | None) -> None:
+    """The progress of a caller who wants none."""

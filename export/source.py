@@ -1,0 +1,228 @@
+"""What is exported: finds a checkpoint, its configuration and its VAE, and loads both in float32.
+
+SOURCE is a file of student weights, or the name of the bundled model. Nothing is downloaded, and no pickle
+runs code. Module level imports no PyTorch, so that a bad path is reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bundle import ASSETS, BUNDLED
+from ..errors import BundleError, MachineError, UsageError
+from ..files import sha256_file
+from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE
+
+if TYPE_CHECKING:
+    from ..model import Student, StudentConfig
+
+VAE_CONFIG = "config.json"
+VAE_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)  # as diffusers writes them
+PUBLISHED_SCALING_FACTOR = 0.13025
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one model. ``config`` is None where the published configuration holds.
+
+    ``bundled`` is the bundled model's name, None for the user's own file.
+    """
+
+    bundled: str | None
+    checkpoint: Path
+    config: Path | None
+    vae: Path
+    vae_weights: Path
+    scaling_factor: float
+
+    def provenance(self) -> dict[str, Any]:
+        """For ``bundle.json``: file names and SHA-256, no paths."""
+        return {
+            "checkpoint": {"file": self.checkpoint.name, "sha256": sha256_file(self.checkpoint)},
+            "vae": {"file": self.vae_weights.name, "sha256": sha256_file(self.vae_weights)},
+        }
+
+
+def find_source(
+    source: str | os.PathLike[str], vae: str | os.PathLike[str] | None, config: str | os.PathLike[str] | None
+) -> Source:
+    """Locate everything before anything large is read.
+
+    The configuration is ``config``, else the first of ``<stem>.json``, ``student.json`` and ``config.json``
+    beside the checkpoint (a diffusers configuration there is passed over), else the published one. A bundled
+    model brings its own VAE unless ``vae`` names another.
+
+    Raises:
+        UsageError: SOURCE or the VAE is no such thing. MachineError: a file is missing or cannot be read.
+    """
+    if isinstance(source, str) and source in BUNDLED:
+        folder = ASSETS / source / "checkpoint"
+        bundled, checkpoint = source, folder / "student.safetensors"
+        if not checkpoint.is_file():
+            raise MachineError(
+                f"the bundled model's {checkpoint} is missing: pip install --force-reinstall moebius-edge"
+            )
+        vae_folder = folder / "vae" if vae is None else Path(vae)
+    else:
+        bundled, checkpoint = None, Path(source)
+        if checkpoint.is_dir():
+            raise UsageError(f"{checkpoint} is a folder: name the file of student weights in it")
+        if not checkpoint.is_file():
+            raise MachineError(
+                f"there is no checkpoint {checkpoint}: name a file of student weights, or one of "
+                f"{', '.join(BUNDLED)}, or run `moebius-edge download places2`"
+            )
+        if vae is None:
+            raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
+        vae_folder = Path(vae)
+    weights, scaling_factor = _find_vae(vae_folder)
+    return Source(bundled, checkpoint, _find_config(checkpoint, config), vae_folder, weights, scaling_factor)
+
+
+def load_config(source: Source) -> StudentConfig:
+    """The student's configuration. Raises UsageError for a file that does not describe one."""
+    from ..model import StudentConfig
+
+    if source.config is None:
+        return StudentConfig()
+    try:
+        return StudentConfig.from_dict(_read_object(source.config))
+    except (UsageError, BundleError) as error:
+        raise type(error)(f"{source.config}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{source.config} is no student configuration ({error}): give another with --config"
+        ) from error
+
+
+def load_student(source: Source, config: StudentConfig) -> Student:
+    """The student in float32 and evaluation mode, whatever the precision it was stored in.
+
+    Raises as ``moebius_edge.model.load_checkpoint``.
+    """
+    from ..model import build_student, load_checkpoint
+
+    student = build_student(config)
+    load_checkpoint(student, source.checkpoint)
+    return student.float().eval().requires_grad_(False)
+
+
+def load_vae(source: Source) -> Any:
+    """The diffusers ``AutoencoderKL`` in float32 and evaluation mode.
+
+    Raises:
+        UsageError: the folder holds another kind of autoencoder.
+        BundleError: its weights are damaged, unsafe, incomplete or not finite.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    from ..model.checkpoint import read_state
+
+    state = read_state(source.vae_weights)  # refuses what is damaged or would run code, with one line
+    bad = next((k for k, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
+    if bad is not None:
+        raise BundleError(
+            f"{source.vae_weights} has values that are not finite in {bad}: copy or download it again"
+        )
+    del state
+    # diffusers reads the file again, for it knows the older names of the attention layers. A tensor that the
+    # file lacks it would leave at random values, hence the loading report.
+    try:
+        vae, report = AutoencoderKL.from_pretrained(
+            str(source.vae),
+            local_files_only=True,
+            use_safetensors=source.vae_weights.suffix == ".safetensors",
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise BundleError(
+            f"VAE folder {source.vae} cannot be loaded: {line:.300}: copy or download it again"
+        ) from error
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := list(report.get(key, ())):
+            raise BundleError(
+                f"{source.vae_weights} does not fit its {VAE_CONFIG}: {key.replace('_', ' ')} {len(found)} "
+                f"({found[0]}, ...): copy or download the folder again"
+            )
+    return vae.eval().requires_grad_(False)
+
+
+def _find_vae(folder: Path) -> tuple[Path, float]:
+    """The weights' file and the scaling factor of a diffusers VAE folder, having checked what it is."""
+    if not folder.is_dir():
+        raise MachineError(
+            f"there is no VAE folder {folder}: name a diffusers AutoencoderKL folder, "
+            "`moebius-edge download places2` fetches the published one"
+        )
+    if not (folder / VAE_CONFIG).is_file():
+        raise UsageError(f"{folder} holds no {VAE_CONFIG}: --vae names a diffusers AutoencoderKL folder")
+    config = _read_object(folder / VAE_CONFIG)
+    where = folder / VAE_CONFIG
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UsageError(
+            f"{where} describes {config.get('_class_name')!r}: --vae names a folder of an AutoencoderKL"
+        )
+    if (channels := config.get("latent_channels")) != LATENT_CHANNELS:
+        raise UsageError(
+            f"{where} has {channels} latent channels, the student works on {LATENT_CHANNELS}: use its VAE"
+        )
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, list) or 2 ** (len(blocks) - 1) != LATENT_DOWNSCALE:
+        raise UsageError(
+            f"{where} does not reduce images {LATENT_DOWNSCALE}-fold, block_out_channels is {blocks}"
+        )
+    if config.get("shift_factor") is not None:
+        raise UsageError(
+            f"{where} shifts its latents by {config['shift_factor']}, which this model does not: use its VAE"
+        )
+    factor = config.get(
+        "scaling_factor"
+    )  # diffusers' own default is another model's, so absence is no answer
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < float("inf"):
+        raise UsageError(
+            f"{where} has the scaling_factor {factor}: write the one the student was trained with into it "
+            f"(the published one is {PUBLISHED_SCALING_FACTOR})"
+        )
+    for name in VAE_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name, float(factor)
+    raise MachineError(
+        f"{folder} holds no weights, neither {' nor '.join(VAE_WEIGHTS)}: copy or download it again"
+    )
+
+
+def _find_config(checkpoint: Path, given: str | os.PathLike[str] | None) -> Path | None:
+    if given is not None:
+        return Path(given)
+    beside = (
+        checkpoint.with_suffix(".json"),
+        checkpoint.with_name("student.json"),
+        checkpoint.with_name("config.json"),
+    )
+    for path in beside:
+        if path.is_file() and "_class_name" not in _read_object(path):
+            return path
+    return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}): mend it or name another file") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} should hold a JSON object: mend it or name another file")
+    return data

@@ -145,6 +145,19 @@ def test_what_is_not_chosen_is_the_bundles(here: Path, tmp_path: Path, capsys: C
     )
 
 
+@pytest.mark.parametrize(("chosen", "strength"), [((), 0.5), (("--start", "noise"), 1.0), (("--strength", "1"), 1.0)])
+def test_a_bundles_strength_goes_with_its_start_alone(
+    here: Path, tmp_path: Path, capsys: Captured, chosen: tuple[str, ...], strength: float
+) -> None:
+    folder = make_toy_bundle(tmp_path / "own")
+    manifest = json.loads((folder / "bundle.json").read_text())
+    manifest["defaults"] = {"steps": 6, "guidance": 1, "start": "prefill", "strength": 0.5}
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+    write_pair(here)
+    assert run(folder, "photo.png", "photo_mask.png", "--json", *chosen) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["settings"]["strength"] == strength
+
+
 def test_json_is_the_only_thing_on_stdout(here: Path, toy: Path, capsys: Captured) -> None:
     write_pair(here)
     assert run(toy, "photo.png", "photo_mask.png", "-o", "out.jpg", "--json") == 0

@@ -14,12 +14,8 @@ PRESETS = ("tiny",)
 
 
 def train(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run is kept, and resumed.")
-    ],
-    preset: Annotated[
-        str, typer.Option(metavar="NAME", help="What to train: tiny, the bundled model.")
-    ] = "tiny",
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run is kept, and resumed.")],
+    preset: Annotated[str, typer.Option(metavar="NAME", help="What to train: tiny, the bundled model.")] = "tiny",
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where to train.")] = "cpu",
 ) -> None:
     """Train a model; the same command resumes an interrupted run.
@@ -34,14 +30,12 @@ def train(
     try:
         from ..training.tiny import TinyRecipe, train_tiny
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("moebius_edge"):  # a fault of ours
+            raise
         raise MachineError(f'training needs {error.name}: pip install "moebius-edge[train]"') from error
     try:
         checkpoint = train_tiny(output, TinyRecipe(), device)
     except KeyboardInterrupt:
-        raise console.Interrupted(
-            f"interrupted; the same command resumes from what lies in {output}"
-        ) from None
+        raise console.Interrupted(f"interrupted; the same command resumes from what lies in {output}") from None
     print(f"saved {checkpoint}")
-    print(
-        f"next: moebius-edge export {checkpoint / 'student.safetensors'} --vae {checkpoint / 'vae'} --output BUNDLE"
-    )
+    print(f"next: moebius-edge export {checkpoint / 'student.safetensors'} --vae {checkpoint / 'vae'} --output BUNDLE")

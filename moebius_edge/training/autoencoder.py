@@ -9,9 +9,10 @@ come out grey. No perceptual network and no adversary: nothing has to be downloa
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import BundleError, UsageError
+from ..files import atomic_directory
 from .data import PictureSource, to_network
-from .loop import Loader, cosine, progress_bar, update_average
+from .loop import Loader, check_finite, cosine, load_state, make_folder, progress_bar, save_state, update_average
 
 Loss = Callable[[AutoencoderKL, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
 
@@ -46,7 +49,7 @@ class AutoencoderRecipe:
     warmup: int = 100
     kl_weight: float = 2e-6
     anchor_weight: float = 0.1
-    decoder_stage: Stage = Stage(1200, 1, 256)
+    decoder_stage: Stage = Stage(650, 1, 256)
     decoder_learning_rate: float = 5e-4
     texture_weight: float = 0.5
     photo_share: float = 0.6
@@ -106,43 +109,124 @@ def texture_loss(decoded: torch.Tensor, image: torch.Tensor, window: int = 8) ->
 
 
 class Trainer:
-    """An autoencoder with its running average and optimiser; ``run`` trains it on stages with one loss."""
+    """An autoencoder with its running average and optimiser; ``run`` trains it on stages with one loss.
 
-    def __init__(self, model: AutoencoderKL, recipe: AutoencoderRecipe, learning_rate: float, device: str) -> None:
-        self.model, self.recipe = model.to(device).train(), recipe
-        self.learning_rate, self.device = learning_rate, device
+    ``state`` is the file that an interrupted ``run`` goes on from. Raises as ``load_state``.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        model: AutoencoderKL,
+        recipe: AutoencoderRecipe,
+        learning_rate: float,
+        device: str,
+        state: Path,
+    ) -> None:
+        self.title, self.model, self.recipe = title, model.to(device).train(), recipe
+        self.learning_rate, self.device, self.state = learning_rate, device, state
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=1e-4, betas=(0.9, 0.95))
+        self.done = 0
 
-    def run(self, title: str, stages: tuple[Stage, ...], loss: Loss, seed: int) -> AutoencoderKL:
-        """Trains to the end of ``stages``; returns the averaged model. Raises RuntimeError on a loss not finite."""
-        recipe, step, total = self.recipe, 0, sum(stage.steps for stage in stages)
-        with progress_bar(title, total) as report:
+    def run(self, stages: tuple[Stage, ...], loss: Loss, seed: int, save_every: int = 500) -> AutoencoderKL:
+        """Trains to the end of ``stages``; returns the averaged model. Raises BundleError on a loss not finite."""
+        self.resume()
+        recipe, total, end = self.recipe, sum(stage.steps for stage in stages), 0
+        with progress_bar(self.title, total) as report:
             for number, stage in enumerate(stages):
-                source = PictureSource(stage.side, recipe.photo_share)
-                loader = Loader(source, stage.batch, seed=seed + 1000 * number)
-                for pictures in itertools.islice(loader, stage.steps):
-                    rate = min(1.0, (step + 1) / recipe.warmup) * cosine(step / total, 0.02)
-                    for group in self.optimiser.param_groups:
-                        group["lr"] = self.learning_rate * rate
-                    image = torch.from_numpy(to_network(pictures)).to(self.device)
-                    value, figures = loss(self.model, image)
-                    if not torch.isfinite(value):
-                        raise RuntimeError(f"the {title}'s loss is {value.item()} at step {step}; lower learning_rate")
-                    value.backward()
-                    nn.utils.clip_grad_norm_(self.trained, 1.0)
-                    self.optimiser.step()
-                    self.optimiser.zero_grad(set_to_none=True)
-                    step += 1
-                    update_average(self.average, self.model, min(recipe.ema_decay, step / (step + 10)))
-                    if step % 20 == 0:
-                        report(step, {"step": step, "side": stage.side, **figures})
+                begin, end = end, end + stage.steps
+                if self.done >= end:
+                    continue
+                source, first = PictureSource(stage.side, recipe.photo_share), stage.batch * (self.done - begin)
+                with closing(iter(Loader(source, stage.batch, seed + 1000 * number, first))) as batches:
+                    for pictures in islice(batches, end - self.done):
+                        figures = self.step(pictures, loss, total)
+                        if self.done % 20 == 0:
+                            report(self.done, {"step": self.done, "side": stage.side, **figures})
+                        if self.done % save_every == 0 or self.done == total:
+                            self.save()
         return self.average.eval()
+
+    def step(self, pictures: np.ndarray, loss: Loss, total: int) -> dict[str, float]:
+        """One optimiser step of ``total`` on uint8 pictures (N, H, W, 3); returns the figures of ``loss``."""
+        rate = min(1.0, (self.done + 1) / self.recipe.warmup) * cosine(self.done / total, 0.02)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate * rate
+        value, figures = loss(self.model, torch.from_numpy(to_network(pictures)).to(self.device))
+        check_finite(value, f"the {self.title}'s loss", self.done)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        check_finite(norm, f"the {self.title}'s gradient", self.done)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.done += 1
+        update_average(self.average, self.model, min(self.recipe.ema_decay, self.done / (self.done + 10)))
+        return figures
+
+    def save(self) -> None:
+        """Writes the state that ``resume`` reads."""
+        generators = [torch.get_rng_state()]  # the loss may sample the latents
+        if self.device != "cpu":
+            generators.append(torch.cuda.get_rng_state(self.device))
+        save_state(
+            self.state,
+            asdict(self.recipe),
+            model=self.model.state_dict(),
+            average=self.average.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+            generators=generators,
+            done=self.done,
+        )
+
+    def resume(self) -> None:
+        """Continues from ``state`` if it is there, exactly. Raises as ``load_state``."""
+        saved = load_state(self.state, asdict(self.recipe), self.device)
+        if saved is None:
+            return
+        fixed = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        if not all(torch.equal(p, saved["model"][name]) for name, p in fixed.items()):
+            raise UsageError(f"{self.state} was made with another encoder: remove it or give another output folder")
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["average"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        torch.set_rng_state(saved["generators"][0].cpu())
+        if self.device != "cpu":
+            torch.cuda.set_rng_state(saved["generators"][1].cpu(), self.device)
+        self.done = saved["done"]
+
+    def finish(self, model: AutoencoderKL, output: Path) -> None:
+        """Writes the diffusers folder ``output``, after which the state has served."""
+        save_autoencoder(model, output)
+        self.state.unlink(missing_ok=True)
+
+
+def save_autoencoder(model: AutoencoderKL, folder: Path) -> None:
+    """Writes a diffusers folder, whole or not at all; another autoencoder there is replaced."""
+    make_folder(folder.parent)
+    with atomic_directory(folder, overwrite=True, marker="config.json") as temporary:
+        model.save_pretrained(temporary)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """The autoencoder in a diffusers folder, in evaluation mode. Raises BundleError if it is damaged."""
+    try:
+        return AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise BundleError(f"{folder} is no whole autoencoder ({line:.200}): remove it and train it again") from error
+
+
+def _state_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}_state.pt")
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, output: Path, device: str = "cpu") -> AutoencoderKL:
-    """Trains encoder and decoder, evens out the latents and writes a diffusers folder ``output``."""
+    """Trains encoder and decoder, evens out the latents and writes a diffusers folder ``output``.
+
+    An interrupted run goes on from ``<output>_state.pt`` beside it. Raises as ``Trainer``.
+    """
     torch.manual_seed(recipe.seed)
 
     def loss(model: AutoencoderKL, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -154,12 +238,13 @@ def train_autoencoder(recipe: AutoencoderRecipe, output: Path, device: str = "cp
         total = reconstruction + recipe.kl_weight * posterior.kl().mean() + recipe.anchor_weight * anchor
         return total, {"loss": reconstruction.item(), "anchor": anchor.item()}
 
-    trainer = Trainer(build_autoencoder(recipe), recipe, recipe.learning_rate, device)
-    model = trainer.run("autoencoder", recipe.stages, loss, recipe.seed).cpu()
+    start = build_autoencoder(recipe)
+    trainer = Trainer("autoencoder", start, recipe, recipe.learning_rate, device, _state_file(output))
+    model = trainer.run(recipe.stages, loss, recipe.seed).cpu()
     rng, source = np.random.default_rng(recipe.seed + 7), PictureSource(256, recipe.photo_share)
     normalise_latents(model, np.stack([source(rng) for _ in range(48)]))
     model.register_to_config(scaling_factor=1.0)
-    model.save_pretrained(output)
+    trainer.finish(model, output)
     return model
 
 
@@ -168,7 +253,8 @@ def finetune_decoder(
 ) -> AutoencoderKL:
     """Goes on training the decoder alone, on whole pictures and with ``texture_loss``; writes ``output``.
 
-    The encoder is frozen, so latents that a denoiser was trained on keep their meaning.
+    The encoder is frozen, so latents that a denoiser was trained on keep their meaning. ``model`` itself is
+    trained; its average is returned. An interrupted run goes on from ``<output>_state.pt``. Raises as ``Trainer``.
     """
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
@@ -185,9 +271,9 @@ def finetune_decoder(
             "texture": texture.item(),
         }
 
-    trainer = Trainer(model, recipe, recipe.decoder_learning_rate, device)
-    model = trainer.run("decoder", (recipe.decoder_stage,), loss, recipe.seed + 500).cpu()
-    model.save_pretrained(output)
+    trainer = Trainer("decoder", model, recipe, recipe.decoder_learning_rate, device, _state_file(output))
+    model = trainer.run((recipe.decoder_stage,), loss, recipe.seed + 500).cpu()
+    trainer.finish(model, output)
     return model
 
 

@@ -7,16 +7,21 @@ time with other noise at another timestep.
 from __future__ import annotations
 
 import time
+import zipfile
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ..errors import BundleError, MachineError
+from ..files import atomic_write
 from ..masks import latent_mask
 from .data import PictureSource, to_network
-from .loop import Loader, progress_bar
+from .loop import Loader, make_folder, progress_bar
 from .masks import sample_mask
 
 
@@ -30,8 +35,14 @@ class LatentCache:
 
     @classmethod
     def load(cls, path: Path) -> LatentCache:
-        with np.load(path) as data:
-            return cls(data["clean"], data["masked"], data["mask"])
+        """Reads what ``encode_pairs`` wrote. Raises MachineError if it is missing, BundleError if damaged."""
+        try:
+            with np.load(path) as data:
+                return cls(data["clean"], data["masked"], data["mask"])
+        except FileNotFoundError:
+            raise MachineError(f"there are no latents {path}: encode_pairs makes them") from None
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{path} is damaged: remove it, and the same command encodes anew") from error
 
     def pair(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A random picture with one of its masks: clean (4, h, w), masked (4, h, w), mask (1, h, w), float32."""
@@ -44,7 +55,7 @@ class LatentCache:
 def encode_pairs(
     vae: AutoencoderKL, path: Path, pictures: int, masks_each: int, size: int, photo_share: float, seed: int
 ) -> LatentCache:
-    """Draws, masks and encodes ``pictures`` pictures, and writes them to ``path`` (.npz)."""
+    """Draws, masks and encodes ``pictures`` pictures of ``size`` pixels, and writes them to ``path`` (.npz)."""
     source = PictureSource(size, photo_share)
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -53,8 +64,8 @@ def encode_pairs(
     scale = vae.config["scaling_factor"]
     clean, masked, masks = [], [], []
     started = time.monotonic()
-    with progress_bar("encoding", pictures) as report:
-        for picture, mask in Loader(draw, 1, seed):
+    with progress_bar("encoding", pictures) as report, closing(iter(Loader(draw, 1, seed))) as batches:
+        for picture, mask in islice(batches, pictures):
             image = to_network(picture)  # (1, 3, H, W)
             holes = image * (1 - mask[0][:, None].astype(np.float32))  # (M, 3, H, W), the hole mid-grey
             with torch.autocast("cpu", torch.bfloat16):
@@ -65,10 +76,8 @@ def encode_pairs(
             masks.append(np.stack([latent_mask(m, latents.shape[-1]) for m in mask[0]]).astype(np.uint8))
             if len(clean) % 50 == 0:
                 report(len(clean), {"pairs": len(clean), "per_s": len(clean) / (time.monotonic() - started)})
-            if len(clean) == pictures:
-                break
     cache = LatentCache(np.stack(clean), np.stack(masked), np.stack(masks))
-    temporary = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(temporary, clean=cache.clean, masked=cache.masked, mask=cache.mask)
-    temporary.replace(path)
+    make_folder(path.parent)
+    with atomic_write(path) as temporary, temporary.open("wb") as stream:  # a name would get a second suffix
+        np.savez(stream, clean=cache.clean, masked=cache.masked, mask=cache.mask)
     return cache

@@ -1,69 +1,165 @@
-"""What every training loop here shares: a loading process, atomic saves, a progress bar."""
+"""What every training loop here shares: a loading process, states that resume exactly, a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import multiprocessing
 import os
+import queue
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
+
+from ..errors import BundleError, MachineError, UsageError
+from ..files import atomic_write
+
+PREFETCH = 8  # batches drawn ahead: a slow picture then holds nobody up
+
+
+class _Failed(NamedTuple):
+    """What the loading process sends instead of a batch when ``draw`` raises."""
+
+    traceback: str
 
 
 class Loader:
     """Batches drawn by ``draw(rng)`` in one background process; sample i is seeded by (seed, i) alone.
 
     Iterating never ends. ``start`` is the first sample's number, so a resumed run sees what it would have seen.
+    Samples are arrays or tuples of them, and are stacked. Close the iterator (``contextlib.closing``) to end
+    the process at once. Iterating raises MachineError if the process is killed, RuntimeError if ``draw`` raises.
     """
 
     def __init__(self, draw: Callable[[np.random.Generator], Any], batch: int, seed: int, start: int = 0) -> None:
         self.draw, self.batch, self.seed, self.start = draw, batch, seed, start
 
-    def _work(self, queue: Any) -> None:
-        import cv2
-
-        cv2.setNumThreads(0)
-        os.nice(5)
-        number = self.start
-        while True:
-            items = []
-            for _ in range(self.batch):
-                items.append(self.draw(np.random.default_rng([self.seed, number])))
-                number += 1
-            if isinstance(items[0], tuple):
-                queue.put(tuple(np.stack(column) for column in zip(*items, strict=True)))
-            else:
-                queue.put(np.stack(items))
-
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         context = multiprocessing.get_context("fork")
-        queue = context.Queue(maxsize=8)
-        worker = context.Process(target=self._work, args=(queue,), daemon=True)
+        # A pipe of which each side holds its own end only: whoever dies, the other side notices.
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=self._work, args=(receiver, sender), daemon=True)
         worker.start()
+        sender.close()
         try:
             while True:
-                yield queue.get()
+                try:
+                    batch = receiver.recv()
+                except (EOFError, OSError):
+                    worker.join()
+                    raise MachineError(
+                        f"the process that draws training pictures ended with code {worker.exitcode} "
+                        "(-9: killed, mostly for want of memory): close other programs and run the same command again"
+                    ) from None
+                if isinstance(batch, _Failed):
+                    raise RuntimeError(f"drawing a training sample failed in its process:\n{batch.traceback}")
+                yield batch
         finally:
-            worker.terminate()
+            worker.kill()
             worker.join()
+            receiver.close()
+
+    def _work(self, receiver: Connection, sender: Connection) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends this one
+        receiver.close()
+        cv2.setNumThreads(0)
+        os.nice(5)
+        ready: queue.Queue[Any] = queue.Queue(PREFETCH)
+        threading.Thread(target=self._fill, args=(ready,), daemon=True).start()
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone
+            while True:
+                sender.send(ready.get())
+
+    def _fill(self, ready: queue.Queue[Any]) -> None:
+        number = self.start
+        try:
+            while True:
+                items = [self.draw(np.random.default_rng([self.seed, number + i])) for i in range(self.batch)]
+                number += self.batch
+                if isinstance(items[0], tuple):
+                    ready.put(tuple(np.stack(column) for column in zip(*items, strict=True)))
+                else:
+                    ready.put(np.stack(items))
+        except Exception:
+            ready.put(_Failed(traceback.format_exc()))
 
 
 def atomic_save(content: Any, path: Path) -> None:
-    """Writes JSON (``.json``) or a torch pickle under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes JSON (``.json``) or a torch pickle, whole or not at all, making the folder if need be.
+
+    Raises MachineError as ``files.atomic_write``.
+    """
     if path.suffix == ".json":
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        data = memoryview((json.dumps(content, indent=2) + "\n").encode())
     else:
-        torch.save(content, temporary)
-    os.replace(temporary, path)
+        buffer = io.BytesIO()  # torch writes to files itself, and reports a full disk as a bug of its own
+        torch.save(content, buffer)
+        data = buffer.getbuffer()
+    make_folder(path.parent)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes ``folder`` with its parents. Raises UsageError for a file, MachineError where there is no right to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"output {folder} is, or lies in, a file: name a folder") from None
+    except OSError as error:
+        raise MachineError(f"cannot make {folder}: {error.strerror}: name an output elsewhere") from error
+
+
+def plain(recipe: Any) -> Any:
+    """``recipe`` (of ``asdict``) as JSON would give it back: two recipes are the same if these are equal."""
+    return json.loads(json.dumps(recipe))
+
+
+def save_state(path: Path, recipe: dict[str, Any], **parts: Any) -> None:
+    """Writes what ``load_state`` reads: state dicts and counters by name, with the recipe they belong to."""
+    atomic_save({**parts, "recipe": plain(recipe)}, path)
+
+
+def load_state(path: Path, recipe: dict[str, Any], device: str) -> dict[str, Any] | None:
+    """The parts saved at ``path``, or None if there is no such file.
+
+    Raises:
+        UsageError: the state belongs to another recipe. BundleError: it is damaged. MachineError: unreadable.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+        theirs = plain(state.pop("recipe"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read: {error.strerror or error}: run `chmod u+r {path}`") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise BundleError(f"{path} is damaged: remove it, and the same command starts this stage again") from error
+    if theirs != plain(recipe):
+        raise UsageError(f"{path} was made by another recipe: remove it or give another output folder")
+    return dict(state)
+
+
+def check_finite(value: torch.Tensor, what: str, step: int) -> None:
+    """Stops a run before it spoils its weights. Raises BundleError if the scalar ``value`` is not finite."""
+    if not torch.isfinite(value):
+        raise BundleError(
+            f"{what} is {value.item()} at step {step}: lower the recipe's learning rate; what was saved before is kept"
+        )
 
 
 def cosine(share: float, floor: float) -> float:
@@ -82,9 +178,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: float) -> Iterator[Callable[[float, dict[str, float]], None]]:
-    """Yields ``report(done, figures)``: a bar on a terminal, a line now and then elsewhere (stderr)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    """Yields ``report(done, figures)``: a bar on a terminal, elsewhere every third report as a line (stderr)."""
 
     def describe(figures: dict[str, float]) -> str:
         return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())

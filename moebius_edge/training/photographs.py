@@ -11,6 +11,8 @@ from importlib.resources import files
 import cv2
 import numpy as np
 
+from ..errors import MachineError
+
 # name -> (package, file, licence as stated by the package that ships it)
 TRAINING: dict[str, tuple[str, str, str]] = {
     "motorcycle": ("skimage.data", "motorcycle_left.png", "CC0, from the Middlebury 2014 stereo data set"),
@@ -35,10 +37,22 @@ HELD_OUT: dict[str, tuple[str, str, str]] = {
 
 
 def load_photograph(name: str) -> np.ndarray:
-    """One of ``TRAINING`` or ``HELD_OUT`` as uint8 RGB (H, W, 3); grey ones have three equal channels."""
+    """One of ``TRAINING`` or ``HELD_OUT`` as uint8 RGB (H, W, 3); grey ones have three equal channels.
+
+    Raises MachineError if the package that ships it, or its file, is missing or damaged.
+    """
     package, file, _ = {**TRAINING, **HELD_OUT}[name]
-    data = np.frombuffer(files(package).joinpath(file).read_bytes(), np.uint8)
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    install = 'pip install --force-reinstall "moebius-edge[train]"'
+    try:
+        data = np.frombuffer(files(package).joinpath(file).read_bytes(), np.uint8)
+    except ModuleNotFoundError as error:
+        raise MachineError(f'training needs {error.name}: pip install "moebius-edge[train]"') from error
+    except OSError as error:
+        raise MachineError(f"{package} lacks the photograph {file}: {install}") from error
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if image is None:
+        raise MachineError(f"the photograph {file} of {package} is damaged: {install}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def random_crop(rng: np.random.Generator, image: np.ndarray, size: int) -> np.ndarray:

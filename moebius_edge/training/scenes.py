@@ -80,10 +80,7 @@ def _leaf_outline(rng: np.random.Generator, centre: np.ndarray, radius: float) -
 
 def draw_scene(rng: np.random.Generator, size: int) -> np.ndarray:
     """One scene, uint8 RGB (size, size, 3)."""
-    textures = [
-        power_law_noise(rng, size, rng.uniform(0.6, 1.8), np.exp(rng.exponential(0.5)))
-        for _ in range(3)
-    ]
+    textures = [power_law_noise(rng, size, rng.uniform(0.6, 1.8), np.exp(rng.exponential(0.5))) for _ in range(3)]
     shared = np.stack([*textures, stripes(rng, size)])
     canvas = textured(rng, size, shared)
     canvas += (power_law_noise(rng, size, 2.0) * rng.exponential(0.08))[..., None]

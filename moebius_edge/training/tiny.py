@@ -1,24 +1,27 @@
 """The recipe of the bundled model ``tiny``: autoencoder, latents, denoiser, then a checkpoint to export.
 
-Every stage that is already on disk is kept, and the denoiser resumes where it stopped, so the same
-command continues after an interruption. Its figures are in ``docs/tiny-model.md``.
+Every stage that is already on disk is kept, and the one that was cut short goes on where it was last saved,
+so the same command continues after an interruption. Its figures are in ``docs/tiny-model.md``.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
-from ..errors import MachineError
-from .autoencoder import AutoencoderRecipe, finetune_decoder, train_autoencoder
+from ..errors import BundleError, MachineError, UsageError
+from ..files import atomic_write
+from .autoencoder import AutoencoderRecipe, finetune_decoder, load_autoencoder, save_autoencoder, train_autoencoder
 from .denoiser import DenoiserRecipe, DenoiserTrainer
 from .latents import LatentCache, encode_pairs
-from .loop import atomic_save
+from .loop import atomic_save, make_folder, plain
 
 
 @dataclass(frozen=True)
@@ -27,42 +30,69 @@ class TinyRecipe:
 
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
-    pictures: int = 4000
+    pictures: int = 2400
     masks_per_picture: int = 2
     photo_share: float = 0.6
 
 
 def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
-    """Trains ``tiny`` and writes ``output/checkpoint``, which ``moebius-edge export`` reads; returns that folder."""
+    """Trains ``tiny`` and writes ``output/checkpoint``, which ``moebius-edge export`` reads; returns that folder.
+
+    Raises:
+        UsageError: ``output`` is a file, or holds a run of another recipe.
+        MachineError: no such device, no right to write, or a package with the photographs is missing.
+        BundleError: a file of the run is damaged, or a loss became infinite.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
-    output.mkdir(parents=True, exist_ok=True)
-    resolution = 8 * recipe.denoiser.student.latent_size
-    vae_folder, cache_file = output / "vae", output / "latents.npz"
-    if not (vae_folder / "config.json").exists():
+    _claim(output, recipe)
+    checkpoint, vae_folder, cache_file = output / "checkpoint", output / "vae", output / "latents.npz"
+    if (checkpoint / "training.json").exists():  # the last file to be written
+        return checkpoint
+    if not vae_folder.exists():
         train_autoencoder(recipe.autoencoder, vae_folder, device)
-    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    vae = load_autoencoder(vae_folder)
     if not cache_file.exists():
-        encode_pairs(
-            vae, cache_file, recipe.pictures, recipe.masks_per_picture, resolution, recipe.photo_share,
-            recipe.denoiser.seed,
-        )
+        size, seed = 8 * recipe.denoiser.student.latent_size, recipe.denoiser.seed
+        encode_pairs(vae, cache_file, recipe.pictures, recipe.masks_per_picture, size, recipe.photo_share, seed)
     trainer = DenoiserTrainer(recipe.denoiser, LatentCache.load(cache_file), output, device)
     trainer.resume()
     student = trainer.run()
-    vae = finetune_decoder(vae, recipe.autoencoder, output / "vae_finetuned", device)
-    return save_checkpoint(student, vae, recipe, output / "checkpoint")
+    finetuned = output / "vae_finetuned"
+    if not finetuned.exists():
+        finetune_decoder(vae, recipe.autoencoder, finetuned, device)
+    return save_checkpoint(student, load_autoencoder(finetuned), recipe, checkpoint)
+
+
+def _claim(output: Path, recipe: TinyRecipe) -> None:
+    """Notes in ``output/recipe.json`` what the run is of, so that no stage of another one is taken for it."""
+    path, ours = output / "recipe.json", plain(asdict(recipe))
+    try:
+        theirs = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        make_folder(output)
+        atomic_save(ours, path)
+        return
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error}): give another output folder") from error
+    if theirs != ours:
+        raise UsageError(f"{output} holds a run of another recipe, see {path.name} in it: give another output folder")
 
 
 def save_checkpoint(student: nn.Module, vae: AutoencoderKL, recipe: TinyRecipe, folder: Path) -> Path:
-    """``student.safetensors``, ``student.json`` and ``vae/``; weights rounded to float16, half the size."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """``student.safetensors``, ``student.json``, ``vae/`` and ``training.json``; weights rounded to float16, half
+    the size. Raises BundleError if a weight is not finite as float16, and then writes nothing."""
     weights = {
         name: tensor.detach().cpu().contiguous().to(torch.float16 if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in student.state_dict().items()
     }
-    save_file(weights, folder / "student.safetensors")
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise BundleError(f"{name} is not finite in float16: lower the recipe's learning rate and train again")
+    make_folder(folder)
+    with atomic_write(folder / "student.safetensors") as temporary:
+        temporary.write_bytes(save(weights))
     atomic_save(recipe.denoiser.student.to_dict(), folder / "student.json")
+    save_autoencoder(copy.deepcopy(vae).half(), folder / "vae")
     atomic_save(asdict(recipe), folder / "training.json")
-    vae.half().save_pretrained(folder / "vae")
     return folder

@@ -1,0 +1,124 @@
+"""The figures of a fill on images whose answer is known, and the held-out cases they are taken on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from moebius_edge.errors import MachineError
+from moebius_edge.training import evaluate
+from moebius_edge.training.evaluate import Case, border_mean, held_out_cases, hole_psnr_db, telea, texture_ratio
+from moebius_edge.training.photographs import HELD_OUT, TRAINING
+
+
+def square(size: int = 64, low: int = 20, high: int = 44) -> np.ndarray:
+    mask = np.zeros((size, size), bool)
+    mask[low:high, low:high] = True
+    return mask
+
+
+def noise(size: int = 64, spread: float = 40.0) -> np.ndarray:
+    values = 128 + spread * np.random.default_rng(0).standard_normal((size, size, 1))
+    return np.clip(values, 0, 255).astype(np.uint8).repeat(3, 2)
+
+
+def test_psnr_counts_the_hole_alone() -> None:
+    truth, mask = np.full((64, 64, 3), 100, np.uint8), square()
+    result = truth.copy()
+    result[~mask] = 0  # what lies outside is no concern
+    result[mask] = 110
+    assert hole_psnr_db(result, truth, mask) == pytest.approx(10 * np.log10(255**2 / 100))
+    result[mask] = 90  # uint8 must not wrap
+    assert hole_psnr_db(result, truth, mask) == pytest.approx(10 * np.log10(255**2 / 100))
+    assert hole_psnr_db(truth, truth, mask) > 100
+
+
+def test_the_border_mean_is_that_of_the_ring() -> None:
+    mask = square()
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[12:52, 12:52] = (10, 20, 30)  # the ring of eight pixels
+    image[12:52, 12:32] = (30, 20, 10)  # half of it
+    image[mask] = 255
+    filled = border_mean(image, mask)
+    assert (filled[mask] == 20).all()
+    assert np.array_equal(filled[~mask], image[~mask]) and (image[mask] == 255).all()
+
+
+def test_telea_restores_a_flat_image() -> None:
+    mask = square()
+    image = np.full((64, 64, 3), 77, np.uint8)
+    image[mask] = 0
+    filled = telea(image, mask)
+    assert np.array_equal(filled[~mask], image[~mask])
+    assert np.abs(filled.astype(int) - 77).max() <= 4  # its interpolation is not exact, even here
+
+
+def test_texture_is_one_where_it_goes_on_and_none_where_it_is_flat() -> None:
+    mask, image = square(96, 32, 64), noise(96)
+    assert texture_ratio(image, mask) == pytest.approx(1, abs=0.2)
+    assert texture_ratio(border_mean(image, mask), mask) < 0.02
+    half = image.copy()
+    half[mask] = (128 + (image[mask].astype(float) - 128) / 2).astype(np.uint8)
+    assert texture_ratio(half, mask) / texture_ratio(image, mask) == pytest.approx(0.25, abs=0.02)
+
+
+def test_held_out_cases_repeat_and_are_new_to_the_model() -> None:
+    first, second = held_out_cases(2, 64), held_out_cases(2, 64)
+    assert [c.name for c in first] == [f"{name}-{i}" for name in HELD_OUT for i in range(2)]
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask)
+        assert a.image.shape == (64, 64, 3) and a.image.dtype == np.uint8 and a.mask.dtype == bool
+        assert 0.1 <= a.mask.mean() <= 0.4
+    other = held_out_cases(2, 64, seed=1)
+    assert not any(np.array_equal(a.mask, b.mask) for a, b in zip(first, other, strict=True))
+    assert not set(HELD_OUT) & set(TRAINING)
+
+
+class FakeInpainter:
+    """Answers with the truth for one start and with black for the others."""
+
+    def __init__(self, bundle: str | Path) -> None:
+        assert bundle == "some-bundle"
+        self.bundle = SimpleNamespace(defaults={"steps": 20, "start": "prefill"})
+
+    def __enter__(self) -> FakeInpainter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def inpaint(
+        self, image: np.ndarray, mask: np.ndarray, *, start: str, seed: int = 0, steps: int = 20
+    ) -> FakeInpainter:
+        self.image = image if start == "image" else np.zeros_like(image)
+        return self
+
+
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    cases = [Case(f"case-{i}", np.roll(noise(96), i, 0), square(96, 32, 64)) for i in range(3)]
+    monkeypatch.setattr(evaluate, "held_out_cases", lambda: cases)
+    monkeypatch.setattr(evaluate, "Inpainter", FakeInpainter)
+    return cases
+
+
+def test_every_start_and_baseline_has_its_figures(few_cases: list[Case], tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.jpg"
+    figures = evaluate.evaluate("some-bundle", sheet, ("noise", "image"))
+    assert list(figures) == ["border mean", "Telea", "defaults", "noise", "image"]
+    assert figures["image"]["hole_psnr_db"] > 100 > figures["border mean"]["hole_psnr_db"] > 5
+    assert figures["noise"]["hole_psnr_db"] < figures["border mean"]["hole_psnr_db"]
+    assert figures["image"]["texture_ratio"] == pytest.approx(1, abs=0.2)
+    assert figures["noise"]["texture_ratio"] == 0
+    picture = cv2.imread(str(sheet))
+    assert picture is not None and picture.shape == (28 + 3 * 96, 7 * 96, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["sheet.jpg"]
+
+
+def test_a_sheet_that_cannot_be_written_is_an_error(few_cases: list[Case], tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"sheet.jpg: the folder .*missing does not exist: run `mkdir -p"):
+        evaluate.evaluate("some-bundle", tmp_path / "missing" / "sheet.jpg", ("noise",))

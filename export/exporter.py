@@ -29,6 +29,8 @@ Progress = Callable[[str, float | None], None]
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
 PRECISION = "float32"
+# What suits a bundled model better than upstream's settings; docs/tiny-model.md has the measurements.
+BUNDLED_DEFAULTS: dict[str, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.2, "guidance": 1.0}}
 MIN_PSNR_DB = 60.0  # float32 against float32: only the order of sums may differ
 
 
@@ -50,9 +52,9 @@ def export_bundle(
     """Export ``source`` (student weights, or a bundled model's name) with ``vae`` to the folder ``output``.
 
     ``config`` is a JSON file of a ``StudentConfig``; ``source.find_source`` says where one is looked for.
-    ``steps`` and ``guidance`` are the gate's and the bundle's defaults. ``progress(stage, fraction)`` is told
-    what is being done; the fraction is of that stage, None where not known. An existing bundle at
-    ``output`` is replaced only with ``force``.
+    ``steps`` and ``guidance`` are the gate's; they are the bundle's defaults too, unless the model is a bundled
+    one. ``progress(stage, fraction)`` is told what is being done; the fraction is of that stage, None where not
+    known. An existing bundle at ``output`` is replaced only with ``force``.
 
     Raises:
         UsageError: an argument is unusable, or ``output`` may not be replaced.
@@ -72,15 +74,23 @@ def export_bundle(
         **{key: value for key, value in given.items() if value is not None},
         "precision": PRECISION,
         "scaling_factor": found.scaling_factor,
-        "defaults": {"steps": steps, "guidance": guidance, "start": "image"},
     }
+    trajectory = {"steps": steps, "guidance": guidance, "start": "image"}
+    card["defaults"] = {**trajectory, **BUNDLED_DEFAULTS.get(found.bundled or "", {})}
     with atomic_directory(output, overwrite=force) as folder:
-        _fill(folder, found, card, min_psnr_db, progress or _silent)
+        _fill(folder, found, card, trajectory, min_psnr_db, progress or _silent)
     return Bundle.load(Path(output), verify=False)
 
 
-def _fill(folder: Path, found: Source, card: dict[str, Any], min_psnr_db: float, tell: Progress) -> None:
-    """Write the graphs, measure them, and only then describe them as a bundle that has passed."""
+def _fill(
+    folder: Path,
+    found: Source,
+    card: dict[str, Any],
+    trajectory: dict[str, Any],
+    min_psnr_db: float,
+    tell: Progress,
+) -> None:
+    """Write the graphs, measure them on ``trajectory``, and only then describe them as a bundle that has passed."""
     tell("load packages", None)
     card["tools"] = _tools()
     from ..runtimes.ort import OrtRuntime
@@ -100,38 +110,34 @@ def _fill(folder: Path, found: Source, card: dict[str, Any], min_psnr_db: float,
     for index, (name, component) in enumerate(components.items()):
         tell(f"export {name}", index / len(components))
         write_onnx(graphs[name], component, folder / component.file)
-    reference = _run(TorchRuntime(student, vae, components), card["defaults"], "gate, PyTorch", tell)
+    reference = _run(TorchRuntime(student, vae, components), trajectory, "gate, PyTorch", tell)
 
     del student, vae, graphs  # a gigabyte at full size, and the other runtime needs as much again
     gc.collect()
     write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
     runtime = OrtRuntime(Bundle.load(folder, verify=False))
-    candidate = _run(runtime, card["defaults"], "gate, ONNX Runtime", tell)
+    candidate = _run(runtime, trajectory, "gate, ONNX Runtime", tell)
     figures = compare(candidate, reference)
     judge(figures, min_psnr_db)
     tell("write bundle.json", None)
-    write_bundle(
-        folder, gate={**figures, "min_psnr_db": min_psnr_db, **card["defaults"], **CONDITIONS}, **card
-    )
+    write_bundle(folder, gate={**figures, "min_psnr_db": min_psnr_db, **trajectory, **CONDITIONS}, **card)
 
 
-def _run(runtime: Runtime, defaults: dict[str, Any], stage: str, tell: Progress) -> Trajectory:
+def _run(runtime: Runtime, trajectory: dict[str, Any], stage: str, tell: Progress) -> Trajectory:
     from .gate import run_trajectory
 
     tell(stage, 0.0)
     return run_trajectory(
         runtime,
-        steps=defaults["steps"],
-        guidance=defaults["guidance"],
+        steps=trajectory["steps"],
+        guidance=trajectory["guidance"],
         on_step=lambda done, total: tell(stage, done / total),
     )
 
 
 def _default_card(found: Source, output: Path) -> dict[str, Any]:
     if found.bundled is not None:
-        description = (
-            "Demonstration model of reduced width for 256x256. Real work uses the published weights."
-        )
+        description = "Demonstration model of reduced width for 256x256. Real work uses the published weights."
         return {"name": found.bundled, "description": description, "licence": "Apache-2.0"}
     description = f"Moebius student exported from {found.checkpoint.name}."
     return {
@@ -146,9 +152,7 @@ def _refuse_loss(output: Path, found: Source) -> None:
     inside = output.resolve()
     for path in (found.checkpoint, found.vae, found.config):
         if path is not None and path.resolve().is_relative_to(inside):
-            raise UsageError(
-                f"output folder {output} holds {path}, which is being exported: name another output"
-            )
+            raise UsageError(f"output folder {output} holds {path}, which is being exported: name another output")
 
 
 def _tools() -> dict[str, str]:

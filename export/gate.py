@@ -49,9 +49,7 @@ def draw_scene(resolution: int, seed: int = SEED) -> tuple[np.ndarray, np.ndarra
         plane = slope[0] * (x - 0.5) + slope[1] * (y - 0.5)
         for frequency in (3, 9, 31):
             angle, phase = generator.uniform(0, 2 * math.pi, 2)
-            plane = plane + 0.15 * np.sin(
-                2 * math.pi * frequency * (x * math.cos(angle) + y * math.sin(angle)) + phase
-            )
+            plane = plane + 0.15 * np.sin(2 * math.pi * frequency * (x * math.cos(angle) + y * math.sin(angle)) + phase)
         planes.append(plane)
     image = np.stack(planes)
     for _ in range(8):

@@ -129,9 +129,7 @@ def load_vae(source: Source) -> Any:
     state = read_state(source.vae_weights)  # refuses what is damaged or would run code, with one line
     bad = next((k for k, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
     if bad is not None:
-        raise BundleError(
-            f"{source.vae_weights} has values that are not finite in {bad}: copy or download it again"
-        )
+        raise BundleError(f"{source.vae_weights} has values that are not finite in {bad}: copy or download it again")
     del state
     # diffusers reads the file again, for it knows the older names of the attention layers. A tensor that the
     # file lacks it would leave at random values, hence the loading report.
@@ -170,25 +168,17 @@ def _find_vae(folder: Path) -> tuple[Path, float]:
     config = _read_object(folder / VAE_CONFIG)
     where = folder / VAE_CONFIG
     if config.get("_class_name") != "AutoencoderKL":
-        raise UsageError(
-            f"{where} describes {config.get('_class_name')!r}: --vae names a folder of an AutoencoderKL"
-        )
+        raise UsageError(f"{where} describes {config.get('_class_name')!r}: --vae names a folder of an AutoencoderKL")
     if (channels := config.get("latent_channels")) != LATENT_CHANNELS:
-        raise UsageError(
-            f"{where} has {channels} latent channels, the student works on {LATENT_CHANNELS}: use its VAE"
-        )
+        raise UsageError(f"{where} has {channels} latent channels, the student works on {LATENT_CHANNELS}: use its VAE")
     blocks = config.get("block_out_channels")
     if not isinstance(blocks, list) or 2 ** (len(blocks) - 1) != LATENT_DOWNSCALE:
-        raise UsageError(
-            f"{where} does not reduce images {LATENT_DOWNSCALE}-fold, block_out_channels is {blocks}"
-        )
+        raise UsageError(f"{where} does not reduce images {LATENT_DOWNSCALE}-fold, block_out_channels is {blocks}")
     if config.get("shift_factor") is not None:
         raise UsageError(
             f"{where} shifts its latents by {config['shift_factor']}, which this model does not: use its VAE"
         )
-    factor = config.get(
-        "scaling_factor"
-    )  # diffusers' own default is another model's, so absence is no answer
+    factor = config.get("scaling_factor")  # diffusers' own default is another model's, so absence is no answer
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < float("inf"):
         raise UsageError(
             f"{where} has the scaling_factor {factor}: write the one the student was trained with into it "
@@ -197,9 +187,7 @@ def _find_vae(folder: Path) -> tuple[Path, float]:
     for name in VAE_WEIGHTS:
         if (folder / name).is_file():
             return folder / name, float(factor)
-    raise MachineError(
-        f"{folder} holds no weights, neither {' nor '.join(VAE_WEIGHTS)}: copy or download it again"
-    )
+    raise MachineError(f"{folder} holds no weights, neither {' nor '.join(VAE_WEIGHTS)}: copy or download it again")
 
 
 def _find_config(checkpoint: Path, given: str | os.PathLike[str] | None) -> Path | None:

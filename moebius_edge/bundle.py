@@ -37,7 +37,7 @@ class Bundle:
     scaling_factor: float
     model: dict[str, Any]
     scheduler: dict[str, Any]
-    defaults: dict[str, Any]  # steps, guidance, start
+    defaults: dict[str, Any]  # steps, guidance, start, and strength where it is not the usual one
     source: dict[str, Any]  # what it was made from, by SHA-256
     gate: dict[str, Any]  # the measured figures it passed with
     tools: dict[str, Any]  # versions

@@ -56,9 +56,7 @@ class TorchRuntime(Runtime):
     def _run(self, component: str, feeds: Arrays) -> Arrays:
         output = self.components[component].outputs[0].name
         with torch.inference_mode():
-            result = self._methods[component](
-                **{name: torch.from_numpy(array) for name, array in feeds.items()}
-            )
+            result = self._methods[component](**{name: torch.from_numpy(array) for name, array in feeds.items()})
         return {output: np.ascontiguousarray(result.numpy())}
 
     def _encode(self, image: Tensor) -> Tensor:

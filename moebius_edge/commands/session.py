@@ -86,9 +86,11 @@ class Session:
         self.unusable = False
         self._inpainter = inpainter
         self.runtime_info = dict(inpainter.runtime.info)
+        defaults = self.bundle.defaults
         for key in ("steps", "guidance", "start"):  # what was not chosen is the bundle's
-            if key in self.bundle.defaults:
-                self._settings.setdefault(key, self.bundle.defaults[key])
+            self._settings.setdefault(key, defaults[key])
+        if "strength" in defaults and self._settings["start"] == defaults["start"]:  # it suits no other start
+            self._settings.setdefault("strength", defaults["strength"])
         return inpainter
 
 

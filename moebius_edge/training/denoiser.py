@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class DenoiserTrainer:
         )
         self.done = 0
 
-    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    def draw(self, rng: np.random.Generator) -> tuple[Any, ...]:
         """One sample: clean, masked and mask latents, noise, a place in its share of the timesteps, prompts dropped."""
         clean, masked, mask = self.cache.pair(rng)
         noise = rng.standard_normal(clean.shape, np.float32)

@@ -29,7 +29,7 @@ class Case:
 
 def held_out_cases(per_photograph: int = 4, size: int = 256, seed: int = 0) -> list[Case]:
     """Square crops of the held-out photographs with masks of 10 to 40% of their area, seeded."""
-    cases = []
+    cases: list[Case] = []
     for name in HELD_OUT:
         photograph = load_photograph(name)
         shortest = min(photograph.shape[:2])

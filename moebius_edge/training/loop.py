@@ -172,8 +172,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves the average's parameters towards the model's; buffers are copied."""
     for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
         slow.lerp_(fast, 1 - decay)
-    for slow, fast in zip(average.buffers(), model.buffers(), strict=True):
-        slow.copy_(fast)
+    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(current)
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ def _leaf_outline(rng: np.random.Generator, centre: np.ndarray, radius: float) -
         radii = np.ones(corners)
     else:  # a smooth blob
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-        radii = 1 + sum(rng.normal(0, 0.25 / k) * np.cos(k * angles + rng.uniform(0, 6.3)) for k in range(2, 6))
+        waves = [rng.normal(0, 0.25 / k) * np.cos(k * angles + rng.uniform(0, 6.3)) for k in range(2, 6)]
+        radii = 1 + np.sum(waves, axis=0)
     stretch = np.exp(rng.normal(0, 0.45))
     points = radius * radii[:, None] * np.stack([stretch * np.cos(angles), np.sin(angles) / stretch], 1)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])

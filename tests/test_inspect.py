@@ -66,3 +66,12 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: Captured) -> None:
     assert "holds no bundle.json" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "none"), "--json"]) == 4
     assert json.loads(capsys.readouterr().out)["exit_code"] == 4
+
+
+def test_a_long_list_is_shown_by_its_ends() -> None:
+    from moebius_edge.commands.inspect import _flat
+
+    assert _flat({"drift": [0.5, *range(17), 2.0], "shape": [1, 2]}) == [
+        ("drift", "(0.5 .. 2.0, 19 values)"),
+        ("shape", "(1, 2)"),
+    ]

@@ -88,6 +88,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and len(value) > 8:  # a figure a step; --json has them all
+            rows.append((prefix + name, f"({value[0]} .. {value[-1]}, {len(value)} values)"))
         elif isinstance(value, list):
             rows.append((prefix + name, "(" + ", ".join(map(str, value)) + ")"))
         else:

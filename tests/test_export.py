@@ -11,6 +11,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,13 +296,21 @@ def test_three_levels_at_the_golden_size(tmp_path: Path) -> None:
     assert bundle.gate["psnr_db"] >= 60 and bundle.gate["steps_executed"] == 19
 
 
+@pytest.fixture
+def published_folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    shutil.rmtree(tmp_path)  # pytest would keep the gigabytes of the last three runs
+
+
 @pytest.mark.slow
-def test_the_published_size(tmp_path: Path) -> None:
+def test_the_published_size(published_folder: Path) -> None:
     """Needs 8 GB of memory and 3 GB of disk. No configuration lies beside it: the published one holds."""
-    torch.save(fill_golden(build_student()).state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    vae = save_vae(tmp_path / "vae", block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
+    torch.save(fill_golden(build_student()).state_dict(), published_folder / "diffusion_pytorch_model.bin")
+    vae = save_vae(
+        published_folder / "vae", block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32
+    )
     bundle = export_bundle(
-        tmp_path / "diffusion_pytorch_model.bin", vae, tmp_path / "bundle", steps=2
+        published_folder / "diffusion_pytorch_model.bin", vae, published_folder / "bundle", steps=2
     )  # one network call on either side: seconds instead of minutes
     assert bundle.gate["psnr_db"] >= 60 and bundle.gate["steps_executed"] == 1
     assert (bundle.resolution, bundle.latent_size) == (512, 64)

@@ -304,7 +304,7 @@ def published_folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_the_published_size(published_folder: Path) -> None:
-    """Needs 8 GB of memory and 3 GB of disk. No configuration lies beside it: the published one holds."""
+    """Needs 9 GB of memory and 3 GB of disk. No configuration lies beside it: the published one holds."""
     torch.save(fill_golden(build_student()).state_dict(), published_folder / "diffusion_pytorch_model.bin")
     vae = save_vae(
         published_folder / "vae", block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32

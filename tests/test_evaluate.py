@@ -48,13 +48,17 @@ def test_the_border_mean_is_that_of_the_ring() -> None:
     assert np.array_equal(filled[~mask], image[~mask]) and (image[mask] == 255).all()
 
 
-def test_telea_restores_a_flat_image() -> None:
+def test_telea_continues_a_flat_image_and_never_sees_the_hole() -> None:
+    """OpenCV 5.0 itself errs here by up to 4, and by 0.94 on average, whatever lies in the hole."""
     mask = square()
-    image = np.full((64, 64, 3), 77, np.uint8)
-    image[mask] = 0
-    filled = telea(image, mask)
-    assert np.array_equal(filled[~mask], image[~mask])
-    assert np.abs(filled.astype(int) - 77).max() <= 4  # its interpolation is not exact, even here
+    fills = []
+    for hidden in (0, 255):
+        image = np.full((64, 64, 3), 77, np.uint8)
+        image[mask] = hidden
+        fills.append(telea(image, mask).astype(int))
+        assert (fills[-1][~mask] == 77).all()
+    assert np.array_equal(fills[0], fills[1])
+    assert np.abs(fills[0] - 77).max() <= 4 and abs(fills[0][mask].mean() - 77) <= 1
 
 
 def test_texture_is_one_where_it_goes_on_and_none_where_it_is_flat() -> None:

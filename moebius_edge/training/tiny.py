@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import BundleError, MachineError, UsageError
 from ..files import atomic_write
+from ..spec import LATENT_DOWNSCALE
 from .autoencoder import AutoencoderRecipe, finetune_decoder, load_autoencoder, save_autoencoder, train_autoencoder
 from .denoiser import DenoiserRecipe, DenoiserTrainer
 from .latents import LatentCache, encode_pairs
@@ -53,7 +54,7 @@ def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
         train_autoencoder(recipe.autoencoder, vae_folder, device)
     vae = load_autoencoder(vae_folder)
     if not cache_file.exists():
-        size, seed = 8 * recipe.denoiser.student.latent_size, recipe.denoiser.seed
+        size, seed = LATENT_DOWNSCALE * recipe.denoiser.student.latent_size, recipe.denoiser.seed
         encode_pairs(vae, cache_file, recipe.pictures, recipe.masks_per_picture, size, recipe.photo_share, seed)
     trainer = DenoiserTrainer(recipe.denoiser, LatentCache.load(cache_file), output, device)
     trainer.resume()

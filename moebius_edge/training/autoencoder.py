@@ -3,7 +3,8 @@
 The loss is L1 on pixels and on the levels of a Laplacian pyramid, so that detail counts at every scale, plus a
 light Kullback-Leibler term that keeps the latents smooth. Three of the four latent channels are anchored to the
 mean colour of their 8x8 pixels: left to itself a short training spends all four on brightness and the pictures
-come out grey. No perceptual network and no adversary: nothing has to be downloaded, and the price is softness.
+come out grey. The decoder is then sharpened against a discriminator. No perceptual network: nothing has to be
+downloaded.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from torch.nn import functional as F
 
 from ..errors import BundleError, UsageError
 from ..files import atomic_directory
-from .data import PictureSource, to_network
+from .adversary import Adversary, balance
+from .data import CropSource, PictureSource, to_network
 from .loop import Loader, check_finite, cosine, load_state, make_folder, progress_bar, save_state, update_average
+
+PICTURE_SIDE = 256  # what crops are cut from: the scale at which the network will see pictures
 
 Loss = Callable[[AutoencoderKL, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
 
 
 class Stage(NamedTuple):
-    """``steps`` optimiser steps on batches of ``batch`` crops of ``side`` pixels."""
+    """``steps`` optimiser steps on batches of ``batch`` crops of ``side`` pixels, an even number or one."""
 
     steps: int
     batch: int
@@ -44,14 +48,18 @@ class AutoencoderRecipe:
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 96)
     norm_num_groups: int = 8
-    stages: tuple[Stage, ...] = (Stage(1540, 8, 64), Stage(870, 4, 128))
+    stages: tuple[Stage, ...] = (Stage(7000, 8, 64), Stage(2000, 4, 128))
     learning_rate: float = 2e-3
     warmup: int = 100
     kl_weight: float = 2e-6
     anchor_weight: float = 0.1
-    decoder_stage: Stage = Stage(650, 1, 256)
+    decoder_stage: Stage = Stage(1500, 4, 128)
     decoder_learning_rate: float = 5e-4
     texture_weight: float = 0.5
+    adversary_weight: float = 0.4
+    adversary_learning_rate: float = 4e-4
+    adversary_warmup: int = 200
+    latent_noise: float = 0.05
     photo_share: float = 0.6
     ema_decay: float = 0.997
     seed: int = 0
@@ -122,7 +130,9 @@ class Trainer:
         learning_rate: float,
         device: str,
         state: Path,
+        adversary: Adversary | None = None,
     ) -> None:
+        self.adversary = adversary
         self.title, self.model, self.recipe = title, model.to(device).train(), recipe
         self.learning_rate, self.device, self.state = learning_rate, device, state
         self.average = copy.deepcopy(model).requires_grad_(False)
@@ -139,10 +149,13 @@ class Trainer:
                 begin, end = end, end + stage.steps
                 if self.done >= end:
                     continue
-                source, first = PictureSource(stage.side, recipe.photo_share), stage.batch * (self.done - begin)
-                with closing(iter(Loader(source, stage.batch, seed + 1000 * number, first))) as batches:
+                crops = max(1, stage.batch // 2)  # so that a batch shows at least two pictures where it can
+                source = CropSource(PictureSource(PICTURE_SIDE, recipe.photo_share), stage.side, crops)
+                drawn = stage.batch // crops
+                loader = Loader(source, drawn, seed + 1000 * number, drawn * (self.done - begin))
+                with closing(iter(loader)) as batches:
                     for pictures in islice(batches, end - self.done):
-                        figures = self.step(pictures, loss, total)
+                        figures = self.step(pictures.reshape(-1, *pictures.shape[2:]), loss, total)
                         if self.done % 20 == 0:
                             report(self.done, {"step": self.done, "side": stage.side, **figures})
                         if self.done % save_every == 0 or self.done == total:
@@ -177,6 +190,7 @@ class Trainer:
             average=self.average.state_dict(),
             optimiser=self.optimiser.state_dict(),
             generators=generators,
+            adversary=self.adversary.state_dict() if self.adversary else None,
             done=self.done,
         )
 
@@ -194,6 +208,8 @@ class Trainer:
         torch.set_rng_state(saved["generators"][0].cpu())
         if self.device != "cpu":
             torch.cuda.set_rng_state(saved["generators"][1].cpu(), self.device)
+        if self.adversary:
+            self.adversary.load_state_dict(saved["adversary"])
         self.done = saved["done"]
 
     def finish(self, model: AutoencoderKL, output: Path) -> None:
@@ -241,7 +257,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, output: Path, device: str = "cp
     start = build_autoencoder(recipe)
     trainer = Trainer("autoencoder", start, recipe, recipe.learning_rate, device, _state_file(output))
     model = trainer.run(recipe.stages, loss, recipe.seed).cpu()
-    rng, source = np.random.default_rng(recipe.seed + 7), PictureSource(256, recipe.photo_share)
+    rng, source = np.random.default_rng(recipe.seed + 7), PictureSource(PICTURE_SIDE, recipe.photo_share)
     normalise_latents(model, np.stack([source(rng) for _ in range(48)]))
     model.register_to_config(scaling_factor=1.0)
     trainer.finish(model, output)
@@ -251,27 +267,35 @@ def train_autoencoder(recipe: AutoencoderRecipe, output: Path, device: str = "cp
 def finetune_decoder(
     model: AutoencoderKL, recipe: AutoencoderRecipe, output: Path, device: str = "cpu"
 ) -> AutoencoderKL:
-    """Goes on training the decoder alone, on whole pictures and with ``texture_loss``; writes ``output``.
+    """Goes on training the decoder alone, with ``texture_loss`` and against an ``Adversary``; writes ``output``.
 
-    The encoder is frozen, so latents that a denoiser was trained on keep their meaning. ``model`` itself is
-    trained; its average is returned. An interrupted run goes on from ``<output>_state.pt``. Raises as ``Trainer``.
+    The encoder is frozen, so latents that a denoiser was trained on keep their meaning. The latents get a little
+    noise, since a denoiser's are never exact. ``model`` itself is trained; its average is returned. An interrupted
+    run goes on from ``<output>_state.pt``. Raises as ``Trainer``.
     """
+    torch.manual_seed(recipe.seed + 500)
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
     model.post_quant_conv.requires_grad_(True)
+    adversary = Adversary(recipe.adversary_learning_rate, device)
 
     def loss(model: AutoencoderKL, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 latent = model.encode(image).latent_dist.mean
+                latent = latent + recipe.latent_noise * torch.randn_like(latent)
             decoded = model.decode(latent).sample.float()
+            judged = adversary.judge(decoded).float()
         reconstruction, texture = pyramid_l1(decoded, image), texture_loss(decoded, image)
-        return reconstruction + recipe.texture_weight * texture, {
-            "loss": reconstruction.item(),
-            "texture": texture.item(),
-        }
+        total = reconstruction + recipe.texture_weight * texture
+        share = recipe.adversary_weight * min(1.0, trainer.done / recipe.adversary_warmup)  # it learns first
+        total = total + share * balance(total, judged, model.decoder.conv_out.weight) * judged
+        with torch.autocast(device, torch.bfloat16):
+            learnt = adversary.learn(image, decoded)
+        figures = {"loss": reconstruction.item(), "texture": texture.item(), "adversary": learnt}
+        return total, figures
 
-    trainer = Trainer("decoder", model, recipe, recipe.decoder_learning_rate, device, _state_file(output))
+    trainer = Trainer("decoder", model, recipe, recipe.decoder_learning_rate, device, _state_file(output), adversary)
     model = trainer.run((recipe.decoder_stage,), loss, recipe.seed + 500).cpu()
     trainer.finish(model, output)
     return model

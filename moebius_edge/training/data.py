@@ -26,6 +26,23 @@ class PictureSource:
         return draw_scene(rng, self.size)
 
 
+class CropSource:
+    """``source(rng)`` cuts ``count`` square crops of ``side`` pixels from one picture; uint8 (count, side, side, 3).
+
+    Crops show what the network will see, at the scale it will see it; a picture drawn small would not. Several
+    of one picture, because drawing it costs more than training on a crop.
+    """
+
+    def __init__(self, source: PictureSource, side: int, count: int) -> None:
+        self.source, self.side, self.count = source, side, count
+
+    def __call__(self, rng: np.random.Generator) -> np.ndarray:
+        picture = self.source(rng)
+        room = len(picture) - self.side + 1
+        corners = rng.integers(0, room, (self.count, 2))
+        return np.stack([picture[y : y + self.side, x : x + self.side] for y, x in corners])
+
+
 def to_network(pictures: np.ndarray) -> np.ndarray:
     """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
     return pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1

@@ -24,6 +24,7 @@ from ..scheduler import DDIM
 from ..spec import NOISE_OFFSET, NUM_TRAIN_TIMESTEPS
 from .latents import LatentCache
 from .loop import Loader, check_finite, cosine, load_state, progress_bar, save_state, update_average
+from .optimiser import MuonAdamW
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,7 @@ class DenoiserTrainer:
         self.student.to(device)
         self.average = build_student(recipe.student).to(device).requires_grad_(False)
         self.average.load_state_dict(self.student.state_dict())
-        decayed = [p for p in self.student.parameters() if p.ndim > 1]
-        others = [p for p in self.student.parameters() if p.ndim <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}],
-            lr=recipe.learning_rate,
-            betas=(0.9, 0.98),
-        )
+        self.optimiser = MuonAdamW(self.student, recipe.learning_rate)
         scheduler = DDIM(NUM_TRAIN_TIMESTEPS)
         self.alpha_bar = torch.tensor(
             [scheduler.alpha_bar(t) for t in range(NUM_TRAIN_TIMESTEPS)], dtype=torch.float32, device=device
@@ -126,8 +121,7 @@ class DenoiserTrainer:
         recipe = self.recipe
         share = self.done / recipe.steps
         rate = min(1.0, (self.done + 1) / recipe.warmup) * cosine(share, 0.01)
-        for group in self.optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * rate
+        self.optimiser.set_learning_rate(recipe.learning_rate * rate)
         predicted, noise, mask, alpha_bar = self.predict(self.student, batch)
         weight = (1 / alpha_bar).clamp(max=recipe.weight_limit)
         loss = task_loss(predicted, noise, 1 + (recipe.hole_weight - 1) * mask, weight)
@@ -136,7 +130,7 @@ class DenoiserTrainer:
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         check_finite(norm, "the denoiser's gradient", self.done)
         self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         self.done += 1
         update_average(self.average, self.student, min(recipe.ema_decay, self.done / (self.done + 10)))
         return loss.item()

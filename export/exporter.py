@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float | None], None]
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
-PRECISION = "float32"
+# precision -> the gate's floor in dB. Float32 against float32: only the order of sums may differ.
+MIN_PSNR_DB = {"float32": 60.0, "float16": 40.0}
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # as the command line says it -> as bundle.json does
 # What suits a bundled model better than upstream's settings; docs/tiny-model.md has the measurements.
 BUNDLED_DEFAULTS: dict[str, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.2, "guidance": 1.0}}
-MIN_PSNR_DB = 60.0  # float32 against float32: only the order of sums may differ
 
 
 def export_bundle(
@@ -45,7 +46,8 @@ def export_bundle(
     licence: str | None = None,
     steps: int = 20,
     guidance: float = 2.0,
-    min_psnr_db: float = MIN_PSNR_DB,
+    precision: str = "float32",
+    min_psnr_db: float | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> Bundle:
@@ -53,8 +55,9 @@ def export_bundle(
 
     ``config`` is a JSON file of a ``StudentConfig``; ``source.find_source`` says where one is looked for.
     ``steps`` and ``guidance`` are the gate's; they are the bundle's defaults too, unless the model is a bundled
-    one. ``progress(stage, fraction)`` is told what is being done; the fraction is of that stage, None where not
-    known. An existing bundle at ``output`` is replaced only with ``force``.
+    one. ``precision`` is ``float32`` or ``float16``; ``min_psnr_db`` is by default that precision's in
+    ``MIN_PSNR_DB``. ``progress(stage, fraction)`` is told what is being done; the fraction is of that stage, None where
+    not known. An existing bundle at ``output`` is replaced only with ``force``.
 
     Raises:
         UsageError: an argument is unusable, or ``output`` may not be replaced.
@@ -66,19 +69,22 @@ def export_bundle(
         raise UsageError(f"{steps} steps make no trajectory: choose 2 to 1000")
     if not 0 <= guidance < float("inf"):
         raise UsageError(f"guidance {guidance} is unusable: choose 0 or more, such as 2.0")
+    if precision not in MIN_PSNR_DB:
+        raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(MIN_PSNR_DB)}")
+    floor = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
     found = find_source(source, vae, config)
     _refuse_loss(Path(output), found)
     given = {"name": name, "description": description, "licence": licence}
     card: dict[str, Any] = {
         **_default_card(found, Path(output)),
         **{key: value for key, value in given.items() if value is not None},
-        "precision": PRECISION,
+        "precision": precision,
         "scaling_factor": found.scaling_factor,
     }
     trajectory = {"steps": steps, "guidance": guidance, "start": "image"}
     card["defaults"] = {**trajectory, **BUNDLED_DEFAULTS.get(found.bundled or "", {})}
     with atomic_directory(output, overwrite=force) as folder:
-        _fill(folder, found, card, trajectory, min_psnr_db, progress or _silent)
+        _fill(folder, found, card, trajectory, floor, progress or _silent)
     return Bundle.load(Path(output), verify=False)
 
 
@@ -97,7 +103,9 @@ def _fill(
     from ..runtimes.pytorch import TorchRuntime
     from .gate import CONDITIONS, compare, judge
     from .graphs import build_graphs
-    from .onnx_file import write_onnx
+    from .onnx_file import OPSET, check_onnx, write_onnx
+    from .operators import TRANSLATIONS, function_bodies
+    from .precision import FLOAT32_COMPONENTS, to_float16
 
     tell(f"load weights, VAE scaling factor {found.scaling_factor:g}", None)
     config = load_config(found)
@@ -105,11 +113,17 @@ def _fill(
     card["resolution"] = config.latent_size * LATENT_DOWNSCALE
     card["source"] = found.provenance()
     components = resolved_components(card["resolution"])
+    half = card["precision"] == "float16"
+    card["float32_islands"] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
     student, vae = load_student(found, config), load_vae(found)
     graphs = build_graphs(student, vae)
     for index, (name, component) in enumerate(components.items()):
         tell(f"export {name}", index / len(components))
-        write_onnx(graphs[name], component, folder / component.file)
+        bodies = function_bodies(config, OPSET) if name == "denoiser" else ()
+        write_onnx(graphs[name], component, folder / component.file, TRANSLATIONS, bodies)
+        if half and name not in FLOAT32_COMPONENTS:
+            card["float32_islands"][name] = to_float16(folder / component.file)
+            check_onnx(folder / component.file, component)
     reference = _run(TorchRuntime(student, vae, components), trajectory, "gate, PyTorch", tell)
 
     del student, vae, graphs  # a gigabyte at full size, and the other runtime needs as much again

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..model import Student
 from ..spec import COMPONENTS, Component
+from .specialise import specialise
 
 
 class Encoder(nn.Module):
@@ -29,8 +30,10 @@ class Encoder(nn.Module):
         return mean * self.scaling_factor
 
 
-class Denoiser(nn.Module):
-    """``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w).
+class PlainDenoiser(nn.Module):
+    """The student as it is, for comparison: ``specialise`` makes what is exported.
+
+    ``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w).
 
     With M prompts a branch (10), branch 0 is prompt ids 0..M-1 (conditional), 1 is M..2M-1 (unconditional).
     """
@@ -63,7 +66,7 @@ class Decoder(nn.Module):
 
 def build_graphs(student: Student, vae: Any) -> dict[str, nn.Module]:
     """The module of every component, by component name, in evaluation mode."""
-    graphs = {"vae_encoder": Encoder(vae), "denoiser": Denoiser(student), "vae_decoder": Decoder(vae)}
+    graphs = {"vae_encoder": Encoder(vae), "denoiser": specialise(student), "vae_decoder": Decoder(vae)}
     if set(graphs) != set(COMPONENTS):
         raise AssertionError(f"graphs {sorted(graphs)} are not the components {sorted(COMPONENTS)}")
     return {name: graphs[name].eval() for name in COMPONENTS}

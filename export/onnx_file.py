@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -34,10 +35,12 @@ def write_onnx(
     component: Component,
     path: Path,
     translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+    functions: Sequence[onnx.FunctionProto] = (),
 ) -> None:
     """Export ``module`` as ``component`` (all sizes but ``N`` filled in) to the single file ``path``.
 
-    ``translations`` maps torch operators to the onnxscript functions that stand for them.
+    ``translations`` maps torch operators to the onnxscript functions that stand for them; ``functions`` are the
+    bodies of operators that no runtime knows.
 
     Raises:
         UsageError: the weights are too large for one ONNX file.
@@ -64,6 +67,10 @@ def write_onnx(
         )
     assert program is not None
     _tidy(program.model, component.name)
+    for proto in functions:
+        function = ir.serde.deserialize_function(proto)
+        program.model.opset_imports.setdefault(function.domain, 1)
+        program.model.functions[function.identifier()] = function
     program.save(str(path), external_data=False)
     check_onnx(path, component)
 

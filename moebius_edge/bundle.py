@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Bundle:
     tools: dict[str, Any]  # versions
     files: dict[str, dict[str, Any]]  # name -> {"sha256", "bytes"}
     components: dict[str, Component]
+    # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
+    float32_islands: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path_or_name: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -74,6 +76,7 @@ class Bundle:
             source=data["source"],
             gate=data["gate"],
             tools=data["tools"],
+            float32_islands=data.get("float32_islands", {}),
             files=data["files"],
             components=resolved_components(data["resolution"]),
         )
@@ -91,6 +94,7 @@ class Bundle:
             "licence": self.licence,
             "schema_version": SCHEMA_VERSION,
             "precision": self.precision,
+            "float32_islands": self.float32_islands,
             "resolution": self.resolution,
             "latent_size": self.latent_size,
             "scaling_factor": self.scaling_factor,
@@ -142,9 +146,11 @@ def write_bundle(
     gate: dict[str, Any],
     tools: dict[str, Any],
     defaults: dict[str, Any],
+    float32_islands: dict[str, Any] | None = None,
 ) -> None:
     """Write ``bundle.json`` for the ONNX files that lie in ``folder``, hashing every file there.
 
+    ``float32_islands`` lists what stayed float32 in a file of lower precision: component, operator type, node names.
     All values must be plain JSON; a NaN or an infinity is a ``ValueError``, for no gate passes with one.
 
     Raises:
@@ -158,6 +164,7 @@ def write_bundle(
         "description": description,
         "licence": licence,
         "precision": precision,
+        "float32_islands": float32_islands or {},
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
         "scaling_factor": scaling_factor,

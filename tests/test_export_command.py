@@ -39,7 +39,7 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tupl
 
 def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "bundle"
-    options = ["--config", "c.json", "--steps", "4", "--guidance", "0", "--min-psnr", "50", "--force"]
+    options = ["--config", "c.json", "--steps", "4", "--guidance", "0", "--min-psnr", "50", "--precision", "fp16", "--force"]
     assert main(["export", "w.bin", "--vae", "vae", "--output", str(out), *options]) == 0
     ((source, vae, output), given) = exporter[0]
     assert (source, Path(vae), Path(output)) == ("w.bin", Path("vae"), out)
@@ -48,6 +48,7 @@ def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Capt
         "config": Path("c.json"),
         "steps": 4,
         "guidance": 0.0,
+        "precision": "float16",
         "min_psnr_db": 50.0,
         "force": True,
     }
@@ -60,13 +61,19 @@ def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Capt
 
 def test_defaults_are_the_exporters(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     parameters = inspect.signature(export_bundle).parameters
-    exporter_defaults = {name: parameters[name].default for name in ("steps", "guidance", "min_psnr_db")}
+    exporter_defaults = {name: parameters[name].default for name in ("steps", "guidance", "precision", "min_psnr_db")}
     assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--json"]) == 0
     ((_, vae, _), given) = exporter[0]
     assert vae is None and given["config"] is None and given["force"] is False
     assert {name: given[name] for name in exporter_defaults} == exporter_defaults
     document = json.loads(capsys.readouterr().out)
     assert document == {"output": str(tmp_path / "b"), "gate": {"psnr_db": 99.0}, "exit_code": 0}
+
+
+def test_an_unknown_precision_is_a_usage_error(exporter: list, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--precision", "fp8"]) == 2
+    assert capsys.readouterr().err == "error: there is no precision 'fp8': choose one of fp32, fp16\n"
+    assert exporter == []
 
 
 def test_a_missed_gate_exits_5(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured) -> None:

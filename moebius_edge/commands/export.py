@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from . import console
 
 
@@ -24,10 +25,11 @@ def export(
         int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")
     ] = 20,
     guidance: Annotated[float, typer.Option(min=0.0, metavar="X", help="Guidance of the gate.")] = 2.0,
+    precision: Annotated[str, typer.Option(metavar="fp32|fp16", help="What the network computes in.")] = "fp32",
     min_psnr: Annotated[
-        float,
-        typer.Option("--min-psnr", metavar="DB", help="The gate: below it nothing is saved."),
-    ] = 60.0,
+        float | None,
+        typer.Option("--min-psnr", metavar="DB", help="The gate: below it nothing is saved. By default 60; fp16: 40."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -37,7 +39,10 @@ def export(
     with PyTorch's.
     Exporting itself needs: pip install "moebius-edge[export]"
     """
-    from ..export import export_bundle
+    from ..export import PRECISIONS, export_bundle
+
+    if precision not in PRECISIONS:
+        raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
 
     with console.progress() as update:
 
@@ -52,6 +57,7 @@ def export(
                 config=config,
                 steps=steps,
                 guidance=guidance,
+                precision=PRECISIONS[precision],
                 min_psnr_db=min_psnr,
                 progress=tell,
                 force=force,

@@ -31,7 +31,7 @@ def discriminator_loss(real: torch.Tensor, decoded: torch.Tensor) -> torch.Tenso
 
 
 def balance(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor, limit: float = 1e4) -> torch.Tensor:
-    """The factor for ``second`` that makes its gradient at ``weight`` as long as that of ``first``; a scalar, detached."""
+    """The factor for ``second`` that makes its gradient at ``weight`` as long as ``first``'s; a scalar, detached."""
     lengths = [torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (first, second)]
     return (lengths[0] / (lengths[1] + 1e-6)).clamp(max=limit).detach()
 

@@ -33,19 +33,20 @@ class DenoiserRecipe:
 
     student: StudentConfig = field(
         default_factory=lambda: StudentConfig(
-            block_out_channels=(64, 64, 96),
+            block_out_channels=(64, 96, 128),
+            layers_per_block=1,
             cross_attention_dim=32,
             prompt_embedding_dim=32,
             latent_size=32,
         )
     )
-    steps: int = 2130
+    steps: int = 5000
     batch: int = 12
-    learning_rate: float = 1.6e-3
-    warmup: int = 200
-    ema_decay: float = 0.996
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    ema_decay: float = 0.997
     prompt_dropout: float = 0.15
-    hole_weight: float = 3.0
+    hole_weight: float = 5.0
     weight_limit: float = 40.0
     seed: int = 0
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-# Ends of a network see raw quantities, and depthwise kernels are no matrices: AdamW's, as Muon's authors advise.
+# The ends of a network are left to AdamW, as Muon's authors advise; tables and depthwise kernels are no matrices.
 _ENDS = ("conv_in.", "conv_out.", "embedding_layer.")
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains this parameter: a linear or dense convolution's weight inside the network."""
-    if parameter.ndim not in (2, 4) or any(end in name for end in _ENDS):
+    if name.rpartition(".")[2] != "weight" or parameter.ndim not in (2, 4) or any(end in name for end in _ENDS):
         return False
     outputs, inputs = parameter.shape[0], parameter[0].numel()
     return min(outputs, inputs) > 1 and not (parameter.ndim == 4 and parameter.shape[1] == 1)

@@ -1,4 +1,4 @@
-"""The recipe of the bundled model ``tiny``: autoencoder, latents, denoiser, then a checkpoint to export.
+"""The recipe of the bundled model ``tiny``: autoencoder, decoder, latents, denoiser, then a checkpoint to export.
 
 Every stage that is already on disk is kept, and the one that was cut short goes on where it was last saved,
 so the same command continues after an interruption. Its figures are in ``docs/tiny-model.md``.
@@ -31,8 +31,8 @@ class TinyRecipe:
 
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
-    pictures: int = 2400
-    masks_per_picture: int = 2
+    pictures: int = 4000
+    masks_per_picture: int = 3
     photo_share: float = 0.6
 
 
@@ -52,17 +52,17 @@ def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
         return checkpoint
     if not vae_folder.exists():
         train_autoencoder(recipe.autoencoder, vae_folder, device)
-    vae = load_autoencoder(vae_folder)
+    finetuned = output / "vae_finetuned"
+    if not finetuned.exists():
+        finetune_decoder(load_autoencoder(vae_folder), recipe.autoencoder, finetuned, device)
+    vae = load_autoencoder(finetuned)  # its encoder is still the first one's
     if not cache_file.exists():
         size, seed = LATENT_DOWNSCALE * recipe.denoiser.student.latent_size, recipe.denoiser.seed
         encode_pairs(vae, cache_file, recipe.pictures, recipe.masks_per_picture, size, recipe.photo_share, seed)
     trainer = DenoiserTrainer(recipe.denoiser, LatentCache.load(cache_file), output, device)
     trainer.resume()
     student = trainer.run()
-    finetuned = output / "vae_finetuned"
-    if not finetuned.exists():
-        finetune_decoder(vae, recipe.autoencoder, finetuned, device)
-    return save_checkpoint(student, load_autoencoder(finetuned), recipe, checkpoint)
+    return save_checkpoint(student, vae, recipe, checkpoint)
 
 
 def _claim(output: Path, recipe: TinyRecipe) -> None:

@@ -1,0 +1,163 @@
+"""The lambda operators against the plain forms of the model, eager and as ONNX functions, on random shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from moebius_edge.export.onnx_file import OPSET
+from moebius_edge.export.operators import (
+    DOMAIN,
+    best_tile,
+    interactive_function,
+    interactive_lambda,
+    kernel_positions,
+    local_function,
+    local_lambda,
+    tile_width,
+    window_positions,
+)
+from moebius_edge.model import StudentConfig, lambdas
+
+torch.set_num_threads(1)
+
+# batch, heads, key width, value width, height, width, window
+SHAPES = [
+    (1, 2, 3, 3, 8, 8, 5),
+    (2, 8, 4, 4, 16, 16, 15),
+    (3, 1, 5, 5, 4, 8, 15),  # a window larger than the grid
+    (2, 4, 2, 6, 6, 12, 3),  # tiles of four, values wider than keys
+    (1, 3, 7, 2, 5, 7, 7),  # odd sides: tiles of one
+]
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def local_case(n: int, h: int, k: int, v: int, height: int, width: int, window: int) -> tuple[list[torch.Tensor], int]:
+    """Inputs of the plain ``local_lambda``, and the tile's width."""
+    positions = height * width
+    given = [
+        draw(n, h, k, positions, seed=1),
+        draw(n, k, positions, seed=2).softmax(-1),
+        draw(n, v, height, width, seed=3),
+        draw(k, 1, window, window, seed=4),
+        draw(k, seed=5),
+    ]
+    return given, tile_width(width)
+
+
+def local_inputs(given: Sequence[torch.Tensor], tile: int) -> list[torch.Tensor]:
+    """The same, as the operator takes them; ``tile`` 0 convolves."""
+    tiled, tile = bool(tile), max(1, tile)
+    q, k, v, weight, bias = given
+    n, heads, keys, positions = q.shape
+    tokens = q.permute(0, 3, 1, 2).reshape(n, positions // tile, tile * heads, keys)
+    height, width = v.shape[2:]
+    where = torch.from_numpy(window_positions(height, width, weight.shape[-1], tile))
+    if not tiled:
+        where = torch.tensor([-1, 1, height, width])
+    return [tokens, k, v.flatten(2).transpose(1, 2).contiguous(), weight.flatten(1), bias[:, None], where]
+
+
+def check(found: np.ndarray | torch.Tensor, expected: torch.Tensor) -> None:
+    worst = float((torch.as_tensor(found) - expected).abs().max())
+    assert worst <= 1e-5 * float(expected.abs().max()), worst
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_local_lambda_is_the_plain_one(shape: tuple[int, ...], convolved: bool) -> None:
+    given, tile = local_case(*shape)
+    tile = 0 if convolved else tile
+    n, h, _, v, height, width, _ = shape
+    y = local_lambda(*local_inputs(given, tile), h, tile)
+    expected = lambdas.local_lambda(*given)  # (N, H, V, P)
+    check(y.reshape(n, height * width, h, v).permute(0, 2, 3, 1), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_interactive_lambda_is_the_plain_one(shape: tuple[int, ...]) -> None:
+    n, h, keys, values, height, width, _ = shape
+    prompts, positions = 10, height * width
+    q, k = draw(n, h, keys, positions, seed=1), draw(n, keys, prompts, seed=2).softmax(-1)
+    v, e = draw(n, values, prompts, seed=3), draw(positions, prompts, keys, seed=4)
+    tokens = q.permute(0, 3, 1, 2).contiguous()
+    inputs = [tokens, k[:, None], v.transpose(1, 2).contiguous(), e.transpose(1, 2).contiguous()]
+    expected = lambdas.interactive_lambda(q, k, v, e)
+    y = interactive_lambda(*inputs).reshape(n, positions, h, values).permute(0, 2, 3, 1)
+    check(y, expected)
+    body = interactive_function(OPSET, prompts)
+    ran = run_function(body, inputs, {}).reshape(n, positions, h, values).transpose(0, 2, 3, 1)
+    check(ran, expected)
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_local_body_is_the_plain_operator(shape: tuple[int, ...], convolved: bool) -> None:
+    given, tile = local_case(*shape)
+    tile = 0 if convolved else tile
+    n, h, _, v, height, width, window = shape
+    body = local_function(OPSET, window, tile, h)
+    ran = run_function(body, local_inputs(given, tile), {"heads": h, "tile": tile})
+    check(ran.reshape(n, height * width, h, v).transpose(0, 2, 3, 1), lambdas.local_lambda(*given))
+
+
+def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attributes: dict[str, int]) -> np.ndarray:
+    """Run a model of one node of domain ``moebius`` with this body, whose inner names all have a prefix."""
+    prefix = body.input[0].split("_")[0] + "_"
+    assert all(name.startswith(prefix) for n in body.node for name in [*n.input, *n.output])
+    names = [name.removeprefix(prefix) for name in body.input]  # an outer tensor must not share a formal's name
+    types = [TensorProto.INT64 if t.dtype == torch.int64 else TensorProto.FLOAT for t in inputs]
+    graph = helper.make_graph(
+        [helper.make_node(body.name, names, ["y"], domain=DOMAIN, **attributes)],
+        "one node",
+        [helper.make_tensor_value_info(*v, list(t.shape)) for *v, t in zip(names, types, inputs, strict=True)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * (inputs[0].ndim if attributes else 3))],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=9)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))
+    return np.asarray(y)
+
+
+def test_windows_of_a_small_grid_by_hand() -> None:
+    """A 2x4 grid, window 3, tiles of two: each sees three rows of four, and 8 stands for what is outside."""
+    windows = window_positions(2, 4, 3, 2)
+    assert windows.shape == (4, 12)
+    assert windows[0].tolist() == [8, 8, 8, 8, 8, 0, 1, 2, 8, 4, 5, 6]
+    assert windows[3].tolist() == [1, 2, 3, 8, 5, 6, 7, 8, 8, 8, 8, 8]
+
+
+def test_taps_of_a_small_window_by_hand() -> None:
+    taps = kernel_positions(3, 2)
+    assert taps[0].tolist() == [0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9]
+    assert taps[1].tolist() == [9, 0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8]
+
+
+def test_a_tile_divides_every_row() -> None:
+    assert [tile_width(64, 32, 16), tile_width(8), tile_width(4), tile_width(12), tile_width(7)] == [8, 8, 4, 4, 1]
+
+
+def test_the_order_of_sums_is_the_cheaper_one() -> None:
+    assert best_tile(StudentConfig()) == 8  # 40 keys a head and more: 1.7 to 7 times fewer multiplications
+    narrow = StudentConfig(block_out_channels=(64, 96, 128), latent_size=32)
+    assert best_tile(narrow) == 0  # 8 to 16 keys: summing over them first saves nothing
+
+
+def test_the_operators_say_their_shapes_and_types_without_running() -> None:
+    given, tile = local_case(*SHAPES[0])
+    torch.library.opcheck(local_lambda, (*local_inputs(given, tile), 2, tile), test_utils="test_faketensor")
+    inputs = (draw(2, 6, 3, 4, seed=0), draw(2, 1, 4, 10, seed=1), draw(2, 10, 5, seed=2), draw(6, 4, 10, seed=3))
+    torch.library.opcheck(interactive_lambda, inputs, test_utils="test_faketensor")

@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moebius_edge.export.graphs import PlainDenoiser
 from moebius_edge.export.onnx_file import OPSET, write_onnx
@@ -107,12 +108,21 @@ def whole(config: StudentConfig, options: argparse.Namespace, folder: Path) -> d
         print(f"  {name:<24} {statistics.median(values):8.3f} s   {ratio:5.2f} times the exported one's")
     peak = matrix_peak(options.threads)
     print(f"\nmeasured peak of a matrix product: {peak / 1e9:.0f} GFLOP/s (2048 x 2048, float32)")
-    shares = profile(folder / "special.onnx", options.threads, feeds, folder)
+    shares = by_class(profile(folder / "special.onnx", options.threads, feeds, folder))
     total = sum(shares.values())
     print("exported, ONNX Runtime, share of the time by operator class:")
     for name, share in shares.most_common():
         print(f"  {name:<24} {share / total:6.1%}   {share / 1e6:8.3f} s")
-    return {"seconds": times, "peak_flops": peak, "operator_seconds": {k: v / 1e6 for k, v in shares.items()}}
+    counts = {n: multiplications(m, (sample, timestep, branch)) for n, m in (("plain", plain), ("exported", special))}
+    rate = 2 * counts["exported"] / statistics.median(ours)
+    print(f"multiply-adds: {counts['plain'] / 1e9:.1f} G plain, {counts['exported'] / 1e9:.1f} G exported, "
+          f"which run at {rate / peak:.0%} of the peak")  # fmt: skip
+    return {
+        "seconds": times,
+        "peak_flops": peak,
+        "multiply_adds": counts,
+        "operator_seconds": {k: v / 1e6 for k, v in shares.items()},
+    }
 
 
 def rewrites(config: StudentConfig, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -142,19 +152,25 @@ def rewrites(config: StudentConfig, options: argparse.Namespace, folder: Path) -
             pairs.append(("upsampling", up, (grid,), QuarteredUpsample(up).eval(), (grid,)))
         for name, plain, given, special, rewritten in pairs:
             runs: dict[str, Run] = {}
+            counts, moved = {}, {}
             for kind, module, inputs in (("plain", plain, given), ("rewritten", special, rewritten)):
                 path = folder / f"{kind}.onnx"
                 feeds = export(module, inputs, path, config)
                 opened = session(path, options.threads)
+                counts[kind] = multiplications(module, inputs)
+                moved[kind] = traffic(profile(path, options.threads, feeds, folder))
                 runs[f"{kind} torch"] = lambda m=module, i=inputs: m(*i)  # type: ignore[misc]
                 runs[f"{kind} ort"] = lambda s=opened, f=feeds: s.run(None, f)  # type: ignore[misc]
             times = {k: statistics.median(v) for k, v in take_turns(runs, options.rounds).items()}
-            rows.append({"rewrite": name, "channels": channels, "grid": size, "seconds": times})
+            rows.append({"rewrite": name, "channels": channels, "grid": size, "seconds": times,
+                         "multiply_adds": counts, "bytes": moved})  # fmt: skip
             print(f"  {name:<22} {channels:>5} ch {size:>3}x{size:<3}"
                   f" torch {1e3 * times['plain torch']:8.1f} -> {1e3 * times['rewritten torch']:7.1f} ms"
                   f" ({times['plain torch'] / times['rewritten torch']:5.2f}x)"
                   f"  ort {1e3 * times['plain ort']:8.1f} -> {1e3 * times['rewritten ort']:7.1f} ms"
-                  f" ({times['plain ort'] / times['rewritten ort']:5.2f}x)", flush=True)  # fmt: skip
+                  f" ({times['plain ort'] / times['rewritten ort']:5.2f}x)"
+                  f"  {counts['plain'] / 1e9:6.2f} -> {counts['rewritten'] / 1e9:5.2f} G"
+                  f"  {moved['plain'] / 1e6:6.0f} -> {moved['rewritten'] / 1e6:5.0f} MB", flush=True)  # fmt: skip
     return rows
 
 
@@ -212,19 +228,47 @@ def matrix_peak(threads: int, side: int = 2048, repeats: int = 5) -> float:
     return 2 * side**3 / best
 
 
-def profile(path: Path, threads: int, feeds: dict[str, np.ndarray], folder: Path) -> Counter[str]:
-    """Microseconds by operator class, from ONNX Runtime's own profile of one run after a warm-up."""
+def profile(path: Path, threads: int, feeds: dict[str, np.ndarray], folder: Path) -> list[dict[str, Any]]:
+    """ONNX Runtime's own record of every kernel in one run after a warm-up."""
     opened = session(path, threads, enable_profiling=True, profile_file_prefix=str(folder / "profile"))
     for _ in range(2):
         opened.run(None, feeds)
     events = json.loads(Path(opened.end_profiling()).read_text())
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    return kernels[len(kernels) // 2 :]  # the second run
+
+
+def by_class(kernels: list[dict[str, Any]]) -> Counter[str]:
+    """Microseconds by operator class."""
     found: Counter[str] = Counter()
-    for event in kernels[len(kernels) // 2 :]:  # the second run
+    for event in kernels:
         kind = event["args"]["op_name"]
-        name = next((c for c, kinds in CLASSES.items() if kind in kinds), kind)
-        found[name] += event["dur"]
+        found[next((c for c, kinds in CLASSES.items() if kind in kinds), kind)] += event["dur"]
     return found
+
+
+def traffic(kernels: list[dict[str, Any]]) -> int:
+    """Bytes that the kernels read and wrote: their inputs, weights and outputs, each counted whenever it is used."""
+    sizes = ("activation_size", "parameter_size", "output_size")
+    return sum(int(event["args"].get(size, 0)) for event in kernels for size in sizes)
+
+
+def multiplications(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Multiply-adds of convolutions and matrix products, as PyTorch counts them, and ours for our operators."""
+
+    def local(q: Any, k: Any, v: Any, weight: Any, bias: Any, layout: Any, heads: int, tile: int, **_: Any) -> int:
+        n, positions, width = v[0], v[1], v[2]
+        keys, taps = weight
+        reach = layout[1] * positions * heads * (keys + width) if tile else positions * keys * width * taps
+        return 2 * n * (reach + (heads + 1) * positions * keys * width)
+
+    def interactive(q: Any, keys: Any, values: Any, table: Any, **_: Any) -> int:
+        return 2 * q[0] * q[1] * q[2] * keys[-1] * (q[3] + values[-1])
+
+    formulas = {torch.ops.moebius.local_lambda: local, torch.ops.moebius.interactive_lambda: interactive}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        module(*inputs)
+    return counter.get_total_flops() // 2
 
 
 if __name__ == "__main__":

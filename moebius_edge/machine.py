@@ -110,6 +110,11 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
+def has_nvidia_gpu() -> bool:
+    """Whether an NVIDIA GPU is here to be used, a Jetson's included, which may lack ``nvidia-smi``."""
+    return bool(gpus()) or "jetson" in (_board() or "").lower()
+
+
 def _board() -> str | None:
     """The board's name where the device tree has one, as on a Jetson."""
     with suppress(OSError):

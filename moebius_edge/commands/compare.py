@@ -36,7 +36,7 @@ def compare(
     mask: Annotated[Path | None, typer.Option(metavar="MASK", help="Its mask: white is filled.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
-    """Compare two bundles, or two runtimes, on the same picture, mask and noise.
+    """Compare two bundles, or two runtimes, on the same noise.
 
     Shows the drift of the latent after each step, then PSNR, SSIM and the worst pixel of the decoded picture.
     The two must have one resolution.
@@ -55,11 +55,12 @@ def compare(
             f"{second.resolution}x{second.resolution}: compare bundles of one resolution"
         )
     scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, first.resolution)
-    for text in notes:
-        console.note(text)
     # Both are made before either runs: a wrong name must not wait for the other side's minutes.
     choices = ((runtime_a, device_a), (runtime_b, device_b))
     runtimes = [create_runtime(name, b, device) for b, (name, device) in zip(bundles, choices, strict=True)]
+    notes += [f"{letter}: {text}" for letter, runtime in zip("AB", runtimes, strict=True) for text in runtime.notes]
+    for text in notes:
+        console.note(text)
     trajectories, infos = [], []
     for letter, runtime in zip("AB", runtimes, strict=True):
         trajectory, info = _run(letter, runtime, steps, guidance, seed, scene)
@@ -120,7 +121,7 @@ def _run(
         def on_step(done: int, total: int) -> None:
             update(label, done, total)
             if not infos:
-                infos.append(dict(runtime.info))
+                infos.append(runtime.report())
 
         trajectory = run_trajectory(
             runtime, steps=steps, guidance=guidance, seed=seed, scene=scene, on_step=on_step

@@ -97,6 +97,11 @@ class Runtime(ABC):
         return outputs
 
 
+def batched(tensor: Tensor, batch: int) -> tuple[int, ...]:
+    """The shape of ``tensor`` for ``batch`` rows; a bundle has fixed every other size."""
+    return tuple(d if isinstance(d, int) else batch for d in tensor.shape)
+
+
 def check_arrays(
     component: str,
     kind: str,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..spec import Component, Tensor
-from .base import Arrays
+from .base import Arrays, batched
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ class BoundSession:
         return _Set(binding, inputs, outputs)
 
     def _buffer(self, tensor: Tensor, batch: int) -> Any:
-        shape = [batch if d == "N" else d for d in tensor.shape]
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(tensor.dtype).type, self._device, 0)
+        shape, kind = list(batched(tensor, batch)), np.dtype(tensor.dtype).type
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device, 0)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import BundleError, MachineError, UsageError
 from ..machine import available_cores
-from .base import Arrays, Runtime
+from .base import Arrays, Runtime, batched
 from .binding import BoundSession
 from .placement import Placement, check_placement, node_counts, read_placement
 from .providers import (
@@ -147,8 +147,7 @@ class OrtRuntime(Runtime):
     def _warm(self, name: str) -> None:
         """Run a component on zeros under the profiler, and prove from the profile that the provider ran it."""
         rows = MAX_BATCH.get(name, 1)
-        inputs = self.components[name].inputs
-        self._run(name, {t.name: np.zeros([rows if d == "N" else d for d in t.shape], t.dtype) for t in inputs})
+        self._run(name, {t.name: np.zeros(batched(t, rows), t.dtype) for t in self.components[name].inputs})
         placement = read_placement(Path(self._sessions[name].end_profiling()))
         check_placement(name, placement, self._provider, self._device)
         self._placements[name] = placement

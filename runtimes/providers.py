@@ -21,6 +21,7 @@ from ..bundle import ASSETS, ENGINES_FOLDER
 from ..errors import MachineError
 from ..machine import gpus
 from ..spec import Component
+from .base import batched
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -158,8 +159,7 @@ def _cuda_options() -> dict[str, str]:
 def _tensorrt_options(component: Component, engines: Path) -> dict[str, str]:
     def shapes(rows: int) -> str:
         """``name:1x9x64x64,...`` for a batch of ``rows``."""
-        sizes = {t.name: [rows if d == "N" else d for d in t.shape] for t in component.inputs}
-        return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in sizes.items())
+        return ",".join(f"{t.name}:{'x'.join(map(str, batched(t, rows)))}" for t in component.inputs)
 
     most = MAX_BATCH.get(component.name, 1)
     return {

@@ -36,7 +36,7 @@ def create_runtime(name: str, bundle: Bundle, device: str = "cpu", threads: int 
         selection = select(bundle, name, device)
         chosen = selection.candidate
         runtime = create_runtime(chosen.runtime, bundle, chosen.device, threads)
-        runtime.selection = selection.to_dict()
+        runtime.selection = selection.to_dict() if selection.tried else None
         if selection.notable:
             runtime.notes.append(selection.reason)
         return runtime

@@ -35,10 +35,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and what was passed over for which reason, in the candidates' order."""
+    """What was chosen, and what was passed over for which reason, in the candidates' order.
+
+    ``tried`` is whether its probe was asked; what was left to no choice is not tried, creating it says what is wrong.
+    """
 
     candidate: Candidate
     passed_over: dict[str, str]
+    tried: bool = True
 
     @property
     def reason(self) -> str:
@@ -49,8 +53,8 @@ class Selection:
 
     @property
     def notable(self) -> bool:
-        """Whether a user must be told: always, but where there is no GPU and so nothing to choose."""
-        return self.candidate.device != CPU or (bool(self.passed_over) and has_nvidia_gpu())
+        """Whether a user must be told: always, but where there was nothing to choose, as without a GPU."""
+        return self.tried and (self.candidate.device != CPU or (bool(self.passed_over) and has_nvidia_gpu()))
 
     def to_dict(self) -> dict[str, Any]:
         chosen = self.candidate
@@ -72,8 +76,8 @@ def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection
         raise UsageError(f"{where} no device {device!r}: choose one of {known}, or auto")
     passed_over: dict[str, str] = {}
     for candidate in left:
-        if len(left) == 1:  # asked for by name: creating it says what is wrong, with the command
-            return Selection(candidate, {})
+        if len(left) == 1:
+            return Selection(candidate, {}, tried=False)
         if not (problem := candidate.usable(bundle)):
             return Selection(candidate, passed_over)
         passed_over[candidate.name] = problem

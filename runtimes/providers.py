@@ -6,10 +6,12 @@ in: its libraries may be missing, and ONNX Runtime would then run on the CPU. So
 
 from __future__ import annotations
 
+import ctypes
+import io
 import os
 import platform
 import re
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -86,17 +88,16 @@ def start_problem(ort: ModuleType, device: str) -> str:
     name = PROVIDERS[device].name
     if device == "cpu":
         return ""
+    ort.set_default_logger_severity(4)  # it would print what is said here, in colours
     _load_libraries(ort, device)
     chain = [p for p in PROVIDERS[device].chain if p in ort.get_available_providers()]
-    remedy = "check the driver with `nvidia-smi`, the libraries with `python -c 'import onnxruntime as o; "
-    remedy += "o.print_debug_info()'`"
     try:
         session = ort.InferenceSession(PROBE, quiet_options(ort), providers=chain, enable_fallback=0)
         if name not in session.get_providers():
-            return f"onnxruntime could not start {name}: {remedy}"
+            return _not_started(ort, device, "")
         (total,) = session.run(None, {"x": np.array([1, 2], np.float32)})
     except Exception as error:  # onnxruntime raises a class of its own for every cause
-        return f"onnxruntime could not start {name} ({first_line(error)}): {remedy}"
+        return _not_started(ort, device, first_line(error))
     if total.tolist() != [2, 4]:
         return f"{name} computes 1 + 1 = {total[0]}, 2 + 2 = {total[1]}: update the driver and onnxruntime"
     return ""
@@ -145,7 +146,8 @@ def quiet_options(ort: ModuleType, threads: int = 0) -> Any:
 def first_line(error: Exception) -> str:
     """What an error of ONNX Runtime's says; the rest is a stack of C++ files."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
+    return re.sub(r"^/\S+\.(?:cc|h):\d+ .*?\) ", "", line)  # where in its sources, and in which function
 
 
 def _cuda_options() -> dict[str, str]:
@@ -183,8 +185,35 @@ def _load_libraries(ort: ModuleType, device: str) -> None:
     What cannot be found stays unloaded: whether the provider starts is tried out right after.
     """
     if hasattr(ort, "preload_dlls"):  # since onnxruntime 1.21
-        with suppress(Exception):
+        with suppress(Exception), redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls(msvc=False)
     if device == "tensorrt":
         with suppress(ImportError):
             import tensorrt  # noqa: F401  loads libnvinfer into the process
+
+
+def _not_started(ort: ModuleType, device: str, reason: str) -> str:
+    """Why and what helps: ONNX Runtime does not say which library it lacks, the linker does."""
+    missing = _missing_library(Path(ort.__file__).parent / "capi", device)
+    if not missing or "libcuda.so" in missing:  # that one is the driver's
+        remedy = "check the driver with `nvidia-smi`"
+    elif "nvinfer" in missing or "nvonnxparser" in missing:
+        remedy = 'run `pip install "tensorrt<11"`'
+    else:
+        remedy = 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`'
+    why = f" ({missing or reason})" if missing or reason else ""
+    return f"onnxruntime could not start {PROVIDERS[device].name}{why}: {remedy}"
+
+
+def _missing_library(folder: Path, device: str) -> str:
+    """The linker's complaint about a library that a provider's own, in ``folder``, needs; empty without one."""
+    with suppress(OSError):
+        ctypes.CDLL(os.fspath(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+    library = folder / f"libonnxruntime_providers_{device}.so"
+    try:
+        ctypes.CDLL(os.fspath(library))
+    except OSError as error:
+        complaint = str(error)
+        if "cannot open shared object" in complaint and os.fspath(library) not in complaint:
+            return complaint.removesuffix(": No such file or directory")
+    return ""

@@ -39,7 +39,8 @@ class FakeGpu:
                 names = [p if isinstance(p, str) else p[0] for p in providers]
                 self.claimed = [n for n in names if n not in gpu.broken]
                 if TENSORRT in names and TENSORRT in gpu.broken:  # CUDA's is left out instead, silently
-                    raise RuntimeError("[ONNXRuntimeError] : 11 : EP_FAIL : libnvinfer.so.10: cannot open\nstack")
+                    place = "/src/python/onnxruntime_pybind_state.cc:729 void Register(Options&, const X&) "
+                    raise RuntimeError(f"[ONNXRuntimeError] : 11 : EP_FAIL : {place}Please install TensorRT\nstack")
                 super().__init__(model, options, providers=[CPU])
 
             def get_providers(self) -> list[str]:
@@ -65,4 +66,4 @@ class FakeGpu:
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(self.providers))
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
         monkeypatch.setattr(onnxruntime, "OrtValue", Value)
-        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **options: None, raising=False)
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **options: print("Failed to load"), raising=False)

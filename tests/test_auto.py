@@ -81,13 +81,14 @@ def test_tensorrt_is_taken_once_its_engines_are_there(bundle: Bundle, monkeypatc
     assert runtime.notes == ["onnxruntime on tensorrt is the fastest there is, and it works here"]
     gpu.broken = {TENSORRT}
     (note,) = create_runtime("auto", bundle, "auto").notes
-    assert "onnxruntime on cuda is the fastest that works" in note and "libnvinfer.so.10: cannot open" in note
+    assert "onnxruntime on cuda is the fastest that works" in note and "(Please install TensorRT)" in note
 
 
 def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     gpu.broken = {CUDA}
     runtime = create_runtime("auto", bundle, "cuda")
+    assert runtime.notes == [] and runtime.selection is None, "nothing was chosen"
     with pytest.raises(MachineError, match=f"could not start {CUDA}"), runtime:
         pass
     gpu.providers = (CPU,)
@@ -127,7 +128,9 @@ def test_a_candidate_list_takes_others(bundle: Bundle, monkeypatch: pytest.Monke
     with pytest.raises(MachineError, match="nothing works here on cuda; fast on cuda: no engine"):
         select(bundle, device="cuda")
     asked.clear()
-    assert select(bundle, runtime="fast").candidate is rows[0] and asked == [], "creating it says what is wrong"
+    only = select(bundle, runtime="fast")
+    assert only.candidate is rows[0] and asked == [], "creating it says what is wrong"
+    assert not only.tried and not only.notable
 
 
 def test_every_candidate_can_be_created() -> None:

@@ -38,15 +38,47 @@ def test_the_probe_is_one_addition() -> None:
     assert session.run(None, {"x": np.array([1, 2], np.float32)})[0].tolist() == [2, 4]
 
 
-def test_a_provider_that_works_and_those_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_works_and_those_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     gpu = FakeGpu(monkeypatch)
     assert [start_problem(onnxruntime, device) for device in ("cpu", "cuda", "tensorrt")] == ["", "", ""]
     gpu.broken = {CUDA}
-    assert start_problem(onnxruntime, "cuda").startswith(f"onnxruntime could not start {CUDA}: check the driver with")
+    assert start_problem(onnxruntime, "cuda") == (
+        f"onnxruntime could not start {CUDA}: check the driver with `nvidia-smi`"
+    )
     gpu.broken = {TENSORRT}
+    assert start_problem(onnxruntime, "tensorrt") == (
+        f"onnxruntime could not start {TENSORRT} (Please install TensorRT): check the driver with `nvidia-smi`"
+    )
+    assert capfd.readouterr() == ("", ""), "--json has stdout to itself"
+
+
+@pytest.mark.parametrize(
+    ("complaint", "found", "remedy"),
+    [
+        ("libcudnn.so.9: cannot open shared object file: No such file or directory", True, "[cuda,cudnn]"),
+        ("libnvinfer.so.10: cannot open shared object file: No such file or directory", True, '"tensorrt<11"'),
+        ("libcuda.so.1: cannot open shared object file: No such file or directory", True, "nvidia-smi"),
+        ("FOLDER/x.so: undefined symbol: Provider_GetHost", False, "nvidia-smi"),
+        ("FOLDER/LIBRARY: cannot open shared object file: No such file or directory", False, "nvidia-smi"),
+    ],
+)
+def test_the_library_that_is_missing_is_named(
+    complaint: str, found: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeGpu(monkeypatch).broken = {CUDA, TENSORRT}
+    loaded: list[str] = []
+
+    def load(path: str, *mode: int) -> None:
+        loaded.append(Path(path).name)
+        folder, name = os.path.split(path)
+        raise OSError(complaint.replace("FOLDER", folder).replace("LIBRARY", name))
+
+    monkeypatch.setattr("ctypes.CDLL", load)
     problem = start_problem(onnxruntime, "tensorrt")
-    assert problem.startswith(f"onnxruntime could not start {TENSORRT} (libnvinfer.so.10: cannot open): check")
-    assert "\n" not in problem
+    assert loaded == ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_tensorrt.so"]
+    assert remedy in problem and (f"({complaint.split(':')[0]}: cannot open shared object file)" in problem) == found
 
 
 def test_a_device_that_computes_nonsense_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,9 +110,11 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
-def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA GPU is here to be used, a Jetson's included, which may lack ``nvidia-smi``."""
-    return bool(gpus()) or "jetson" in (_board() or "").lower()
+def gpu_name() -> str | None:
+    """The first NVIDIA GPU's name; a Jetson, which may lack ``nvidia-smi``, is called by its board's."""
+    board = _board() or ""
+    found = gpus()
+    return found[0]["name"] if found else (board if "jetson" in board.lower() else None)
 
 
 def _board() -> str | None:

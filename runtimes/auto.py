@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MachineError, UsageError
-from ..machine import has_nvidia_gpu
+from ..machine import gpu_name
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -54,7 +54,7 @@ class Selection:
     @property
     def notable(self) -> bool:
         """Whether a user must be told: always, but where there was nothing to choose, as without a GPU."""
-        return self.tried and (self.candidate.device != CPU or (bool(self.passed_over) and has_nvidia_gpu()))
+        return self.tried and (self.candidate.device != CPU or (bool(self.passed_over) and gpu_name() is not None))
 
     def to_dict(self) -> dict[str, Any]:
         chosen = self.candidate

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..bundle import Bundle
 
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
+_STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
 
 
 class OrtRuntime(Runtime):
@@ -168,6 +169,12 @@ class OrtRuntime(Runtime):
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             return MachineError(
                 f"{what}: not enough memory on {self._device} ({reason}): close other programs"
+            )
+        if self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
+            folder = engine_folder(self._bundle, next(iter(self._paths)), self._ort.__version__).parent
+            return MachineError(
+                f"{what}: its engine is damaged, or another TensorRT's ({reason}): run `rm -r {folder}`, "
+                "and it is built again"
             )
         return BundleError(
             f"{what} in onnxruntime {self._ort.__version__} ({reason}): run `pip install -U onnxruntime` "

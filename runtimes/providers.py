@@ -21,7 +21,7 @@ import numpy as np
 
 from ..bundle import ASSETS, ENGINES_FOLDER
 from ..errors import MachineError
-from ..machine import gpus
+from ..machine import gpu_name, package_version
 from ..spec import Component
 from .base import batched
 
@@ -116,13 +116,14 @@ def engine_folder(bundle: Bundle, component: str, version: str) -> Path:
     """Where ONNX Runtime ``version`` keeps the TensorRT engines of a component: beside the bundle, or in the cache.
 
     ONNX Runtime names an engine by the graph's structure, so that other weights would find a stale one: the
-    folder's name has the file's SHA-256. It also has what an engine is bound to, GPU and version. A bundle that
+    folder's name has the file's SHA-256. It also has what an engine is bound to, versions and GPU. A bundle that
     cannot be written to, as one installed with the package, has its engines in the user's cache.
     """
-    found = gpus()
-    gpu = re.sub(r"[^a-z0-9]+", "-", (found[0]["name"] if found else "gpu").lower()).strip("-")
+    gpu = re.sub(r"[^a-z0-9]+", "-", (gpu_name() or "gpu").lower()).strip("-")
+    tensorrt = package_version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")  # unknown where it is the system's
+    parts = ["onnxruntime", version, *(["tensorrt", tensorrt[1]] if tensorrt else []), gpu]
     digest = bundle.files[bundle.components[component].file]["sha256"][:12]
-    inner = Path(f"onnxruntime-{version}-{gpu}") / f"{component}-{digest}"
+    inner = Path("-".join(parts)) / f"{component}-{digest}"
     installed = ASSETS in bundle.path.parents
     if not installed and os.access(bundle.path, os.W_OK):
         return bundle.path / ENGINES_FOLDER / inner

@@ -119,7 +119,8 @@ def test_options_keep_the_files_precision(monkeypatch: pytest.MonkeyPatch, bundl
 def test_engines_lie_beside_the_bundle_by_content_version_and_gpu(
     monkeypatch: pytest.MonkeyPatch, bundle: Bundle
 ) -> None:
-    monkeypatch.setattr(providers, "gpus", lambda: [{"name": "NVIDIA GeForce RTX 4090"}])
+    monkeypatch.setattr(providers, "gpu_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(providers, "package_version", lambda *names: None)
     digest = bundle.files["denoiser.onnx"]["sha256"][:12]
     folder = engine_folder(bundle, "denoiser", "1.23.2")
     inner = Path("onnxruntime-1.23.2-nvidia-geforce-rtx-4090") / f"denoiser-{digest}"
@@ -131,13 +132,17 @@ def test_engines_lie_beside_the_bundle_by_content_version_and_gpu(
         (made / "TensorrtExecutionProvider_graph_sm89.engine").touch()
     assert engines_missing(bundle, "1.23.2") == ["vae_encoder"]
     assert len(engines_missing(bundle, "1.24.0")) == 3, "another version builds its own"
+    monkeypatch.setattr(providers, "package_version", lambda *names: ("tensorrt", "10.13.2.6"))
+    assert "onnxruntime-1.23.2-tensorrt-10.13.2.6-nvidia" in str(engine_folder(bundle, "denoiser", "1.23.2"))
+    assert len(engines_missing(bundle, "1.23.2")) == 3
     Bundle.load(bundle.path)  # an engine is no part of the bundle's files
 
 
 def test_engines_of_an_installed_or_read_only_bundle_are_in_the_cache(
     monkeypatch: pytest.MonkeyPatch, bundle: Bundle, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(providers, "gpus", lambda: [])
+    monkeypatch.setattr(providers, "gpu_name", lambda: None)
+    monkeypatch.setattr(providers, "package_version", lambda *names: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     writable = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != bundle.path and writable(path, mode))

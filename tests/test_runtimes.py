@@ -370,6 +370,16 @@ def test_a_gpu_without_memory_says_so(bundle: Bundle, monkeypatch: pytest.Monkey
             runtime.run("denoiser", denoiser_feeds(1))
 
 
+def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    runtime = OrtRuntime(bundle, "tensorrt")
+    error = RuntimeError("[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x")
+    problem = runtime._problem("cannot load denoiser.onnx", error)
+    assert isinstance(problem, MachineError)
+    assert f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}" in str(problem)
+    assert isinstance(OrtRuntime(bundle, "cuda")._problem("cannot load denoiser.onnx", error), BundleError)
+
+
 def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     FakeGpu(monkeypatch)
     (tmp_path / "cache").write_text("a file")

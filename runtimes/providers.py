@@ -195,7 +195,7 @@ def _load_libraries(ort: ModuleType, device: str) -> None:
 
 def _not_started(ort: ModuleType, device: str, reason: str) -> str:
     """Why and what helps: ONNX Runtime does not say which library it lacks, the linker does."""
-    missing = _missing_library(Path(ort.__file__).parent / "capi", device)
+    missing = _missing_library(Path(ort.__file__ or "").parent / "capi", device)
     if not missing or "libcuda.so" in missing:  # that one is the driver's
         remedy = "check the driver with `nvidia-smi`"
     elif "nvinfer" in missing or "nvonnxparser" in missing:

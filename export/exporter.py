@@ -23,7 +23,7 @@ from .source import Source, find_source, load_config, load_student, load_vae
 
 if TYPE_CHECKING:
     from ..runtimes import Runtime
-    from .gate import Trajectory
+    from ..trajectory import Trajectory
 
 Progress = Callable[[str, float | None], None]
 
@@ -99,9 +99,10 @@ def _fill(
     """Write the graphs, measure them on ``trajectory``, and only then describe them as a bundle that has passed."""
     tell("load packages", None)
     card["tools"] = _tools()
+    from ..fidelity import compare
     from ..runtimes.ort import OrtRuntime
     from ..runtimes.pytorch import TorchRuntime
-    from .gate import CONDITIONS, compare, judge
+    from .gate import CONDITIONS, judge
     from .graphs import build_graphs
     from .onnx_file import OPSET, check_onnx, write_onnx
     from .operators import TRANSLATIONS, function_bodies
@@ -138,7 +139,7 @@ def _fill(
 
 
 def _run(runtime: Runtime, trajectory: dict[str, Any], stage: str, tell: Progress) -> Trajectory:
-    from .gate import run_trajectory
+    from ..trajectory import run_trajectory
 
     tell(stage, 0.0)
     return run_trajectory(

@@ -110,6 +110,13 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
+def gpu_name() -> str | None:
+    """The first NVIDIA GPU's name; a Jetson, which may lack ``nvidia-smi``, is called by its board's."""
+    board = _board() or ""
+    found = gpus()
+    return found[0]["name"] if found else (board if "jetson" in board.lower() else None)
+
+
 def _board() -> str | None:
     """The board's name where the device tree has one, as on a Jetson."""
     with suppress(OSError):

@@ -20,7 +20,7 @@ from .errors import UsageError
 from .imaging import Picture
 from .masks import Mask, latent_mask, threshold
 from .regions import Region, extract, extract_mask, plan_regions, prefill
-from .runtimes import Runtime, create_runtime
+from .runtimes import AUTO, Runtime, create_runtime
 from .sampling import Floats, Step, check_finite, denoise, initial_noise, measured
 from .scheduler import SCHEDULERS, Scheduler
 from .spec import LATENT_CHANNELS
@@ -59,8 +59,9 @@ class Inpainter:
 
     Args:
         bundle: a loaded bundle, a bundle's folder, or the name of a bundled model.
-        runtime: a runtime's name, or a runtime that holds the graphs of ``bundle``.
-        device: where a runtime given by name executes.
+        runtime: a runtime's name, ``auto`` for the fastest that works here, or a runtime that holds the graphs
+            of ``bundle``.
+        device: where a runtime given by name executes; ``auto`` here too.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
@@ -68,7 +69,7 @@ class Inpainter:
     """
 
     def __init__(
-        self, bundle: Bundle | str | Path, runtime: str | Runtime = "onnxruntime", device: str = "cpu"
+        self, bundle: Bundle | str | Path, runtime: str | Runtime = AUTO, device: str = AUTO
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.runtime = runtime if isinstance(runtime, Runtime) else create_runtime(runtime, self.bundle, device)

@@ -24,17 +24,24 @@ class Runtime(ABC):
     """Executes the components of one bundle.
 
     A subclass implements ``activate``, ``deactivate``, ``_run`` and ``info``. ``components`` maps each
-    component's name to its tensors, every size fixed but the batch ``N``.
+    component's name to its tensors, every size fixed but the batch ``N``. ``notes`` are what a user should know
+    before it is entered; ``selection`` says how it was chosen where that was left to ``auto``.
     """
 
     def __init__(self, components: Mapping[str, Component]) -> None:
         self.components = dict(components)
+        self.notes: list[str] = []
+        self.selection: dict[str, Any] | None = None
         self._active = False
 
     @property
     @abstractmethod
     def info(self) -> dict[str, Any]:
         """What executes: ``name``, ``version``, ``device``, ``provider`` and the back-end's own settings."""
+
+    def report(self) -> dict[str, Any]:
+        """``info``, and ``selection`` where there is one: what a figure's reader must know of the runtime."""
+        return dict(self.info) if self.selection is None else {**self.info, "selection": self.selection}
 
     @abstractmethod
     def activate(self) -> None:
@@ -88,6 +95,11 @@ class Runtime(ABC):
         except ValueError as error:
             raise BundleError(f"{error}: the graph is not what bundle.json says; export it again") from None
         return outputs
+
+
+def batched(tensor: Tensor, batch: int) -> tuple[int, ...]:
+    """The shape of ``tensor`` for ``batch`` rows; a bundle has fixed every other size."""
+    return tuple(d if isinstance(d, int) else batch for d in tensor.shape)
 
 
 def check_arrays(

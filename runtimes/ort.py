@@ -1,41 +1,53 @@
-"""ONNX Runtime back-end: the CPU by default, CUDA where the GPU build of ONNX Runtime is installed.
+"""ONNX Runtime back-end: on the CPU, and with its GPU build on CUDA or TensorRT's execution provider.
 
-A requested provider that is not really in use is an error; ONNX Runtime alone would run on the CPU
-and say nothing. Precision is the file's: no option here changes a number's type.
+A requested provider that is not really in use is an error; ONNX Runtime alone would run on the CPU and say
+nothing. Precision is the file's: no option changes a number's type. Providers and their options are
+``providers.py``'s, device buffers ``binding.py``'s, and the proof of what ran where ``placement.py``'s.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import BundleError, MachineError, UsageError
 from ..machine import available_cores
-from .base import Arrays, Runtime
+from .base import Arrays, Runtime, batched
+from .binding import BoundSession
+from .placement import Placement, check_placement, node_counts, read_placement
+from .providers import (
+    MAX_BATCH,
+    PROVIDERS,
+    absence,
+    engine_folder,
+    engines_missing,
+    first_line,
+    import_onnxruntime,
+    quiet_options,
+    session_providers,
+    start_problem,
+)
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-# device -> (provider, the command that brings it)
-PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", 'pip install "moebius-edge[cpu]"'),
-    # The two builds share an import name: with both installed, whichever came last wins.
-    "cuda": (
-        "CUDAExecutionProvider",
-        'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]"',
-    ),
-}
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
+_STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
 
 
 class OrtRuntime(Runtime):
-    """One inference session a component.
+    """One inference session a component, on the device ``cpu``, ``cuda`` or ``tensorrt``.
 
     ``threads`` is how many CPU threads one operator may use; by default as many as the cores this
     process may run on, which in a container is fewer than the machine has.
+
+    Off the CPU every component runs once on zeros while it is activated. That builds TensorRT's engines, lets CUDA
+    choose its kernels, and shows on which provider each node runs.
     """
 
     def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
@@ -45,41 +57,61 @@ class OrtRuntime(Runtime):
             raise UsageError(f"runtime onnxruntime has no device {device!r}: choose one of {known}")
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be 1 or more, got {threads}")
+        self._bundle = bundle
         self._paths = {name: bundle.component_path(name) for name in bundle.components}
         self._device = device
         self._threads = available_cores() if threads is None else threads
-        self._ort = _import_onnxruntime()
-        self._provider, remedy = PROVIDERS[device]
-        if self._provider not in self._ort.get_available_providers():
-            raise MachineError(
-                f"this onnxruntime {self._ort.__version__} has no {self._provider} (it has "
-                f"{', '.join(self._ort.get_available_providers())}): run `{remedy}`, or use the device cpu"
-            )
+        self._ort = import_onnxruntime()
+        self._provider = PROVIDERS[device].name
+        if lack := absence(self._ort, device):
+            raise MachineError(f"{lack}, or use the device cpu")
         self._sessions: dict[str, Any] = {}
+        self._bound: dict[str, BoundSession] = {}
+        self._placements: dict[str, Placement] = {}
+        if device == "tensorrt" and (missing := engines_missing(bundle, self._ort.__version__)):
+            folder = engine_folder(bundle, missing[0], self._ort.__version__).parent
+            self.notes.append(f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {folder}")
 
     @property
     def info(self) -> dict[str, Any]:
-        return {
+        facts: dict[str, Any] = {
             "name": "onnxruntime",
             "version": self._ort.__version__,
             "device": self._device,
             "provider": self._provider,
             "threads": self._threads,
         }
+        if self._placements:
+            facts["nodes"] = node_counts(self._placements)
+        return facts
 
     def activate(self) -> None:
-        for name, path in self._paths.items():
-            self._sessions[name] = self._open(name, path)
+        if self._device == "cpu":
+            for name, path in self._paths.items():
+                self._sessions[name] = self._open(name, path)
+            return
+        if problem := start_problem(self._ort, self._device):
+            raise MachineError(f"{problem}, or use the device cpu")
+        with tempfile.TemporaryDirectory(prefix="moebius-edge-") as folder:
+            for name, path in self._paths.items():
+                session = self._open(name, path, profile=Path(folder) / name)
+                self._sessions[name] = session
+                self._bound[name] = BoundSession(self._ort, session, self.components[name], "cuda")
+                self._warm(name)
 
     def deactivate(self) -> None:
+        self._bound.clear()  # buffers before the sessions whose allocators they came from
         self._sessions.clear()
+        self._placements.clear()
 
-    def _open(self, name: str, path: Path) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 4  # fatal only: errors arrive as exceptions and must not print twice
-        options.intra_op_num_threads = self._threads
+    def _open(self, name: str, path: Path, profile: Path | None = None) -> Any:
+        options = quiet_options(self._ort, self._threads)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(profile)
+        providers = session_providers(self._ort, self._device, self.components[name], self._engines(name))
         try:
-            session = self._ort.InferenceSession(os.fspath(path), options, providers=[self._provider])
+            session = self._ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises a class of its own for every cause
             raise self._problem(f"cannot load {path}", error) from error
         if self._provider not in session.get_providers():
@@ -100,34 +132,51 @@ class OrtRuntime(Runtime):
                 )
         return session
 
+    def _engines(self, name: str) -> Path:
+        """TensorRT's cache folder, made where it is used; elsewhere nobody looks at it."""
+        if self._device != "tensorrt":
+            return self._bundle.path
+        folder = engine_folder(self._bundle, name, self._ort.__version__)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(
+                f"cannot make the engine cache {folder} ({error.strerror}): run `mkdir -p {folder}`"
+            ) from error
+        return folder
+
+    def _warm(self, name: str) -> None:
+        """Run a component on zeros under the profiler, and prove from the profile that the provider ran it."""
+        rows = MAX_BATCH.get(name, 1)
+        self._run(name, {t.name: np.zeros(batched(t, rows), t.dtype) for t in self.components[name].inputs})
+        placement = read_placement(Path(self._sessions[name].end_profiling()))
+        check_placement(name, placement, self._provider, self._device)
+        self._placements[name] = placement
+
     def _run(self, component: str, feeds: Arrays) -> Arrays:
         names = [t.name for t in self.components[component].outputs]
         try:
+            if component in self._bound:
+                return self._bound[component].run(feeds)
             outputs = self._sessions[component].run(names, feeds)
         except Exception as error:
             raise self._problem(f"{component} failed", error) from error
         return dict(zip(names, outputs, strict=True))
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
-        """Our error for one of ONNX Runtime's, its first line kept: the rest is a stack of C++ files."""
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
+        """Our error for one of ONNX Runtime's, its first line kept."""
+        reason = first_line(error)
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             return MachineError(
                 f"{what}: not enough memory on {self._device} ({reason}): close other programs"
+            )
+        if self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
+            folder = engine_folder(self._bundle, next(iter(self._paths)), self._ort.__version__).parent
+            return MachineError(
+                f"{what}: its engine is damaged, or another TensorRT's ({reason}): run `rm -r {folder}`, "
+                "and it is built again"
             )
         return BundleError(
             f"{what} in onnxruntime {self._ort.__version__} ({reason}): run `pip install -U onnxruntime` "
             "or export the bundle again"
         )
-
-
-def _import_onnxruntime() -> ModuleType:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MachineError(
-            f"the package onnxruntime is missing or broken ({error}): run "
-            '`pip install "moebius-edge[cpu]"`, or `"moebius-edge[gpu]"` on an NVIDIA GPU'
-        ) from None
-    return onnxruntime

@@ -153,3 +153,37 @@ def test_no_package_of_the_device_path_is_taken_for_granted(
     monkeypatch.setattr(builtins, "__import__", without)
     found = checks(capsys, 3)
     assert (found["opencv"]["state"], found["pillow"]["state"]) == ("missing", "missing")
+
+
+def test_a_jetson_is_described(tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moebius_edge import jetson
+
+    monkeypatch.setattr(jetson, "ROOT", Path(__file__).parent / "data" / "jetson" / "orin-nano-8gb")
+    found = checks(capsys, 0)
+    assert found["JetPack"]["state"] == "ok" and found["JetPack"]["detail"].startswith("L4T 36.4.3, JetPack 6.2, Ten")
+    assert (found["clocks"]["state"], found["clocks"]["remedy"]) == ("warning", "sudo jetson_clocks")
+    assert found["memory"]["state"] == "warning" and not found["memory"]["required"]
+    assert main(["doctor"]) == 0, "warnings are no failure"
+    out = capsys.readouterr().out
+    assert "board         NVIDIA Jetson Orin Nano" in out and "temperature   cpu 50 °C, gpu 48 °C" in out
+    assert "  clocks           sudo jetson_clocks" in out
+    assert main(["doctor", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["jetson"]["power_modes"]["2"] == "MAXN_SUPER"
+    assert document["jetson"]["clocks"][0] == {
+        "name": "GPU 17000000.gpu",
+        "minimum_mhz": 306.0,
+        "maximum_mhz": 918.0,
+        "current_mhz": 306.0,
+    }
+
+
+def test_other_machines_have_no_jetson(
+    tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from moebius_edge import jetson
+
+    monkeypatch.setattr(jetson, "ROOT", tmp_path)
+    assert {"JetPack", "clocks", "memory"}.isdisjoint(checks(capsys, 0))
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["jetson"] is None

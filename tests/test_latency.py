@@ -143,3 +143,20 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
 
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert machine.gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("board", "found", "name"),
+    [
+        (None, [], None),
+        ("Raspberry Pi 5 Model B", [], None),
+        ("NVIDIA Jetson Orin Nano Developer Kit", [], "NVIDIA Jetson Orin Nano Developer Kit"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", [{"name": "NVIDIA Thor"}], "NVIDIA Thor"),
+    ],
+)
+def test_a_gpu_has_a_name_on_a_jetson_too(
+    board: str | None, found: list[dict[str, str]], name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_board", lambda: board)
+    monkeypatch.setattr(machine, "gpus", lambda: found)
+    assert machine.gpu_name() == name

@@ -23,13 +23,15 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
     {"errors", "spec"},
-    {"files", "machine", "masks", "png_tiff"},
+    {"files", "jetson", "machine", "masks", "png_tiff"},
     {"decoding", "manifest", "regions"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"runtimes"},
     {"latency"},
     {"sampling"},
     {"pipeline"},
+    {"trajectory"},
+    {"fidelity"},
     {"report"},
 )
 DEVICE = {name: rank for rank, layer in enumerate(DEVICE_LAYERS) for name in layer}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gpu import FakeGpu
 from PIL import Image
 from toy import flip_byte, make_toy_bundle
 
@@ -394,6 +395,41 @@ def test_unknown_runtime_and_missing_device(here: Path, toy: Path, capsys: Captu
     pair = ("photo.png", "photo_mask.png")
     refused(2, "unknown runtime 'caffe'", here, toy, capsys, *pair, "--runtime", "caffe")
     refused(2, "no device 'tpu'", here, toy, capsys, *pair, "--device", "tpu")
+
+
+def test_the_choice_of_a_device_is_told_where_there_is_one(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(here)
+    monkeypatch.setattr("moebius_edge.machine.gpus", lambda: [])
+    pair = ("photo.png", "photo_mask.png", "--json")
+    assert run(toy, *pair) == 0
+    plain, err = capsys.readouterr()
+    assert "note:" not in err, "without a GPU nothing was chosen"
+    runtime = json.loads(plain)["latency"]["runtime"]
+    assert (runtime["device"], runtime["selection"]["device"]) == ("cpu", "cpu") and "nodes" not in runtime
+
+    FakeGpu(monkeypatch)
+    assert run(toy, *pair, "--latency-report", "l.json") == 0
+    out, err = capsys.readouterr()
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].startswith("note: onnxruntime on cuda is the fastest that works here")
+    runtime = json.loads(out)["latency"]["runtime"]
+    assert runtime == json.loads((here / "l.json").read_text())["runtime"]
+    assert runtime["selection"]["device"] == "cuda" and runtime["nodes"]["denoiser"]["CUDAExecutionProvider"] > 5
+    assert json.loads(out)["results"][0]["settings"] == json.loads(plain)["results"][0]["settings"]
+
+
+def test_a_device_that_does_not_work_ends_the_run(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(here)
+    gpu = FakeGpu(monkeypatch)
+    gpu.broken = {"CUDAExecutionProvider"}
+    pair = ("photo.png", "photo_mask.png")
+    refused(3, "could not start CUDAExecutionProvider", here, toy, capsys, *pair, "--device", "cuda")
+    gpu.providers = ("CPUExecutionProvider",)
+    refused(3, "has no CUDAExecutionProvider", here, toy, capsys, *pair, "--device", "cuda")
 
 
 def test_a_failed_run_keeps_an_older_result(here: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
 from toy import decode, encode, expected_latent, flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import Bundle
@@ -214,7 +215,7 @@ def test_unknown_choices_name_the_known_ones(bundle: Bundle) -> None:
     assert RUNTIMES == ("onnxruntime",)
     with pytest.raises(UsageError, match="unknown runtime 'caffe': choose one of onnxruntime"):
         create_runtime("caffe", bundle)
-    with pytest.raises(UsageError, match="has no device 'tpu': choose one of cpu, cuda"):
+    with pytest.raises(UsageError, match="has no device 'tpu': choose one of cpu, cuda, tensorrt"):
         create_runtime("onnxruntime", bundle, device="tpu")
     with pytest.raises(UsageError, match="threads must be 1 or more, got 0"):
         create_runtime("onnxruntime", bundle, threads=0)
@@ -310,6 +311,95 @@ def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
         monkeypatch.setitem(runtime._sessions, "denoiser", Broken("std::bad_alloc"))
         with pytest.raises(MachineError, match="denoiser failed: not enough memory on cpu"):
             runtime.run("denoiser", denoiser_feeds(1))
+
+
+# --- ONNX Runtime on a GPU, as far as it shows without one ------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "provider"), [("cuda", CUDA), ("tensorrt", TENSORRT)])
+def test_a_gpu_session_computes_in_bound_buffers(
+    device: str, provider: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    runtime = create_runtime("onnxruntime", bundle, device)
+    assert gpu.buffers == [] and "nodes" not in runtime.info, "nothing is touched before with"
+    with runtime:
+        allocated = list(gpu.buffers)
+        assert {kind for kind, _ in allocated} == {"cuda"}
+        latent = runtime.run("vae_encoder", {"image": image(1)})["latent"]
+        np.testing.assert_allclose(latent, encode(image(1)), atol=1e-5)
+        runtime.run("denoiser", denoiser_feeds(2))
+        assert gpu.buffers == allocated, "warming up has allocated what a guided run needs"
+        assert set(runtime.info["nodes"]) == set(COMPONENTS)
+        assert set(runtime.info["nodes"]["denoiser"]) == {provider}
+        assert runtime.info["provider"] == provider and runtime.info["nodes"]["denoiser"][provider] > 5
+    assert not runtime._bound and not runtime._sessions
+
+
+def test_engines_that_must_be_built_first_are_announced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    assert create_runtime("onnxruntime", bundle, "cuda").notes == []
+    (note,) = create_runtime("onnxruntime", bundle, "tensorrt").notes
+    assert "TensorRT builds engines for vae_encoder, denoiser, vae_decoder first" in note
+    assert str(bundle.path / "engines") in note
+
+
+def test_a_gpu_that_is_given_nothing_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    gpu.idle = True
+    with pytest.raises(MachineError, match=f"{CUDA} executes no node of vae_encoder"), OrtRuntime(bundle, "cuda"):
+        pass
+    gpu.idle, gpu.left_to_cpu = False, {"Conv"}
+    with pytest.raises(MachineError, match="vae_encoder would run 1 Conv on the CPU"), OrtRuntime(bundle, "cuda"):
+        pass
+    gpu.left_to_cpu = {"Gather", "Unsqueeze"}
+    with OrtRuntime(bundle, "cuda") as runtime:
+        assert runtime.info["nodes"]["denoiser"][CPU] >= 2
+
+
+def test_a_gpu_without_memory_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    with OrtRuntime(bundle, "cuda") as runtime:
+
+        class Full:
+            def run(self, feeds: Arrays) -> Arrays:
+                raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for 1 GB")
+
+        monkeypatch.setitem(runtime._bound, "denoiser", Full())
+        with pytest.raises(MachineError, match=r"denoiser failed: not enough memory on cuda \(Failed to allocate"):
+            runtime.run("denoiser", denoiser_feeds(1))
+
+
+def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    runtime = OrtRuntime(bundle, "tensorrt")
+    error = RuntimeError("[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x")
+    problem = runtime._problem("cannot load denoiser.onnx", error)
+    assert isinstance(problem, MachineError)
+    assert f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}" in str(problem)
+    assert isinstance(OrtRuntime(bundle, "cuda")._problem("cannot load denoiser.onnx", error), BundleError)
+
+
+def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeGpu(monkeypatch)
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr("moebius_edge.runtimes.providers.ASSETS", bundle.path.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runtime = OrtRuntime(bundle, "tensorrt")
+    with pytest.raises(MachineError, match="cannot make the engine cache .*run `mkdir -p"), runtime:
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_real_gpu_agrees_with_the_cpu(device: str, tmp_path: Path) -> None:
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "toy"))
+    feeds = denoiser_feeds(2) | {"sample": np.random.default_rng(0).normal(size=(2, 9, 8, 8)).astype(np.float32)}
+    with OrtRuntime(bundle) as cpu, OrtRuntime(bundle, device) as gpu:
+        for component, given in (("denoiser", feeds), ("vae_encoder", {"image": image(1)})):
+            expected, found = cpu.run(component, given), gpu.run(component, given)
+            for name, array in expected.items():
+                np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-4)
 
 
 # --- the toy itself --------------------------------------------------------------------------------------

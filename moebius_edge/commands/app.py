@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .compare import compare
 from .doctor import doctor
 from .download import download
 from .export import export
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: a third of the time to print, and it can be searched
 )
-for command in (run, inspect, doctor, download, export, train):
+for command in (run, inspect, compare, doctor, download, export, train):
     app.command()(command)
 
 Abort = typer.Abort

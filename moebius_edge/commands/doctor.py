@@ -12,7 +12,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,10 @@ from .. import __version__
 from ..errors import MachineError, MoebiusError
 from . import console
 
-OK, MISSING, BROKEN = "ok", "missing", "broken"  # what a check finds
+if TYPE_CHECKING:
+    from ..jetson import Board
+
+OK, MISSING, BROKEN, WARNING = "ok", "missing", "broken", "warning"  # what a check finds
 _PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider")
 _MIN_FREE_BYTES = 3_000_000_000  # the published weights, their VAE, and the bundle made from them
 
@@ -41,17 +44,20 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the answe
 
     Exit code 0: `run` works here. 3: it does not, and the table says why.
     """
+    from ..jetson import read_board
     from ..machine import machine_info
 
-    machine = machine_info()
-    checks = [*_needed(bool(machine["gpus"])), *_optional(), *_places()]
+    machine, board = machine_info(), read_board()
+    checks = [*_needed(bool(machine["gpus"])), *_optional(), *_places(), *_jetson(board)]
     failed = [c for c in checks if c.required and c.state != OK]
     code = MachineError.exit_code if failed else 0
     if as_json:
         verdict = {"can_run": not failed, "version": __version__, "exit_code": code}
-        console.print_json({**verdict, "machine": machine, "checks": [asdict(c) for c in checks]})
+        jetson = None if board is None else board.to_dict()
+        rows = [asdict(c) for c in checks]
+        console.print_json({**verdict, "machine": machine, "jetson": jetson, "checks": rows})
         return code
-    _print(machine, checks)
+    _print(machine, board, checks)
     if failed:
         print(f"`moebius-edge run` cannot work here yet: {failed[0].name} is {failed[0].state}")
     else:
@@ -132,6 +138,15 @@ def _optional() -> list[Check]:
     return checks
 
 
+def _jetson(board: Board | None) -> list[Check]:
+    """How a Jetson is set up; ``run`` works all the same, so nothing here is required."""
+    from ..jetson import findings
+
+    if board is None:
+        return []
+    return [Check(f.name, OK if f.fine else WARNING, f.detail, f.remedy) for f in findings(board)]
+
+
 def _places() -> list[Check]:
     """Where downloads and results go."""
     from .download import cache_folder
@@ -155,13 +170,13 @@ def _short(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _print(machine: dict[str, Any], checks: list[Check]) -> None:
+def _print(machine: dict[str, Any], board: Board | None, checks: list[Check]) -> None:
     cpu = machine["cpu"]
     system = f"{machine['system']} {machine['architecture']}"
     print(f"moebius-edge {__version__}, Python {machine['python']}, {system}")
     features = ", ".join(cpu["features"]) or "unknown"
     rows = {
-        "board": machine["board"] or "",
+        "board": (board.model if board else machine["board"]) or "",
         "CPU": f"{cpu['model'] or 'unknown'}, {console.counted(cpu['cores_available'], 'core')} to use",
         "instructions": features,
         "memory": console.size(machine["memory_bytes"]) if machine["memory_bytes"] else "unknown",
@@ -170,7 +185,9 @@ def _print(machine: dict[str, Any], checks: list[Check]) -> None:
         memory = f", {console.size(gpu['memory_bytes'])}" if gpu["memory_bytes"] else ""
         capability = f"compute capability {gpu['compute_capability']}, driver {gpu['driver']}"
         rows["GPU"] = f"{gpu['name']}{memory}, {capability}"
-    rows.setdefault("GPU", "none seen by nvidia-smi")
+    rows.setdefault("GPU", "none seen by nvidia-smi" if board is None else "the board's own")
+    if board is not None and board.temperatures_c:
+        rows["temperature"] = ", ".join(f"{zone} {value:.0f} °C" for zone, value in board.temperatures_c.items())
     for name, value in rows.items():
         if value:
             print(f"  {name:<12}  {value}")

@@ -82,10 +82,13 @@ class Session:
         self.unusable = True
         with self.timer.measure("load"):
             self.bundle = Bundle.load(name)
-            inpainter = self._stack.enter_context(Inpainter(self.bundle, runtime, device))
+            made = Inpainter(self.bundle, runtime, device)
+            for text in made.runtime.notes:  # before it is opened: an engine may have to be built, for minutes
+                console.note(text)
+            inpainter = self._stack.enter_context(made)
         self.unusable = False
         self._inpainter = inpainter
-        self.runtime_info = dict(inpainter.runtime.info)
+        self.runtime_info = inpainter.runtime.report()
         defaults = self.bundle.defaults
         for key in ("steps", "guidance", "start"):  # what was not chosen is the bundle's
             self._settings.setdefault(key, defaults[key])

@@ -1,0 +1,166 @@
+"""``moebius-edge compare``: how far two bundles, or two runtimes on one bundle, are apart on the same noise.
+
+Both sides run one whole trajectory, A then B, and A's is the reference. The measuring is ``..trajectory``'s and
+``..fidelity``'s, which the export's gate uses too; no PyTorch is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import console
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..runtimes import Runtime
+    from ..trajectory import Scene, Trajectory
+
+SEED = 20  # the gate's: ``trajectory.SEED``, which is not imported here, for that takes numpy and OpenCV
+
+
+def compare(
+    bundle_a: Annotated[str, typer.Argument(metavar="BUNDLE", help="The reference: a folder, or 'tiny'.")],
+    bundle_b: Annotated[str, typer.Argument(metavar="BUNDLE", help="What is compared; it may be the same one.")],
+    runtime_a: Annotated[str, typer.Option(metavar="NAME", help="What executes the first.")] = "auto",
+    runtime_b: Annotated[str, typer.Option(metavar="NAME", help="What executes the second.")] = "auto",
+    device_a: Annotated[str, typer.Option(metavar="NAME", help="Where the first executes.")] = "auto",
+    device_b: Annotated[str, typer.Option(metavar="NAME", help="Where the second executes.")] = "auto",
+    steps: Annotated[int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0.0, metavar="X", help="Guidance, 1 halves the time.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the noise, and of the drawn scene.")] = SEED,
+    image: Annotated[Path | None, typer.Option(metavar="IMAGE", help="A photograph; default a drawn scene.")] = None,
+    mask: Annotated[Path | None, typer.Option(metavar="MASK", help="Its mask: white is filled.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Compare two bundles, or two runtimes, on the same noise.
+
+    Shows the drift of the latent after each step, then PSNR, SSIM and the worst pixel of the decoded picture.
+    The two must have one resolution.
+    """
+    from ..bundle import Bundle
+    from ..fidelity import compare as compare_trajectories
+    from ..runtimes import create_runtime
+
+    if (image is None) != (mask is None):
+        raise UsageError("--image and --mask go together: give both, or neither for the drawn scene")
+    bundles = (Bundle.load(bundle_a), Bundle.load(bundle_b))
+    first, second = bundles
+    if first.resolution != second.resolution:
+        raise UsageError(
+            f"{bundle_a} is for {first.resolution}x{first.resolution} pixels and {bundle_b} for "
+            f"{second.resolution}x{second.resolution}: compare bundles of one resolution"
+        )
+    scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, first.resolution)
+    # Both are made before either runs: a wrong name must not wait for the other side's minutes.
+    choices = ((runtime_a, device_a), (runtime_b, device_b))
+    runtimes = [create_runtime(name, b, device) for b, (name, device) in zip(bundles, choices, strict=True)]
+    notes += [f"{letter}: {text}" for letter, runtime in zip("AB", runtimes, strict=True) for text in runtime.notes]
+    for text in notes:
+        console.note(text)
+    trajectories, infos = [], []
+    for letter, runtime in zip("AB", runtimes, strict=True):
+        trajectory, info = _run(letter, runtime, steps, guidance, seed, scene)
+        trajectories.append(trajectory)
+        infos.append(info)
+    figures = compare_trajectories(trajectories[1], trajectories[0])
+    document = {
+        "a": _side(first, infos[0]),
+        "b": _side(second, infos[1]),
+        "settings": {
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "image": None if image is None else str(image),
+            "mask": None if mask is None else str(mask),
+        },
+        "notes": notes,
+        "figures": figures,
+        "exit_code": 0,
+    }
+    if as_json:
+        console.print_json(document)
+    else:
+        _print(document)
+
+
+def _scene(image: Path, mask: Path, resolution: int) -> tuple[Scene, list[str]]:
+    """The picture's part with the largest hole as the network sees it, and what the user should know."""
+    import numpy as np
+
+    from ..imaging import read_mask, read_picture
+    from ..regions import extract, extract_mask, plan_regions
+
+    picture = read_picture(image)
+    hole = read_mask(mask, picture.size)
+    regions = plan_regions(hole, resolution)
+    if not regions:
+        raise UsageError(f"mask {mask} is empty, nothing would be filled: white must mark the hole")
+    region = max(regions, key=lambda r: (r.hole[2] - r.hole[0]) * (r.hole[3] - r.hole[1]))
+    notes = list(picture.notes)
+    if len(regions) > 1:
+        notes.append(f"{mask} has {len(regions)} holes far apart: the part of the picture with the largest is compared")
+    pixels = extract(picture.pixels, region, resolution).transpose(2, 0, 1)[None]
+    return (pixels * np.float32(2) - np.float32(1), extract_mask(hole, region, resolution)), notes
+
+
+def _run(
+    letter: str, runtime: Runtime, steps: int, guidance: float, seed: int, scene: Scene | None
+) -> tuple[Trajectory, dict[str, Any]]:
+    """One side's trajectory, and what executed it: asked while it is active, when all of it is known."""
+    from ..trajectory import run_trajectory
+
+    infos: list[dict[str, Any]] = []
+    with console.progress() as update:
+        label = f"{letter}, {runtime.info['name']} on {runtime.info['device']}"
+        update(label, 0, 0)
+
+        def on_step(done: int, total: int) -> None:
+            update(label, done, total)
+            if not infos:
+                infos.append(runtime.report())
+
+        trajectory = run_trajectory(
+            runtime, steps=steps, guidance=guidance, seed=seed, scene=scene, on_step=on_step
+        )
+    return trajectory, infos[0]
+
+
+def _side(bundle: Bundle, info: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "bundle": bundle.name,
+        "path": str(bundle.path),
+        "precision": bundle.precision,
+        "resolution": bundle.resolution,
+        "denoiser_sha256": bundle.files["denoiser.onnx"]["sha256"],
+        "runtime": info,
+    }
+
+
+def _print(document: dict[str, Any]) -> None:
+    for letter in "ab":
+        side = document[letter]
+        runtime = side["runtime"]
+        print(
+            f"{letter.upper()}  {side['bundle']} ({side['precision']}), "
+            f"{runtime['name']} {runtime['version']} on {runtime['device']}"
+        )
+    settings, figures = document["settings"], document["figures"]
+    picture = settings["image"] or "a drawn scene"
+    print(f"{settings['steps']} steps, guidance {settings['guidance']:g}, seed {settings['seed']}, {picture}\n")
+    table = console.table("after step", "latent, largest", "latent, rms", right=("latent, largest", "latent, rms"))
+    rows = zip(figures["latent_drift"], figures["latent_rms_drift"], strict=True)
+    for step, (largest, rms) in enumerate(rows, start=1):
+        table.add_row(str(step), f"{largest:.2e}", f"{rms:.2e}")
+    console.print_table(table)
+    worst = figures["worst_pixel"]
+    capped = " (equal)" if figures["image_max_difference"] == 0 else ""
+    print(f"\nPSNR         {figures['psnr_db']:.2f} dB{capped}")
+    print(f"SSIM         {figures['ssim']:.6f}")
+    print(
+        f"worst pixel  {worst['levels']:.3g} of 255 levels at x {worst['x']}, y {worst['y']}, "
+        f"{('red', 'green', 'blue')[worst['channel']]}"
+    )

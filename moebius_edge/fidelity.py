@@ -1,0 +1,107 @@
+"""How far two runs of a network are apart: PSNR, SSIM and the worst pixel of the pictures, drift of the latents.
+
+The one implementation behind the export's gate and ``moebius-edge compare``. Images span [-1, 1] and are never
+clipped first, for a conversion that leaves the range differs there too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+
+from .trajectory import Trajectory
+
+PEAK = 2.0  # images span [-1, 1]
+PSNR_CAP_DB = 200.0  # stands for equal images: infinity has no place in JSON
+_WINDOW, _SIGMA = 11, 1.5  # the window of Wang et al.
+_C1, _C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+
+
+def compare(candidate: Trajectory, reference: Trajectory) -> dict[str, Any]:
+    """The figures that ``bundle.json`` keeps. Latents are in the sampler's scale."""
+    drift = [_difference(c, r) for c, r in zip(candidate.latents, reference.latents, strict=True)]
+    return {
+        "psnr_db": round(psnr_db(candidate.image, reference.image), 2),
+        "ssim": round(ssim(candidate.image, reference.image), 6),
+        "image_max_difference": _difference(candidate.image, reference.image),
+        "worst_pixel": worst_pixel(candidate.image, reference.image),
+        "encoded_max_difference": _difference(candidate.encoded, reference.encoded),
+        "latent_max_difference": max(drift),
+        "latent_drift": drift,  # largest absolute difference after each step
+        "latent_rms_drift": [_rms(c, r) for c, r in zip(candidate.latents, reference.latents, strict=True)],
+        # A figure in dB says little of a picture without contrast: these say that there was one.
+        "reference_image_std": _rounded(float(reference.image.std())),
+        "reference_latent_std": _rounded(float(reference.latents[-1].std())),
+        "steps_executed": len(drift),
+    }
+
+
+def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
+    """10 log10(peak² / mean squared difference) in dB, at most ``PSNR_CAP_DB``; nothing is clipped first."""
+    error = float(np.mean((image.astype(np.float64) - reference.astype(np.float64)) ** 2))
+    return min(PSNR_CAP_DB, 10 * math.log10(PEAK**2 / error)) if error > 0 else PSNR_CAP_DB
+
+
+def ssim(image: np.ndarray, reference: np.ndarray) -> float:
+    """Mean structural similarity of (..., H, W) arrays, at most 1; every H x W plane counts alike.
+
+    Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", eq. 13: local
+    means, variances and covariance under an 11x11 Gaussian of σ = 1.5, K1 = 0.01 and K2 = 0.03, averaged over
+    the places where the window lies inside the picture.
+
+    Raises:
+        ValueError: the shapes differ, or a side is shorter than the window.
+    """
+    if image.shape != reference.shape or min(image.shape[-2:]) < _WINDOW:
+        raise ValueError(f"SSIM needs two arrays of one shape, {_WINDOW} or more each way, got {image.shape}")
+    planes = [a.astype(np.float64).reshape(-1, *a.shape[-2:]) for a in (image, reference)]
+    return float(np.mean([_plane_ssim(a, b) for a, b in zip(*planes, strict=True)]))
+
+
+def worst_pixel(image: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """Where (1, C, H, W) images differ most in one channel: position, channel, both values, the difference.
+
+    ``levels`` is the difference in steps of an 8-bit picture, of which [-1, 1] has 255.
+    """
+    difference = np.abs(image.astype(np.float64) - reference.astype(np.float64))
+    _, channel, y, x = (int(i) for i in np.unravel_index(int(np.argmax(difference)), difference.shape))
+    worst = float(difference[0, channel, y, x])
+    return {
+        "x": x,
+        "y": y,
+        "channel": channel,
+        "value": _rounded(float(image[0, channel, y, x])),
+        "reference": _rounded(float(reference[0, channel, y, x])),
+        "difference": _rounded(worst),
+        "levels": _rounded(worst * 255 / PEAK),
+    }
+
+
+def _plane_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    mean_a, mean_b = _blurred(a), _blurred(b)
+    variance_a = _blurred(a * a) - mean_a**2
+    variance_b = _blurred(b * b) - mean_b**2
+    covariance = _blurred(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
+    structure = (2 * covariance + _C2) / (variance_a + variance_b + _C2)
+    edge = _WINDOW // 2
+    return float((luminance * structure)[edge:-edge, edge:-edge].mean())
+
+
+def _blurred(plane: np.ndarray) -> np.ndarray:
+    return np.asarray(cv2.GaussianBlur(plane, (_WINDOW, _WINDOW), _SIGMA))
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    return _rounded(float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()))
+
+
+def _rms(a: np.ndarray, b: np.ndarray) -> float:
+    return _rounded(math.sqrt(float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

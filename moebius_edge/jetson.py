@@ -1,0 +1,250 @@
+"""What a Jetson is and how it is set up, read from the files its system keeps. Nothing is executed.
+
+``doctor`` prints it; ``root`` is where those files lie, for the tests have samples. A fact that cannot be learnt is
+None or empty. In a container most of /etc and /var is the container's own, so that less is known there.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path("/")
+# Of L4T, whose release a board always knows, the JetPack whose metapackage may not be installed.
+JETPACK_OF_L4T = {
+    "36.3": "6.0",
+    "36.4.0": "6.1",
+    "36.4.3": "6.2",
+    "36.4.4": "6.2.1",
+    "36.5": "6.2.2",
+    "38.2": "7.0",
+    "38.4": "7.1",
+    "39.2": "7.2",
+}
+OLDEST_L4T = 36  # JetPack 6: the first with Python 3.10
+# A rule, not a measurement: the published model's files in float32 are 1.24 GB, and whoever builds an engine holds
+# the weights twice for a time, beside CUDA's own half gigabyte.
+NEED_BYTES = 3_000_000_000
+SMALL_BYTES = 9_000_000_000  # the 8 GB boards
+SWAP_BYTES = 4_000_000_000  # more than the compressed swap that JetPack sets up, which lies in the same memory
+_PACKAGES = ("nvidia-jetpack", "nvidia-jetpack-runtime", "nvidia-l4t-core", "tensorrt", "libnvinfer10", "libnvinfer11")
+_BINDINGS = "python3-libnvinfer"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The range a clock may move in, and where it is, in MHz."""
+
+    name: str
+    minimum_mhz: float
+    maximum_mhz: float
+    current_mhz: float | None
+
+    @property
+    def locked(self) -> bool:
+        """As ``jetson_clocks`` leaves it: nothing between least and most."""
+        return self.minimum_mhz == self.maximum_mhz
+
+
+@dataclass(frozen=True)
+class Board:
+    """A Jetson. ``power_modes`` maps nvpmodel's numbers to names; temperatures are in degrees Celsius."""
+
+    model: str
+    l4t: str | None
+    jetpack: str | None
+    tensorrt: str | None  # the system's package
+    tensorrt_bindings: bool  # its Python module, for the system's Python
+    power_mode: int | None
+    power_modes: dict[int, str]
+    memory_bytes: int | None
+    memory_available_bytes: int | None
+    swap_bytes: int | None
+    clocks: list[Clock] = field(default_factory=list)
+    temperatures_c: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know: ``fine``, or with the command that mends it."""
+
+    name: str
+    fine: bool
+    detail: str
+    remedy: str = ""
+
+
+def read_board(root: Path | None = None) -> Board | None:
+    """The Jetson this runs on, or None on any other machine."""
+    root = ROOT if root is None else root
+    compatible = _text(root / "proc/device-tree/compatible") or ""
+    release = _text(root / "etc/nv_tegra_release")
+    if release is None and "nvidia,tegra" not in compatible:
+        return None
+    packages = _installed(root / "var/lib/dpkg/status")
+    l4t = _l4t(release) or _numbers(packages.get("nvidia-l4t-core"))
+    tensorrt = next((packages[p] for p in ("tensorrt", "libnvinfer10", "libnvinfer11") if p in packages), None)
+    meminfo = _meminfo(root)
+    mode = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
+    return Board(
+        model=_text(root / "proc/device-tree/model") or "Jetson",
+        l4t=l4t,
+        jetpack=_numbers(packages.get("nvidia-jetpack") or packages.get("nvidia-jetpack-runtime")) or _jetpack(l4t),
+        tensorrt=_numbers(tensorrt),
+        tensorrt_bindings=_BINDINGS in packages,
+        power_mode=int(mode.group(1)) if mode else None,
+        power_modes=_power_modes(_text(root / "etc/nvpmodel.conf") or ""),
+        memory_bytes=meminfo.get("MemTotal"),
+        memory_available_bytes=meminfo.get("MemAvailable"),
+        swap_bytes=meminfo.get("SwapTotal"),
+        clocks=[*_gpu_clocks(root), *_cpu_clocks(root)],
+        temperatures_c=_temperatures(root),
+    )
+
+
+def findings(board: Board) -> list[Finding]:
+    """What speaks for or against measuring, and building the published model, on this board as it is."""
+    return [found for found in (_system(board), _speed(board), _room(board)) if found is not None]
+
+
+def _system(board: Board) -> Finding | None:
+    if board.l4t is None:
+        return None
+    detail = f"L4T {board.l4t}, JetPack {board.jetpack or 'unknown'}, TensorRT {board.tensorrt or 'not installed'}"
+    if int(board.l4t.split(".")[0]) < OLDEST_L4T:
+        return Finding("JetPack", False, f"{detail}: too old, its Python is below 3.10; flash JetPack 6 or newer")
+    if board.tensorrt is None:
+        return Finding("JetPack", False, detail, "sudo apt install nvidia-jetpack")
+    if not board.tensorrt_bindings:
+        return Finding("JetPack", False, f"{detail} without its Python module", f"sudo apt install {_BINDINGS}")
+    return Finding("JetPack", True, detail)
+
+
+def _speed(board: Board) -> Finding | None:
+    """Power mode and clocks: any mode is a choice, moving clocks make latencies move."""
+    parts = []
+    if board.power_mode is not None:
+        parts.append(f"power mode {board.power_modes.get(board.power_mode, 'unnamed')} ({board.power_mode})")
+        fastest = next((i for i, name in board.power_modes.items() if name.startswith("MAXN")), board.power_mode)
+        if fastest != board.power_mode:
+            parts[-1] += f", the fastest is {board.power_modes[fastest]} (sudo nvpmodel -m {fastest})"
+    moving = [c for c in board.clocks if not c.locked]
+    if moving:
+        ranges = ", ".join(f"{c.name} {c.minimum_mhz:.0f} to {c.maximum_mhz:.0f} MHz" for c in moving)
+        parts.append(f"clocks not locked, so latencies vary: {ranges}")
+        return Finding("clocks", False, "; ".join(parts), "sudo jetson_clocks")
+    if board.clocks:
+        parts.append("clocks locked: " + ", ".join(f"{c.name} {c.maximum_mhz:.0f} MHz" for c in board.clocks))
+    return Finding("clocks", True, "; ".join(parts)) if parts else None
+
+
+def _room(board: Board) -> Finding | None:
+    total, free = board.memory_bytes, board.memory_available_bytes
+    if total is None or free is None:
+        return None
+    detail = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free, shared by CPU and GPU"
+    if free < NEED_BYTES:
+        detail += f"; an engine of the published model is built in about {NEED_BYTES / 1e9:.0f} GB"
+        return Finding("memory", False, detail, "sudo systemctl isolate multi-user.target  # ends the desktop")
+    swap = board.swap_bytes or 0
+    if total < SMALL_BYTES and swap < SWAP_BYTES:
+        detail += f"; a board of 8 GB with {swap / 1e9:.1f} GB of swap has little to spare while it builds an engine"
+        make = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile"
+        return Finding("memory", False, detail, f"{make} && sudo swapon /swapfile")
+    return Finding("memory", True, detail)
+
+
+def _text(path: Path) -> str | None:
+    """A file's text without the NULs that end a device tree's strings; None where it cannot be read."""
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
+    return None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text and re.fullmatch(r"-?\d+", text) else None
+
+
+def _numbers(version: str | None) -> str | None:
+    """The leading numbers of a Debian version: ``10.3.0.30-1+cuda12.5`` -> ``10.3.0.30``."""
+    found = re.match(r"\d+(\.\d+)*", version or "")
+    return found.group() if found else None
+
+
+def _l4t(release: str | None) -> str | None:
+    """``# R36 (release), REVISION: 4.3, GCID: ...`` -> ``36.4.3``."""
+    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release or "")
+    return f"{found.group(1)}.{found.group(2)}" if found else None
+
+
+def _jetpack(l4t: str | None) -> str | None:
+    """By the longest release known that ``l4t`` begins with, in whole numbers."""
+    known = [r for r in JETPACK_OF_L4T if l4t is not None and f"{l4t}.".startswith(f"{r}.")]
+    return JETPACK_OF_L4T[max(known, key=len)] if known else None
+
+
+def _installed(status: Path) -> dict[str, str]:
+    """Versions of the packages that matter, of dpkg's database, where they are installed."""
+    found = {}
+    for paragraph in (_text(status) or "").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if re.match(r"[A-Z][\w-]*: ", line))
+        name = fields.get("Package", "")
+        if name in (*_PACKAGES, _BINDINGS) and fields.get("Status", "").endswith(" installed"):
+            found[name] = fields.get("Version", "")
+    return found
+
+
+def _power_modes(configuration: str) -> dict[int, str]:
+    """``< POWER_MODEL ID=0 NAME=15W >`` lines of nvpmodel.conf."""
+    return {int(number): name for number, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", configuration)}
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+    rows = re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
+    return {name: int(kilobytes) * 1024 for name, kilobytes in rows}
+
+
+def _gpu_clocks(root: Path) -> list[Clock]:
+    """Orin has one device, ``17000000.gpu``; Thor has ``gpu-gpc-0`` and ``gpu-nvd-0``. Their unit is Hz."""
+    folders = sorted((root / "sys/class/devfreq").glob("*"))
+    return [c for f in folders if re.search(r"gpu|ga10b|gv11b", f.name) and (c := _clock(f"GPU {f.name}", f, "", 1e6))]
+
+
+def _cpu_clocks(root: Path) -> list[Clock]:
+    """One entry for all cores that move in the same range. Their unit is kHz."""
+    groups: dict[tuple[float, float], tuple[Clock, list[int]]] = {}
+    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"):
+        clock = _clock("CPU", folder, "scaling_", 1e3)
+        if clock is not None:  # a core that is switched off has none
+            _, cores = groups.setdefault((clock.minimum_mhz, clock.maximum_mhz), (clock, []))
+            cores.append(int(folder.parent.name[3:]))
+    clocks = []
+    for clock, cores in sorted(groups.values(), key=lambda group: min(group[1])):
+        name = f"CPU {','.join(map(str, sorted(cores)))}"
+        clocks.append(Clock(name, clock.minimum_mhz, clock.maximum_mhz, clock.current_mhz))
+    return clocks
+
+
+def _clock(name: str, folder: Path, prefix: str, per_mhz: float) -> Clock | None:
+    least, most, now = (_number(folder / f"{prefix}{which}_freq") for which in ("min", "max", "cur"))
+    if least is None or most is None:
+        return None
+    return Clock(name, least / per_mhz, most / per_mhz, None if now is None else now / per_mhz)
+
+
+def _temperatures(root: Path) -> dict[str, float]:
+    """Zone -> degrees; a zone whose sensor sleeps cannot be read and is left out."""
+    found = {}
+    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
+        kind, millidegrees = _text(zone / "type"), _number(zone / "temp")
+        if kind and millidegrees is not None:
+            found[kind.removesuffix("-thermal")] = millidegrees / 1000
+    return found

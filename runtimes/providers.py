@@ -1,0 +1,220 @@
+"""ONNX Runtime's execution providers: which a device needs, with what options, and whether one really starts.
+
+Precision is the file's, so no option here lowers it. That a provider is listed says only that it was compiled
+in: its libraries may be missing, and ONNX Runtime would then run on the CPU. So a graph of one node is run on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import platform
+import re
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..bundle import ASSETS, ENGINES_FOLDER
+from ..errors import MachineError
+from ..machine import gpu_name, package_version
+from ..spec import Component
+from .base import batched
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+MAX_BATCH = {"denoiser": 2}  # rows an engine is built for: guidance needs two; the autoencoder sees one picture
+
+# y = x + x on two floats, opset 13: the least graph a device has to execute. tests/test_providers.py reads it.
+PROBE = bytes.fromhex(
+    "08083a390a0e0a01780a01781201792203416464120570726f62655a0f0a0178120a0a08080112040a020802620f0a0179120a0a08"
+    "080112040a02080242040a00100d"
+)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``chain`` is what a session is given, best first: a node goes to the first that can execute it."""
+
+    chain: tuple[str, ...]
+    remedy: str
+
+    @property
+    def name(self) -> str:
+        return self.chain[0]
+
+
+# The builds of ONNX Runtime share an import name: with two installed, whichever came last wins.
+PROVIDERS = {
+    "cpu": Provider((CPU,), 'pip install "moebius-edge[cpu]"'),
+    "cuda": Provider((CUDA, CPU), 'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]"'),
+    "tensorrt": Provider(
+        (TENSORRT, CUDA, CPU), 'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]" "tensorrt<11"'
+    ),
+}
+
+
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime, or ``MachineError`` with the command that installs it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MachineError(
+            f"the package onnxruntime is missing or broken ({error}): run "
+            '`pip install "moebius-edge[cpu]"`, or `"moebius-edge[gpu]"` on an NVIDIA GPU'
+        ) from None
+    return onnxruntime
+
+
+def absence(ort: ModuleType, device: str) -> str:
+    """Why this build of ONNX Runtime has no provider for ``device``, and what brings it; empty where it has."""
+    wanted, available = PROVIDERS[device], ort.get_available_providers()
+    if wanted.name in available:
+        return ""
+    remedy = f"run `{wanted.remedy}`"
+    if device != "cpu" and platform.machine() == "aarch64":  # which wheels there are depends on the JetPack
+        remedy = "docs/jetson.md says which build a Jetson needs"
+    return f"this onnxruntime {ort.__version__} has no {wanted.name} (it has {', '.join(available)}): {remedy}"
+
+
+def start_problem(ort: ModuleType, device: str) -> str:
+    """Why the provider of ``device`` does not execute a graph of one node here; empty where it does."""
+    name = PROVIDERS[device].name
+    if device == "cpu":
+        return ""
+    ort.set_default_logger_severity(4)  # it would print what is said here, in colours
+    _load_libraries(ort, device)
+    chain = [p for p in PROVIDERS[device].chain if p in ort.get_available_providers()]
+    try:
+        session = ort.InferenceSession(PROBE, quiet_options(ort), providers=chain, enable_fallback=0)
+        if name not in session.get_providers():
+            return _not_started(ort, device, "")
+        (total,) = session.run(None, {"x": np.array([1, 2], np.float32)})
+    except Exception as error:  # onnxruntime raises a class of its own for every cause
+        return _not_started(ort, device, first_line(error))
+    if total.tolist() != [2, 4]:
+        return f"{name} computes 1 + 1 = {total[0]}, 2 + 2 = {total[1]}: update the driver and onnxruntime"
+    return ""
+
+
+def session_providers(
+    ort: ModuleType, device: str, component: Component, engines: Path
+) -> list[str | tuple[str, dict[str, str]]]:
+    """The providers of one component's session with their options. ``engines`` is TensorRT's cache folder."""
+    options = {CPU: {}, CUDA: _cuda_options(), TENSORRT: _tensorrt_options(component, engines)}
+    available = ort.get_available_providers()
+    return [(name, options[name]) if options[name] else name for name in PROVIDERS[device].chain if name in available]
+
+
+def engine_folder(bundle: Bundle, component: str, version: str) -> Path:
+    """Where ONNX Runtime ``version`` keeps the TensorRT engines of a component: beside the bundle, or in the cache.
+
+    ONNX Runtime names an engine by the graph's structure, so that other weights would find a stale one: the
+    folder's name has the file's SHA-256. It also has what an engine is bound to, versions and GPU. A bundle that
+    cannot be written to, as one installed with the package, has its engines in the user's cache.
+    """
+    gpu = re.sub(r"[^a-z0-9]+", "-", (gpu_name() or "gpu").lower()).strip("-")
+    tensorrt = package_version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")  # unknown where it is the system's
+    parts = ["onnxruntime", version, *(["tensorrt", tensorrt[1]] if tensorrt else []), gpu]
+    digest = bundle.files[bundle.components[component].file]["sha256"][:12]
+    inner = Path("-".join(parts)) / f"{component}-{digest}"
+    installed = ASSETS in bundle.path.parents
+    if not installed and os.access(bundle.path, os.W_OK):
+        return bundle.path / ENGINES_FOLDER / inner
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "moebius-edge" / ENGINES_FOLDER / inner
+
+
+def engines_missing(bundle: Bundle, version: str) -> list[str]:
+    """The components for which TensorRT would have to build an engine first, which takes minutes."""
+    return [name for name in bundle.components if not any(engine_folder(bundle, name, version).glob("*.engine"))]
+
+
+def quiet_options(ort: ModuleType, threads: int = 0) -> Any:
+    """Session options that print nothing: errors arrive as exceptions and must not print twice."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # fatal only
+    options.intra_op_num_threads = threads
+    return options
+
+
+def first_line(error: Exception) -> str:
+    """What an error of ONNX Runtime's says; the rest is a stack of C++ files."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
+    return re.sub(r"^/\S+\.(?:cc|h):\d+ .*?\) ", "", line)  # where in its sources, and in which function
+
+
+def _cuda_options() -> dict[str, str]:
+    return {
+        "device_id": "0",
+        "use_tf32": "0",  # on by default, it would round the factors of float32 products to ten bits
+        "arena_extend_strategy": "kSameAsRequested",  # not the next power of two: a Jetson shares its memory
+    }
+
+
+def _tensorrt_options(component: Component, engines: Path) -> dict[str, str]:
+    def shapes(rows: int) -> str:
+        """``name:1x9x64x64,...`` for a batch of ``rows``."""
+        return ",".join(f"{t.name}:{'x'.join(map(str, batched(t, rows)))}" for t in component.inputs)
+
+    most = MAX_BATCH.get(component.name, 1)
+    return {
+        "device_id": "0",
+        "trt_fp16_enable": "0",  # types are the file's
+        "trt_int8_enable": "0",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": os.fspath(engines),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": os.fspath(engines),
+        # One range for all calls: without it an engine is built for the first shape and again for the second.
+        "trt_profile_min_shapes": shapes(1),
+        "trt_profile_opt_shapes": shapes(most),
+        "trt_profile_max_shapes": shapes(most),
+    }
+
+
+def _load_libraries(ort: ModuleType, device: str) -> None:
+    """Load CUDA's, cuDNN's and TensorRT's libraries where they came as Python packages, off the linker's path.
+
+    What cannot be found stays unloaded: whether the provider starts is tried out right after.
+    """
+    if hasattr(ort, "preload_dlls"):  # since onnxruntime 1.21
+        with suppress(Exception), redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls(msvc=False)
+    if device == "tensorrt":
+        with suppress(ImportError):
+            import tensorrt  # noqa: F401  loads libnvinfer into the process
+
+
+def _not_started(ort: ModuleType, device: str, reason: str) -> str:
+    """Why and what helps: ONNX Runtime does not say which library it lacks, the linker does."""
+    missing = _missing_library(Path(ort.__file__ or "").parent / "capi", device)
+    if not missing or "libcuda.so" in missing:  # that one is the driver's
+        remedy = "check the driver with `nvidia-smi`"
+    elif "nvinfer" in missing or "nvonnxparser" in missing:
+        remedy = 'run `pip install "tensorrt<11"`'
+    else:
+        remedy = 'run `pip install "onnxruntime-gpu[cuda,cudnn]"`'
+    why = f" ({missing or reason})" if missing or reason else ""
+    return f"onnxruntime could not start {PROVIDERS[device].name}{why}: {remedy}"
+
+
+def _missing_library(folder: Path, device: str) -> str:
+    """The linker's complaint about a library that a provider's own, in ``folder``, needs; empty without one."""
+    with suppress(OSError):
+        ctypes.CDLL(os.fspath(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+    library = folder / f"libonnxruntime_providers_{device}.so"
+    try:
+        ctypes.CDLL(os.fspath(library))
+    except OSError as error:
+        complaint = str(error)
+        if "cannot open shared object" in complaint and os.fspath(library) not in complaint:
+            return complaint.removesuffix(": No such file or directory")
+    return ""

@@ -1,0 +1,168 @@
+"""``moebius-edge compare`` from the outside: two bundles, two runtimes, and every input it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from fake_gpu import FakeGpu
+from PIL import Image
+from test_runtimes import make_manifest_true
+from toy import make_toy_bundle
+
+from moebius_edge import trajectory
+from moebius_edge.cli import main
+from moebius_edge.commands import compare as compare_command
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy_bundle(tmp_path / "toy")
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A toy whose decoder adds a hundredth to red and nothing else."""
+    folder = make_toy_bundle(tmp_path / "changed", name="changed")
+    model = onnx.load(folder / "vae_decoder.onnx")
+    (conv,) = (n for n in model.graph.node if n.op_type == "Conv")
+    conv.input.append("bias")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0.01, 0, 0], np.float32), "bias"))
+    onnx.save(model, folder / "vae_decoder.onnx")
+    return make_manifest_true(folder)
+
+
+def compared(capsys: Captured, *arguments: str | Path) -> dict[str, Any]:
+    assert main(["compare", *map(str, arguments), "--json"]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def test_a_bundle_equals_itself(toy: Path, capsys: Captured) -> None:
+    document = compared(capsys, toy, toy, "--steps", "4", "--guidance", "1.5", "--seed", "3")
+    figures = document["figures"]
+    assert (figures["psnr_db"], figures["ssim"], figures["image_max_difference"]) == (200.0, 1.0, 0.0)
+    assert figures["latent_drift"] == figures["latent_rms_drift"] == [0.0, 0.0, 0.0]
+    settings = {"steps": 4, "guidance": 1.5, "seed": 3, "image": None, "mask": None}
+    assert (document["settings"], document["exit_code"], document["notes"]) == (settings, 0, [])
+    assert document["a"]["bundle"] == "toy" and document["a"]["runtime"]["name"] == "onnxruntime"
+
+
+def test_a_difference_is_measured_where_it_arises(toy: Path, changed: Path, capsys: Captured) -> None:
+    document = compared(capsys, toy, changed, "--steps", "4")
+    figures = document["figures"]
+    assert figures["latent_max_difference"] == 0.0, "the decoder alone was changed"
+    assert figures["psnr_db"] == pytest.approx(10 * np.log10(4 / (0.01**2 / 3)), abs=0.02)
+    assert figures["worst_pixel"]["channel"] == 0 and figures["worst_pixel"]["difference"] == 0.01
+    assert 0.9 < figures["ssim"] < 1
+    assert (document["a"]["bundle"], document["b"]["bundle"]) == ("toy", "changed")
+    swapped = compared(capsys, changed, toy, "--steps", "4")["figures"]["worst_pixel"]
+    assert swapped["reference"] - swapped["value"] == pytest.approx(0.01, abs=1e-3)
+
+
+def test_what_a_person_reads(toy: Path, changed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["compare", str(toy), str(changed), "--steps", "3"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("A  toy (float32), onnxruntime 1.") and lines[0].endswith(" on cpu")
+    assert lines[1].startswith("B  changed (float32), ")
+    assert lines[2] == "3 steps, guidance 2, seed 20, a drawn scene"
+    assert [line.split() for line in lines if line.split()[1:] == ["0.00e+00", "0.00e+00"]] == [
+        [step, "0.00e+00", "0.00e+00"] for step in ("1", "2")
+    ]
+    assert lines[-3] == "PSNR         50.79 dB" and lines[-2].startswith("SSIM         0.98")
+    assert re.fullmatch(r"worst pixel  1\.2[78] of 255 levels at x \d+, y \d+, red", lines[-1])
+    assert err.splitlines()[0] == "A, onnxruntime on cpu"
+
+
+def test_two_devices_on_one_bundle(toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    document = compared(capsys, toy, toy, "--device-a", "cpu", "--device-b", "auto", "--steps", "3")
+    assert [document[side]["runtime"]["device"] for side in "ab"] == ["cpu", "cuda"]
+    assert document["b"]["runtime"]["nodes"]["denoiser"], "asked while it was active"
+    (note,) = document["notes"]
+    assert note.startswith("B: onnxruntime on cuda is the fastest that works here")
+    assert document["figures"]["psnr_db"] > 100
+
+
+def pictures(folder: Path, size: tuple[int, int] = (96, 80), holes: int = 1) -> tuple[Path, Path]:
+    width, height = size
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[30:46, 40:56] = 255
+    if holes == 2:
+        mask[-20:-16, -20:-16] = 255
+    if holes == 0:
+        mask[:] = 0
+    Image.fromarray(pixels).save(folder / "photo.png")
+    Image.fromarray(mask).save(folder / "mask.png")
+    return folder / "photo.png", folder / "mask.png"
+
+
+def test_a_photograph_is_compared_where_its_largest_hole_is(
+    toy: Path, changed: Path, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = []
+    plain = trajectory.run_trajectory
+
+    def recorded(runtime: Any, **options: Any) -> Any:
+        scenes.append(options["scene"])
+        return plain(runtime, **options)
+
+    monkeypatch.setattr(trajectory, "run_trajectory", recorded)
+    image, mask = pictures(tmp_path, (400, 300), holes=2)
+    document = compared(capsys, toy, changed, "--image", image, "--mask", mask, "--steps", "3")
+    assert document["notes"] == [f"{mask} has 2 holes far apart: the part of the picture with the largest is compared"]
+    assert document["settings"]["image"] == str(image)
+    (pixels, hole), second = scenes
+    assert second is scenes[0], "both sides see the same"
+    assert pixels.shape == (1, 3, 64, 64) and pixels.dtype == np.float32 and hole.sum() == 16 * 16
+    found = np.argwhere(hole)[0]
+    original = np.asarray(Image.open(image))[30, 40] / 127.5 - 1
+    np.testing.assert_allclose(pixels[0, :, found[0], found[1]], original, atol=1e-5)
+
+
+def refused(capsys: Captured, code: int, message: str, *arguments: str | Path) -> None:
+    assert main(["compare", *map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert out == "" and len(errors) == 1 and message in errors[0], err
+
+
+def test_bad_input(toy: Path, capsys: Captured, tmp_path: Path) -> None:
+    large = make_toy_bundle(tmp_path / "large", 128)
+    refused(capsys, 2, f"{toy} is for 64x64 pixels and {large} for 128x128: compare bundles of one", toy, large)
+    refused(capsys, 4, "there is no bundle folder", toy, tmp_path / "none")
+    refused(capsys, 2, "unknown runtime 'caffe'", toy, toy, "--runtime-b", "caffe")
+    refused(capsys, 2, "there is no device 'tpu'", toy, toy, "--device-a", "tpu")
+    image, mask = pictures(tmp_path)
+    refused(capsys, 2, "--image and --mask go together", toy, toy, "--image", image)
+    refused(capsys, 2, "--image and --mask go together", toy, toy, "--mask", mask)
+    refused(capsys, 3, "none.png", toy, toy, "--image", tmp_path / "none.png", "--mask", mask)
+    pictures(tmp_path, holes=0)
+    refused(capsys, 2, "is empty, nothing would be filled", toy, toy, "--image", image, "--mask", mask)
+    broken = make_toy_bundle(tmp_path / "nan", nan_in="denoiser")
+    refused(capsys, 4, "denoiser returned NaN", toy, broken, "--steps", "2")
+
+
+def test_the_default_seed_is_the_gates() -> None:
+    assert compare_command.SEED == trajectory.SEED
+
+
+def test_it_needs_no_pytorch(toy: Path) -> None:
+    code = (
+        "import sys\nsys.modules.update(dict.fromkeys(['torch', 'onnx', 'onnxscript', 'diffusers', 'skimage']))\n"
+        f"from moebius_edge.cli import main\nsys.exit(main(['compare', {str(toy)!r}, {str(toy)!r}, '--steps', '2']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

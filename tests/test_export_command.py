@@ -39,7 +39,8 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tupl
 
 def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "bundle"
-    options = ["--config", "c.json", "--steps", "4", "--guidance", "0", "--min-psnr", "50", "--precision", "fp16", "--force"]
+    options = ["--config", "c.json", "--steps", "4", "--guidance", "0", "--force"]
+    options += ["--precision", "fp16", "--min-psnr", "50"]
     assert main(["export", "w.bin", "--vae", "vae", "--output", str(out), *options]) == 0
     ((source, vae, output), given) = exporter[0]
     assert (source, Path(vae), Path(output)) == ("w.bin", Path("vae"), out)

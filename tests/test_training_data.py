@@ -11,7 +11,7 @@ import skimage.data
 
 from moebius_edge.errors import MachineError
 from moebius_edge.training import photographs
-from moebius_edge.training.data import PictureSource, to_network
+from moebius_edge.training.data import CropSource, PictureSource, to_network
 from moebius_edge.training.masks import PRESETS, draw_mask, sample_mask
 from moebius_edge.training.photographs import HELD_OUT, TRAINING, load_photograph, random_crop
 from moebius_edge.training.scenes import draw_scene, power_law_noise, random_colour, stripes, textured
@@ -163,3 +163,18 @@ def test_network_input_spans_minus_one_to_one() -> None:
     assert tensor.shape == (2, 3, 4, 6) and tensor.dtype == np.float32
     assert tensor[0].max() == -1.0
     assert tensor[1, :, 2, 3] == pytest.approx([1.0, 127 / 127.5 - 1, -1.0], abs=1e-6)
+
+
+def test_crops_are_cut_from_one_picture_and_say_nothing_else() -> None:
+    """A picture whose pixels name their places."""
+    y, x = np.mgrid[0:32, 0:32].astype(np.uint8)
+    picture = np.stack([y, x, 0 * x], -1)
+    crops = CropSource(lambda rng: picture, 8, 50)(np.random.default_rng(0))
+    assert crops.shape == (50, 8, 8, 3) and crops.dtype == np.uint8
+    for crop in crops:
+        top, left = int(crop[0, 0, 0]), int(crop[0, 0, 1])
+        np.testing.assert_array_equal(crop, picture[top : top + 8, left : left + 8])
+    corners = crops[:, 0, 0, :2]
+    assert corners.min() == 0 and corners.max() == 24  # every place is reached, the last too
+    whole = CropSource(lambda rng: picture, 32, 2)(np.random.default_rng(0))
+    np.testing.assert_array_equal(whole, np.stack([picture, picture]))

@@ -53,11 +53,11 @@ class AutoencoderRecipe:
     warmup: int = 100
     kl_weight: float = 2e-6
     anchor_weight: float = 0.1
-    decoder_stage: Stage = Stage(1600, 1, 256)
-    decoder_learning_rate: float = 6e-4
+    decoder_stage: Stage = Stage(3600, 1, 256)
+    decoder_learning_rate: float = 1e-3
     texture_weight: float = 1.0
     adversary_weight: float = 0.1
-    adversary_learning_rate: float = 4e-4
+    adversary_learning_rate: float = 2e-4
     adversary_warmup: int = 500
     latent_noise: float = 0.1
     photo_share: float = 0.6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .photographs import TRAINING, load_photograph, random_crop
@@ -33,7 +35,7 @@ class CropSource:
     of one picture, because drawing it costs more than training on a crop.
     """
 
-    def __init__(self, source: PictureSource, side: int, count: int) -> None:
+    def __init__(self, source: Callable[[np.random.Generator], np.ndarray], side: int, count: int) -> None:
         self.source, self.side, self.count = source, side, count
 
     def __call__(self, rng: np.random.Generator) -> np.ndarray:

@@ -26,10 +26,13 @@ ISLAND_MODULES = ("time_embedding",)
 FLOAT32_COMPONENTS = ("vae_decoder",)
 
 _EITHER = ("Shape", "Size", "Cast")  # what these return does not depend on the type of what they read
+_FLOAT_INPUTS = {"Resize": (1, 2)}  # region and scales, float32 whatever is resized
 
 
-def to_float16(path: Path, islands: tuple[str, ...] = ISLANDS) -> dict[str, list[str]]:
-    """Rewrites the file ``path`` in FP16, but for nodes of the types ``islands`` and of ``ISLAND_MODULES``.
+def to_float16(
+    path: Path, islands: tuple[str, ...] = ISLANDS, modules: tuple[str, ...] = ISLAND_MODULES
+) -> dict[str, list[str]]:
+    """Rewrites the file ``path`` in FP16, but for nodes of the types ``islands`` and those of ``modules``.
 
     Returns the names of the nodes that stayed float32, by operator type.
 
@@ -37,13 +40,15 @@ def to_float16(path: Path, islands: tuple[str, ...] = ISLANDS) -> dict[str, list
         BundleError: a weight is beyond FP16's range; the message names it.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), check_type=True, data_prop=True)
-    kept = convert(model, islands)
+    kept = convert(model, islands, modules)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return kept
 
 
-def convert(model: onnx.ModelProto, islands: tuple[str, ...] = ISLANDS) -> dict[str, list[str]]:
+def convert(
+    model: onnx.ModelProto, islands: tuple[str, ...] = ISLANDS, modules: tuple[str, ...] = ISLAND_MODULES
+) -> dict[str, list[str]]:
     """``to_float16`` on a float32 model whose every tensor's type is known, in place."""
     graph = model.graph
     floats = _float_tensors(graph)
@@ -71,10 +76,10 @@ def convert(model: onnx.ModelProto, islands: tuple[str, ...] = ISLANDS) -> dict[
     for index, node in enumerate(graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
         if node.op_type not in _EITHER:
-            island = node.op_type in islands or _in_island_module(node)
+            island = node.op_type in islands or _in_module(node, modules)
             wanted = TensorProto.FLOAT if island else TensorProto.FLOAT16
             for i, name in enumerate(node.input):
-                if name in floats:
+                if name in floats and i not in _FLOAT_INPUTS.get(node.op_type, ()):
                     node.input[i] = as_type(name, wanted)
             touched = [name for name in (*node.input, *node.output) if name in floats or name in native]
             if island and touched:
@@ -134,9 +139,9 @@ def _round_constant(node: onnx.NodeProto) -> None:
             attribute.t.CopyFrom(_rounded(attribute.t))
 
 
-def _in_island_module(node: onnx.NodeProto) -> bool:
+def _in_module(node: onnx.NodeProto, modules: tuple[str, ...]) -> bool:
     where = "".join(p.value for p in node.metadata_props if p.key == "namespace")
-    return any(re.search(rf"\b{module}\b", where) for module in ISLAND_MODULES)
+    return any(re.search(rf"\b{module}\b", where) for module in modules)
 
 
 def _rename(nodes: list[onnx.NodeProto], old: str, new: str) -> None:

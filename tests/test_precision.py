@@ -81,6 +81,18 @@ def test_a_weight_beyond_fp16_is_named(value: float) -> None:
         convert(small_model(value))
 
 
+def test_scales_of_a_resize_stay_float32() -> None:
+    scales = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales")
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")
+    x, y = (helper.make_tensor_value_info(n, FLOAT, ["N", 1, s, s]) for n, s in (("x", 2), ("y", 4)))
+    graph = helper.make_graph([node], "resize", [x], [y], [scales])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    convert(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert list(model.graph.node[1].input) == ["x_as_float16", "", "scales"]
+    assert weight_bytes(model) == {"FLOAT": 16}
+
+
 def test_tensors_of_unknown_type_are_a_bug() -> None:
     model = small_model()
     del model.graph.value_info[:]

@@ -26,7 +26,7 @@ from ..errors import BundleError, MachineError, UsageError
 from ..files import atomic_directory
 from ..machine import available_memory_bytes
 from ..runtimes.cuda import find_gpu
-from ..runtimes.engines import (
+from ..runtimes.engine_files import (
     ANY_GPU,
     ENGINE_FILE,
     Engine,

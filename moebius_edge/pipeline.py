@@ -60,7 +60,7 @@ class Inpainter:
     Args:
         bundle: a loaded bundle, a bundle's folder, or the name of a bundled model.
         runtime: a runtime's name, or a runtime that holds the graphs of ``bundle``.
-        device: where a runtime given by name executes.
+        device: where a runtime given by name executes; None is its own choice.
 
     Raises:
         BundleError: the bundle is missing, damaged or altered.
@@ -68,7 +68,7 @@ class Inpainter:
     """
 
     def __init__(
-        self, bundle: Bundle | str | Path, runtime: str | Runtime = "onnxruntime", device: str = "cpu"
+        self, bundle: Bundle | str | Path, runtime: str | Runtime = "onnxruntime", device: str | None = None
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.runtime = runtime if isinstance(runtime, Runtime) else create_runtime(runtime, self.bundle, device)

@@ -1,4 +1,4 @@
-"""``moebius-edge export``: from published weights to a bundle. The work is ``moebius_edge.export``'s."""
+"""``moebius-edge export``: from published weights to a bundle, and to engines. The work is ``moebius_edge.export``'s."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from . import console
+from .engines import EngineName, make_engines, prepare_engines
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint file, or the name 'tiny'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder, new.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A checkpoint file, or the name 'tiny'; for engines also a bundle."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The bundle's folder, new; engines of a bundle may do without."
+        ),
+    ] = None,
     vae: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A diffusers VAE folder; 'tiny' has its own.")
     ] = None,
@@ -28,15 +38,48 @@ def export(
         float,
         typer.Option("--min-psnr", metavar="DB", help="The gate: below it nothing is saved."),
     ] = 60.0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    engine: Annotated[
+        EngineName | None, typer.Option(help="Also build TensorRT engines; SOURCE may be a bundle then.")
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Engines: pictures at a time, at most.")
+    ] = 1,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, metavar="MB", help="Engines: GPU memory TensorRT may try kernels with.")
+    ] = None,
+    opt_level: Annotated[
+        int | None, typer.Option(min=0, max=5, metavar="0-5", help="Engines: TensorRT's effort; default its own.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Engines: kernel timings; default in the bundle.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X.Y", help="Engines for RTX: build for this GPU generation; may be repeated."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle, or engines, already there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Make a bundle from a checkpoint and its autoencoder.
+    """Make a bundle from a checkpoint and its autoencoder, and TensorRT engines from a bundle.
 
     A bundle runs without PyTorch. It is saved only if a whole sampling trajectory on ONNX Runtime agrees
-    with PyTorch's.
-    Exporting itself needs: pip install "moebius-edge[export]"
+    with PyTorch's. Exporting it needs: pip install "moebius-edge[export]"
+
+    With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
+    (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
+    --output; without --engine it means the bundled checkpoint, exported again. Engines need:
+    pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
     """
+    job = None
+    if engine is not None:
+        job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability)
+        if job.takes(source):
+            make_engines(job.placed(source, output, force), job, force, as_json)
+            return
+    if output is None:
+        raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
     from ..export import export_bundle
 
     with console.progress() as update:
@@ -58,6 +101,9 @@ def export(
             )
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
+    if job is not None:
+        make_engines(bundle, job, force, as_json)
+        return
     if as_json:
         console.print_json({"output": str(bundle.path), "gate": bundle.gate, "exit_code": 0})
         return

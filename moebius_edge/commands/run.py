@@ -68,8 +68,12 @@ def run(
     feather: Annotated[
         float | None, typer.Option(min=0.0, metavar="PX", help="Width of the seam round the mask.")
     ] = None,
-    runtime: Annotated[str, typer.Option(metavar="NAME", help="What executes the network.")] = "onnxruntime",
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    runtime: Annotated[
+        str, typer.Option(metavar="NAME", help="onnxruntime, or with engines tensorrt or tensorrt-rtx.")
+    ] = "onnxruntime",
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu or cuda; default cpu, TensorRT has cuda only.")
+    ] = None,
     latency_report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the latencies to FILE as JSON.")
     ] = None,

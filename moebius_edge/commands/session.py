@@ -23,7 +23,12 @@ class Session:
     """
 
     def __init__(
-        self, bundle: str, runtime: str, device: str, settings: dict[str, Any], mask_options: dict[str, Any]
+        self,
+        bundle: str,
+        runtime: str,
+        device: str | None,
+        settings: dict[str, Any],
+        mask_options: dict[str, Any],
     ) -> None:
         from ..latency import StageTimer
 

@@ -7,7 +7,6 @@ parent lives to say so. Networks are always strongly typed: what the file says i
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,14 @@ class _Builder:
         version = version_of(self.package)
         highest, found = max_opset(self._flavour.name, version), opset_of(onnx)
         wrong = [f"opset {found} is newer than {highest}, the highest it parses"] if found > highest else []
-        if not wrong and importlib.util.find_spec("onnx") is not None:
+        with suppress(ImportError):
             from onnx import load
 
             from .trt_rules import problems
 
-            wrong = problems(load(os.fspath(onnx), load_external_data=False), self._flavour.name, version)
+            wrong = wrong or problems(load(os.fspath(onnx), load_external_data=False), self._flavour.name, version)
         if wrong:
-            raise BundleError(f"{onnx} is not for {self._title}: {wrong[0]}")
+            raise BundleError(f"{onnx} is not for {self._title}: {wrong[0]}: export the bundle again")
 
     def parse(self, onnx: Path) -> Any:
         trt = self.package

@@ -41,9 +41,9 @@ from ..spec import Component
 Progress = Callable[[str, float | None], None]
 
 TIMING_CACHE = "timing.cache"  # in the bundle's engines folder
-# Bytes needed for each byte of the ONNX file, and besides; docs/engines.md has the measurements.
-MEMORY_FACTOR, MEMORY_BASE_BYTES = 6, 500_000_000
-DISK_FACTOR = 3
+# Bytes needed for each byte of ONNX, and besides; docs/engines.md has the measurements.
+MEMORY_FACTOR, MEMORY_BASE_BYTES = 4, 800_000_000
+DISK_FACTOR, DISK_BASE_BYTES = 1.2, 50_000_000
 _LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
 _DENOISER = "denoiser"
 
@@ -245,7 +245,7 @@ def check_room(bundle: Bundle) -> None:
             f"building the {largest} takes about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
             "available: close other programs or add swap"
         )
-    disk, free = DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
+    disk, free = DISK_BASE_BYTES + DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
     if free < disk:
         raise MachineError(
             f"the engines take about {disk / 1e9:.1f} GB and the disk of {bundle.path} has {free / 1e9:.1f} GB left: "

@@ -60,12 +60,12 @@ def _field(stream: BinaryIO, size: int, keep: bool = False) -> tuple[int, int | 
     """The next field's number and value. Large values are skipped (and empty) unless ``keep``."""
     tag = _varint(stream)
     number, kind = tag >> 3, tag & 7
+    lengths = {_FIXED64: 8, _FIXED32: 4}
+    if not number or kind not in (_VARINT, _BYTES, *lengths):
+        raise ValueError(f"no field of a model at byte {stream.tell()}")
     if kind == _VARINT:
         return number, _varint(stream)
-    lengths = {_FIXED64: 8, _FIXED32: 4}
-    length = _varint(stream) if kind == _BYTES else lengths.get(kind)
-    if not number or length is None:
-        raise ValueError(f"no field of a model at byte {stream.tell()}")
+    length = lengths.get(kind) or _varint(stream)
     if stream.tell() + length > size:
         raise EOFError("it is cut short")
     if keep or number == _OPSET_IMPORT:

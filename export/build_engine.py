@@ -27,9 +27,10 @@ from .onnx_header import max_opset, opset_of
 from .timing_cache import read_timing_cache, write_timing_cache
 
 # component, precision and the ONNX file; the plan to write; what TensorRT is told. All of them are given.
-REQUEST = frozenset(
-    "component precision onnx plan flavour gpu compute_capabilities profile workspace_bytes opt_level timing_cache".split()
-)
+REQUEST = {
+    *("component", "precision", "onnx", "plan", "flavour", "gpu", "compute_capabilities", "profile"),
+    *("workspace_bytes", "opt_level", "timing_cache"),
+}
 Tell = Callable[..., None]  # (event, **values)
 
 _HIGH_PRECISION, _LOW = ("HALF", "BF16"), ("INT8", "INT4", "UINT8", "FP8", "FP4", "E8M0")
@@ -42,7 +43,7 @@ TYPES: dict[str, tuple[tuple[str, ...], str]] = {
 TYPES["float16"] = TYPES["fp16"]
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
-_UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM|compute capability", re.IGNORECASE)
+_UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
 
 
 def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
@@ -143,8 +144,8 @@ class _Builder:
         for i in range(network.num_layers):
             layer = network.get_layer(i)
             layers[_name(layer.type)] += 1
-            outputs = (layer.get_output(j) for j in range(layer.num_outputs))
-            tensors.update(_name(t.dtype) for t in outputs if t is not None)
+            made = (layer.get_output(j) for j in range(layer.num_outputs))
+            tensors.update(_name(t.dtype) for t in made if t is not None)
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
         return {
@@ -251,7 +252,7 @@ class _Fraction:
 
 
 def _monitor(trt: Any, fraction: _Fraction) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,7 +116,9 @@ def find_target(options: EngineOptions) -> Target:
     known = _capabilities_of(package)
     names = ", ".join(map(_dotted, known))
     if strange := [c for c in asked if c not in map(_dotted, known)]:
-        raise UsageError(f"{flavour.title} {version} does not build for compute capability {strange[0]}: it has {names}")
+        raise UsageError(
+            f"{flavour.title} {version} does not build for compute capability {strange[0]}: it has {names}"
+        )
     if not asked and gpu is not None and gpu.compute_capability not in known:
         raise MachineError(
             f"{flavour.title} {version} does not build for {gpu.name}, compute capability "
@@ -210,7 +213,7 @@ def build_engines(
                 "opt_level": options.opt_level,
                 "timing_cache": None if cache is None else os.path.abspath(cache),
             }
-            plans[name] = _build(request, lambda fraction, stage=stage: tell(stage, fraction), notes)
+            plans[name] = _build(request, partial(tell, stage), notes)
         built = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 1),

@@ -105,7 +105,7 @@ class Cuda:
         """Page-locked host memory as bytes, so that copies need no staging; free with ``free_host``."""
         address = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), 0)
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address.value or 0), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address.value or 0))
 
     def free_host(self, memory: np.ndarray) -> None:
         self._call("cuMemFreeHost", ctypes.c_void_p(memory.ctypes.data))

@@ -71,7 +71,7 @@ def version_of(package: ModuleType) -> tuple[int, int]:
 def make_logger(package: Any, sink: Sink) -> Any:
     """A logger that passes messages on. Keep one a process: TensorRT uses the first it is given, always."""
 
-    class Logger(package.ILogger):  # type: ignore[misc]
+    class Logger(package.ILogger):
         def __init__(self) -> None:
             package.ILogger.__init__(self)
 

@@ -1,6 +1,6 @@
 """TensorRT back-end, both flavours: engines that ``export --engine`` built for this machine, on its GPU.
 
-Loading and checking stand here; buffers, the stream and CUDA graphs are ``executor``'s, files and keys ``engine_files``'.
+Loading and checking stand here; buffers and launches are ``executor``'s, files and keys ``engine_files``'.
 An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
 """
 
@@ -140,7 +140,7 @@ class TrtRuntime(Runtime):
             kind = "input" if engine.get_tensor_mode(tensor) == is_input else "output"
             dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(tensor))).name
             found[tensor] = (kind, dtype, tuple(engine.get_tensor_shape(tensor))[1:])
-        wanted = {}
+        wanted: dict[str, tuple[Any, ...]] = {}
         for kind, tensors in (("input", component.inputs), ("output", component.outputs)):
             wanted |= {t.name: (kind, t.dtype, t.shape[1:]) for t in tensors}
         if found != wanted:

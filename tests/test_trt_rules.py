@@ -29,7 +29,9 @@ def model(
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
 
 
-def node(kind: str, inputs: list[str], name: str = "the_node", domain: str = "", **attributes: object) -> onnx.NodeProto:
+def node(
+    kind: str, inputs: list[str], name: str = "the_node", domain: str = "", **attributes: object
+) -> onnx.NodeProto:
     return helper.make_node(kind, inputs, ["y"], name=name, domain=domain, **attributes)
 
 

@@ -1,4 +1,4 @@
-"""``moebius-edge export``: from published weights to a bundle, and to engines. The work is ``moebius_edge.export``'s."""
+"""``moebius-edge export``: from published weights to a bundle and engines. The work is ``moebius_edge.export``'s."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Make a bundle from a checkpoint and its autoencoder, and TensorRT engines from a bundle.
+    """Make a bundle from a checkpoint, and engines from a bundle.
 
-    A bundle runs without PyTorch. It is saved only if a whole sampling trajectory on ONNX Runtime agrees
+    A bundle holds the network and its autoencoder, and runs without PyTorch. It is saved only if a whole sampling trajectory on ONNX Runtime agrees
     with PyTorch's. Exporting it needs: pip install "moebius-edge[export]"
 
     With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
@@ -76,8 +76,17 @@ def export(
     if engine is not None:
         job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability)
         if job.takes(source):
+            if vae is not None or config is not None:
+                raise UsageError(f"{source} is a bundle, complete as it is: leave --vae and --config out")
             make_engines(job.placed(source, output, force), job, force, as_json)
             return
+    elif max_batch != 1 or any((workspace, opt_level is not None, timing_cache, compute_capability)):
+        raise UsageError(
+            "--max-batch, --workspace, --opt-level, --timing-cache and --compute-capability are for engines: "
+            "add --engine"
+        )
+    elif (Path(source) / "bundle.json").is_file():
+        raise UsageError(f"{source} is a bundle already: add --engine tensorrt, or tensorrt-rtx, to build its engines")
     if output is None:
         raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
     from ..export import export_bundle

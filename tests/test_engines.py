@@ -30,6 +30,7 @@ from moebius_edge.export import build_engine, engines
 from moebius_edge.export.build_engine import _Fraction, check_types, network_facts
 from moebius_edge.export.engines import EngineOptions, Target, build_engines, find_target, place_bundle
 from moebius_edge.files import sha256_file
+from moebius_edge.machine import available_memory_bytes
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import read_engine
 
@@ -324,9 +325,14 @@ def test_too_little_memory_or_disk(toy: Bundle, target: Target, monkeypatch: pyt
     assert leftovers(toy) == []
 
 
-def test_what_cannot_be_learnt_of_memory_is_no_reason(
-    toy: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_available_memory_is_less_than_all_of_it() -> None:
+    available = available_memory_bytes()
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total = sum(int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    assert available is not None and 0 < available < total
+
+
+def test_what_cannot_be_learnt_of_memory_is_no_reason(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "available_memory_bytes", lambda: None)
     engines.check_room(toy)
 
@@ -362,6 +368,7 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(
     real = subprocess.Popen
 
     def popen(*arguments: Any, **options: Any) -> Any:
+        assert options["start_new_session"], "a terminal's Ctrl-C would reach the child, in the midst of TensorRT"
         children.append(real(*arguments, **options))
         return children[-1]
 
@@ -463,6 +470,7 @@ def test_options_reach_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (config,) = configs
     assert config.get_memory_pool_limit(tensorrt_rtx.MemoryPoolType.WORKSPACE) == 300_000_000
     assert config.builder_optimization_level == 2
+    assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32), "float32 means float32"
     assert config.num_compute_capabilities == 2 and config.num_optimization_profiles == 1
     assert record["sha256"] == sha256_file(tmp_path / "x.plan")
     assert seen == sorted(seen) and len(seen) > 3 and seen[0] > 0 and seen[-1] <= 1

@@ -17,8 +17,9 @@ from moebius_edge import export as export_package
 from moebius_edge.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import QualityError
-from moebius_edge.export import engines, export_bundle
-from moebius_edge.export.engines import Built, EngineOptions, Target
+from moebius_edge.export import engine_target, engines, export_bundle
+from moebius_edge.export.engine_target import EngineOptions, Target
+from moebius_edge.export.engines import Built
 from moebius_edge.runtimes.engine_files import Engine, EngineKey
 
 Captured = pytest.CaptureFixture[str]
@@ -118,7 +119,7 @@ class EngineBuilder:
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
     made = EngineBuilder()
-    monkeypatch.setattr(engines, "find_target", made.find_target)
+    monkeypatch.setattr(engine_target, "find_target", made.find_target)
     monkeypatch.setattr(engines, "build_engines", made.build_engines)
     return made
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moebius_edge.export import build_engine
 from moebius_edge.export.timing_cache import read_timing_cache, write_timing_cache
+from moebius_edge.export.trt_builder import TrtBuilder
 from moebius_edge.runtimes.flavours import FLAVOURS
 
 BLOB = b"\x00times\n\xff of kernels"
@@ -71,7 +71,7 @@ def test_the_builder_gets_what_fits(
 ) -> None:
     path = tmp_path / "timing.cache"
     write_timing_cache(path, "10.3.0", "Orin", stored)
-    builder: Any = object.__new__(build_engine._Builder)
+    builder: Any = object.__new__(TrtBuilder)
     builder.package, builder._flavour = types.SimpleNamespace(__version__=version), FLAVOURS["tensorrt"]
     config, told = Config(), []
     request = {"timing_cache": str(path), "gpu": "Orin"}

@@ -247,7 +247,8 @@ def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, flavour: str) -> None:
     """Build the toy's engines, run each component through recording and replay, compare."""
-    from moebius_edge.export.engines import EngineOptions, build_engines, find_target
+    from moebius_edge.export.engine_target import EngineOptions, find_target
+    from moebius_edge.export.engines import build_engines
     from moebius_edge.runtimes.cuda import find_gpu
 
     if find_gpu() is None:

@@ -11,7 +11,7 @@ from . import console
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
-    from ..export.engines import EngineOptions, Target
+    from ..export.engine_target import EngineOptions, Target
 
 
 class EngineName(str, Enum):
@@ -52,7 +52,7 @@ def prepare_engines(
     compute_capabilities: list[str] | None,
 ) -> EngineJob:
     """Check options and machine before anything long is begun; raises as ``find_target`` does."""
-    from ..export.engines import EngineOptions, find_target
+    from ..export.engine_target import EngineOptions, find_target
 
     options = EngineOptions(
         engine.value,

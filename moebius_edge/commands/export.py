@@ -64,8 +64,9 @@ def export(
 ) -> None:
     """Make a bundle from a checkpoint, and engines from a bundle.
 
-    A bundle holds the network and its autoencoder, and runs without PyTorch. It is saved only if a whole sampling trajectory on ONNX Runtime agrees
-    with PyTorch's. Exporting it needs: pip install "moebius-edge[export]"
+    A bundle holds the network and its autoencoder, and runs without PyTorch. It is saved only if a whole
+    sampling trajectory on ONNX Runtime agrees with PyTorch's. Exporting it needs:
+    pip install "moebius-edge[export]"
 
     With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
     (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
@@ -86,7 +87,7 @@ def export(
             "add --engine"
         )
     elif (Path(source) / "bundle.json").is_file():
-        raise UsageError(f"{source} is a bundle already: add --engine tensorrt, or tensorrt-rtx, to build its engines")
+        raise UsageError(f"{source} is a bundle already: add --engine tensorrt or tensorrt-rtx for its engines")
     if output is None:
         raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
     from ..export import export_bundle

@@ -361,6 +361,21 @@ def test_a_build_that_dies_is_reported_as_what_it_is(
     assert leftovers(toy) == []
 
 
+def test_a_build_that_hangs_is_ended_and_a_busy_one_is_not(
+    toy: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "STALLED_S", 0.7)
+    asleep = "import time; time.sleep(100)"
+    monkeypatch.setattr(engine_process, "_command", lambda: [sys.executable, "-c", asleep])
+    with pytest.raises(MachineError, match=r"vae_encoder hung, it used no processor time for 0\.7 seconds, probably"):
+        build_engines(toy, OPTIONS, target)
+    busy = "import os, time; end = time.time() + 3\nwhile time.time() < end: pass\nos._exit(7)"
+    monkeypatch.setattr(engine_process, "_command", lambda: [sys.executable, "-c", busy])
+    with pytest.raises(MachineError, match="ended with exit code 7"):
+        build_engines(toy, OPTIONS, target)
+    assert leftovers(toy) == []
+
+
 def test_ctrl_c_ends_the_build_and_leaves_nothing(
     tiny: tuple[Any, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:

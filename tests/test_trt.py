@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_trt import NOT_PERMITTED, ORIN, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, write_engine
+from PIL import Image
 from toy import decode, encode, make_toy_bundle
 
 from moebius_edge.bundle import Bundle
+from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.pipeline import denoise
 from moebius_edge.runtimes import create_runtime
@@ -103,6 +106,33 @@ def test_a_trajectory_is_onnxruntimes_bit_for_bit(bundle: Bundle) -> None:
             steps = list(denoise(runtime, latents, mask, masked, DDIM(6), 2.0))
         results.append(steps[-1].latent)
     np.testing.assert_array_equal(*results)
+
+
+def test_run_is_onnxruntimes_byte_for_byte(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, from picture to picture, and what its report says of the runtime."""
+    engine = write_engine(bundle)
+    cuda = FakeCuda()
+    monkeypatch.setattr("moebius_edge.runtimes.trt.load_package", lambda flavour: FakeTensorRT(cuda))
+    monkeypatch.setattr("moebius_edge.runtimes.trt.Cuda", lambda: cuda)
+    picture, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    pixels = np.random.default_rng(5).integers(0, 256, (96, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    hole = np.zeros((96, 80), np.uint8)
+    hole[40:60, 30:50] = 255
+    Image.fromarray(hole).save(mask)
+    results = []
+    for name in ("tensorrt", "onnxruntime"):
+        out = tmp_path / f"{name}.png"
+        command = ["run", str(picture), str(mask), "-b", str(bundle.path), "-o", str(out), "--json", "--steps", "5"]
+        assert main([*command, "--runtime", name]) == 0
+        document = json.loads(capsys.readouterr().out)
+        results.append((np.asarray(Image.open(out)), document["latency"]["runtime"]))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert (results[0][0] != pixels).any()
+    assert results[0][1]["provider"] == engine.key.folder and results[0][1]["cuda_graph"] == "recorded"
+    assert cuda.left() == []
 
 
 def test_recording_that_fails_is_told_and_changes_no_result(bundle: Bundle) -> None:

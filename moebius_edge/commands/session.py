@@ -68,6 +68,7 @@ class Session:
                 hole = read_mask(job.mask, picture.size, **self._mask_options)
             inpainter = self._inpainter or self._open()
             result = inpainter.inpaint(picture, hole, on_step=on_step, timer=self.timer, **self._settings)
+            self.runtime_info = dict(inpainter.runtime.info)  # a runtime may learn about itself while it runs
             with self.timer.measure("write"):
                 _make_folder(job.output.parent)
                 written = write_picture(job.output, result.picture)

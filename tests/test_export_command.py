@@ -150,7 +150,10 @@ def test_a_checkpoint_is_exported_before_its_engines(
     assert main(["export", "w.bin", "--vae", "vae", "-o", str(out), "--engine", "tensorrt"]) == 0
     assert len(exporter) == 1 and [(b.path, force) for b, force in builder.builds] == [(out, False)]
     assert len(builder.options) == 1, "the machine is checked once, and before the export"
-    assert capsys.readouterr().out.startswith(f"saved {out}/engines/")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"saved {out} (64x64, float32, ") and lines[1] == "  psnr_db 99"
+    assert lines[2].startswith(f"saved {out}/engines/")
+    assert [line for line in lines if line.startswith("next: ")] == [lines[-1]]
 
 
 def test_the_name_tiny_means_its_bundle_when_engines_are_built(

@@ -82,8 +82,9 @@ def make_engines(bundle: Bundle, job: EngineJob, force: bool, as_json: bool) -> 
         console.note(text)
     engine, runtime = built.engine, job.options.flavour
     if as_json:
-        document: dict[str, Any] = {"output": str(bundle.path), "engine": str(engine.path), "built": built.fresh}
-        console.print_json({**document, "notes": list(built.notes), "exit_code": 0})
+        document: dict[str, Any] = {"output": str(bundle.path), "gate": bundle.gate}
+        document |= {"engine": str(engine.path), "built": built.fresh, "notes": list(built.notes)}
+        console.print_json({**document, "exit_code": 0})
         return
     total = console.size(sum(record["bytes"] for record in engine.plans.values()))
     if built.fresh:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UsageError
 from . import console
 from .engines import EngineName, make_engines, prepare_engines
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
 
 def export(
@@ -111,15 +114,19 @@ def export(
             )
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
+    if as_json and job is None:
+        console.print_json({"output": str(bundle.path), "gate": bundle.gate, "exit_code": 0})
+    if not as_json:
+        _print_bundle(bundle)
     if job is not None:
         make_engines(bundle, job, force, as_json)
-        return
-    if as_json:
-        console.print_json({"output": str(bundle.path), "gate": bundle.gate, "exit_code": 0})
-        return
+    elif not as_json:
+        print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}")
+
+
+def _print_bundle(bundle: Bundle) -> None:
     total = console.size(bundle.summary()["total_bytes"])
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
     for name, value in bundle.gate.items():
         if isinstance(value, float):
             print(f"  {name} {value:.4g}")
-    print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}")

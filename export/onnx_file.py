@@ -17,9 +17,10 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import BundleError, UsageError
 from ..spec import Component
 from .graphs import example_inputs
+from .trt_rules import problems
 
 # The highest opset TensorRT 10.3 (JetPack 6) reads. 21 would bring GroupNormalization, whose per-channel
 # scale TensorRT mishandles before 10.9.
@@ -44,6 +45,7 @@ def write_onnx(
 
     Raises:
         UsageError: the weights are too large for one ONNX file.
+        BundleError: the module became a node that TensorRT 10.3 does not take.
     """
     weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
     if weights > LARGEST_BYTES:
@@ -76,7 +78,10 @@ def write_onnx(
 
 
 def check_onnx(path: Path, component: Component) -> None:
-    """Raise ``RuntimeError`` (a bug, here or in the exporter) unless ``path`` is a valid ``component``."""
+    """Raise ``RuntimeError`` (a bug, here or in the exporter) unless ``path`` is a valid ``component``.
+
+    Raises ``BundleError`` for a valid one that the oldest TensorRT would refuse or misread, see ``trt_rules``.
+    """
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(str(path), load_external_data=False)
     found = {entry.domain: entry.version for entry in model.opset_import}
@@ -90,6 +95,8 @@ def check_onnx(path: Path, component: Component) -> None:
         wanted = [(t.name, t.dtype, t.shape) for t in tensors]
         if got != wanted:
             raise RuntimeError(f"{path.name} has the {kind}s {got} where the contract has {wanted}")
+    if found_problems := problems(model):
+        raise BundleError(f"{path.name} is not for TensorRT 10.3: {found_problems[0]}")
 
 
 def _signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:

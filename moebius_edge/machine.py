@@ -78,6 +78,18 @@ def peak_memory_bytes() -> int | None:
     return None
 
 
+def available_memory_bytes() -> int | None:
+    """What can be taken without evicting others: free memory and swap, less where a container's limit is near."""
+    sizes = []
+    fields = [_proc_field("/proc/meminfo", name) for name in ("MemAvailable", "SwapFree")]
+    if fields[0] is not None:
+        sizes.append(sum(int(f.split()[0]) * 1024 for f in fields if f))
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        sizes.append(max(0, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+    return min(sizes, default=None)
+
+
 def package_version(*names: str) -> tuple[str, str] | None:
     """(name, version) of the first of these distributions that is installed."""
     for name in names:

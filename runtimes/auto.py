@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MachineError, UsageError
+from ..errors import BundleError, MachineError, UsageError
 from ..machine import gpu_name
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection
 
     Raises:
         UsageError: no candidate has that device.
-        MachineError: none of several is usable; the message says why the fastest is not.
+        MachineError: none of several is usable; the message says why, of each.
     """
     named = [c for c in CANDIDATES if runtime in (AUTO, c.runtime)]
     left = [c for c in named if device in (AUTO, c.device)]
@@ -81,8 +81,8 @@ def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection
         if not (problem := candidate.usable(bundle)):
             return Selection(candidate, passed_over)
         passed_over[candidate.name] = problem
-    name, problem = next(iter(passed_over.items()))
-    raise MachineError(f"nothing works here on {device}; {name}: {problem}")
+    problems = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
+    raise MachineError(f"nothing works here on {device}; {problems}")
 
 
 def _onnxruntime_gpu(device: str) -> Callable[[Bundle], str]:
@@ -102,6 +102,25 @@ def _onnxruntime_gpu(device: str) -> Callable[[Bundle], str]:
     return usable
 
 
+def _native(flavour: str) -> Callable[[Bundle], str]:
+    def usable(bundle: Bundle) -> str:
+        from .cuda import find_gpu
+        from .engine_files import choose_engine
+        from .flavours import FLAVOURS, load_package
+
+        gpu = find_gpu()
+        if gpu is None:
+            return "this machine has no NVIDIA GPU that its driver answers for: check `nvidia-smi`"
+        try:
+            package = load_package(FLAVOURS[flavour])
+            choose_engine(bundle, FLAVOURS[flavour], str(package.__version__), gpu, verify=False)
+        except (MachineError, BundleError) as error:
+            return str(error)
+        return ""
+
+    return usable
+
+
 def _always(bundle: Bundle) -> str:
     """The last resort: if it fails as well, creating it says why."""
     return ""
@@ -109,6 +128,8 @@ def _always(bundle: Bundle) -> str:
 
 # Fastest first. A new back-end takes its place here.
 CANDIDATES: tuple[Candidate, ...] = (
+    Candidate("tensorrt", "cuda", _native("tensorrt")),
+    Candidate("tensorrt-rtx", "cuda", _native("tensorrt-rtx")),
     Candidate("onnxruntime", "tensorrt", _onnxruntime_gpu("tensorrt")),
     Candidate("onnxruntime", "cuda", _onnxruntime_gpu("cuda")),
     Candidate("onnxruntime", CPU, _always),

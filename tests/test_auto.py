@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,8 @@ def test_without_a_gpu_nothing_changes(bundle: Bundle) -> None:
     assert (runtime.info["name"], runtime.info["device"]) == ("onnxruntime", "cpu")
     assert runtime.notes == [], "there was nothing to choose"
     assert runtime.selection is not None and set(runtime.selection["passed_over"]) == {
+        "tensorrt on cuda",
+        "tensorrt-rtx on cuda",
         "onnxruntime on tensorrt",
         "onnxruntime on cuda",
     }
@@ -57,7 +60,8 @@ def test_a_gpu_that_is_left_idle_is_told(bundle: Bundle, monkeypatch: pytest.Mon
     FakeGpu(monkeypatch, providers=(CPU,))
     monkeypatch.setattr(machine, "_board", lambda: "NVIDIA Jetson Orin Nano Developer Kit")
     (note,) = create_runtime("auto", bundle, "auto").notes
-    assert note.startswith("onnxruntime on cpu is the fastest that works here (not onnxruntime on tensorrt: this")
+    assert note.startswith("onnxruntime on cpu is the fastest that works here (not tensorrt on cuda: this machine has")
+    assert "not onnxruntime on tensorrt: this onnxruntime" in note
     assert "not onnxruntime on cuda: this onnxruntime" in note and f"has no {CUDA}" in note
 
 
@@ -78,7 +82,8 @@ def test_tensorrt_is_taken_once_its_engines_are_there(bundle: Bundle, monkeypatc
     add_engines(bundle)
     runtime = create_runtime("auto", bundle, "auto")
     assert runtime.info["device"] == "tensorrt"
-    assert runtime.notes == ["onnxruntime on tensorrt is the fastest there is, and it works here"]
+    (note,) = runtime.notes
+    assert note.startswith("onnxruntime on tensorrt is the fastest that works here (not tensorrt on cuda: ")
     gpu.broken = {TENSORRT}
     (note,) = create_runtime("auto", bundle, "auto").notes
     assert "onnxruntime on cuda is the fastest that works" in note and "(Please install TensorRT)" in note
@@ -87,7 +92,9 @@ def test_tensorrt_is_taken_once_its_engines_are_there(bundle: Bundle, monkeypatc
 def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     gpu.broken = {CUDA}
-    runtime = create_runtime("auto", bundle, "cuda")
+    with pytest.raises(MachineError, match=f"nothing works here on cuda; .*could not start {CUDA}"):
+        create_runtime("auto", bundle, "cuda")
+    runtime = create_runtime("onnxruntime", bundle, "cuda")
     assert runtime.notes == [] and runtime.selection is None, "nothing was chosen"
     with pytest.raises(MachineError, match=f"could not start {CUDA}"), runtime:
         pass
@@ -99,10 +106,37 @@ def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytes
 
 
 def test_wrong_names(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="there is no device 'tpu': choose one of tensorrt, cuda, cpu, or auto"):
+    with pytest.raises(UsageError, match="there is no device 'tpu': choose one of cuda, tensorrt, cpu, or auto"):
         create_runtime("auto", bundle, "tpu")
-    with pytest.raises(UsageError, match="unknown runtime 'caffe': choose one of onnxruntime, or auto"):
+    with pytest.raises(UsageError, match="unknown runtime 'caffe': choose one of onnxruntime, tensorrt, .* or auto"):
         create_runtime("caffe", bundle, "auto")
+
+
+def test_native_engines_come_first_where_they_fit(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe of TensorRT's own back-end, with a GPU, a package and an engine that are put in place of real ones."""
+    from moebius_edge.runtimes import cuda, engine_files, flavours
+
+    probe = auto.CANDIDATES[0]
+    assert (probe.runtime, probe.device) == ("tensorrt", "cuda") and auto.CANDIDATES[1].runtime == "tensorrt-rtx"
+    assert "no NVIDIA GPU" in probe.usable(bundle)
+    gpu = cuda.Gpu("Orin", (8, 7), 8 << 30, True, "12.6")
+    monkeypatch.setattr(cuda, "find_gpu", lambda: gpu)
+    asked = []
+
+    def package(flavour: flavours.Flavour) -> Any:
+        if flavour.name != "tensorrt":
+            raise MachineError("the package tensorrt_rtx is missing")
+        return SimpleNamespace(__version__="10.3.0")
+
+    def choose(*given: Any, **options: Any) -> None:
+        asked.append((given, options))
+
+    monkeypatch.setattr(flavours, "load_package", package)
+    assert "has no TensorRT engine: run `moebius-edge export" in probe.usable(bundle)
+    monkeypatch.setattr(engine_files, "choose_engine", choose)
+    assert probe.usable(bundle) == ""
+    assert asked == [((bundle, flavours.FLAVOURS["tensorrt"], "10.3.0", gpu), {"verify": False})]
+    assert auto.CANDIDATES[1].usable(bundle) == "the package tensorrt_rtx is missing"
 
 
 def test_a_candidate_list_takes_others(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +159,7 @@ def test_a_candidate_list_takes_others(bundle: Bundle, monkeypatch: pytest.Monke
     selection = select(bundle)
     assert selection.candidate is rows[2] and asked == ["fast on cuda", "slower on cuda", "slow on cpu"]
     assert selection.passed_over == {"fast on cuda": "no engine", "slower on cuda": "no driver"}
-    with pytest.raises(MachineError, match="nothing works here on cuda; fast on cuda: no engine"):
+    with pytest.raises(MachineError, match="on cuda; fast on cuda: no engine; slower on cuda: no driver$"):
         select(bundle, device="cuda")
     asked.clear()
     only = select(bundle, runtime="fast")

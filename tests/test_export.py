@@ -23,11 +23,13 @@ import torch
 from diffusers import AutoencoderKL
 from exporting import CONFIG, save_student, save_vae
 from golden import fill_golden
+from toy import make_toy_bundle
 
 from moebius_edge.bundle import Bundle
-from moebius_edge.errors import QualityError, UsageError
+from moebius_edge.errors import BundleError, QualityError, UsageError
 from moebius_edge.export import export_bundle
 from moebius_edge.export.gate import judge
+from moebius_edge.export.onnx_file import check_onnx
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.manifest import resolved_components
 from moebius_edge.model import StudentConfig, build_student
@@ -304,3 +306,14 @@ def test_the_published_size(published_folder: Path) -> None:
     assert (bundle.resolution, bundle.latent_size) == (512, 64)
     assert StudentConfig.from_dict(bundle.model) == StudentConfig()
     assert bundle.files["denoiser.onnx"]["bytes"] > 4 * 226_041_531 - 2**20
+
+
+def test_a_node_the_oldest_tensorrt_refuses_is_named(tmp_path: Path) -> None:
+    path = make_toy_bundle(tmp_path / "toy") / "denoiser.onnx"
+    model = onnx.load(path)
+    check_onnx(path, resolved_components(64)["denoiser"])
+    unused = onnx.helper.make_node("Einsum", ["sample"], ["unused"], "the_node", equation="nchw->nc")
+    model.graph.node.append(unused)
+    onnx.save(model, path)
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is not for TensorRT 10\.3: node 'the_node' \(Einsum\)"):
+        check_onnx(path, resolved_components(64)["denoiser"])

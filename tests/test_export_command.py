@@ -17,7 +17,10 @@ from moebius_edge import export as export_package
 from moebius_edge.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import QualityError
-from moebius_edge.export import export_bundle
+from moebius_edge.export import engine_target, engines, export_bundle
+from moebius_edge.export.engine_target import EngineOptions, Target
+from moebius_edge.export.engines import Built
+from moebius_edge.runtimes.engine_files import Engine, EngineKey
 
 Captured = pytest.CaptureFixture[str]
 
@@ -93,6 +96,124 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
     monkeypatch.setattr(export_package, "export_bundle", interrupted)
     assert main(["export", "tiny", "-o", str(tmp_path / "b")]) == 130
     assert capsys.readouterr().err == "interrupted, nothing written\n"
+
+
+class EngineBuilder:
+    """Replaces the parts of ``export.engines`` that need TensorRT; holds what reached them."""
+
+    target = Target("tensorrt", "10.3.0", "Orin", ("8.7",))
+    fresh = True
+
+    def __init__(self) -> None:
+        self.options: list[EngineOptions] = []
+        self.builds: list[tuple[Bundle, bool]] = []
+
+    def find_target(self, options: EngineOptions) -> Target:
+        self.options.append(options)
+        return self.target
+
+    def build_engines(
+        self, bundle: Bundle, options: EngineOptions, target: Target, progress: Any, force: bool
+    ) -> Built:
+        assert options == self.options[-1] and target == self.target
+        self.builds.append((bundle, force))
+        progress("build denoiser (2 of 3)", 0.5)
+        key = EngineKey("float32", "tensorrt", "10.3.0", "Orin", ("8.7",))
+        plans = {"denoiser": {"bytes": 2_500_000, "build_seconds": 1.25}}
+        engine = Engine(bundle.path / "engines" / key.folder, key, {}, plans, {}, {}, {})
+        return Built(engine, self.fresh, ("a note",))
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> EngineBuilder:
+    made = EngineBuilder()
+    monkeypatch.setattr(engine_target, "find_target", made.find_target)
+    monkeypatch.setattr(engines, "build_engines", made.build_engines)
+    return made
+
+
+def test_engine_options_reach_the_builder(builder: EngineBuilder, tmp_path: Path, capsys: Captured) -> None:
+    toy = make_toy_bundle(tmp_path / "toy")
+    options = ["--max-batch", "3", "--workspace", "512", "--opt-level", "0", "--timing-cache", "t", "--force"]
+    command = ["export", str(toy), "--engine", "tensorrt", *options]
+    assert main([*command, "--compute-capability", "8.6", "--compute-capability", "8.9"]) == 0
+    assert builder.options == [EngineOptions("tensorrt", 3, 512_000_000, 0, Path("t"), ("8.6", "8.9"))]
+    assert [(bundle.path, force) for bundle, force in builder.builds] == [(toy, True)]
+    stdout, stderr = capsys.readouterr()
+    assert stdout.splitlines() == [
+        f"saved {toy}/engines/float32-tensorrt-10.3.0-orin-sm87 (1 plan, 2.5 MB)",
+        "  denoiser 2.5 MB, built in 1.2 s",
+        f"next: moebius-edge run IMAGE MASK --bundle {toy} --runtime tensorrt",
+    ]
+    assert stderr.splitlines() == ["build denoiser (2 of 3): 50 of 100", "note: a note"]
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["built"] is True and document["output"] == str(toy) and document["notes"] == ["a note"]
+
+
+def test_a_checkpoint_is_exported_before_its_engines(
+    builder: EngineBuilder, exporter: list, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "bundle"
+    assert main(["export", "w.bin", "--vae", "vae", "-o", str(out), "--engine", "tensorrt"]) == 0
+    assert len(exporter) == 1 and [(b.path, force) for b, force in builder.builds] == [(out, False)]
+    assert len(builder.options) == 1, "the machine is checked once, and before the export"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"saved {out} (64x64, float32, ") and lines[1] == "  psnr_db 99"
+    assert lines[2].startswith(f"saved {out}/engines/")
+    assert [line for line in lines if line.startswith("next: ")] == [lines[-1]]
+
+
+def test_the_name_tiny_means_its_bundle_when_engines_are_built(
+    builder: EngineBuilder, exporter: list, tmp_path: Path
+) -> None:
+    assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--engine", "tensorrt-rtx"]) == 0
+    assert exporter == [] and builder.options[0].flavour == "tensorrt-rtx"
+    (bundle, _) = builder.builds[0]
+    assert bundle.path == tmp_path / "b" and bundle.files == Bundle.load("tiny").files
+
+
+@pytest.mark.parametrize("option", [("--vae", "x"), ("--config", "x"), ("--precision", "fp16")])
+def test_a_bundle_is_complete(
+    builder: EngineBuilder, tmp_path: Path, capsys: Captured, option: tuple[str, str]
+) -> None:
+    toy = make_toy_bundle(tmp_path / "toy")
+    assert main(["export", str(toy), "--engine", "tensorrt", *option]) == 2
+    expected = "is a bundle, complete as it is: leave --vae, --config and --precision out"
+    assert expected in capsys.readouterr().err
+    assert builder.builds == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--max-batch", "2"],
+        ["--workspace", "1"],
+        ["--opt-level", "0"],
+        ["--timing-cache", "t"],
+        ["--compute-capability", "8.6"],
+    ],
+)
+def test_engine_options_without_an_engine_are_refused(
+    exporter: list, tmp_path: Path, capsys: Captured, option: list[str]
+) -> None:
+    assert main(["export", "tiny", "-o", str(tmp_path / "b"), *option]) == 2
+    assert "are for engines: add --engine" in capsys.readouterr().err
+    assert exporter == []
+
+
+def test_nothing_to_do(builder: EngineBuilder, tmp_path: Path, capsys: Captured) -> None:
+    builder.fresh = False
+    toy = make_toy_bundle(tmp_path / "toy")
+    assert main(["export", str(toy), "--engine", "tensorrt"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("nothing to do: ") and lines[1] == "  --force builds it again"
+
+
+def test_a_bundle_without_engine_is_no_checkpoint(tmp_path: Path, capsys: Captured) -> None:
+    toy = make_toy_bundle(tmp_path / "toy")
+    assert main(["export", str(toy), "-o", str(tmp_path / "b")]) == 2
+    assert f"{toy} is a bundle already: add --engine tensorrt" in capsys.readouterr().err
 
 
 def test_bad_paths_are_told_without_pytorch(tmp_path: Path, capsys: Captured) -> None:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_trt import write_engine
 from toy import flip_byte, make_toy_bundle
 
+from moebius_edge.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.files import sha256_file
 
@@ -66,6 +68,31 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: Captured) -> None:
     assert "holds no bundle.json" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "none"), "--json"]) == 4
     assert json.loads(capsys.readouterr().out)["exit_code"] == 4
+
+
+def test_engines_are_listed(toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["inspect", str(toy)]) == 0
+    assert "GPU" not in capsys.readouterr().out, "no table without engines"
+    bundle = Bundle.load(toy)
+    right = write_engine(bundle, max_batch=4)
+    write_engine(bundle, version="10.4.0", onnx=dict.fromkeys(bundle.components, "0" * 64))
+    flip_byte(write_engine(bundle, version="10.5.0").plan_path("denoiser"))
+    (toy / "engines" / "rubbish").mkdir()
+    assert main(["inspect", str(toy)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[-7:-3]]
+    names = [*(f"float32-tensorrt-10.{minor}.0-orin-sm87" for minor in (3, 4, 5)), "rubbish"]
+    assert [row[0] for row in rows] == names
+    assert rows[0][1:4] == ["Orin", "(8.7)", "4"]
+    assert [row[-1] for row in rows] == ["verified", "stale", "damaged", "damaged"]
+    assert lines[-3] == f"{names[1]} is stale: built from another vae_encoder.onnx"
+    assert lines[-2].startswith(f"{names[2]} is damaged: the engine ") and "SHA-256" in lines[-2]
+    assert lines[-1].startswith("rubbish is damaged: ") and "holds no engine.json" in lines[-1]
+    assert main(["inspect", str(toy), "--no-verify", "--json"]) == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    assert engines[0]["path"] == str(right.path) and engines[0]["key"]["gpu"] == "Orin"
+    assert [row["state"].split(":")[0] for row in engines] == ["not verified", "stale", "not verified", "damaged"]
 
 
 def test_a_long_list_is_shown_by_its_ends() -> None:

@@ -212,8 +212,8 @@ def test_building_is_cheap_and_info_says_what_executes(bundle: Bundle) -> None:
 
 
 def test_unknown_choices_name_the_known_ones(bundle: Bundle) -> None:
-    assert RUNTIMES == ("onnxruntime",)
-    with pytest.raises(UsageError, match="unknown runtime 'caffe': choose one of onnxruntime"):
+    assert RUNTIMES == ("onnxruntime", "tensorrt", "tensorrt-rtx")
+    with pytest.raises(UsageError, match="unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx"):
         create_runtime("caffe", bundle)
     with pytest.raises(UsageError, match="has no device 'tpu': choose one of cpu, cuda, tensorrt"):
         create_runtime("onnxruntime", bundle, device="tpu")

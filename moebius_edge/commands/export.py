@@ -1,19 +1,31 @@
-"""``moebius-edge export``: from published weights to a bundle. The work is ``moebius_edge.export``'s."""
+"""``moebius-edge export``: from published weights to a bundle and engines. The work is ``moebius_edge.export``'s."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UsageError
 from . import console
+from .engines import EngineName, make_engines, prepare_engines
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint file, or the name 'tiny'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder, new.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A checkpoint file, or the name 'tiny'; for engines also a bundle."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The bundle's folder, new; engines of a bundle may do without."
+        ),
+    ] = None,
     vae: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A diffusers VAE folder; 'tiny' has its own.")
     ] = None,
@@ -25,24 +37,71 @@ def export(
         int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")
     ] = 20,
     guidance: Annotated[float, typer.Option(min=0.0, metavar="X", help="Guidance of the gate.")] = 2.0,
-    precision: Annotated[str, typer.Option(metavar="fp32|fp16", help="What the network computes in.")] = "fp32",
+    precision: Annotated[
+        str | None, typer.Option(metavar="fp32|fp16", help="What the network computes in; default fp32.")
+    ] = None,
     min_psnr: Annotated[
         float | None,
         typer.Option("--min-psnr", metavar="DB", help="The gate: below it nothing is saved. By default 60; fp16: 40."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is already there.")] = False,
+    engine: Annotated[
+        EngineName | None, typer.Option(help="Also build TensorRT engines; SOURCE may be a bundle then.")
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Engines: pictures at a time, at most.")
+    ] = 1,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, metavar="MB", help="Engines: GPU memory TensorRT may try kernels with.")
+    ] = None,
+    opt_level: Annotated[
+        int | None, typer.Option(min=0, max=5, metavar="0-5", help="Engines: TensorRT's effort; default its own.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Engines: kernel timings; default in the bundle.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X.Y", help="Engines for RTX: build for this GPU generation; may be repeated."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle, or engines, already there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Make a bundle from a checkpoint and its autoencoder.
+    """Make a bundle from a checkpoint, and engines from a bundle.
 
-    A bundle runs without PyTorch. It is saved only if a whole sampling trajectory on ONNX Runtime agrees
-    with PyTorch's.
-    Exporting itself needs: pip install "moebius-edge[export]"
+    A bundle holds the network and its autoencoder, and runs without PyTorch. It is saved only if a whole
+    sampling trajectory on ONNX Runtime agrees with PyTorch's. Exporting it needs:
+    pip install "moebius-edge[export]"
+
+    With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
+    (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
+    --output; without --engine it means the bundled checkpoint, exported again. Engines need:
+    pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
     """
+    from ..bundle import BUNDLED
     from ..export import PRECISIONS, export_bundle
 
-    if precision not in PRECISIONS:
+    if precision is not None and precision not in PRECISIONS:
         raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    job = None
+    if engine is not None:
+        job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability)
+        again = precision is not None and source in BUNDLED  # in another precision it is another bundle
+        if job.takes(source) and not again:
+            if vae is not None or config is not None or precision is not None:
+                raise UsageError(f"{source} is a bundle, complete as it is: leave --vae, --config and --precision out")
+            make_engines(job.placed(source, output, force), job, force, as_json)
+            return
+    elif max_batch != 1 or any((workspace, opt_level is not None, timing_cache, compute_capability)):
+        raise UsageError(
+            "--max-batch, --workspace, --opt-level, --timing-cache and --compute-capability are for engines: "
+            "add --engine"
+        )
+    elif (Path(source) / "bundle.json").is_file():
+        raise UsageError(f"{source} is a bundle already: add --engine tensorrt or tensorrt-rtx for its engines")
+    if output is None:
+        raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
 
     with console.progress() as update:
 
@@ -57,19 +116,26 @@ def export(
                 config=config,
                 steps=steps,
                 guidance=guidance,
-                precision=PRECISIONS[precision],
+                precision=PRECISIONS[precision or "fp32"],
                 min_psnr_db=min_psnr,
                 progress=tell,
                 force=force,
             )
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
-    if as_json:
+    if as_json and job is None:
         console.print_json({"output": str(bundle.path), "gate": bundle.gate, "exit_code": 0})
-        return
+    if not as_json:
+        _print_bundle(bundle)
+    if job is not None:
+        make_engines(bundle, job, force, as_json)
+    elif not as_json:
+        print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}")
+
+
+def _print_bundle(bundle: Bundle) -> None:
     total = console.size(bundle.summary()["total_bytes"])
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
     for name, value in bundle.gate.items():
         if isinstance(value, float):
             print(f"  {name} {value:.4g}")
-    print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}")

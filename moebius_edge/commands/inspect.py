@@ -1,11 +1,16 @@
-"""``moebius-edge inspect``: what a bundle is, from ``bundle.json``. No graph is opened, no runtime needed."""
+"""``moebius-edge inspect``: what a bundle is, from ``bundle.json``, and its engines, from their ``engine.json``.
+
+No graph is opened and no runtime needed, so it is not known here whether an engine suits this machine.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import BundleError
 from . import console
 
 if TYPE_CHECKING:
@@ -19,16 +24,40 @@ def inspect(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show a bundle: model, gate, files and tensors."""
+    """Show a bundle: model, gate, files, tensors and engines."""
     from ..bundle import Bundle
 
     loaded = Bundle.load(bundle, verify=verify)
+    engines = _engines(loaded, verify)
     if as_json:
-        console.print_json({**loaded.summary(), "verified": verify, "exit_code": 0})
+        console.print_json({**loaded.summary(), "engines": engines, "verified": verify, "exit_code": 0})
         return
     _print_facts(loaded)
     _print_files(loaded, verify)
     _print_tensors(loaded)
+    _print_engines(engines)
+
+
+def _engines(bundle: Bundle, verify: bool) -> list[dict[str, Any]]:
+    """Every engine as JSON, with its ``state``: verified, size only, stale, or what is wrong with it."""
+    from ..runtimes.engine_files import engine_document, engine_folders, read_engine, stale_components
+
+    found = []
+    for folder in engine_folders(bundle.path):
+        row: dict[str, Any] = {"path": str(folder)}
+        try:
+            engine = read_engine(folder)
+            row |= engine_document(engine)
+            if stale := stale_components(engine.onnx, bundle):
+                row["state"] = f"stale: built from another {stale[0]}.onnx"
+            else:
+                if verify:
+                    engine.verify("build it again")
+                row["state"] = "verified" if verify else "not verified"
+        except BundleError as error:  # of the bundle's good parts it takes nothing away
+            row["state"] = f"damaged: {error}"
+        found.append(row)
+    return found
 
 
 def _print_facts(bundle: Bundle) -> None:
@@ -76,6 +105,25 @@ def _print_tensors(bundle: Bundle) -> None:
                 table.add_row(name, direction, tensor.name, tensor.dtype, " x ".join(map(str, tensor.shape)))
                 name = ""
     console.print_table(table)
+
+
+def _print_engines(engines: list[dict[str, Any]]) -> None:
+    if not engines:
+        return
+    table = console.table("engine", "GPU", "pictures", "size", "state", right=("pictures", "size"))
+    for row in engines:
+        key = row.get("key")
+        facts = ["", "", ""]
+        if key is not None:
+            capabilities = ", ".join(key["compute_capabilities"])
+            total = sum(plan["bytes"] for plan in row["plans"].values())
+            facts = [f"{key['gpu']} ({capabilities})", f"{row['settings']['max_batch']}", console.size(total)]
+        table.add_row(Path(row["path"]).name, *facts, row["state"].partition(":")[0])
+    print()
+    console.print_table(table)
+    for row in engines:
+        if ": " in row["state"]:
+            print(f"{Path(row['path']).name} is {row['state']}")
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -69,7 +69,8 @@ def run(
         float | None, typer.Option(min=0.0, metavar="PX", help="Width of the seam round the mask.")
     ] = None,
     runtime: Annotated[
-        str, typer.Option(metavar="NAME", help="What executes the network; auto: the fastest that works.")
+        str,
+        typer.Option(metavar="NAME", help="onnxruntime, or with engines tensorrt or tensorrt-rtx; auto: the fastest."),
     ] = "auto",
     device: Annotated[
         str, typer.Option(metavar="NAME", help="cpu, cuda, tensorrt, or auto: the fastest that works.")

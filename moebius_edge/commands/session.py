@@ -23,7 +23,12 @@ class Session:
     """
 
     def __init__(
-        self, bundle: str, runtime: str, device: str, settings: dict[str, Any], mask_options: dict[str, Any]
+        self,
+        bundle: str,
+        runtime: str,
+        device: str,
+        settings: dict[str, Any],
+        mask_options: dict[str, Any],
     ) -> None:
         from ..latency import StageTimer
 
@@ -63,6 +68,7 @@ class Session:
                 hole = read_mask(job.mask, picture.size, **self._mask_options)
             inpainter = self._inpainter or self._open()
             result = inpainter.inpaint(picture, hole, on_step=on_step, timer=self.timer, **self._settings)
+            self.runtime_info = inpainter.runtime.report()  # a runtime may learn about itself while it runs
             with self.timer.measure("write"):
                 _make_folder(job.output.parent)
                 written = write_picture(job.output, result.picture)

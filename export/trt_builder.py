@@ -1,0 +1,191 @@
+"""TensorRT's builder and parser, either flavour: an ONNX file -> a network and its types -> a plan.
+
+Networks are always strongly typed: what the file says is what is computed, and no option here lowers a type. Every
+failure becomes one line; TensorRT itself returns None and writes to its log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import BundleError, MachineError, MoebiusError
+from ..runtimes.flavours import FLAVOURS, load_package, make_logger, version_of
+from .build_progress import Fraction, make_monitor
+from .onnx_header import max_opset, opset_of
+from .timing_cache import read_timing_cache, write_timing_cache
+
+Tell = Callable[..., None]  # (event, **values)
+
+_HIGH_PRECISION, _LOW = ("HALF", "BF16"), ("INT8", "INT4", "UINT8", "FP8", "FP4", "E8M0")
+# precision of the bundle -> types no tensor may have, and the type the denoiser must have somewhere
+TYPES: dict[str, tuple[tuple[str, ...], str]] = {
+    "float32": ((*_HIGH_PRECISION, *_LOW), "FLOAT"),
+    "fp16": (("BF16", *_LOW), "HALF"),
+    "int8": (("BF16", "INT4", "FP8", "FP4"), "INT8"),
+}
+TYPES["float16"] = TYPES["fp16"]
+
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
+_UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
+
+
+def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
+    """What TensorRT's parser makes of an ONNX file: ``layers`` and ``tensors`` count layer and tensor types by name,
+    ``inputs`` and ``outputs`` map names to types. Builds nothing, needs no GPU with TensorRT for RTX.
+
+    Raises:
+        MachineError: this TensorRT is not installed.
+        BundleError: the file cannot be parsed.
+    """
+    builder = TrtBuilder(flavour)
+    return builder.facts(builder.parse(Path(onnx)))
+
+
+def check_types(facts: dict[str, Any], precision: str, component: str) -> None:
+    """Raise ``BundleError`` unless the network's tensor types are those of the precision that was asked for."""
+    if precision not in TYPES:
+        raise BundleError(f"precision {precision!r} is unknown, {', '.join(TYPES)} are not: update moebius-edge")
+    forbidden, needed = TYPES[precision]
+    if strange := [t for t in forbidden if t in facts["tensors"]]:
+        raise BundleError(f"{component} has {strange[0]} tensors in a {precision} bundle: export the bundle again")
+    if component == "denoiser" and needed not in facts["tensors"]:
+        raise BundleError(f"{component} has no {needed} tensor in a {precision} bundle: export the bundle again")
+
+
+class TrtBuilder:
+    """TensorRT's builder, its errors kept: the calls return nothing but None or False."""
+
+    def __init__(self, flavour: str) -> None:
+        self._flavour = FLAVOURS[flavour]
+        self.package = load_package(self._flavour)
+        self._errors: list[str] = []
+        self._title = f"{self._flavour.title} {self.package.__version__}"
+        self._logger = make_logger(self.package, self._log)
+        try:
+            self._builder = self.package.Builder(self._logger)
+        except Exception as error:  # no driver, or a GPU it does not know
+            raise self._problem("start", str(error)) from None
+
+    def check(self, onnx: Path) -> None:
+        """The rules of ``trt_rules`` where the onnx package is installed, else the opset alone."""
+        version = version_of(self.package)
+        highest, found = max_opset(self._flavour.name, version), opset_of(onnx)
+        wrong = [f"opset {found} is newer than {highest}, the highest it parses"] if found > highest else []
+        with suppress(ImportError):
+            from onnx import load
+
+            from .trt_rules import problems
+
+            wrong = wrong or problems(load(os.fspath(onnx), load_external_data=False), self._flavour.name, version)
+        if wrong:
+            raise BundleError(f"{onnx} is not for {self._title}: {wrong[0]}: export the bundle again")
+
+    def parse(self, onnx: Path) -> Any:
+        trt = self.package
+        # On TensorRT 10 networks are weakly typed without it; from 11 on it has no effect.
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(flags)
+        parser = trt.OnnxParser(network, self._logger)
+        if not parser.parse_from_file(os.fspath(onnx)):  # by path, so that external weights are found
+            raise BundleError(f"{self._title} cannot parse {onnx} ({_parse_error(parser)}): export the bundle again")
+        return network
+
+    def facts(self, network: Any) -> dict[str, Any]:
+        layers: Counter[str] = Counter()
+        tensors: Counter[str] = Counter()
+        for i in range(network.num_layers):
+            layer = network.get_layer(i)
+            layers[_name(layer.type)] += 1
+            made = (layer.get_output(j) for j in range(layer.num_outputs))
+            tensors.update(_name(t.dtype) for t in made if t is not None)
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        return {
+            "layers": dict(sorted(layers.items())),
+            "tensors": dict(sorted(tensors.items())),
+            "inputs": {t.name: _name(t.dtype) for t in inputs},
+            "outputs": {t.name: _name(t.dtype) for t in outputs},
+        }
+
+    def build(self, network: Any, request: dict[str, Any], tell: Tell) -> Any:
+        """The plan, a buffer of TensorRT's own: a copy would need as much memory again."""
+        trt, component = self.package, request["component"]
+        config = self._builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        # On by default, it would round the inputs of float32 products to 10 bits; the file says float32.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if request["workspace_bytes"] is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
+        if request["opt_level"] is not None:
+            config.builder_optimization_level = request["opt_level"]
+        if not self._flavour.needs_gpu:
+            config.num_compute_capabilities = len(request["compute_capabilities"])
+            for index, capability in enumerate(request["compute_capabilities"]):
+                member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}")
+                config.set_compute_capability(member, index)
+        profile = self._builder.create_optimization_profile()
+        for name, (least, best, most) in request["profile"].items():
+            profile.set_shape(name, least, best, most)
+        if config.add_optimization_profile(profile) < 0:
+            raise self._problem(f"take the batch sizes of {component}", "")
+        cache = self._load_timing_cache(config, request, tell)
+        monitor = make_monitor(trt, Fraction(lambda fraction: tell("progress", fraction=fraction)))
+        config.progress_monitor = monitor  # the variable keeps it alive; the binding does not
+        plan = self._builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._problem(f"build {component}", "")
+        if cache is not None:
+            blob = bytes(config.get_timing_cache().serialize())
+            write_timing_cache(Path(request["timing_cache"]), trt.__version__, request["gpu"], blob)
+        return plan
+
+    def _load_timing_cache(self, config: Any, request: dict[str, Any], tell: Tell) -> Any:
+        if request["timing_cache"] is None or not self._flavour.needs_gpu:  # for RTX it has no effect
+            return None
+        version = self.package.__version__
+        blob, note = read_timing_cache(Path(request["timing_cache"]), version, request["gpu"])
+        if note:
+            tell("note", text=note)
+        cache = config.create_timing_cache(blob) or config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+        return cache
+
+    def _log(self, severity: str, message: str) -> None:
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self._errors.append(message)
+
+    def _problem(self, what: str, reason: str) -> MoebiusError:
+        """Our error for one of TensorRT's: the first it logged, for the later ones follow from it."""
+        everything = " ".join([*self._errors, reason])
+        text = _tidy(self._errors[0]) if self._errors else reason or "it gives no reason"
+        message = f"{self._title} cannot {what} ({text})"
+        if _OUT_OF_MEMORY.search(everything):
+            remedy = "close other programs, or pass a smaller --workspace or --max-batch"
+            return MachineError(f"{message}: memory ran out: {remedy}")
+        if what == "start" or _UNSUPPORTED_GPU.search(everything):
+            return MachineError(f"{message}: this GPU or driver does not suit it: see its support matrix")
+        return BundleError(f"{message}: try another version of it, or export the bundle again")
+
+
+def _parse_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "it gives no reason"
+    error = parser.get_error(0)
+    node = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
+    return node + _tidy(error.desc())
+
+
+def _tidy(message: str) -> str:
+    """Without the place in TensorRT's sources and the number of the error, on one line."""
+    text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.split()))
+    return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
+
+
+def _name(member: Any) -> str:
+    return str(member).rpartition(".")[2]

@@ -1,0 +1,97 @@
+"""The engine part of ``moebius-edge export``: options in, news out. The work is ``export.engines``'s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..export.engine_target import EngineOptions, Target
+
+
+class EngineName(str, Enum):
+    """``runtimes.flavours.FLAVOURS``, which is not imported here."""
+
+    tensorrt = "tensorrt"
+    rtx = "tensorrt-rtx"
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """Checked options, and what this machine builds for."""
+
+    options: EngineOptions
+    target: Target
+
+    def takes(self, source: str) -> bool:
+        """Whether SOURCE is a bundle, so that engines are all there is to make."""
+        from ..export.engines import is_bundle
+
+        return is_bundle(source)
+
+    def placed(self, source: str, output: Path | None, force: bool) -> Bundle:
+        from ..export.engines import place_bundle
+
+        try:
+            return place_bundle(source, output, force)
+        except KeyboardInterrupt:
+            raise console.Interrupted("interrupted, nothing written") from None
+
+
+def prepare_engines(
+    engine: EngineName,
+    max_batch: int,
+    workspace_mb: int | None,
+    opt_level: int | None,
+    timing_cache: Path | None,
+    compute_capabilities: list[str] | None,
+) -> EngineJob:
+    """Check options and machine before anything long is begun; raises as ``find_target`` does."""
+    from ..export.engine_target import EngineOptions, find_target
+
+    options = EngineOptions(
+        engine.value,
+        max_batch=max_batch,
+        workspace_bytes=None if workspace_mb is None else workspace_mb * 1_000_000,
+        opt_level=opt_level,
+        timing_cache=timing_cache,
+        compute_capabilities=tuple(compute_capabilities or ()),
+    )
+    return EngineJob(options, find_target(options))
+
+
+def make_engines(bundle: Bundle, job: EngineJob, force: bool, as_json: bool) -> None:
+    """Build, with progress on stderr, and print what was made and how to run it."""
+    from ..export.engines import build_engines
+
+    with console.progress() as update:
+
+        def tell(stage: str, fraction: float | None) -> None:
+            update(stage, round((fraction or 0.0) * 100), 0 if fraction is None else 100)
+
+        try:
+            built = build_engines(bundle, job.options, job.target, tell, force)
+        except KeyboardInterrupt:
+            raise console.Interrupted(f"interrupted, no engine written; the bundle is {bundle.path}") from None
+    for text in built.notes:
+        console.note(text)
+    engine, runtime = built.engine, job.options.flavour
+    if as_json:
+        document: dict[str, Any] = {"output": str(bundle.path), "gate": bundle.gate}
+        document |= {"engine": str(engine.path), "built": built.fresh, "notes": list(built.notes)}
+        console.print_json({**document, "exit_code": 0})
+        return
+    total = console.size(sum(record["bytes"] for record in engine.plans.values()))
+    if built.fresh:
+        print(f"saved {engine.path} ({console.counted(len(engine.plans), 'plan')}, {total})")
+        for name, record in engine.plans.items():
+            print(f"  {name} {console.size(record['bytes'])}, built in {record['build_seconds']:.1f} s")
+    else:
+        print(f"nothing to do: {engine.path} is there, built from these files with these options ({total})")
+        print("  --force builds it again")
+    print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path} --runtime {runtime}")

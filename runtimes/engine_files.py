@@ -1,0 +1,176 @@
+"""Engines on disk: ``BUNDLE/engines/<key>/`` with a plan a component and ``engine.json``, which says what they are.
+
+An engine fits one bundle's ONNX files, one precision, one version of TensorRT and one kind of GPU. What was built
+for anything else is refused here, before TensorRT sees it, with the command that builds the right one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle import ASSETS, ENGINES_FOLDER, Bundle
+from ..errors import BundleError, MachineError
+from ..files import safe_join, sha256_file
+from .cuda import Gpu
+from .flavours import FLAVOURS, Flavour
+
+ENGINE_FILE = "engine.json"
+ENGINE_SCHEMA_VERSION = 1
+ANY_GPU = "any"  # TensorRT for RTX builds for compute capabilities, whatever the card's name
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """What an engine runs with. ``gpu`` is a name as the driver gives it, or ``any``."""
+
+    precision: str
+    flavour: str
+    version: str  # TensorRT's, whole: a plan is good for no other
+    gpu: str
+    compute_capabilities: tuple[str, ...]  # such as 8.7
+
+    @property
+    def folder(self) -> str:
+        """The folder's name: float32-tensorrt-10.3.0-orin-sm87."""
+        capabilities = "-".join(c.replace(".", "") for c in self.compute_capabilities)
+        parts = (self.precision, self.flavour, self.version, self.gpu, f"sm{capabilities}")
+        return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A checked ``engine.json`` and where it lies."""
+
+    path: Path
+    key: EngineKey
+    onnx: dict[str, str]  # component -> SHA-256 of the ONNX file it was built from
+    plans: dict[str, dict[str, Any]]  # component -> {"file", "sha256", "bytes", ...}
+    settings: dict[str, Any]  # max_batch, workspace_bytes, opt_level: what the user chose
+    profiles: dict[str, list[int]]  # component -> rows: least, best, most
+    built: dict[str, Any]  # when, how long, notes
+
+    def plan_path(self, component: str) -> Path:
+        return safe_join(self.path, self.plans[component]["file"])
+
+    def verify(self, remedy: str) -> None:
+        """Raise ``BundleError`` unless every plan is there with the size and SHA-256 recorded."""
+        for component, record in self.plans.items():
+            path = self.plan_path(component)
+            try:
+                good = path.stat().st_size == record["bytes"] and sha256_file(path) == record["sha256"]
+            except OSError as error:
+                raise BundleError(f"cannot read the engine {path} ({error.strerror}): {remedy}") from None
+            if not good:
+                raise BundleError(f"the engine {path} was altered, it has not the recorded SHA-256: {remedy}")
+
+
+def engine_folders(bundle: Path) -> list[Path]:
+    """The engines' folders of a bundle, by name. Hidden ones are builds in progress, or interrupted.
+
+    What ONNX Runtime's provider keeps there (``onnxruntime-...``, see ``providers``) is its own affair.
+    """
+    root = bundle / ENGINES_FOLDER
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
+
+
+def read_engine(folder: Path) -> Engine:
+    """Read ``folder/engine.json``; plans are not opened.
+
+    Raises:
+        BundleError: it is missing, no JSON, of another schema, or lacks something.
+    """
+    path = folder / ENGINE_FILE
+    remedy = f"remove it with `rm -r {shlex.quote(str(folder))}` and build it again"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+        if version != ENGINE_SCHEMA_VERSION:
+            raise BundleError(f"{path} has schema version {version}, not {ENGINE_SCHEMA_VERSION}: {remedy}")
+        key = {**data["key"], "compute_capabilities": tuple(data["key"]["compute_capabilities"])}
+        fields = {name: data[name] for name in ("onnx", "plans", "settings", "profiles", "built")}
+        engine = Engine(folder, EngineKey(**key), **fields)
+        for component in engine.onnx:
+            record = engine.plans[component]
+            if not isinstance(record["sha256"], str) or not isinstance(record["bytes"], int):
+                raise TypeError(f"the record of {component}")
+            engine.plan_path(component)
+    except FileNotFoundError:
+        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine: {remedy}") from None
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from None
+    return engine
+
+
+def engine_document(engine: Engine) -> dict[str, Any]:
+    """The contents of ``engine.json``."""
+    content = asdict(engine)
+    del content["path"]
+    return {"schema_version": ENGINE_SCHEMA_VERSION, **content}
+
+
+def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, verify: bool = True) -> Engine:
+    """The engine of ``bundle`` for this machine; ``verify`` also compares each plan's SHA-256.
+
+    Raises:
+        BundleError: there is none, or it was built with or from something else, or is damaged.
+    """
+    remedy = f"run `{build_command(bundle, flavour)}`"
+    near: list[tuple[int, str]] = []
+    for folder in engine_folders(bundle.path):
+        try:
+            engine = read_engine(folder)
+        except BundleError as error:
+            near.append((99, str(error)))
+            continue
+        if engine.key.flavour != flavour.name:
+            continue
+        problems = misfits(engine, bundle, version, gpu)
+        if not problems:
+            if verify:
+                engine.verify(f"{remedy} --force")
+            return engine
+        near.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
+    if near:
+        raise BundleError(min(near)[1])
+    raise BundleError(f"bundle {bundle.path} has no {flavour.title} engine: {remedy}")
+
+
+def misfits(engine: Engine, bundle: Bundle, version: str, gpu: Gpu) -> list[str]:
+    """Why ``engine`` cannot run ``bundle`` here, each as a phrase after "the engine was"; empty if it can."""
+    key, problems = engine.key, []
+    title = FLAVOURS[key.flavour].title if key.flavour in FLAVOURS else key.flavour
+    here = ".".join(map(str, gpu.compute_capability))
+    wrong_gpu = here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name)
+    if key.version != version or wrong_gpu:
+        capabilities = ", ".join(key.compute_capabilities)
+        problems.append(
+            f"built with {title} {key.version} for GPU {key.gpu} (compute capability {capabilities}), "
+            f"this machine has {title} {version} and {gpu.name} ({here})"
+        )
+    if key.precision != bundle.precision:
+        problems.append(f"built with precision {key.precision}, the bundle has {bundle.precision}")
+    if stale := stale_components(engine.onnx, bundle):
+        problems.append(f"built from another {stale[0]}.onnx than the bundle's")
+    return problems
+
+
+def stale_components(onnx: Mapping[str, str], bundle: Bundle) -> list[str]:
+    """The components whose ONNX file is not the one with the SHA-256 in ``onnx``."""
+    return [n for n, c in bundle.components.items() if onnx.get(n) != bundle.files[c.file]["sha256"]]
+
+
+def build_command(bundle: Bundle, flavour: Flavour) -> str:
+    """What builds the engines of ``bundle`` on this machine."""
+    if bundle.path.parent == ASSETS:  # part of the installed package, where nothing is written
+        return f"moebius-edge export {bundle.path.name} --engine {flavour.name} --output DIR"
+    return f"moebius-edge export {shlex.quote(str(bundle.path))} --engine {flavour.name}"

@@ -1,0 +1,195 @@
+"""TensorRT back-end, both flavours: engines that ``export --engine`` built for this machine, on its GPU.
+
+Loading and checking stand here; buffers and launches are ``executor``'s, files and keys ``engine_files``'.
+An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import BundleError, MachineError, UsageError
+from .base import Arrays, Runtime
+from .cuda import Cuda, CudaError, Gpu
+from .engine_files import Engine, build_command, choose_engine
+from .executor import Executor, LaunchError
+from .flavours import FLAVOURS, load_package, make_logger
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+_REPEATED = "denoiser"  # the one component that is called again and again with the same shapes
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
+_loggers: dict[str, Any] = {}  # by flavour: TensorRT keeps the first logger it is given as long as it lives
+_said: list[str] = []  # errors that TensorRT logged since the last call
+
+
+class TrtRuntime(Runtime):
+    """One engine a component, for ``flavour`` ``tensorrt`` or ``tensorrt-rtx``.
+
+    ``cuda`` and ``package`` stand in for the driver and the Python package.
+
+    Raises:
+        UsageError: a device other than the GPU was asked for.
+        MachineError: the package or the driver is missing, or GPU memory is short.
+        BundleError: the bundle has no engine that fits (on entering).
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        flavour: str = "tensorrt",
+        device: str = "cuda",
+        *,
+        cuda: Cuda | None = None,
+        package: ModuleType | None = None,
+    ) -> None:
+        super().__init__(bundle.components)
+        if device != "cuda":
+            raise UsageError(f"runtime {flavour} has no device {device!r}: leave --device out, or choose cuda")
+        self._bundle = bundle
+        self._flavour = FLAVOURS[flavour]
+        self._trt: Any = package or load_package(self._flavour)
+        self._cuda = cuda or Cuda()
+        self._gpu: Gpu | None = None
+        self._engine: Engine | None = None
+        self._stream = 0
+        self._open = False
+        self._executors: dict[str, Executor] = {}
+        self._kept: list[Any] = []  # TensorRT's objects: contexts need their engines, engines their runtime
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """As in ``Runtime``; ``provider`` is the engine's key, and empty until the runtime was entered."""
+        executor = self._executors.get(_REPEATED)
+        state = "recorded" if executor is not None and executor.recorded else "not recorded"
+        if executor is not None and executor.graph_problem:
+            state = f"failed: {executor.graph_problem}"
+        return {
+            "name": self._flavour.name,
+            "version": str(self._trt.__version__),
+            "device": "cuda",
+            "provider": "" if self._engine is None else self._engine.key.folder,
+            "gpu": "" if self._gpu is None else self._gpu.name,
+            "cuda_graph": state if self._records else "TensorRT's own",
+        }
+
+    @property
+    def _records(self) -> bool:
+        """TensorRT for RTX compiles kernels while it runs, and records a graph itself when it has them."""
+        return self._flavour.needs_gpu
+
+    def activate(self) -> None:
+        try:
+            self._gpu = self._cuda.gpu()
+            self._engine = choose_engine(self._bundle, self._flavour, str(self._trt.__version__), self._gpu)
+            self._cuda.open()
+            self._open = True
+            self._stream = self._cuda.create_stream()
+            runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, self._logger())
+            self._kept.append(runtime)
+            for name in self.components:
+                self._executors[name] = self._load(name, runtime)
+                self._executors[name].allocate()
+        except (CudaError, LaunchError) as error:
+            raise self._problem("load the engines", error) from error
+
+    def deactivate(self) -> None:
+        if not self._open:
+            return
+        for executor in self._executors.values():
+            with suppress(CudaError):  # after a failed launch nothing can be freed, and that error is the one to tell
+                executor.close()
+        with suppress(CudaError):
+            if self._stream:
+                self._cuda.destroy_stream(self._stream)
+        self._executors, self._stream, self._open = {}, 0, False
+        while self._kept:
+            self._kept.pop()  # last taken, first freed
+        with suppress(CudaError):
+            self._cuda.close()
+
+    def _load(self, name: str, runtime: Any) -> Executor:
+        assert self._engine is not None
+        path = self._engine.plan_path(name)
+        engine = self._call(f"load {path}", runtime.deserialize_cuda_engine, path.read_bytes())
+        self._kept.append(engine)
+        max_rows = self._check_contract(name, engine)
+        arguments = []
+        if not self._records:
+            config = engine.create_runtime_config()
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            arguments.append(config)
+        context = self._call(f"prepare {path}", engine.create_execution_context, *arguments)
+        self._kept.append(context)
+        record = self._records and name == _REPEATED
+        return Executor(self._cuda, self._stream, context, self.components[name], max_rows, record)
+
+    def _check_contract(self, name: str, engine: Any) -> int:
+        """The most rows ``engine`` takes, if its tensors are those of the component."""
+        component = self.components[name]
+        is_input = self._trt.TensorIOMode.INPUT
+        found = {}
+        for index in range(engine.num_io_tensors):
+            tensor = engine.get_tensor_name(index)
+            kind = "input" if engine.get_tensor_mode(tensor) == is_input else "output"
+            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(tensor))).name
+            found[tensor] = (kind, dtype, tuple(engine.get_tensor_shape(tensor))[1:])
+        wanted: dict[str, tuple[Any, ...]] = {}
+        for kind, tensors in (("input", component.inputs), ("output", component.outputs)):
+            wanted |= {t.name: (kind, t.dtype, t.shape[1:]) for t in tensors}
+        if found != wanted:
+            raise BundleError(f"the engine of {name} has {found}, bundle.json says {wanted}: {self._remedy()} --force")
+        return min(int(engine.get_tensor_profile_shape(t.name, 0)[2][0]) for t in component.inputs)
+
+    def _run(self, component: str, feeds: Arrays) -> Arrays:
+        executor = self._executors[component]
+        rows = len(next(iter(feeds.values())))
+        if rows > executor.max_rows:
+            pictures = rows // 2 if component == _REPEATED else rows
+            raise BundleError(
+                f"the engine of {component} takes {executor.max_rows} rows and this call has {rows}: "
+                f"{self._remedy()} --max-batch {pictures}"
+            )
+        _said.clear()
+        try:
+            return executor.run(feeds)
+        except (CudaError, LaunchError) as error:
+            raise self._problem(f"run {component}", error) from error
+
+    def _call(self, what: str, function: Any, *arguments: Any) -> Any:
+        """TensorRT's answer; it says no by returning None."""
+        _said.clear()
+        try:
+            made = function(*arguments)
+        except (RuntimeError, TypeError) as error:  # a constructor that fails
+            raise self._problem(what, error) from error
+        if made is None:
+            raise self._problem(what, LaunchError("no reason given"))
+        return made
+
+    def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
+        reason = " ".join((_said[0] if _said else str(error)).split())
+        message = f"{self._flavour.title} {self._trt.__version__} cannot {what} ({reason})"
+        if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _said)):
+            return MachineError(f"{message}: not enough memory on the GPU: close other programs")
+        if isinstance(error, CudaError):
+            return MachineError(f"{message}: check the GPU with `nvidia-smi` and start again")
+        return BundleError(f"{message}: {self._remedy()} --force")
+
+    def _remedy(self) -> str:
+        return f"run `{build_command(self._bundle, self._flavour)}` with"
+
+    def _logger(self) -> Any:
+        def sink(severity: str, message: str) -> None:
+            if severity in ("ERROR", "INTERNAL_ERROR"):
+                _said.append(message)
+
+        if self._flavour.name not in _loggers:
+            _loggers[self._flavour.name] = make_logger(self._trt, sink)
+        return _loggers[self._flavour.name]

@@ -1,0 +1,312 @@
+"""A CUDA driver and a TensorRT package that need no GPU, for the host logic of ``runtimes/trt.py``. Not a test.
+
+Device memory is bytes by address; what is queued on a stream happens when it is synchronised, as late as a real one
+may be; a recorded graph is replayed call by call. An "engine" is a text that names an ONNX file, and executing one
+runs ONNX Runtime on what lies at the addresses that were set. So only right addresses, sizes, order and waiting
+give right numbers. Whatever real hardware would leave undefined is an ``AssertionError`` here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from moebius_edge.bundle import Bundle
+from moebius_edge.files import sha256_file
+from moebius_edge.runtimes.cuda import CudaError, Gpu
+from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
+
+ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
+VERSION = "10.3.0"
+OUT_OF_MEMORY, NOT_PERMITTED = 2, 800
+
+Work = Callable[[], None]
+
+
+class FakeCuda:
+    """Stands for ``cuda.Cuda``. ``calls`` counts by name; ``fail`` maps a name to the error code it answers."""
+
+    def __init__(self, gpu: Gpu = ORIN) -> None:
+        self._gpu = gpu
+        self.memory: dict[int, bytearray] = {}
+        self.host: dict[int, np.ndarray] = {}
+        self.streams: dict[int, list[Work]] = {}
+        self.recording: list[Work] | None = None
+        self.graphs: dict[int, list[Work]] = {}
+        self.calls: dict[str, int] = {}
+        self.fail: dict[str, int] = {}
+        self.opened = False
+        self._next = 0x1000
+
+    def _enter(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if name in self.fail:
+            raise CudaError(name, self.fail[name], "as the test wants")
+        assert self.opened or name in ("gpu", "open"), f"{name} without a context"
+
+    def _handle(self) -> int:
+        self._next += 0x1000
+        return self._next
+
+    def gpu(self) -> Gpu:
+        self._enter("gpu")
+        return self._gpu
+
+    def open(self) -> None:
+        self._enter("open")
+        self.opened = True
+
+    def close(self) -> None:
+        self._enter("close")
+        self.opened = False
+
+    def allocate(self, size: int) -> int:
+        self._enter("allocate")
+        self._next += size
+        address = self._handle()
+        self.memory[address] = bytearray(size)
+        return address
+
+    def free(self, address: int) -> None:
+        self._enter("free")
+        del self.memory[address]
+
+    def allocate_host(self, size: int) -> np.ndarray:
+        self._enter("allocate_host")
+        memory = np.full(size, 0xAB, np.uint8)
+        self.host[memory.ctypes.data] = memory
+        return memory
+
+    def free_host(self, memory: np.ndarray) -> None:
+        self._enter("free_host")
+        del self.host[memory.ctypes.data]
+
+    def upload(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
+        self._enter("upload")
+        assert source.ctypes.data in self.host, "a copy from memory that is not page-locked"
+
+        def copy() -> None:
+            self.memory[address][:size] = source[:size].tobytes()
+
+        self.queue(stream, copy)
+
+    def download(self, target: np.ndarray, address: int, size: int, stream: int) -> None:
+        self._enter("download")
+        assert target.ctypes.data in self.host
+
+        def copy() -> None:
+            target[:size] = np.frombuffer(bytes(self.memory[address][:size]), np.uint8)
+
+        self.queue(stream, copy)
+
+    def create_stream(self) -> int:
+        self._enter("create_stream")
+        stream = self._handle()
+        self.streams[stream] = []
+        return stream
+
+    def destroy_stream(self, stream: int) -> None:
+        self._enter("destroy_stream")
+        del self.streams[stream]
+
+    def synchronise(self, stream: int) -> None:
+        self._enter("synchronise")
+        assert self.recording is None, "waiting for a stream that is being recorded"
+        work, self.streams[stream] = self.streams[stream], []
+        for item in work:
+            item()
+
+    def begin_capture(self, stream: int) -> None:
+        self._enter("begin_capture")
+        assert self.recording is None and not self.streams[stream]
+        self.recording = []
+
+    def end_capture(self, stream: int) -> int:
+        recorded, self.recording = self.recording, None
+        self._enter("end_capture")
+        assert recorded is not None
+        graph = self._handle()
+        self.graphs[graph] = recorded
+        return graph
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self._enter("launch_graph")
+        for item in self.graphs[graph]:
+            self.queue(stream, item)
+
+    def destroy_graph(self, graph: int) -> None:
+        self._enter("destroy_graph")
+        del self.graphs[graph]
+
+    def queue(self, stream: int, work: Work) -> None:
+        assert stream in self.streams, "work for no stream"
+        (self.streams[stream] if self.recording is None else self.recording).append(work)
+
+    def left(self) -> list[Any]:
+        """What was taken and not given back."""
+        return [*self.memory, *self.host, *self.streams, *self.graphs, *(["context"] if self.opened else [])]
+
+
+class FakeTensorRT:
+    """Stands for the package ``tensorrt`` (with ``rtx`` for ``tensorrt_rtx``) on a ``FakeCuda``."""
+
+    class ILogger:
+        pass
+
+    class TensorIOMode:
+        INPUT, OUTPUT = "input", "output"
+
+    class CudaGraphStrategy:
+        WHOLE_GRAPH_CAPTURE = "whole"
+
+    def __init__(self, cuda: FakeCuda, version: str = VERSION, rtx: bool = False) -> None:
+        self.cuda, self.rtx = cuda, rtx
+        self.__version__ = version
+        self.refuse_launches = False
+        self.contexts: list[_Context] = []
+        self.Runtime = lambda logger: _Runtime(self, logger)
+
+    @staticmethod
+    def nptype(dtype: str) -> type:
+        return np.dtype(dtype).type
+
+
+class _Runtime:
+    def __init__(self, package: FakeTensorRT, logger: Any) -> None:
+        self._package, self._logger = package, logger
+
+    def deserialize_cuda_engine(self, plan: bytes) -> _Engine | None:
+        try:
+            return _Engine(self._package, json.loads(plan))
+        except ValueError:
+            self._logger.log("Severity.ERROR", "[file.cpp::f::1] the plan is corrupt")
+            return None
+
+
+class _Engine:
+    def __init__(self, package: FakeTensorRT, plan: dict[str, Any]) -> None:
+        self.package, self.rows = package, plan["rows"]
+        self.session = onnxruntime.InferenceSession(plan["onnx"])
+        types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+        self.inputs = {t.name: (types[t.type], t.shape) for t in self.session.get_inputs()}
+        self.outputs = {t.name: (types[t.type], t.shape) for t in self.session.get_outputs()}
+        self.tensors = {**self.inputs, **self.outputs}
+        self.num_io_tensors = len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name in self.inputs else "output"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return self.tensors[name][0]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if isinstance(size, str) else size for size in self.tensors[name][1])
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        assert index == 0
+        return [(rows, *self.get_tensor_shape(name)[1:]) for rows in self.rows]
+
+    def create_runtime_config(self) -> Any:
+        assert self.package.rtx, "TensorRT 10.3 has no such call"
+        return type("Config", (), {"cuda_graph_strategy": None})()
+
+    def create_execution_context(self, config: Any = None) -> _Context:
+        assert (config is not None) == self.package.rtx
+        context = _Context(self, config)
+        self.package.contexts.append(context)
+        return context
+
+
+class _Context:
+    def __init__(self, engine: _Engine, config: Any) -> None:
+        self._engine, self.config = engine, config
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._generation = 0
+        self._prepared = -1  # generation of the last launch that was no recording
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        if not (least[0] <= shape[0] <= most[0] and shape[1:] == most[1:]):
+            return False
+        self._shapes[name] = shape
+        self._generation += 1
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        rows = {shape[0] for shape in self._shapes.values()}
+        assert len(rows) == 1
+        return (rows.pop(), *self._engine.get_tensor_shape(name)[1:])
+
+    def execute_async_v3(self, stream: int) -> bool:
+        cuda, engine = self._engine.package.cuda, self._engine
+        if engine.package.refuse_launches:
+            return False
+        generation = self._generation
+        assert set(self._shapes) == set(engine.inputs), "a shape is missing"
+        if cuda.recording is None:
+            self._prepared = generation
+        assert self._prepared == generation, "recorded before the first launch with these shapes"
+
+        def compute() -> None:
+            assert self._generation == generation, "a graph that was recorded for other shapes"
+            feeds = {}
+            for name, shape in self._shapes.items():
+                dtype = np.dtype(engine.inputs[name][0])
+                data = bytes(cuda.memory[self._addresses[name]])[: int(np.prod(shape)) * dtype.itemsize]
+                feeds[name] = np.frombuffer(data, dtype).reshape(shape)
+            names = list(engine.outputs)
+            for name, value in zip(names, engine.session.run(names, feeds), strict=True):
+                data = np.ascontiguousarray(value).tobytes()
+                cuda.memory[self._addresses[name]][: len(data)] = data
+
+        cuda.queue(stream, compute)
+        return True
+
+
+def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
+    """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``."""
+    key_fields = {
+        "precision": bundle.precision,
+        "flavour": "tensorrt",
+        "version": VERSION,
+        "gpu": ORIN.name,
+        "compute_capabilities": ("8.7",),
+    }
+    key = EngineKey(**{name: changes.pop(name, value) for name, value in key_fields.items()})
+    folder = bundle.path / "engines" / key.folder
+    folder.mkdir(parents=True)
+    profiles = {n: [1, 1, max_batch] if n != "denoiser" else [1, 2, 2 * max_batch] for n in bundle.components}
+    plans = {}
+    for name in bundle.components:
+        path = folder / f"{name}.plan"
+        path.write_text(json.dumps({"onnx": str(bundle.component_path(name)), "rows": profiles[name]}))
+        plans[name] = {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
+    fields: dict[str, Any] = {
+        "onnx": {n: bundle.files[c.file]["sha256"] for n, c in bundle.components.items()},
+        "plans": plans,
+        "settings": {"max_batch": max_batch, "workspace_bytes": None, "opt_level": None},
+        "profiles": profiles,
+        "built": {},
+    }
+    engine = Engine(folder, key, **{**fields, **changes})
+    write_document(engine)
+    return engine
+
+
+def write_document(engine: Engine) -> Path:
+    path = engine.path / "engine.json"
+    path.write_text(json.dumps(engine_document(engine)))
+    return path

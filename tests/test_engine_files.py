@@ -1,0 +1,158 @@
+"""Engines on disk: their key, and the refusal of one that was built for or from something else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_trt import ORIN, VERSION, write_document, write_engine
+from toy import flip_byte, make_toy_bundle
+
+from moebius_edge.bundle import Bundle
+from moebius_edge.errors import BundleError
+from moebius_edge.runtimes.cuda import Gpu
+from moebius_edge.runtimes.engine_files import (
+    Engine,
+    EngineKey,
+    build_command,
+    choose_engine,
+    engine_folders,
+    read_engine,
+)
+from moebius_edge.runtimes.flavours import FLAVOURS
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24_000_000_000, False, "13.0")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.load(make_toy_bundle(tmp_path / "toy"))
+
+
+def choose(bundle: Bundle, flavour: str = "tensorrt", version: str = VERSION, gpu: Gpu = ORIN) -> Engine:
+    return choose_engine(bundle, FLAVOURS[flavour], version, gpu)
+
+
+def test_the_key_names_the_folder() -> None:
+    key = EngineKey("fp16", "tensorrt", "10.3.0", "Orin (nvgpu)", ("8.7",))
+    assert key.folder == "fp16-tensorrt-10.3.0-orin-nvgpu-sm87"
+    several = replace(key, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "12.0"))
+    assert several.folder == "fp16-tensorrt-rtx-10.3.0-any-sm86-120"
+    assert "/" not in replace(key, gpu="../../etc").folder and ".." not in replace(key, gpu="../../etc").folder
+
+
+def test_what_was_written_is_read(bundle: Bundle) -> None:
+    written = write_engine(bundle, max_batch=3)
+    assert read_engine(written.path) == written
+    assert choose(bundle) == written
+    assert engine_folders(bundle.path) == [written.path]
+
+
+def test_a_build_in_progress_is_no_engine(bundle: Bundle) -> None:
+    engine = write_engine(bundle)
+    engine.path.rename(engine.path.with_name(".moebius-0123.part"))
+    assert engine_folders(bundle.path) == []
+    with pytest.raises(BundleError, match="has no TensorRT engine"):
+        choose(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"version": "10.4.0"},
+            r"built with TensorRT 10\.4\.0 for GPU Orin .*this machine has TensorRT 10\.3\.0 and Orin \(8\.7\)",
+        ),
+        ({"gpu": "Xavier"}, r"for GPU Xavier \(compute capability 8\.7\), this machine has .* and Orin"),
+        ({"gpu": "Orin", "compute_capabilities": ("8.9",)}, r"compute capability 8\.9\), this machine .*8\.7"),
+        ({"precision": "fp16"}, r"built with precision fp16, the bundle has float32"),
+        (
+            {"onnx": {"vae_encoder": "0" * 64, "denoiser": "0" * 64, "vae_decoder": "0" * 64}},
+            "built from another vae_encoder.onnx than the bundle's",
+        ),
+    ],
+)
+def test_an_engine_of_something_else_is_refused_with_the_command(
+    bundle: Bundle, changes: dict[str, Any], message: str
+) -> None:
+    write_engine(bundle, **changes)
+    with pytest.raises(BundleError, match=message) as caught:
+        choose(bundle)
+    assert str(caught.value).endswith(f": run `moebius-edge export {bundle.path} --engine tensorrt`")
+    assert caught.value.exit_code == 4
+
+
+def test_one_that_fits_is_found_among_others(bundle: Bundle) -> None:
+    write_engine(bundle, version="10.4.0")
+    write_engine(bundle, flavour="tensorrt-rtx", gpu="any")
+    (bundle.path / "engines" / "rubbish").mkdir()
+    right = write_engine(bundle)
+    assert choose(bundle) == right
+
+
+def test_the_nearest_of_the_wrong_ones_is_explained(bundle: Bundle) -> None:
+    write_engine(bundle, version="9.0.0", precision="int8")
+    write_engine(bundle, version="10.4.0")
+    with pytest.raises(BundleError, match=r"built with TensorRT 10\.4\.0"):
+        choose(bundle)
+
+
+def test_rtx_engines_run_on_any_card_of_their_generations(bundle: Bundle) -> None:
+    engine = write_engine(bundle, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.9"))
+    assert choose(bundle, "tensorrt-rtx", gpu=ADA) == engine
+    with pytest.raises(BundleError, match=r"for GPU any \(compute capability 8\.6, 8\.9\), this machine has .*8\.7"):
+        choose(bundle, "tensorrt-rtx")
+    with pytest.raises(BundleError, match="has no TensorRT engine"):
+        choose(bundle, "tensorrt", gpu=ADA)
+
+
+def test_an_altered_or_missing_plan_is_refused(bundle: Bundle) -> None:
+    engine = write_engine(bundle)
+    flip_byte(engine.plan_path("denoiser"))
+    with pytest.raises(BundleError, match=r"denoiser\.plan was altered, .*--engine tensorrt` --force"):
+        choose(bundle)
+    engine.plan_path("denoiser").unlink()
+    with pytest.raises(BundleError, match=r"cannot read the engine .*denoiser\.plan \(No such file"):
+        choose(bundle)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(schema_version=9), "has schema version 9, not 1"),
+        (lambda d: d.pop("plans"), r"is damaged \(KeyError: 'plans'\)"),
+        (lambda d: d["plans"].pop("denoiser"), r"is damaged \(KeyError: 'denoiser'\)"),
+        (lambda d: d["plans"]["denoiser"].update(bytes="many"), "is damaged .*the record of denoiser"),
+        (lambda d: d["plans"]["denoiser"].update(file="../../x"), r"'\.\./\.\./x' leaves the folder"),
+        (lambda d: d["key"].update(colour="red"), "is damaged .*colour"),
+        (lambda d: d.update(key=3), "is damaged"),
+    ],
+)
+def test_a_damaged_description_is_refused(bundle: Bundle, damage: Any, message: str) -> None:
+    engine = write_engine(bundle)
+    path = engine.path / "engine.json"
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=message):
+        choose(bundle)
+
+
+def test_a_folder_without_a_description_is_no_engine(bundle: Bundle) -> None:
+    engine = write_engine(bundle)
+    write_document(engine).write_text("{")
+    with pytest.raises(BundleError, match="is damaged .*remove it with `rm -r "):
+        choose(bundle)
+    (engine.path / "engine.json").unlink()
+    with pytest.raises(BundleError, match=r"holds no engine\.json, so it is no engine: remove it"):
+        choose(bundle)
+
+
+def test_the_command_suits_the_bundle(tmp_path: Path) -> None:
+    rtx = FLAVOURS["tensorrt-rtx"]
+    assert build_command(Bundle.load("tiny"), rtx) == "moebius-edge export tiny --engine tensorrt-rtx --output DIR"
+    spaced = Bundle.load(make_toy_bundle(tmp_path / "a toy"))
+    assert build_command(spaced, rtx) == f"moebius-edge export '{tmp_path}/a toy' --engine tensorrt-rtx"

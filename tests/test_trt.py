@@ -1,0 +1,327 @@
+"""The TensorRT back-end: its host logic on a fake driver and a fake package, then, marked ``gpu``, the real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_trt import NOT_PERMITTED, ORIN, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, write_engine
+from PIL import Image
+from toy import decode, encode, make_toy_bundle
+
+from moebius_edge.bundle import Bundle
+from moebius_edge.cli import main
+from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.pipeline import denoise
+from moebius_edge.runtimes import create_runtime
+from moebius_edge.runtimes.base import Arrays
+from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes.trt import TrtRuntime
+from moebius_edge.scheduler import DDIM
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.load(make_toy_bundle(tmp_path / "toy"))
+
+
+def runtime_on(bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt") -> tuple[TrtRuntime, FakeTensorRT]:
+    package = FakeTensorRT(cuda, rtx=flavour == "tensorrt-rtx")
+    return TrtRuntime(bundle, flavour, cuda=cuda, package=package), package  # type: ignore[arg-type]
+
+
+def feeds(rows: int, seed: int = 0) -> Arrays:
+    draw = np.random.default_rng(seed)
+    return {
+        "sample": draw.normal(size=(rows, 9, 8, 8)).astype(np.float32),
+        "timestep": draw.integers(0, 1000, rows).astype(np.float32),
+        "branch": draw.integers(0, 2, rows),
+    }
+
+
+def expected(bundle: Bundle, given: Arrays) -> np.ndarray:
+    with OrtRuntime(bundle, threads=1) as reference:
+        return reference.run("denoiser", given)["noise"]
+
+
+def test_every_call_gives_the_graphs_own_numbers(bundle: Bundle) -> None:
+    """Through plain launches, a recording, its replays, other shapes, and back: bit for bit."""
+    write_engine(bundle, max_batch=2)
+    cuda = FakeCuda()
+    runtime, _ = runtime_on(bundle, cuda)
+    with runtime:
+        for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1, 2, 2, 2]):
+            given = feeds(rows, seed)
+            np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
+        picture = np.random.default_rng(1).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
+        latent = runtime.run("vae_encoder", {"image": picture})["latent"]
+        np.testing.assert_allclose(latent, encode(picture), atol=1e-6)
+        np.testing.assert_allclose(
+            runtime.run("vae_decoder", {"latent": latent})["image"], decode(latent), atol=1e-6
+        )
+    assert cuda.left() == []
+
+
+def test_a_step_becomes_one_launch(bundle: Bundle) -> None:
+    write_engine(bundle)
+    cuda = FakeCuda()
+    runtime, _ = runtime_on(bundle, cuda)
+    with runtime:
+        assert runtime.info["cuda_graph"] == "not recorded"
+        runtime.run("denoiser", feeds(2))
+        assert cuda.calls["upload"] == 3 and "begin_capture" not in cuda.calls
+        for seed in range(5):
+            runtime.run("denoiser", feeds(2, seed))
+        assert runtime.info["cuda_graph"] == "recorded"
+        assert (cuda.calls["begin_capture"], cuda.calls["launch_graph"]) == (1, 5)
+        assert cuda.calls["upload"] == 6, "three for the first call, three recorded, and none after that"
+        runtime.run("denoiser", feeds(1))
+        assert cuda.calls["destroy_graph"] == 1 and cuda.calls["launch_graph"] == 5
+        for _ in range(2):
+            runtime.run("vae_decoder", {"latent": np.zeros((1, 4, 8, 8), np.float32)})
+        assert cuda.calls["begin_capture"] == 1, "the autoencoder's calls are too few to be recorded"
+
+
+def test_results_are_the_callers_own(bundle: Bundle) -> None:
+    write_engine(bundle)
+    runtime, _ = runtime_on(bundle, FakeCuda())
+    with runtime:
+        first = runtime.run("denoiser", feeds(2, 1))["noise"]
+        kept = first.copy()
+        runtime.run("denoiser", feeds(2, 2))
+        np.testing.assert_array_equal(first, kept)
+
+
+def test_a_trajectory_is_onnxruntimes_bit_for_bit(bundle: Bundle) -> None:
+    write_engine(bundle)
+    draw = np.random.default_rng(3)
+    latents, masked = (draw.normal(size=(1, 4, 8, 8)).astype(np.float32) for _ in range(2))
+    mask = np.zeros((1, 1, 8, 8), np.float32)
+    mask[..., 2:6, 2:6] = 1
+    results = []
+    for runtime in (runtime_on(bundle, FakeCuda())[0], OrtRuntime(bundle, threads=1)):
+        with runtime:
+            steps = list(denoise(runtime, latents, mask, masked, DDIM(6), 2.0))
+        results.append(steps[-1].latent)
+    np.testing.assert_array_equal(*results)
+
+
+def test_run_is_onnxruntimes_byte_for_byte(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, from picture to picture, and what its report says of the runtime."""
+    engine = write_engine(bundle)
+    cuda = FakeCuda()
+    monkeypatch.setattr("moebius_edge.runtimes.trt.load_package", lambda flavour: FakeTensorRT(cuda))
+    monkeypatch.setattr("moebius_edge.runtimes.trt.Cuda", lambda: cuda)
+    picture, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    pixels = np.random.default_rng(5).integers(0, 256, (96, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    hole = np.zeros((96, 80), np.uint8)
+    hole[40:60, 30:50] = 255
+    Image.fromarray(hole).save(mask)
+    results = []
+    for name in ("tensorrt", "onnxruntime"):
+        out = tmp_path / f"{name}.png"
+        command = ["run", str(picture), str(mask), "-b", str(bundle.path), "-o", str(out), "--json", "--steps", "5"]
+        assert main([*command, "--runtime", name]) == 0
+        document = json.loads(capsys.readouterr().out)
+        results.append((np.asarray(Image.open(out)), document["latency"]["runtime"]))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert (results[0][0] != pixels).any()
+    assert results[0][1]["provider"] == engine.key.folder and results[0][1]["cuda_graph"] == "recorded"
+    assert cuda.left() == []
+
+
+def test_recording_that_fails_is_told_and_changes_no_result(bundle: Bundle) -> None:
+    write_engine(bundle)
+    cuda = FakeCuda()
+    cuda.fail["end_capture"] = NOT_PERMITTED
+    runtime, _ = runtime_on(bundle, cuda)
+    with runtime:
+        for seed in range(4):
+            given = feeds(2, seed)
+            np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
+        assert runtime.info["cuda_graph"].startswith("failed: end_capture failed")
+        assert cuda.calls["begin_capture"] == 1
+    assert cuda.left() == []
+
+
+def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle) -> None:
+    write_engine(bundle, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.7"))
+    cuda = FakeCuda()
+    runtime, package = runtime_on(bundle, cuda, "tensorrt-rtx")
+    with runtime:
+        for seed in range(3):
+            given = feeds(2, seed)
+            np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
+        assert "begin_capture" not in cuda.calls
+        assert [c.config.cuda_graph_strategy for c in package.contexts] == ["whole"] * 3
+        assert runtime.info["cuda_graph"] == "TensorRT's own"
+    assert cuda.left() == []
+
+
+def test_info_says_what_executes(bundle: Bundle) -> None:
+    engine = write_engine(bundle)
+    runtime, _ = runtime_on(bundle, FakeCuda())
+    assert runtime.info["provider"] == "" and not runtime.active
+    with runtime:
+        assert runtime.info == {
+            "name": "tensorrt",
+            "version": "10.3.0",
+            "device": "cuda",
+            "provider": engine.key.folder,
+            "gpu": "Orin",
+            "cuda_graph": "not recorded",
+        }
+
+
+def test_more_rows_than_the_engine_takes_names_the_option(bundle: Bundle) -> None:
+    write_engine(bundle)
+    runtime, _ = runtime_on(bundle, FakeCuda())
+    with (
+        runtime,
+        pytest.raises(BundleError, match=r"denoiser takes 2 rows and this call has 6: run .* --max-batch 3"),
+    ):
+        runtime.run("denoiser", feeds(6))
+
+
+@pytest.mark.parametrize("call", ["allocate", "allocate_host", "create_stream"])
+def test_what_was_taken_is_freed_when_memory_runs_out(bundle: Bundle, call: str) -> None:
+    write_engine(bundle)
+    cuda = FakeCuda()
+    runtime, _ = runtime_on(bundle, cuda)
+    cuda.fail[call] = OUT_OF_MEMORY
+    with pytest.raises(MachineError, match="not enough memory on the GPU: close other programs"), runtime:
+        raise AssertionError("never entered")
+    assert cuda.left() == []
+
+
+def test_a_failing_launch_is_one_line_and_frees_all(bundle: Bundle) -> None:
+    write_engine(bundle)
+    cuda = FakeCuda()
+    runtime, package = runtime_on(bundle, cuda)
+    with runtime:
+        package.refuse_launches = True
+        with pytest.raises(BundleError, match=r"cannot run denoiser \(the launch was refused\): run .* --force"):
+            runtime.run("denoiser", feeds(2))
+        package.refuse_launches = False
+        cuda.fail["synchronise"] = 700
+        with pytest.raises(MachineError, match="check the GPU with `nvidia-smi`"):
+            runtime.run("denoiser", feeds(2))
+    assert cuda.left() == []
+
+
+def test_a_device_in_a_failed_state_does_not_hide_the_error(bundle: Bundle) -> None:
+    write_engine(bundle)
+    cuda = FakeCuda()
+    runtime, _ = runtime_on(bundle, cuda)
+    with pytest.raises(MachineError, match="cannot run denoiser"), runtime:
+        cuda.fail.update(dict.fromkeys(("synchronise", "free", "free_host", "destroy_stream", "close"), 700))
+        runtime.run("denoiser", feeds(2))
+
+
+def test_a_plan_that_tensorrt_refuses(bundle: Bundle) -> None:
+    """Its hash is right, so it is TensorRT that finds it wrong, and says so on its log."""
+    engine = write_engine(bundle)
+    path = engine.plan_path("denoiser")
+    path.write_bytes(b"no plan")
+    from fake_trt import write_document
+
+    from moebius_edge.files import sha256_file
+
+    engine.plans["denoiser"].update(sha256=sha256_file(path), bytes=7)
+    write_document(engine)
+    cuda = FakeCuda()
+    runtime, _ = runtime_on(bundle, cuda)
+    with pytest.raises(BundleError, match=r"cannot load .*denoiser\.plan .*the plan is corrupt.*--force"), runtime:
+        raise AssertionError("never entered")
+    assert cuda.left() == []
+
+
+def test_an_engine_of_another_component_is_refused(bundle: Bundle) -> None:
+    engine = write_engine(bundle)
+    engine.plans["vae_decoder"], engine.plans["vae_encoder"] = engine.plans["vae_encoder"], engine.plans["vae_decoder"]
+    from fake_trt import write_document
+
+    write_document(engine)
+    runtime, _ = runtime_on(bundle, FakeCuda())
+    with pytest.raises(BundleError, match=r"the engine of vae_encoder has .*bundle\.json says"), runtime:
+        raise AssertionError("never entered")
+
+
+def test_a_bundle_without_engines_names_the_command(bundle: Bundle) -> None:
+    runtime, _ = runtime_on(bundle, FakeCuda())
+    command = f"moebius-edge export {bundle.path} --engine tensorrt`"
+    with pytest.raises(BundleError, match=rf"has no TensorRT engine: run `{command}"), runtime:
+        raise AssertionError("never entered")
+
+
+def test_the_device_is_the_gpu(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="runtime tensorrt has no device 'cpu': leave --device out"):
+        create_runtime("tensorrt", bundle, device="cpu")
+
+
+def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(MachineError, match=r"package tensorrt is missing .*moebius-edge\[tensorrt\]"):
+        create_runtime("tensorrt", bundle)
+
+
+# --- a real GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, flavour: str) -> None:
+    """Build the toy's engines, run each component through recording and replay, compare."""
+    from moebius_edge.export.engine_target import EngineOptions, find_target
+    from moebius_edge.export.engines import build_engines
+    from moebius_edge.runtimes.cuda import find_gpu
+
+    if find_gpu() is None:
+        pytest.skip("no GPU in this machine")
+    pytest.importorskip(flavour.replace("-", "_"), reason=f"{flavour} is not installed")
+    options = EngineOptions(flavour, max_batch=2)
+    build_engines(bundle, options, find_target(options))
+    with TrtRuntime(bundle, flavour) as runtime, OrtRuntime(bundle) as reference:
+        for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1]):
+            given = feeds(rows, seed)
+            got, wanted = (r.run("denoiser", given)["noise"] for r in (runtime, reference))
+            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+        picture = np.random.default_rng(1).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
+        latent = runtime.run("vae_encoder", {"image": picture})["latent"]
+        np.testing.assert_allclose(latent, encode(picture), atol=1e-3)
+        made = runtime.run("vae_decoder", {"latent": latent})["image"]
+        np.testing.assert_allclose(made, decode(latent), atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_the_real_driver() -> None:
+    """Memory there and back through a recorded graph."""
+    from moebius_edge.runtimes.cuda import Cuda, find_gpu
+
+    if find_gpu() is None:
+        pytest.skip("no GPU in this machine")
+    cuda = Cuda()
+    assert cuda.gpu().memory_bytes > 10**9 and cuda.gpu() != ORIN
+    cuda.open()
+    stream, device = cuda.create_stream(), cuda.allocate(64)
+    there, back = cuda.allocate_host(64), cuda.allocate_host(64)
+    cuda.begin_capture(stream)
+    cuda.upload(device, there, 64, stream)
+    cuda.download(back, device, 64, stream)
+    graph = cuda.end_capture(stream)
+    for value in (3, 5):
+        there[:] = value
+        cuda.launch_graph(graph, stream)
+        cuda.synchronise(stream)
+        assert (back == value).all()
+    cuda.destroy_graph(graph)
+    cuda.free(device)
+    cuda.free_host(there)
+    cuda.free_host(back)
+    cuda.destroy_stream(stream)
+    cuda.close()

@@ -1,0 +1,159 @@
+"""The rules of TensorRT 10.3, each broken once: the offending node is named. And what is exported keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from moebius_edge.bundle import ASSETS
+from moebius_edge.errors import BundleError
+from moebius_edge.export.onnx_header import max_opset, opset_of
+from moebius_edge.export.trt_rules import problems
+from moebius_edge.spec import COMPONENTS
+
+
+def model(
+    *nodes: onnx.NodeProto,
+    opset: int = 20,
+    functions: tuple[onnx.FunctionProto, ...] = (),
+    constants: dict[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in ("x", "y")]
+    tensors = [numpy_helper.from_array(v, k) for k, v in (constants or {}).items()]
+    graph = helper.make_graph(list(nodes), "g", values[:1], values[1:], tensors)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("moebius", 1), helper.make_opsetid("other", 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+
+
+def node(
+    kind: str, inputs: list[str], name: str = "the_node", domain: str = "", **attributes: object
+) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, ["y"], name=name, domain=domain, **attributes)
+
+
+def function(
+    name: str = "Twice", domain: str = "moebius", formals: tuple[str, ...] = ("tw_x",), opset: int = 20
+) -> onnx.FunctionProto:
+    body = [helper.make_node("Add", [formals[0], formals[0]], ["tw_y"])]
+    return helper.make_function(domain, name, list(formals), ["tw_y"], body, [helper.make_opsetid("", opset)])
+
+
+CALL = node("Twice", ["x"], domain="moebius")
+
+
+def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8", axis: int = 0) -> onnx.ModelProto:
+    """A convolution with a weight through DequantizeLinear."""
+    weights = np.ones((4, 4, 1, 1), weight)
+    constants = {"w": weights, "s": np.asarray(scale, np.float32)}
+    inputs = ["w", "s"]
+    if zero is not None:
+        constants["z"] = np.asarray(zero, weight)
+        inputs.append("z")
+    return model(
+        helper.make_node("DequantizeLinear", inputs, ["dq"], name="the_node", axis=axis),
+        helper.make_node("Conv", ["x", "dq"], ["y"]),
+        constants=constants,
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (model(node("Relu", ["x"]), opset=21), r"opset 21 is newer than 20"),
+        (model(CALL, functions=(function(opset=22),)), r"opset 22 is newer than 20"),
+        (model(node("Einsum", ["x", "x"], equation="ij,ij->ij")), r"node 'the_node' \(Einsum\): .*write it as MatMul"),
+        (model(node("GroupNormalization", ["x", "s", "b"])), r"node 'the_node' \(GroupNormalization\)"),
+        (model(node("Einsum", ["x", "x"], name="")), r"node 'y' \(Einsum\)"),
+        (model(node("MatMulInteger", ["x", "x"])), r"node 'the_node' \(MatMulInteger\): quantisation is explicit"),
+        (model(node("NoSuch", ["x"], domain="moebius")), r"'the_node' \(NoSuch\): domain 'moebius' has no function"),
+        (
+            model(CALL, functions=(function(), function(domain="other"))),
+            r"function Twice exists 2 times: names must differ",
+        ),
+        (
+            model(CALL, functions=(function(formals=("x",)),)),
+            r"function Twice: its tensor 'x' has the name of one in the graph",
+        ),
+        (
+            model(CALL, functions=(function(formals=("tw_x", "tw_b")),)),
+            r"'the_node' \(Twice\): has 1 inputs where its function takes 2",
+        ),
+        (
+            model(
+                node("Twice", ["x", ""], domain="moebius"), functions=(function(formals=("tw_x", "tw_b")),)
+            ),
+            r"has 1 inputs where its function takes 2",
+        ),
+        (quantised(scale=0.0), r"'the_node' \(DequantizeLinear\): its scale 's' is not above 0"),
+        (quantised(scale=np.nan), r"its scale 's' is not above 0"),
+        (quantised(zero=3), r"its zero point 'z' is not 0"),
+        (quantised(weight="int32"), r"dequantises the INT32 'w'"),
+        (quantised(scale=np.ones(4), axis=1), r"scales along axis 1, weights of Conv need axis 0"),
+        (model(node("QuantizeLinear", ["x", "x"])), r"its scale 'x' is not a constant"),
+    ],
+)
+def test_a_broken_rule_names_the_node(broken: onnx.ModelProto, message: str) -> None:
+    import re
+
+    found = problems(broken)
+    assert len(found) == 1 and re.search(message, found[0]), found
+
+
+def test_rules_inside_functions_and_branches_are_seen() -> None:
+    body = [helper.make_node("Einsum", ["tw_x", "tw_x"], ["tw_y"], name="inner", equation="ij,ij->ij")]
+    twice = helper.make_function("moebius", "Twice", ["tw_x"], ["tw_y"], body, [helper.make_opsetid("", 20)])
+    assert problems(model(CALL, functions=(twice,)))[0].startswith("function Twice, node 'inner' (Einsum)")
+    out = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
+    inner = helper.make_node("Einsum", ["x", "x"], ["b"], name="in_branch", equation="ij,ij->ij")
+    branch = helper.make_graph([inner], "branch", [], [out])
+    nested = model(node("If", ["c"], then_branch=branch, else_branch=branch))
+    assert [p.split(":")[0] for p in problems(nested)] == ["node 'in_branch' (Einsum)"] * 2
+    shadowed = function(formals=("b",))  # the name of a tensor in the branch
+    both = model(
+        node("If", ["c"], then_branch=helper.make_graph([helper.make_node("Relu", ["x"], ["b"])], "t", [], [out])),
+        functions=(shadowed,),
+    )
+    assert problems(both) and "its tensor 'b'" in problems(both)[0]
+
+
+def test_what_is_right_passes() -> None:
+    assert problems(model(CALL, functions=(function(),))) == []
+    assert problems(quantised(scale=np.ones(4), zero=np.zeros(4))) == []
+    assert problems(quantised()) == []
+
+
+def test_newer_versions_are_told_apart() -> None:
+    clash = model(CALL, functions=(function(formals=("x",)),))
+    assert problems(clash, version=(10, 3)) and problems(clash, version=(10, 7))
+    assert problems(clash, version=(10, 8)) == [] and problems(clash, "tensorrt-rtx", (1, 7)) == []
+    assert [max_opset("tensorrt", v) for v in ((10, 3), (10, 13), (10, 15), (11, 4))] == [20, 20, 24, 25]
+    assert problems(model(node("Relu", ["x"]), opset=24), version=(10, 16)) == []
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_bundled_model_keeps_them(component: str) -> None:
+    assert problems(onnx.load(ASSETS / "tiny" / f"{component}.onnx")) == []
+
+
+# --- the header, without the onnx package ----------------------------------------------------------------
+
+
+def test_the_opset_is_read_without_onnx(tmp_path: Path) -> None:
+    for opset in (20, 300):
+        path = tmp_path / f"{opset}.onnx"
+        onnx.save(model(node("Relu", ["x"]), opset=opset, constants={"w": np.zeros(10_000, np.float32)}), path)
+        assert opset_of(path) == opset
+    assert opset_of(ASSETS / "tiny" / "denoiser.onnx") == 20
+
+
+def test_what_is_no_onnx_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    whole = (ASSETS / "tiny" / "vae_encoder.onnx").read_bytes()
+    for content in (b"not a graph at all", whole[: len(whole) // 2], b"\xff" * 20, b"\x00\x01"):
+        path.write_bytes(content)
+        with pytest.raises(BundleError, match=r"x\.onnx is no ONNX file"):
+            opset_of(path)

@@ -24,6 +24,7 @@ from moebius_edge.training.autoencoder import (
     load_autoencoder,
     mean_colours,
     normalise_latents,
+    pattern_loss,
     pyramid_l1,
     random_filters,
     save_autoencoder,
@@ -105,6 +106,17 @@ def test_texture_of_another_kind_is_told_apart() -> None:
     """Stripes of equal contrast, along and across."""
     x = torch.sin(torch.arange(64) * 1.3).expand(1, 3, 64, 64)
     assert texture_loss(x.mT, x).item() > 0.3
+
+
+def test_only_what_repeats_from_cell_to_cell_is_a_pattern() -> None:
+    truth = image(1, 3, 64, 64)
+    cell = image(1, 3, 8, 8, seed=1)
+    cell = cell - cell.mean((2, 3), keepdim=True)
+    mesh = cell.repeat(1, 1, 8, 8)
+    assert pattern_loss(truth + mesh, truth).item() == pytest.approx(cell.abs().mean().item(), rel=1e-4)
+    assert pattern_loss(truth + 0.3, truth).item() < 1e-6  # a shift of the colours repeats nothing
+    other = image(1, 3, 64, 64, seed=2)
+    assert pattern_loss(truth + other, truth).item() < 0.4 * other.abs().mean().item()
 
 
 def test_filters_answer_nothing_to_a_flat_picture() -> None:

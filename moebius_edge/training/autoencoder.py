@@ -55,7 +55,8 @@ class AutoencoderRecipe:
     anchor_weight: float = 0.1
     decoder_stage: Stage = Stage(1500, 1, 256)
     decoder_learning_rate: float = 1e-3
-    texture_weight: float = 0.15
+    texture_weight: float = 0.1
+    pattern_weight: float = 10.0
     adversary_weight: float = 0.1
     adversary_learning_rate: float = 2e-4
     adversary_warmup: int = 500
@@ -125,6 +126,18 @@ def texture_loss(decoded: torch.Tensor, image: torch.Tensor, window: int = 16, f
         loss = loss + (energies[0] / energies[1]).log().abs().mean() / 2
         decoded, image = coarse
     return loss
+
+
+def pattern_loss(decoded: torch.Tensor, image: torch.Tensor, cells: int = 4) -> torch.Tensor:
+    """What repeats from cell to cell of 8x8 pixels in the error, within blocks of ``cells`` x ``cells``; a scalar.
+
+    Asked for texture, a decoder finds it cheapest to draw one pattern in every latent cell, a mesh. Its mean over
+    the cells of a block is what this counts; texture that differs from cell to cell has none. L1, cell means apart.
+    """
+    error = decoded - image
+    error = error - F.interpolate(F.avg_pool2d(error, 8), scale_factor=8.0, mode="nearest")
+    blocks = error.unflatten(3, (-1, cells, 8)).unflatten(2, (-1, cells, 8))  # (N, 3, b, cells, 8, b, cells, 8)
+    return blocks.mean((3, 6)).abs().mean()
 
 
 class Trainer:
@@ -299,6 +312,7 @@ def finetune_decoder(
             judged = adversary.judge(decoded).float()
         reconstruction, texture = pyramid_l1(decoded, image), texture_loss(decoded, image)
         total = reconstruction + recipe.texture_weight * texture
+        total = total + recipe.pattern_weight * pattern_loss(decoded, image)
         share = recipe.adversary_weight * min(1.0, trainer.done / recipe.adversary_warmup)  # it learns first
         total = total + share * balance(total, judged, model.decoder.conv_out.weight) * judged
         with torch.autocast(device, torch.bfloat16):

@@ -114,16 +114,16 @@ def _onnxruntime(has_gpu: bool) -> Check:
 
 
 def _optional() -> list[Check]:
-    """What other commands need, by its distributions' names; no back-end uses TensorRT in this version."""
+    """What other commands need, by its distributions' names."""
     from ..machine import package_version
 
     rows = (
-        ("tensorrt", "tensorrt tensorrt-cu13 tensorrt-cu12", "tensorrt", "not used by this version"),
+        ("tensorrt", "tensorrt tensorrt-cu13 tensorrt-cu12", "tensorrt", "for engines and --runtime tensorrt"),
         (
             "tensorrt_rtx",
             "tensorrt-rtx-cu13 tensorrt-rtx-cu12 tensorrt-rtx",
             "rtx",
-            "not used by this version",
+            "for engines and --runtime tensorrt-rtx",
         ),
         ("torch", "torch", "export", "for export and train"),
         ("huggingface_hub", "huggingface_hub", "download", "for download"),

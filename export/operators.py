@@ -153,11 +153,11 @@ _INTERACTIVE = _operator("InteractiveLambda", ("q", "keys", "values", "table"))
 
 
 def _translate_local(q: _T, k: _T, v: _T, weight: _T, bias: _T, layout: Any, heads: int, tile: int) -> _T:
-    return _LOCAL(q, k, v, weight, bias, layout, heads=heads, tile=tile)  # type: ignore[no-any-return]
+    return _LOCAL(q, k, v, weight, bias, layout, heads=heads, tile=tile)
 
 
 def _translate_interactive(q: _T, keys: _T, values: _T, table: _T) -> _T:
-    return _INTERACTIVE(q, keys, values, table)  # type: ignore[no-any-return]
+    return _INTERACTIVE(q, keys, values, table)
 
 
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {

@@ -8,6 +8,7 @@ stands in ``docs/rewrites.md`` with its figures. The lambda operators' own order
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -40,8 +41,9 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 def convolution(weight: Tensor, bias: Tensor | None, padding: int = 0, groups: int = 1) -> nn.Conv2d:
     """A convolution with these weights (C_out, C_in / groups, r, r)."""
-    outputs, inputs = weight.shape[:2]
-    made = nn.Conv2d(inputs * groups, outputs, weight.shape[2:], padding=padding, groups=groups, bias=bias is not None)  # type: ignore[arg-type]
+    outputs, inputs, *kernel = weight.shape
+    size = (kernel[0], kernel[1])
+    made = nn.Conv2d(inputs * groups, outputs, size, padding=padding, groups=groups, bias=bias is not None)
     made.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().clone())
@@ -219,7 +221,7 @@ def specialise(student: Student) -> SpecialDenoiser:
     network = copy.deepcopy(student.diff_model).eval()
     embeddings = student.embedding_layer.weight.unflatten(0, (2, config.num_prompts))
     prompts = network.encoder_hid_proj(embeddings)
-    network.encoder_hid_proj = nn.Identity()  # what is handed on is the branch
+    network.add_module("encoder_hid_proj", nn.Identity())  # what is handed on is the branch
     tile = best_tile(config)
 
     def rewritten(module: nn.Module) -> nn.Module | None:
@@ -235,10 +237,10 @@ def specialise(student: Student) -> SpecialDenoiser:
     return SpecialDenoiser(network).eval().requires_grad_(False)
 
 
-def replace(module: nn.Module, rewritten: object) -> None:
+def replace(module: nn.Module, rewritten: Callable[[nn.Module], nn.Module | None]) -> None:
     """Puts ``rewritten(child)`` in the place of every child, however deep, for which it is not None."""
     for name, child in list(module.named_children()):
-        made = rewritten(child)  # type: ignore[operator]
+        made = rewritten(child)
         if made is None:
             replace(child, rewritten)
         else:

@@ -135,15 +135,15 @@ def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attri
 def test_windows_of_a_small_grid_by_hand() -> None:
     """A 2x4 grid, window 3, tiles of two: each sees three rows of four, and 8 stands for what is outside."""
     windows = window_positions(2, 4, 3, 2)
-    assert windows.shape == (4, 12)
-    assert windows[0].tolist() == [8, 8, 8, 8, 8, 0, 1, 2, 8, 4, 5, 6]
-    assert windows[3].tolist() == [1, 2, 3, 8, 5, 6, 7, 8, 8, 8, 8, 8]
+    assert windows.shape == (4, 16)  # 12, and 4 that stand for nothing
+    assert windows[0].tolist() == [8, 8, 8, 8, 8, 0, 1, 2, 8, 4, 5, 6, 8, 8, 8, 8]
+    assert windows[3].tolist() == [1, 2, 3, 8, 5, 6, 7, 8, 8, 8, 8, 8, 8, 8, 8, 8]
 
 
 def test_taps_of_a_small_window_by_hand() -> None:
     taps = kernel_positions(3, 2)
-    assert taps[0].tolist() == [0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9]
-    assert taps[1].tolist() == [9, 0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8]
+    assert taps[0].tolist() == [0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9, 9, 9, 9, 9]
+    assert taps[1].tolist() == [9, 0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9, 9, 9, 9]
 
 
 def test_a_tile_divides_every_row() -> None:

@@ -1,0 +1,49 @@
+"""The benchmark scripts run at a small size and print what they promise; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--channels", "32", "64", "--latent-size", "16", "--threads", "1", "--rounds", "1")
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_whole_step_four_ways(tmp_path: Path) -> None:
+    out = run("denoiser.py", *SMALL, "--json", str(tmp_path / "f.json"))
+    difference = re.search(r"largest difference (\S+)", out)
+    assert difference is not None and float(difference[1]) < 1e-4
+    figures = json.loads((tmp_path / "f.json").read_text())["results"]
+    kinds = {f"{kind}, {runtime}" for kind in ("plain", "exported") for runtime in ("PyTorch", "ONNX Runtime")}
+    assert set(figures["seconds"]) == kinds and all(len(v) == 1 and v[0] > 0 for v in figures["seconds"].values())
+    assert 0 < figures["multiply_adds"]["exported"] < figures["multiply_adds"]["plain"]
+    assert sum(figures["operator_seconds"].values()) > 0 and figures["peak_flops"] > 1e9
+    assert "convolutions" in out and "of the peak" in out
+
+
+def test_every_rewrite_beside_its_twin(tmp_path: Path) -> None:
+    run("denoiser.py", *SMALL, "--rewrites", "--json", str(tmp_path / "f.json"))
+    rows = json.loads((tmp_path / "f.json").read_text())["results"]
+    names = [(row["rewrite"], row["channels"]) for row in rows]
+    assert len(set(names)) == len(names) == 9  # four at either level, and upsampling at the coarser
+    up = next(row for row in rows if row["rewrite"] == "upsampling")["multiply_adds"]
+    assert up["plain"] / up["rewritten"] == pytest.approx(36 / 16)
+    assert all(row["bytes"]["rewritten"] > 0 for row in rows)
+
+
+def test_the_islands_of_fp16() -> None:
+    lines = run("precision.py", "tiny", "--steps", "2").splitlines()
+    assert len(lines) == 11 and all(re.search(r"\d\d\.\d\d  +[01]\.\d{5}", line) for line in lines[1:])

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
 MIN_PSNR_DB = {"float32": 60.0, "float16": 40.0}
 PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # as the command line says it -> as bundle.json does
 # What suits a bundled model better than upstream's settings; docs/tiny-model.md has the measurements.
-BUNDLED_DEFAULTS: dict[str, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.2, "guidance": 1.0}}
+BUNDLED_DEFAULTS: dict[str, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.4, "guidance": 1.0}}
 
 
 def export_bundle(

@@ -39,6 +39,17 @@ def test_a_person_sees_what_it_is(toy: Path, capsys: Captured, monkeypatch: pyte
     assert err == ""
 
 
+def test_what_stayed_float32_is_counted(toy: Path, capsys: Captured) -> None:
+    manifest = json.loads((toy / "bundle.json").read_text())
+    islands = {"denoiser": {"Softmax": ["a", "b"], "Sin": ["c"]}, "vae_decoder": "all"}
+    (toy / "bundle.json").write_text(json.dumps({**manifest, "precision": "float16", "float32_islands": islands}))
+    assert main(["inspect", str(toy)]) == 0
+    out = capsys.readouterr().out
+    assert "in float32  denoiser: 2 Softmax, 1 Sin; vae_decoder: all" in out
+    assert main(["inspect", str(toy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["float32_islands"] == islands
+
+
 def sizes(toy: Path) -> list[str]:
     return [f"{(toy / 'denoiser.onnx').stat().st_size / 1000:.1f}", "kB"]
 

@@ -68,6 +68,7 @@ def _print_facts(bundle: Bundle) -> None:
         "licence": bundle.licence,
         "images": f"{pixels} pixels, latent {positions}",
         "precision": f"{bundle.precision}, {total} in {files}",
+        "in float32": _islands(bundle.float32_islands),
         "defaults": _pairs(bundle.defaults),
         "model": _pairs(bundle.model),
         "gate": _pairs(bundle.gate),
@@ -124,6 +125,15 @@ def _print_engines(engines: list[dict[str, Any]]) -> None:
     for row in engines:
         if ": " in row["state"]:
             print(f"{Path(row['path']).name} is {row['state']}")
+
+
+def _islands(islands: dict[str, Any]) -> str:
+    """What stayed float32, each component's nodes counted by type; --json has their names."""
+    parts = []
+    for component, kinds in islands.items():
+        counts = "all" if isinstance(kinds, str) else ", ".join(f"{len(v)} {k}" for k, v in kinds.items())
+        parts.append(f"{component}: {counts}")
+    return "; ".join(parts)
 
 
 def _pairs(values: dict[str, Any]) -> str:

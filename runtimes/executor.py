@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..spec import Component, Tensor
-from .base import Arrays
+from .base import Arrays, batched
 from .cuda import Cuda, CudaError
 
 
@@ -84,12 +84,12 @@ class Executor:
         self._forget_graph()
         self._rows, self._warm = 0, False  # until all of it is done
         for tensor in self._component.inputs:
-            if not self._context.set_input_shape(tensor.name, _shape(tensor, rows)):
+            if not self._context.set_input_shape(tensor.name, batched(tensor, rows)):
                 raise LaunchError(f"no {rows} rows of {tensor.name}")
         for tensor in self._component.outputs:
             made = tuple(self._context.get_tensor_shape(tensor.name))
-            if made != _shape(tensor, rows):
-                raise LaunchError(f"{tensor.name} would have shape {made}, not {_shape(tensor, rows)}")
+            if made != batched(tensor, rows):
+                raise LaunchError(f"{tensor.name} would have shape {made}, not {batched(tensor, rows)}")
         self._rows = rows
 
     def _enqueue(self) -> None:
@@ -122,12 +122,8 @@ class Executor:
 
     def _view(self, tensor: Tensor) -> np.ndarray:
         memory = self._host[tensor.name][: _bytes(tensor, self._rows)]
-        return memory.view(tensor.dtype).reshape(_shape(tensor, self._rows))
-
-
-def _shape(tensor: Tensor, rows: int) -> tuple[int, ...]:
-    return tuple(rows if size == "N" else int(size) for size in tensor.shape)
+        return memory.view(tensor.dtype).reshape(batched(tensor, self._rows))
 
 
 def _bytes(tensor: Tensor, rows: int) -> int:
-    return int(np.prod(_shape(tensor, rows))) * np.dtype(tensor.dtype).itemsize
+    return int(np.prod(batched(tensor, rows))) * np.dtype(tensor.dtype).itemsize

@@ -23,12 +23,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        bundle: str,
-        runtime: str,
-        device: str,
-        settings: dict[str, Any],
-        mask_options: dict[str, Any],
+        self, bundle: str, runtime: str, device: str, settings: dict[str, Any], mask_options: dict[str, Any]
     ) -> None:
         from ..latency import StageTimer
 

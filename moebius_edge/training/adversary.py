@@ -18,9 +18,8 @@ def build_discriminator(channels: tuple[int, ...] = (32, 64, 96)) -> nn.Sequenti
     """Images (N, 3, H, W) to a map of scores (N, 1, h, w): above 0 real, below 0 decoded. A score sees 38 pixels."""
     layers: list[nn.Module] = []
     inputs = 3
-    for index, outputs in enumerate(channels):
-        stride = 2 if index < 3 else 1
-        layers += [spectral_norm(nn.Conv2d(inputs, outputs, 4, stride, 1)), nn.LeakyReLU(0.2)]
+    for outputs in channels:
+        layers += [spectral_norm(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         inputs = outputs
     return nn.Sequential(*layers, spectral_norm(nn.Conv2d(inputs, 1, 3, padding=1)))
 

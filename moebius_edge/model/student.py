@@ -15,7 +15,7 @@ from ..spec import LATENT_DOWNSCALE
 from .config import StudentConfig
 from .lambdas import InteractiveLambda, LocalLambda
 from .layers import SpatialTransformer
-from .unet import INPUT_CHANNELS, Denoised, UNet
+from .unet import INPUT_CHANNELS, Block, Denoised, UNet
 
 
 class SeparableConv(nn.Module):
@@ -121,6 +121,21 @@ class Student(nn.Module):
                 f"{size}), that is images of {pixels}x{pixels} only: resize or crop to that"
             )
         return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """The last convolution's pointwise weight (4, C, 1, 1): all that decides the noise alone passes here."""
+        return cast(nn.Parameter, cast(SeparableConv, self.diff_model.conv_out).conv_pw.weight)
+
+    @property
+    def coarse_weight(self) -> nn.Parameter:
+        """The weight (C, C, 1, 1) that ends the last down block, so the last one before ``coarse_feature``."""
+        attention = cast(Block, self.diff_model.down_blocks[-1]).attentions[-1]
+        return cast(nn.Parameter, cast(SpatialTransformer, attention).proj_out.weight)
+
+    def coarse_feature(self, denoised: Denoised) -> Tensor:
+        """The last down block's output (N, C, h, w), the coarsest: (N, 1280, 16, 16) in the published network."""
+        return denoised.blocks[len(self.diff_model.down_blocks) - 1]
 
 
 def build_student(config: StudentConfig | None = None) -> Student:

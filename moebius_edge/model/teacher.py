@@ -119,13 +119,29 @@ class Teacher(nn.Module):
         timesteps (N,) int64 or float; prompt_ids (N, M) int64. Returns ``Denoised``: its blocks are the down
         blocks, the mid block, the up blocks. Raises UsageError for a sample of another shape.
         """
+        self._check(sample)
+        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+
+    def encode(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> list[Tensor]:
+        """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
+        self._check(sample)
+        return self.diff_model.encode(sample, timesteps, self.embedding_layer(prompt_ids))
+
+    def coarse_feature(self, denoised: Denoised) -> Tensor:
+        """The first up block's output (N, C, h, w), what a student's coarsest level is to match.
+
+        (N, 1280, 16, 16) in the published network: that block ends in an upsampler, so it is one level finer
+        than the coarsest, and a student has one level less.
+        """
+        return denoised.blocks[-len(self.diff_model.up_blocks)]
+
+    def _check(self, sample: Tensor) -> None:
         step = 2 ** (len(self.config.block_out_channels) - 1)
         if sample.dim() != 4 or sample.shape[1] != INPUT_CHANNELS or any(s % step for s in sample.shape[2:]):
             raise UsageError(
                 f"sample has shape {tuple(sample.shape)}; the teacher takes (N, {INPUT_CHANNELS}, h, w) "
                 f"with h and w multiples of {step}: crop or pad to that"
             )
-        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
 
 
 def build_teacher(config: TeacherConfig | None = None) -> Teacher:

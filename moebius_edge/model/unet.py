@@ -140,8 +140,20 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> Denoised:
         """sample (N, 9, h, w), timesteps (N,), prompts (N, M, prompt_embedding_dim)."""
-        time = self.time_embedding(timesteps)
-        prompts = self.encoder_hid_proj(prompts)
+        time, prompts = self.time_embedding(timesteps), self.encoder_hid_proj(prompts)
+        blocks, skips = self._encode(sample, time, prompts)
+        x = blocks[-1]
+        for block in self.up_blocks:
+            x = block(x, skips, time, prompts)
+            blocks.append(x)
+        return Denoised(self.conv_out(F.silu(self.conv_norm_out(x))), blocks)
+
+    def encode(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> list[Tensor]:
+        """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
+        return self._encode(sample, self.time_embedding(timesteps), self.encoder_hid_proj(prompts))[0]
+
+    def _encode(self, sample: Tensor, time: Tensor, prompts: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of the blocks before the up blocks, and the skip connections."""
         x = self.conv_in(sample)
         skips = [x]
         blocks = []
@@ -150,9 +162,5 @@ class UNet(nn.Module):
             skips += added
             blocks.append(x)
         if self.mid_block is not None:
-            x = self.mid_block(x, time, prompts)
-            blocks.append(x)
-        for block in self.up_blocks:
-            x = block(x, skips, time, prompts)
-            blocks.append(x)
-        return Denoised(self.conv_out(F.silu(self.conv_norm_out(x))), blocks)
+            blocks.append(self.mid_block(x, time, prompts))
+        return blocks, skips

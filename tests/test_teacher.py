@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -114,6 +115,40 @@ def test_a_sample_it_cannot_halve_is_refused(shape):
         teacher = build_teacher(SMALL)
     with pytest.raises(UsageError, match=r"takes \(N, 9, h, w\) with h and w multiples of 8"):
         teacher(torch.zeros(shape, device="meta"), torch.zeros(1), torch.arange(10)[None])
+
+
+def test_encode_is_forward_up_to_the_mid_block():
+    teacher = fill_golden(build_teacher(SMALL))
+    inputs = torch.randn(2, 9, 16, 16), torch.tensor([3, 700]), torch.arange(10).expand(2, 10)
+    with torch.no_grad():
+        blocks = teacher(*inputs).blocks
+        teacher.diff_model.up_blocks = torch.nn.ModuleList()
+        encoded = teacher.encode(*inputs)
+    assert len(encoded) == 5 and len(blocks) == 9
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(encoded, blocks, strict=False))
+    with pytest.raises(UsageError, match="multiples of 8"):
+        teacher.encode(inputs[0][..., :12], *inputs[1:])
+
+
+@pytest.mark.parametrize("channels", [(32, 64), (32, 64, 96), (32, 64, 128, 160)])
+def test_coarse_feature_is_the_first_up_blocks_output(channels):
+    teacher = build_teacher(dataclasses.replace(SMALL, block_out_channels=channels, layers_per_block=1))
+    seen = []
+    teacher.diff_model.up_blocks[0].register_forward_hook(lambda m, i, output: seen.append(output))
+    with torch.no_grad():
+        out = teacher(torch.randn(1, 9, 16, 16), torch.tensor([5]), torch.arange(10)[None])
+    assert teacher.coarse_feature(out) is seen[0]
+    size = 16 >> (len(channels) - 2)
+    assert seen[0].shape == (1, channels[-1], size, size)
+
+
+def test_published_coarse_feature(monkeypatch):
+    monkeypatch.setattr(gla, "gated_linear_attention", lambda q, k, v, g: v)  # autocast knows no meta tensors
+    with torch.device("meta"):
+        teacher = build_teacher()
+        out = teacher(torch.zeros(2, 9, 64, 64), torch.zeros(2), torch.zeros(2, 10, dtype=torch.int64))
+    assert teacher.coarse_feature(out) is out.blocks[5]
+    assert out.blocks[5].shape == (2, 1280, 16, 16)
 
 
 def test_config_survives_json():

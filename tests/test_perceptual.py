@@ -1,0 +1,231 @@
+"""The latent perceptual distances: the teacher's features by hand, E-LatentLPIPS through a stand-in package."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.model import Teacher, TeacherConfig, build_teacher
+from moebius_edge.training.perceptual import (
+    ELATENTLPIPS_FILES,
+    ELatentLPIPS,
+    TeacherFeatures,
+    choose_distance,
+    unit_distance,
+)
+
+torch.set_num_threads(1)
+
+CONFIG = TeacherConfig(
+    block_out_channels=(32, 64),
+    num_heads=2,
+    cross_attention_dim=16,
+    prompt_embedding_dim=16,
+    layers_per_block=1,
+    gate_rank=4,
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    return build_teacher(CONFIG)
+
+
+def latents() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Predicted, clean, mask, masked."""
+    torch.manual_seed(1)
+    predicted, clean, masked = torch.randn(3, 2, 4, 8, 8)
+    return predicted, clean, torch.ones(2, 1, 8, 8), masked
+
+
+def test_unit_distance_by_hand() -> None:
+    features = torch.tensor([[3.0, 1.0], [4.0, 0.0]])[None, :, None, :]  # at two positions (3, 4) and (1, 0)
+    references = torch.tensor([[4.0, 0.0], [3.0, 5.0]])[None, :, None, :]
+    expected = ((0.6 - 0.8) ** 2 + (0.8 - 0.6) ** 2 + 2) / 2
+    assert unit_distance(features, references).item() == pytest.approx(expected)
+    assert unit_distance(7 * features, references).item() == pytest.approx(expected)
+    assert unit_distance(-references, references).item() == pytest.approx(4)
+
+
+def test_unit_distance_survives_empty_features_and_half_precision() -> None:
+    features = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    unit_distance(features, torch.ones(1, 4, 2, 2)).backward()
+    assert features.grad is not None and bool(features.grad.isfinite().all())
+    large = torch.full((1, 1280, 2, 2), 100.0, dtype=torch.float16)  # its square is beyond float16
+    assert unit_distance(large, large).item() == 0
+
+
+def test_the_teachers_distance_is_that_of_its_down_and_mid_blocks(teacher: Teacher) -> None:
+    predicted, clean, mask, masked = latents()
+    distance = TeacherFeatures(teacher, timestep=17)
+    blocks = []
+    for latent in (predicted, clean):
+        sample, ids = torch.cat([latent, mask, masked], 1), torch.arange(10).expand(2, 10)
+        with torch.no_grad():
+            blocks.append(teacher(sample, torch.tensor([17, 17]), ids).blocks[:3])
+    expected = sum(unit_distance(ours, theirs) for ours, theirs in zip(*blocks, strict=True)) / 3
+    torch.testing.assert_close(distance(predicted, clean, mask, masked), expected)
+    assert distance(clean, clean, mask, masked).item() == 0
+
+
+def test_the_teachers_decoder_is_not_run(teacher: Teacher) -> None:
+    teacher.diff_model.up_blocks = nn.ModuleList()
+    del teacher.diff_model.conv_out
+    assert TeacherFeatures(teacher)(*latents()).item() > 0
+
+
+def test_gradients_reach_the_predicted_latent_alone(teacher: Teacher) -> None:
+    inputs = [x.requires_grad_() for x in latents()[:2]]
+    teacher.train()
+    TeacherFeatures(teacher)(*inputs, *latents()[2:]).backward()
+    assert inputs[0].grad is not None and float(inputs[0].grad.abs().min()) > 0
+    assert inputs[1].grad is None
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_descending_brings_the_latents_together(teacher: Teacher) -> None:
+    predicted, clean, mask, masked = latents()
+    distance = TeacherFeatures(teacher)
+    predicted.requires_grad_()
+    optimiser = torch.optim.Adam([predicted], lr=0.1)
+    before = (predicted - clean).square().mean().item()
+    for _ in range(20):
+        optimiser.zero_grad()
+        distance(predicted, clean, mask, masked).backward()
+        optimiser.step()
+    assert (predicted - clean).square().mean().item() < 0.5 * before
+
+
+def test_the_teachers_distance_in_half_precision(teacher: Teacher) -> None:
+    exact = TeacherFeatures(teacher)(*latents())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = TeacherFeatures(teacher)(*latents())
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    assert TeacherFeatures(teacher.bfloat16())(*latents()).item() == pytest.approx(exact.item(), rel=0.05)
+
+
+class FakeNetwork(nn.Module):
+    """Stands in for elatentlpips.ELatentLPIPS: talks, has weights and dropout, draws random numbers."""
+
+    made: list[dict[str, Any]] = []
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        print("Loading VGG16bn-base from: somewhere")
+        self.made.append(options)
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, in0: Tensor, in1: Tensor, normalize: bool = True) -> Tensor:
+        assert not normalize and in0.dtype == in1.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu") and not self.training
+        shift = torch.rand(()) * 0
+        return self.weight * (in0 - in1 + shift).abs().mean((1, 2, 3), keepdim=True)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The stand-in is importable, the working folder empty, and the network out of reach."""
+    module = ModuleType("elatentlpips")
+    module.__spec__ = ModuleSpec("elatentlpips", None)
+    module.ELatentLPIPS = FakeNetwork  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "elatentlpips", module)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: pytest.fail("a download"))
+    monkeypatch.setattr(FakeNetwork, "made", [])
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def put_weights() -> None:
+    for path in ELATENTLPIPS_FILES:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+
+def test_elatentlpips_is_told_what_our_latents_are(package: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    put_weights()
+    state = torch.get_rng_state()
+    distance = ELatentLPIPS(CPU)
+    assert torch.equal(torch.get_rng_state(), state), "the trial call moved the caller's random numbers"
+    assert FakeNetwork.made == [{"encoder": "sdxl", "augment": "bg", "verbose": False}]
+    printed = capsys.readouterr()
+    assert printed.out == "" and "VGG16bn" in printed.err
+
+    predicted, clean, mask, masked = latents()
+    predicted.requires_grad_()
+    clean.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = distance(predicted.bfloat16(), clean, mask, masked)
+    assert value.item() == pytest.approx(2 * (predicted.bfloat16() - clean).abs().mean().item(), rel=1e-6)
+    value.backward()
+    assert predicted.grad is not None and clean.grad is None
+    assert not any(p.requires_grad for p in distance.network.parameters())
+
+
+def test_auto_takes_elatentlpips_only_when_all_of_it_is_at_hand(package: ModuleType, teacher: Teacher) -> None:
+    assert choose_distance("auto", teacher).name == "teacher"
+    put_weights()
+    assert choose_distance("auto", teacher).name == "elatentlpips"
+    assert choose_distance("elatentlpips", teacher).name == "elatentlpips"
+    assert choose_distance("teacher", teacher).name == "teacher"
+    ELATENTLPIPS_FILES[0].unlink()
+    assert choose_distance("auto", teacher).name == "teacher"
+
+
+def test_asked_for_without_its_weights(package: ModuleType, teacher: Teacher) -> None:
+    put_weights()
+    ELATENTLPIPS_FILES[1].unlink()
+    text = r"lacks elatentlpips' weights ckpt/sdxl_latest_vgg16_tuned.pth; run there: python -c \"import elatentlpips"
+    with pytest.raises(MachineError, match=text):
+        choose_distance("elatentlpips", teacher)
+    assert FakeNetwork.made == []
+
+
+def test_asked_for_without_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Teacher) -> None:
+    monkeypatch.delitem(sys.modules, "elatentlpips", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_distance("auto", teacher).name == "teacher"
+    with pytest.raises(MachineError, match='elatentlpips is not installed; run: pip install elatentlpips "setuptools'):
+        choose_distance("elatentlpips", teacher)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            ImportError("No module named 'torchvision'"),
+            r"cannot be imported \(No module named 'torchvision'\); run: pip",
+        ),
+        (
+            RuntimeError("Ninja is required\nmore"),
+            r"does not work on cpu \(Ninja is required\); delete ckpt and run: p",
+        ),
+        (EOFError(), r"does not work on cpu \(EOFError\); .* or choose the distance teacher"),
+    ],
+)
+def test_auto_hides_no_failure_of_what_is_there(
+    package: ModuleType, monkeypatch: pytest.MonkeyPatch, teacher: Teacher, error: Exception, text: str
+) -> None:
+    put_weights()
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(package, "ELatentLPIPS", fail)
+    with pytest.raises(MachineError, match=text):
+        choose_distance("auto", teacher)
+
+
+def test_another_name_is_refused(teacher: Teacher) -> None:
+    with pytest.raises(UsageError, match="no latent distance 'lpips': choose auto, teacher or elatentlpips"):
+        choose_distance("lpips", teacher)

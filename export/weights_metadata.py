@@ -21,8 +21,7 @@ def guidance_metadata(guidance: float) -> dict[str, str]:
 
     Raises UsageError unless it is finite and more than 1.
     """
-    if not is_distillable(guidance):
-        raise UsageError(f"distilled guidance is {guidance}: give a number of more than 1, such as 2.0")
+    _check(guidance)
     return {_KEY: repr(float(guidance))}
 
 
@@ -34,12 +33,17 @@ def find_guidance(checkpoint: Path, given: float | None) -> float | None:
         BundleError: the file is damaged, or the note is no guidance.
         MachineError: the file cannot be read, or the package safetensors is missing.
     """
-    if given is not None and not is_distillable(given):
-        raise UsageError(f"distilled guidance is {given}: give a number of more than 1, such as 2.0")
+    if given is not None:
+        _check(given)
     noted = _noted(checkpoint)
-    if noted is not None and given is not None and given != noted:
-        raise UsageError(f"{checkpoint} has guidance {noted} distilled into it, not {given}: leave the option out")
-    return given if noted is None else noted
+    if noted is None or given in (None, noted):
+        return given if noted is None else noted
+    raise UsageError(f"{checkpoint} notes guidance {noted} as distilled, not {given}: leave --distilled-guidance out")
+
+
+def _check(guidance: float) -> None:
+    if not is_distillable(guidance):
+        raise UsageError(f"distilled guidance is {guidance}: give a number of more than 1, such as 2.0")
 
 
 def _noted(checkpoint: Path) -> float | None:

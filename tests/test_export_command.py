@@ -75,7 +75,24 @@ def test_defaults_are_the_exporters(exporter: list, tmp_path: Path, capsys: Capt
     assert vae is None and given["config"] is None and given["force"] is False
     assert {name: given[name] for name in exporter_defaults} == exporter_defaults
     document = json.loads(capsys.readouterr().out)
-    assert document == {"output": str(tmp_path / "b"), "gate": {"psnr_db": 99.0}, "exit_code": 0}
+    assert document == {
+        "output": str(tmp_path / "b"),
+        "distilled_guidance": None,
+        "gate": {"psnr_db": 99.0},
+        "exit_code": 0,
+    }
+
+
+def test_distilled_guidance_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured) -> None:
+    def exported(*paths: Any, **options: Any) -> Bundle:
+        return Bundle.load(make_toy_bundle(Path(paths[2]), distilled_guidance=options["distilled_guidance"]))
+
+    monkeypatch.setattr(export_package, "export_bundle", exported)
+    command = ["export", "w.bin", "--vae", "vae", "-o", str(tmp_path / "b"), "--distilled-guidance", "2.5"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "  guidance 2.5 distilled, one call a step"
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["distilled_guidance"] == 2.5
 
 
 def test_an_unknown_precision_is_a_usage_error(exporter: list, tmp_path: Path, capsys: Captured) -> None:

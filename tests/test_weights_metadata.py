@@ -45,7 +45,7 @@ def test_a_guidance_that_cannot_be_distilled(tmp_path: Path, guidance: float) ->
 
 def test_a_note_is_not_overruled(tmp_path: Path) -> None:
     path = weights(tmp_path / "student.safetensors", guidance_metadata(2.0))
-    with pytest.raises(UsageError, match=r"student.safetensors has guidance 2.0 distilled into it, not 3.0: leave"):
+    with pytest.raises(UsageError, match=r"notes guidance 2.0 as distilled, not 3.0: leave --distilled-g"):
         find_guidance(path, 3.0)
 
 

@@ -135,7 +135,8 @@ def export(
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
     if as_json and job is None:
-        console.print_json({"output": str(bundle.path), "gate": bundle.gate, "exit_code": 0})
+        facts = {"output": str(bundle.path), "distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
+        console.print_json({**facts, "exit_code": 0})
     if not as_json:
         _print_bundle(bundle)
     if job is not None:
@@ -147,6 +148,8 @@ def export(
 def _print_bundle(bundle: Bundle) -> None:
     total = console.size(bundle.summary()["total_bytes"])
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
+    if bundle.distilled_guidance is not None:
+        print(f"  guidance {bundle.distilled_guidance:g} distilled, one call a step")
     for name, value in bundle.gate.items():
         if isinstance(value, float):
             print(f"  {name} {value:.4g}")

@@ -20,6 +20,7 @@ from moebius_edge.bundle import Bundle
 from moebius_edge.errors import BundleError
 from moebius_edge.export.precision import ISLAND_MODULES, ISLANDS, to_float16
 from moebius_edge.fidelity import compare
+from moebius_edge.guidance import choose_guidance
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.trajectory import Trajectory, run_trajectory
 
@@ -44,15 +45,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float)
     options = parser.parse_args()
     bundle = Bundle.load(options.bundle)
     if bundle.precision != "float32":
         raise SystemExit(f"{bundle.path} is {bundle.precision}: name a float32 bundle")
+    guidance = choose_guidance(options.guidance, bundle.distilled_guidance).sampled
 
     def trajectory(of: Bundle) -> Trajectory:
         runtime = OrtRuntime(of)
-        return run_trajectory(runtime, steps=options.steps, guidance=options.guidance, on_step=lambda done, total: None)
+        return run_trajectory(runtime, steps=options.steps, guidance=guidance, on_step=lambda done, total: None)
 
     reference = trajectory(bundle)
     print(f"{'in FP16':<36} {'PSNR, dB':>9} {'SSIM':>9} {'latent, rms':>12}")

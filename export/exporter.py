@@ -17,6 +17,7 @@ from .. import __version__
 from ..bundle import Bundle, write_bundle
 from ..errors import MachineError, UsageError
 from ..files import atomic_directory
+from ..guidance import choose_guidance
 from ..manifest import resolved_components
 from ..spec import LATENT_DOWNSCALE
 from .source import Source, find_source, load_config, load_student, load_vae
@@ -45,7 +46,8 @@ def export_bundle(
     description: str | None = None,
     licence: str | None = None,
     steps: int = 20,
-    guidance: float = 2.0,
+    guidance: float | None = None,
+    distilled_guidance: float | None = None,
     precision: str = "float32",
     min_psnr_db: float | None = None,
     progress: Progress | None = None,
@@ -55,9 +57,11 @@ def export_bundle(
 
     ``config`` is a JSON file of a ``StudentConfig``; ``source.find_source`` says where one is looked for.
     ``steps`` and ``guidance`` are the gate's; they are the bundle's defaults too, unless the model is a bundled
-    one. ``precision`` is ``float32`` or ``float16``; ``min_psnr_db`` is by default that precision's in
-    ``MIN_PSNR_DB``. ``progress(stage, fraction)`` is told what is being done; the fraction is of that stage, None where
-    not known. An existing bundle at ``output`` is replaced only with ``force``.
+    one. ``distilled_guidance`` is for a student that has learned guidance and whose checkpoint does not note it; the
+    gate is then taken at that guidance, as the bundle will run. ``precision`` is ``float32`` or ``float16``;
+    ``min_psnr_db`` is by default that precision's in ``MIN_PSNR_DB``. ``progress(stage, fraction)`` is told what is
+    being done; the fraction is of that stage, None where not known. An existing bundle at ``output`` is replaced only
+    with ``force``.
 
     Raises:
         UsageError: an argument is unusable, or ``output`` may not be replaced.
@@ -67,12 +71,10 @@ def export_bundle(
     """
     if not 2 <= steps <= 1000:
         raise UsageError(f"{steps} steps make no trajectory: choose 2 to 1000")
-    if not 0 <= guidance < float("inf"):
-        raise UsageError(f"guidance {guidance} is unusable: choose 0 or more, such as 2.0")
     if precision not in MIN_PSNR_DB:
         raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(MIN_PSNR_DB)}")
     floor = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
-    found = find_source(source, vae, config)
+    found = find_source(source, vae, config, distilled_guidance)
     _refuse_loss(Path(output), found)
     given = {"name": name, "description": description, "licence": licence}
     card: dict[str, Any] = {
@@ -80,9 +82,13 @@ def export_bundle(
         **{key: value for key, value in given.items() if value is not None},
         "precision": precision,
         "scaling_factor": found.scaling_factor,
+        "distilled_guidance": found.distilled_guidance,
     }
-    trajectory = {"steps": steps, "guidance": guidance, "start": "image"}
+    scale, _ = choose_guidance(guidance, found.distilled_guidance)
+    trajectory = {"steps": steps, "guidance": scale, "start": "image"}
     card["defaults"] = {**trajectory, **BUNDLED_DEFAULTS.get(found.bundled or "", {})}
+    if found.distilled_guidance is not None:
+        card["defaults"]["guidance"] = scale  # a bundled model's own would be refused
     with atomic_directory(output, overwrite=force) as folder:
         _fill(folder, found, card, trajectory, floor, progress or _silent)
     return Bundle.load(Path(output), verify=False)
@@ -97,6 +103,9 @@ def _fill(
     tell: Progress,
 ) -> None:
     """Write the graphs, measure them on ``trajectory``, and only then describe them as a bundle that has passed."""
+    steps = trajectory["steps"]
+    # As the bundle will run: with distilled guidance on the conditional branch alone.
+    guidance = choose_guidance(trajectory["guidance"], found.distilled_guidance).sampled
     tell("load packages", None)
     card["tools"] = _tools()
     from ..fidelity import compare
@@ -125,27 +134,27 @@ def _fill(
         if half and name not in FLOAT32_COMPONENTS:
             card["float32_islands"][name] = to_float16(folder / component.file)
             check_onnx(folder / component.file, component)
-    reference = _run(TorchRuntime(student, vae, components), trajectory, "gate, PyTorch", tell)
+    reference = _run(TorchRuntime(student, vae, components), steps, guidance, "gate, PyTorch", tell)
 
     del student, vae, graphs  # a gigabyte at full size, and the other runtime needs as much again
     gc.collect()
     write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
     runtime = OrtRuntime(Bundle.load(folder, verify=False))
-    candidate = _run(runtime, trajectory, "gate, ONNX Runtime", tell)
+    candidate = _run(runtime, steps, guidance, "gate, ONNX Runtime", tell)
     figures = compare(candidate, reference)
     judge(figures, min_psnr_db)
     tell("write bundle.json", None)
     write_bundle(folder, gate={**figures, "min_psnr_db": min_psnr_db, **trajectory, **CONDITIONS}, **card)
 
 
-def _run(runtime: Runtime, trajectory: dict[str, Any], stage: str, tell: Progress) -> Trajectory:
+def _run(runtime: Runtime, steps: int, guidance: float, stage: str, tell: Progress) -> Trajectory:
     from ..trajectory import run_trajectory
 
     tell(stage, 0.0)
     return run_trajectory(
         runtime,
-        steps=trajectory["steps"],
-        guidance=trajectory["guidance"],
+        steps=steps,
+        guidance=guidance,
         on_step=lambda done, total: tell(stage, done / total),
     )
 

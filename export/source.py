@@ -16,6 +16,7 @@ from ..bundle import ASSETS, BUNDLED
 from ..errors import BundleError, MachineError, UsageError
 from ..files import sha256_file
 from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE
+from .weights_metadata import find_guidance
 
 if TYPE_CHECKING:
     from ..model import Student, StudentConfig
@@ -32,7 +33,8 @@ PUBLISHED_SCALING_FACTOR = 0.13025
 class Source:
     """The files of one model. ``config`` is None where the published configuration holds.
 
-    ``bundled`` is the bundled model's name, None for the user's own file.
+    ``bundled`` is the bundled model's name, None for the user's own file; ``distilled_guidance`` what its student
+    predicts by itself, None where it learned none.
     """
 
     bundled: str | None
@@ -41,6 +43,7 @@ class Source:
     vae: Path
     vae_weights: Path
     scaling_factor: float
+    distilled_guidance: float | None = None
 
     def provenance(self) -> dict[str, Any]:
         """For ``bundle.json``: file names and SHA-256, no paths."""
@@ -51,16 +54,20 @@ class Source:
 
 
 def find_source(
-    source: str | os.PathLike[str], vae: str | os.PathLike[str] | None, config: str | os.PathLike[str] | None
+    source: str | os.PathLike[str],
+    vae: str | os.PathLike[str] | None,
+    config: str | os.PathLike[str] | None,
+    distilled_guidance: float | None = None,
 ) -> Source:
     """Locate everything before anything large is read.
 
     The configuration is ``config``, else the first of ``<stem>.json``, ``student.json`` and ``config.json``
     beside the checkpoint (a diffusers configuration there is passed over), else the published one. A bundled
-    model brings its own VAE unless ``vae`` names another.
+    model brings its own VAE unless ``vae`` names another. ``distilled_guidance`` as in ``weights_metadata``.
 
     Raises:
-        UsageError: SOURCE or the VAE is no such thing. MachineError: a file is missing or cannot be read.
+        UsageError: SOURCE or the VAE is no such thing, or the checkpoint notes another guidance.
+        BundleError: the checkpoint's header is damaged. MachineError: a file is missing or cannot be read.
     """
     if isinstance(source, str) and source in BUNDLED:
         folder = ASSETS / source / "checkpoint"
@@ -83,7 +90,8 @@ def find_source(
             raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
         vae_folder = Path(vae)
     weights, scaling_factor = _find_vae(vae_folder)
-    return Source(bundled, checkpoint, _find_config(checkpoint, config), vae_folder, weights, scaling_factor)
+    guidance = find_guidance(checkpoint, distilled_guidance)
+    return Source(bundled, checkpoint, _find_config(checkpoint, config), vae_folder, weights, scaling_factor, guidance)
 
 
 def load_config(source: Source) -> StudentConfig:

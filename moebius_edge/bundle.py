@@ -14,8 +14,8 @@ from typing import Any
 
 from .errors import BundleError, MachineError
 from .files import atomic_write, safe_join, sha256_file
-from .manifest import SCHEDULER, component_table, read_manifest, resolved_components
-from .spec import LATENT_DOWNSCALE, SCHEMA_VERSION, Component
+from .manifest import SCHEDULER, component_table, read_manifest, resolved_components, schema_version
+from .spec import LATENT_DOWNSCALE, Component
 
 BUNDLE_FILE = "bundle.json"
 ENGINES_FOLDER = "engines"  # built later, for one machine each, so the hashes do not cover it
@@ -45,6 +45,7 @@ class Bundle:
     components: dict[str, Component]
     # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
     float32_islands: dict[str, Any] = field(default_factory=dict)
+    distilled_guidance: float | None = None  # what the conditional branch predicts by itself; see ``guidance``
 
     @classmethod
     def load(cls, path_or_name: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -77,6 +78,7 @@ class Bundle:
             gate=data["gate"],
             tools=data["tools"],
             float32_islands=data.get("float32_islands", {}),
+            distilled_guidance=data.get("distilled_guidance"),
             files=data["files"],
             components=resolved_components(data["resolution"]),
         )
@@ -92,9 +94,10 @@ class Bundle:
             "path": str(self.path),
             "description": self.description,
             "licence": self.licence,
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": schema_version(self.distilled_guidance),
             "precision": self.precision,
             "float32_islands": self.float32_islands,
+            "distilled_guidance": self.distilled_guidance,
             "resolution": self.resolution,
             "latent_size": self.latent_size,
             "scaling_factor": self.scaling_factor,
@@ -147,10 +150,12 @@ def write_bundle(
     tools: dict[str, Any],
     defaults: dict[str, Any],
     float32_islands: dict[str, Any] | None = None,
+    distilled_guidance: float | None = None,
 ) -> None:
     """Write ``bundle.json`` for the ONNX files that lie in ``folder``, hashing every file there.
 
     ``float32_islands`` lists what stayed float32 in a file of lower precision: component, operator type, node names.
+    ``distilled_guidance`` is the guidance that the conditional branch predicts by itself; it must be the default too.
     All values must be plain JSON; a NaN or an infinity is a ``ValueError``, for no gate passes with one.
 
     Raises:
@@ -159,12 +164,13 @@ def write_bundle(
     """
     root = Path(folder)
     content = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema_version(distilled_guidance),
         "name": name,
         "description": description,
         "licence": licence,
         "precision": precision,
         "float32_islands": float32_islands or {},
+        **({} if distilled_guidance is None else {"distilled_guidance": distilled_guidance}),
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
         "scaling_factor": scaling_factor,

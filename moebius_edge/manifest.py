@@ -12,10 +12,12 @@ from typing import Any
 
 from .errors import BundleError, MachineError
 from .files import safe_join
+from .guidance import is_distillable
 from .spec import (
     BETA_END,
     BETA_START,
     COMPONENTS,
+    DISTILLED_SCHEMA_VERSION,
     LATENT_DOWNSCALE,
     NOISE_OFFSET,
     NUM_TRAIN_TIMESTEPS,
@@ -78,6 +80,11 @@ def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     return data
 
 
+def schema_version(distilled_guidance: float | None) -> int:
+    """The schema of a bundle: raised with distilled guidance alone, so that older programs read all others."""
+    return SCHEMA_VERSION if distilled_guidance is None else DISTILLED_SCHEMA_VERSION
+
+
 def resolved_components(resolution: int) -> dict[str, Component]:
     """The components of ``spec`` with all sizes but the batch filled in."""
     return {
@@ -114,10 +121,10 @@ def _check(data: Any, folder: Path) -> None:
         raise _Problem("should hold a JSON object")
     _check_kind(data, "schema_version", "a whole number")  # first: another schema may have other fields
     version = data["schema_version"]
-    if version != SCHEMA_VERSION:
+    if version not in (SCHEMA_VERSION, DISTILLED_SCHEMA_VERSION):
         raise _Problem(
-            f"schema version {version} is unknown, this program reads version {SCHEMA_VERSION}",
-            "run `pip install --upgrade moebius-edge`" if version > SCHEMA_VERSION else "",
+            f"schema version {version} is unknown, this program reads {SCHEMA_VERSION} and {DISTILLED_SCHEMA_VERSION}",
+            "run `pip install --upgrade moebius-edge`" if version > DISTILLED_SCHEMA_VERSION else "",
         )
     for key, kind in _FIELDS.items():
         _check_kind(data, key, kind)
@@ -134,6 +141,7 @@ def _check(data: Any, folder: Path) -> None:
     for key in ("steps", "guidance", "start"):
         if key not in data["defaults"]:
             raise _Problem(f"'defaults' lacks '{key}'")
+    _check_guidance(version, data.get("distilled_guidance"), data["defaults"]["guidance"])
     _check_files(data["files"], folder)
     _check_components(data["components"], resolution)
 
@@ -143,6 +151,17 @@ def _check_kind(data: dict[str, Any], key: str, kind: str) -> None:
     if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):  # True would pass for a number
         found = f"{value!r:.60}" if key in data else "missing"
         raise _Problem(f"'{key}' should be {kind} and is {found}")
+
+
+def _check_guidance(version: int, distilled: Any, default: Any) -> None:
+    if version != schema_version(distilled):
+        raise _Problem(f"schema version {version} does not go with 'distilled_guidance' {distilled!r:.60}")
+    if distilled is None:
+        return
+    if not is_distillable(distilled):
+        raise _Problem(f"'distilled_guidance' should be a number of more than 1 and is {distilled!r:.60}")
+    if default != distilled:
+        raise _Problem(f"'defaults' has the guidance {default!r:.60}, and {distilled} is distilled")
 
 
 def _check_files(files: dict[str, Any], folder: Path) -> None:

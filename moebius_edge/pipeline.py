@@ -17,6 +17,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import UsageError
+from .guidance import choose_guidance
 from .imaging import Picture
 from .masks import Mask, latent_mask, threshold
 from .regions import Region, extract, extract_mask, plan_regions, prefill
@@ -100,7 +101,7 @@ class Inpainter:
         image: np.ndarray | Picture,
         mask: np.ndarray,
         steps: int = 20,
-        guidance: float = 2.0,
+        guidance: float | None = None,
         start: str = "image",
         seed: int = 0,
         strength: float | None = None,
@@ -116,7 +117,8 @@ class Inpainter:
                 stays grey.
             mask: (H, W), True or above half of its type's range where to fill.
             steps: length of the sampler's schedule, of which ``strength`` executes a part.
-            guidance: e = eu + guidance (ec - eu); 1 needs half the network's work.
+            guidance: e = eu + guidance (ec - eu); 1 needs half the network's work. Absent, 2; a model with distilled
+                guidance has its own, takes no other, and always needs half the work.
             start: where sampling starts. ``image``: from the original, as upstream; what is under the mask
                 leaks into the start, so an object to be removed may show through. ``prefill``: from the
                 original with its hole filled by a classical inpainter, right for removing an object.
@@ -138,7 +140,8 @@ class Inpainter:
             picture = image if isinstance(image, Picture) else Picture.from_array(image)
             hole = _checked_mask(mask, picture)
             strength = _checked_strength(start, strength)
-            _check_numbers(guidance, seed, feather)
+            guide = choose_guidance(guidance, self.bundle.distilled_guidance)
+            _check_numbers(seed, feather)
             if scheduler not in SCHEDULERS:
                 raise UsageError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
             sampler = SCHEDULERS[scheduler](steps, strength)
@@ -157,14 +160,15 @@ class Inpainter:
                         on_step(replace(step, index=done + step.index, total=len(regions) * calls))
 
                 noise = initial_noise(seed, number, self._latent_shape())
-                made = self._fill(picture.pixels, hole, region, start, noise, sampler, guidance, report, timer)
+                made = self._fill(picture.pixels, hole, region, start, noise, sampler, guide.sampled, report, timer)
                 with measured(timer, "stitch"):
                     stitch(canvas, made, region, hole, width)
             settings = {
                 "start": start,
                 "steps": steps,
                 "steps_executed": calls if regions else 0,
-                "guidance": guidance,
+                "guidance": guide.scale,
+                "distilled_guidance": self.bundle.distilled_guidance,
                 "strength": strength,
                 "scheduler": scheduler,
                 "seed": seed,
@@ -250,9 +254,7 @@ def _checked_strength(start: str, strength: float | None) -> float:
     return 1.0
 
 
-def _check_numbers(guidance: float, seed: int, feather: float | None) -> None:
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise UsageError(f"guidance is {guidance}: give a number of 0 or more, such as 2.0")
+def _check_numbers(seed: int, feather: float | None) -> None:
     if seed < 0:
         raise UsageError(f"seed is {seed}: give a whole number of 0 or more")
     if feather is not None and not (math.isfinite(feather) and feather >= 0):

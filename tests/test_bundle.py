@@ -140,7 +140,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path, verify: bool) ->
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (2, r"schema version 2 is unknown, this program reads version 1: run `pip install --upgrade"),
+        (3, r"schema version 3 is unknown, this program reads 1 and 2: run `pip install --upgrade"),
         (0, r"schema version 0 is unknown, .*: copy or download the bundle again"),
         ("1", r"'schema_version' should be a whole number and is '1'"),
         (True, r"'schema_version' should be a whole number and is True"),
@@ -149,6 +149,41 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path, verify: bool) ->
 )
 def test_unknown_schema_is_refused(tmp_path: Path, version: object, message: str) -> None:
     edit(make(tmp_path / "b"), lambda data: data.update(schema_version=version, description=7))
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(tmp_path / "b")
+
+
+def test_distilled_guidance_raises_the_schema(tmp_path: Path) -> None:
+    """A program that reads schema 1 alone would guide such a network a second time, without an error."""
+    defaults = {"steps": 20, "guidance": 2.5, "start": "image"}
+    folder = make(tmp_path / "b", distilled_guidance=2.5, defaults=defaults)
+    written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    assert (written["schema_version"], written["distilled_guidance"]) == (2, 2.5)
+    bundle = Bundle.load(folder)
+    assert bundle.distilled_guidance == 2.5
+    assert {key: bundle.summary()[key] for key in written} == written
+    plain = make(tmp_path / "plain")
+    assert "distilled_guidance" not in (plain / "bundle.json").read_text(encoding="utf-8")
+    assert Bundle.load(plain).distilled_guidance is None
+    assert Bundle.load(plain).summary()["distilled_guidance"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 1}, "schema version 1 does not go with 'distilled_guidance' 2.0"),
+        ({"distilled_guidance": None}, "schema version 2 does not go with 'distilled_guidance' None"),
+        ({"distilled_guidance": 1.0}, "'distilled_guidance' should be a number of more than 1 and is 1.0"),
+        ({"distilled_guidance": "2"}, "'distilled_guidance' should be a number of more than 1 and is '2'"),
+        ({"distilled_guidance": True}, "'distilled_guidance' should be a number of more than 1 and is True"),
+        ({"distilled_guidance": float("nan")}, "'distilled_guidance' should be a number of more than 1 and is nan"),
+        ({"distilled_guidance": 3.0}, "'defaults' has the guidance 2.0, and 3.0 is distilled"),
+    ],
+)
+def test_a_distilled_guidance_that_does_not_fit_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    edit(make(tmp_path / "b", distilled_guidance=2.0), lambda data: data.update(change))
     with pytest.raises(BundleError, match=message):
         Bundle.load(tmp_path / "b")
 

@@ -95,6 +95,23 @@ def test_two_devices_on_one_bundle(toy: Path, capsys: Captured, monkeypatch: pyt
     assert document["figures"]["psnr_db"] > 100
 
 
+def test_distilled_guidance_is_compared_with_guiding(toy: Path, capsys: Captured, tmp_path: Path) -> None:
+    distilled = make_toy_bundle(tmp_path / "distilled", name="distilled", distilled_guidance=1.5)
+    document = compared(capsys, toy, distilled, "--steps", "4")
+    assert document["settings"]["guidance"] == 1.5, "the one that both can have"
+    assert [document[side]["distilled_guidance"] for side in "ab"] == [None, 1.5]
+    assert document["figures"]["psnr_db"] > 100
+    assert main(["compare", str(toy), str(distilled), "--steps", "3", "--guidance", "1.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("A  toy (float32), ")
+    assert lines[1].startswith("B  distilled (float32, guidance distilled), ")
+    assert lines[2] == "3 steps, guidance 1.5, seed 20, a drawn scene"
+    refused(capsys, 2, "guidance is 2.0, and the model has guidance 1.5", toy, distilled, "--guidance", "2")
+    other = make_toy_bundle(tmp_path / "other", distilled_guidance=3.0)
+    message = f"{distilled} has guidance 1.5 distilled into it and {other} 3.0: compare bundles of one guidance"
+    refused(capsys, 2, message, distilled, other)
+
+
 def pictures(folder: Path, size: tuple[int, int] = (96, 80), holes: int = 1) -> tuple[Path, Path]:
     width, height = size
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

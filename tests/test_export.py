@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL
 from exporting import CONFIG, save_student, save_vae
 from golden import fill_golden
+from safetensors.torch import save
 from toy import make_toy_bundle
 
 from moebius_edge.bundle import Bundle
@@ -31,6 +32,7 @@ from moebius_edge.export import export_bundle
 from moebius_edge.export.gate import judge
 from moebius_edge.export.onnx_file import check_onnx
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
+from moebius_edge.export.weights_metadata import guidance_metadata
 from moebius_edge.manifest import resolved_components
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.runtimes.ort import OrtRuntime
@@ -226,6 +228,32 @@ def test_the_gate_sees_a_wrong_graph(
     with pytest.raises(QualityError, match="60 dB is the floor"):
         export_bundle(parts.student, parts.vae, tmp_path / "bundle", steps=STEPS)
     assert len(changed) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_distilled_guidance_is_gated_on_one_branch(
+    converted: None, parts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    plain = TorchRuntime._denoise
+
+    def counted(self: TorchRuntime, sample: Any, timestep: Any, branch: Any) -> Any:
+        rows.append(branch.tolist())
+        return plain(self, sample, timestep, branch)
+
+    monkeypatch.setattr(TorchRuntime, "_denoise", counted)
+    state = torch.load(parts.student, weights_only=True)
+    student = tmp_path / "student.safetensors"
+    student.write_bytes(save(state, guidance_metadata(3.0)))
+    shutil.copy(parts.student.with_suffix(".json"), tmp_path / "student.json")
+    bundle = export_bundle(student, parts.vae, tmp_path / "noted", steps=3)
+    assert rows == [[0], [0]], "the conditional branch alone"
+    assert (bundle.distilled_guidance, bundle.defaults["guidance"], bundle.gate["guidance"]) == (3.0, 3.0, 3.0)
+    assert bundle.gate["psnr_db"] >= 60
+    said = export_bundle(parts.student, parts.vae, tmp_path / "said", steps=2, distilled_guidance=1.5)
+    assert said.distilled_guidance == said.defaults["guidance"] == 1.5 and rows[2:] == [[0]]
+    with pytest.raises(UsageError, match="guidance is 2.0, and the model has guidance 3.0 distilled"):
+        export_bundle(student, parts.vae, tmp_path / "other", guidance=2.0)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_verdict_names_the_figures() -> None:

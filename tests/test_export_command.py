@@ -43,7 +43,7 @@ def exporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tupl
 def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "bundle"
     options = ["--config", "c.json", "--steps", "4", "--guidance", "0", "--force"]
-    options += ["--precision", "fp16", "--min-psnr", "50"]
+    options += ["--precision", "fp16", "--min-psnr", "50", "--distilled-guidance", "3"]
     assert main(["export", "w.bin", "--vae", "vae", "--output", str(out), *options]) == 0
     ((source, vae, output), given) = exporter[0]
     assert (source, Path(vae), Path(output)) == ("w.bin", Path("vae"), out)
@@ -52,6 +52,7 @@ def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Capt
         "config": Path("c.json"),
         "steps": 4,
         "guidance": 0.0,
+        "distilled_guidance": 3.0,
         "precision": "float16",
         "min_psnr_db": 50.0,
         "force": True,
@@ -63,15 +64,35 @@ def test_options_reach_the_exporter(exporter: list, tmp_path: Path, capsys: Capt
     assert stderr.splitlines() == ["load weights", "gate, PyTorch: 50 of 100"]
 
 
+NAMES = ("steps", "guidance", "distilled_guidance", "precision", "min_psnr_db")
+
+
 def test_defaults_are_the_exporters(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     parameters = inspect.signature(export_bundle).parameters
-    exporter_defaults = {name: parameters[name].default for name in ("steps", "guidance", "precision", "min_psnr_db")}
+    exporter_defaults = {name: parameters[name].default for name in NAMES}
     assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--json"]) == 0
     ((_, vae, _), given) = exporter[0]
     assert vae is None and given["config"] is None and given["force"] is False
     assert {name: given[name] for name in exporter_defaults} == exporter_defaults
     document = json.loads(capsys.readouterr().out)
-    assert document == {"output": str(tmp_path / "b"), "gate": {"psnr_db": 99.0}, "exit_code": 0}
+    assert document == {
+        "output": str(tmp_path / "b"),
+        "distilled_guidance": None,
+        "gate": {"psnr_db": 99.0},
+        "exit_code": 0,
+    }
+
+
+def test_distilled_guidance_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured) -> None:
+    def exported(*paths: Any, **options: Any) -> Bundle:
+        return Bundle.load(make_toy_bundle(Path(paths[2]), distilled_guidance=options["distilled_guidance"]))
+
+    monkeypatch.setattr(export_package, "export_bundle", exported)
+    command = ["export", "w.bin", "--vae", "vae", "-o", str(tmp_path / "b"), "--distilled-guidance", "2.5"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "  guidance 2.5 distilled, one call a step"
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["distilled_guidance"] == 2.5
 
 
 def test_an_unknown_precision_is_a_usage_error(exporter: list, tmp_path: Path, capsys: Captured) -> None:
@@ -173,13 +194,15 @@ def test_the_name_tiny_means_its_bundle_when_engines_are_built(
     assert bundle.path == tmp_path / "b" and bundle.files == Bundle.load("tiny").files
 
 
-@pytest.mark.parametrize("option", [("--vae", "x"), ("--config", "x"), ("--precision", "fp16")])
+@pytest.mark.parametrize(
+    "option", [("--vae", "x"), ("--config", "x"), ("--precision", "fp16"), ("--distilled-guidance", "2")]
+)
 def test_a_bundle_is_complete(
     builder: EngineBuilder, tmp_path: Path, capsys: Captured, option: tuple[str, str]
 ) -> None:
     toy = make_toy_bundle(tmp_path / "toy")
     assert main(["export", str(toy), "--engine", "tensorrt", *option]) == 2
-    expected = "is a bundle, complete as it is: leave --vae, --config and --precision out"
+    expected = "is a bundle, complete as it is: leave --vae, --config, --precision and --distilled-guidance out"
     assert expected in capsys.readouterr().err
     assert builder.builds == []
 

@@ -114,7 +114,7 @@ def test_things_that_are_not_there(parts: SimpleNamespace, tmp_path: Path) -> No
         ({"source": tmp_path}, UsageError, "is a folder: name the file"),
         ({"config": tmp_path / "none.json"}, MachineError, "cannot read .*none.json"),
         ({"output": tmp_path / "no" / "where"}, MachineError, "mkdir -p"),
-        ({"guidance": -1.0}, UsageError, "guidance -1.0"),
+        ({"guidance": -1.0}, UsageError, "guidance is -1.0"),
         (
             {"name": "", "config": parts.vae / "config.json"},
             BundleError,

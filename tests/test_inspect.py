@@ -50,6 +50,18 @@ def test_what_stayed_float32_is_counted(toy: Path, capsys: Captured) -> None:
     assert json.loads(capsys.readouterr().out)["float32_islands"] == islands
 
 
+def test_distilled_guidance_is_shown(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["inspect", str(toy)]) == 0
+    assert not any(line.startswith("guidance ") for line in capsys.readouterr().out.splitlines())
+    distilled = make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.5)
+    assert main(["inspect", str(distilled)]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["guidance", "2.5, distilled into the network: one call a step"] in lines
+    assert main(["inspect", str(distilled), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["distilled_guidance"], document["schema_version"]) == (2.5, 2)
+
+
 def sizes(toy: Path) -> list[str]:
     return [f"{(toy / 'denoiser.onnx').stat().st_size / 1000:.1f}", "kB"]
 

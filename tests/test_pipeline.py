@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,18 @@ def test_guidance_mixes_the_branches_and_at_one_runs_half(photo: np.ndarray, hol
         assert runtime.called("denoiser")[0]["branch"].tolist() == ([0] if rows == 1 else [1, 0])
 
 
+def test_distilled_guidance_runs_one_branch_and_is_stated(photo: np.ndarray, hole: np.ndarray) -> None:
+    runtime = FakeRuntime()
+    with Inpainter(replace(BUNDLE, distilled_guidance=3.0), runtime) as inpainter:
+        for chosen in ({}, {"guidance": 3}):
+            settings = inpainter.inpaint(photo, hole, steps=4, **chosen).settings
+            assert (settings["guidance"], settings["distilled_guidance"]) == (3.0, 3.0)
+        assert [f["branch"].tolist() for f in runtime.called("denoiser")] == [[0]] * 6
+        for other in (1, 2.0):
+            with pytest.raises(UsageError, match="has guidance 3.0 distilled into it and takes no other"):
+                inpainter.inpaint(photo, hole, steps=4, guidance=other)
+
+
 def test_denoise_on_a_batch_without_pictures() -> None:
     rng = np.random.default_rng(0)
     latents, masked = rng.standard_normal((2, 3, 4, LATENT, LATENT), np.float32)
@@ -291,6 +304,7 @@ def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
         "steps": 10,
         "steps_executed": 5,
         "guidance": 1.5,
+        "distilled_guidance": None,
         "strength": 0.5,
         "scheduler": "dpm++2m",
         "seed": 7,

@@ -146,6 +146,33 @@ def test_what_is_not_chosen_is_the_bundles(here: Path, tmp_path: Path, capsys: C
     )
 
 
+def test_distilled_guidance_costs_one_row_and_is_named(here: Path, tmp_path: Path, capsys: Captured) -> None:
+    folder = make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.5)  # NaN on the unconditional branch
+    write_pair(here)
+    assert run(folder, "photo.png", "photo_mask.png", "--latency-report", "report.json") == 0
+    assert ", guidance 2.5 (distilled, one call a step), strength 0.99" in capsys.readouterr().out
+    settings = json.loads((here / "report.json").read_text())["settings"]
+    assert (settings["guidance"], settings["distilled_guidance"]) == (2.5, 2.5)
+    assert run(folder, "photo.png", "photo_mask.png", "--guidance", "2.5", "--json") == 0
+    settings = json.loads(capsys.readouterr().out)["results"][0]["settings"]
+    assert (settings["guidance"], settings["distilled_guidance"]) == (2.5, 2.5)
+
+
+def test_another_guidance_than_the_distilled_ends_a_batch_at_once(
+    here: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    folder = make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.5)
+    for stem in ("one", "two"):
+        write_pair(here / "in", stem)
+    assert run(folder, "in", "in", "-o", "out", "--guidance", "1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: guidance is 1.0, and the model has guidance 2.5 distilled into it and takes no other: leave it out, "
+        "or use a model without distilled guidance"
+    ]
+    assert not (here / "out").exists()
+
+
 @pytest.mark.parametrize(("chosen", "strength"), [((), 0.5), (("--start", "noise"), 1.0), (("--strength", "1"), 1.0)])
 def test_a_bundles_strength_goes_with_its_start_alone(
     here: Path, tmp_path: Path, capsys: Captured, chosen: tuple[str, ...], strength: float

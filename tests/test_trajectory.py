@@ -48,6 +48,16 @@ def test_it_ends_where_any_correct_sampler_ends(tmp_path: Path, scene: Scene | N
     assert not runtime.active
 
 
+def test_distilled_guidance_ends_where_guiding_does(tmp_path: Path) -> None:
+    """The unconditional branch of the distilled toy is NaN: it is not run."""
+    ends = []
+    for distilled, guidance in ((None, 1.5), (1.5, 1)):
+        folder = make_toy_bundle(tmp_path / str(distilled), distilled_guidance=distilled)
+        runtime = OrtRuntime(Bundle.load(folder))
+        ends.append(run_trajectory(runtime, steps=4, guidance=guidance, on_step=lambda done, total: None).image)
+    np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
+
+
 def test_a_component_that_is_not_finite_is_named(tmp_path: Path) -> None:
     runtime = OrtRuntime(Bundle.load(make_toy_bundle(tmp_path / "toy", nan_in="vae_encoder")))
     with pytest.raises(BundleError, match="vae_encoder returned NaN on onnxruntime"):

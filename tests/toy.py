@@ -9,6 +9,7 @@ number of steps; one that is wrong does not. Everything here needs numpy and onn
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,20 @@ _EPSILON = 1e-3  # keeps the mean of an empty surrounding finite
 
 
 def make_toy_bundle(
-    folder: Path, resolution: int = 64, *, name: str = "toy", nan_in: str | None = None
+    folder: Path,
+    resolution: int = 64,
+    *,
+    name: str = "toy",
+    nan_in: str | None = None,
+    distilled_guidance: float | None = None,
 ) -> Path:
-    """Write a toy bundle to ``folder`` and return it. ``nan_in`` names a component whose weights are NaN."""
+    """Write a toy bundle to ``folder`` and return it. ``nan_in`` names a component whose weights are NaN.
+
+    With ``distilled_guidance`` the conditional branch is guided already, and the unconditional one returns NaN.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = {"vae_encoder": _encoder, "denoiser": _denoiser, "vae_decoder": _decoder}
+    denoiser = partial(_denoiser, distilled_guidance=distilled_guidance)
+    graphs = {"vae_encoder": _encoder, "denoiser": denoiser, "vae_decoder": _decoder}
     for component, build in graphs.items():
         weight = np.float32(np.nan) if component == nan_in else np.float32(1)
         onnx.save(build(COMPONENTS[component], resolution, weight), os.fspath(folder / f"{component}.onnx"))
@@ -52,7 +62,8 @@ def make_toy_bundle(
         source={"toy": "0" * 64},
         gate={"psnr_db": 99.0},
         tools={"onnx": onnx.__version__},
-        defaults={"steps": 20, "guidance": 2.0, "start": "image"},
+        defaults={"steps": 20, "guidance": distilled_guidance or 2.0, "start": "image"},
+        distilled_guidance=distilled_guidance,
     )
     return folder
 
@@ -127,8 +138,13 @@ def _decoder(component: Component, resolution: int, weight: np.float32) -> onnx.
     return _model(component, resolution, nodes, constants)
 
 
-def _denoiser(component: Component, resolution: int, weight: np.float32) -> onnx.ModelProto:
+def _denoiser(
+    component: Component, resolution: int, weight: np.float32, distilled_guidance: float | None
+) -> onnx.ModelProto:
     alpha = alpha_bars()
+    scales = [1, UNCONDITIONAL]
+    if distilled_guidance is not None:
+        scales = [UNCONDITIONAL + distilled_guidance * (1 - UNCONDITIONAL), np.nan]
     op = helper.make_node
     nodes = [
         op("Split", ["sample", "parts"], ["latent", "mask", "masked"], axis=1),
@@ -159,7 +175,7 @@ def _denoiser(component: Component, resolution: int, weight: np.float32) -> onnx
         "parts": np.array([4, 1, 4], np.int64),
         "one": np.float32(1),
         "epsilon": np.float32(_EPSILON),
-        "branch_scales": np.array([1, UNCONDITIONAL], np.float32),
+        "branch_scales": np.array(scales, np.float32),
         "axes": np.array([1, 2, 3], np.int64),
         "over_noise": (1 / np.sqrt(1 - alpha)).astype(np.float32),
         "signal_over_noise": np.sqrt(alpha / (1 - alpha)).astype(np.float32),

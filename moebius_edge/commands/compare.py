@@ -16,6 +16,7 @@ from . import console
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..guidance import Guidance
     from ..runtimes import Runtime
     from ..trajectory import Scene, Trajectory
 
@@ -30,7 +31,10 @@ def compare(
     device_a: Annotated[str, typer.Option(metavar="NAME", help="Where the first executes.")] = "auto",
     device_b: Annotated[str, typer.Option(metavar="NAME", help="Where the second executes.")] = "auto",
     steps: Annotated[int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, metavar="X", help="Guidance, 1 halves the time.")] = 2.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="X", help="Guidance, 1 halves the time; default 2, or what is distilled."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the noise, and of the drawn scene.")] = SEED,
     image: Annotated[Path | None, typer.Option(metavar="IMAGE", help="A photograph; default a drawn scene.")] = None,
     mask: Annotated[Path | None, typer.Option(metavar="MASK", help="Its mask: white is filled.")] = None,
@@ -54,6 +58,7 @@ def compare(
             f"{bundle_a} is for {first.resolution}x{first.resolution} pixels and {bundle_b} for "
             f"{second.resolution}x{second.resolution}: compare bundles of one resolution"
         )
+    guides = _guides(bundles, guidance)
     scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, first.resolution)
     # Both are made before either runs: a wrong name must not wait for the other side's minutes.
     choices = ((runtime_a, device_a), (runtime_b, device_b))
@@ -62,8 +67,8 @@ def compare(
     for text in notes:
         console.note(text)
     trajectories, infos = [], []
-    for letter, runtime in zip("AB", runtimes, strict=True):
-        trajectory, info = _run(letter, runtime, steps, guidance, seed, scene)
+    for letter, runtime, guide in zip("AB", runtimes, guides, strict=True):
+        trajectory, info = _run(letter, runtime, steps, guide.sampled, seed, scene)
         trajectories.append(trajectory)
         infos.append(info)
     figures = compare_trajectories(trajectories[1], trajectories[0])
@@ -72,7 +77,7 @@ def compare(
         "b": _side(second, infos[1]),
         "settings": {
             "steps": steps,
-            "guidance": guidance,
+            "guidance": guides[0].scale,
             "seed": seed,
             "image": None if image is None else str(image),
             "mask": None if mask is None else str(mask),
@@ -85,6 +90,20 @@ def compare(
         console.print_json(document)
     else:
         _print(document)
+
+
+def _guides(bundles: tuple[Bundle, Bundle], chosen: float | None) -> list[Guidance]:
+    """One guidance on both sides, which one of them, or each, may have distilled into it."""
+    from ..guidance import choose_guidance
+
+    distilled = [b.distilled_guidance for b in bundles]
+    known = {g for g in distilled if g is not None}
+    if len(known) == 2:
+        raise UsageError(
+            f"{bundles[0].path} has guidance {distilled[0]} distilled into it and {bundles[1].path} {distilled[1]}: "
+            "compare bundles of one guidance"
+        )
+    return [choose_guidance(next(iter(known), None) if chosen is None else chosen, g) for g in distilled]
 
 
 def _scene(image: Path, mask: Path, resolution: int) -> tuple[Scene, list[str]]:
@@ -135,6 +154,7 @@ def _side(bundle: Bundle, info: dict[str, Any]) -> dict[str, Any]:
         "path": str(bundle.path),
         "precision": bundle.precision,
         "resolution": bundle.resolution,
+        "distilled_guidance": bundle.distilled_guidance,
         "denoiser_sha256": bundle.files["denoiser.onnx"]["sha256"],
         "runtime": info,
     }
@@ -144,8 +164,9 @@ def _print(document: dict[str, Any]) -> None:
     for letter in "ab":
         side = document[letter]
         runtime = side["runtime"]
+        distilled = "" if side["distilled_guidance"] is None else ", guidance distilled"
         print(
-            f"{letter.upper()}  {side['bundle']} ({side['precision']}), "
+            f"{letter.upper()}  {side['bundle']} ({side['precision']}{distilled}), "
             f"{runtime['name']} {runtime['version']} on {runtime['device']}"
         )
     settings, figures = document["settings"], document["figures"]

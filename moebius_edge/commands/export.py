@@ -36,7 +36,14 @@ def export(
     steps: Annotated[
         int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")
     ] = 20,
-    guidance: Annotated[float, typer.Option(min=0.0, metavar="X", help="Guidance of the gate.")] = 2.0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="X", help="Guidance of the gate; default 2, or what is distilled."),
+    ] = None,
+    distilled_guidance: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="The guidance the student has learned, if its checkpoint does not note it."),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(metavar="fp32|fp16", help="What the network computes in; default fp32.")
     ] = None,
@@ -89,8 +96,11 @@ def export(
         job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability)
         again = precision is not None and source in BUNDLED  # in another precision it is another bundle
         if job.takes(source) and not again:
-            if vae is not None or config is not None or precision is not None:
-                raise UsageError(f"{source} is a bundle, complete as it is: leave --vae, --config and --precision out")
+            if any(value is not None for value in (vae, config, precision, distilled_guidance)):
+                raise UsageError(
+                    f"{source} is a bundle, complete as it is: leave --vae, --config, --precision and "
+                    "--distilled-guidance out"
+                )
             make_engines(job.placed(source, output, force), job, force, as_json)
             return
     elif max_batch != 1 or any((workspace, opt_level is not None, timing_cache, compute_capability)):
@@ -116,6 +126,7 @@ def export(
                 config=config,
                 steps=steps,
                 guidance=guidance,
+                distilled_guidance=distilled_guidance,
                 precision=PRECISIONS[precision or "fp32"],
                 min_psnr_db=min_psnr,
                 progress=tell,
@@ -124,7 +135,8 @@ def export(
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
     if as_json and job is None:
-        console.print_json({"output": str(bundle.path), "gate": bundle.gate, "exit_code": 0})
+        facts = {"output": str(bundle.path), "distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
+        console.print_json({**facts, "exit_code": 0})
     if not as_json:
         _print_bundle(bundle)
     if job is not None:
@@ -136,6 +148,8 @@ def export(
 def _print_bundle(bundle: Bundle) -> None:
     total = console.size(bundle.summary()["total_bytes"])
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
+    if bundle.distilled_guidance is not None:
+        print(f"  guidance {bundle.distilled_guidance:g} distilled, one call a step")
     for name, value in bundle.gate.items():
         if isinstance(value, float):
             print(f"  {name} {value:.4g}")

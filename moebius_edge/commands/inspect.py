@@ -69,6 +69,7 @@ def _print_facts(bundle: Bundle) -> None:
         "images": f"{pixels} pixels, latent {positions}",
         "precision": f"{bundle.precision}, {total} in {files}",
         "in float32": _islands(bundle.float32_islands),
+        "guidance": _guidance(bundle.distilled_guidance),
         "defaults": _pairs(bundle.defaults),
         "model": _pairs(bundle.model),
         "gate": _pairs(bundle.gate),
@@ -134,6 +135,10 @@ def _islands(islands: dict[str, Any]) -> str:
         counts = "all" if isinstance(kinds, str) else ", ".join(f"{len(v)} {k}" for k, v in kinds.items())
         parts.append(f"{component}: {counts}")
     return "; ".join(parts)
+
+
+def _guidance(distilled: float | None) -> str:
+    return "" if distilled is None else f"{distilled:g}, distilled into the network: one call a step"
 
 
 def _pairs(values: dict[str, Any]) -> str:

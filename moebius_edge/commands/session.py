@@ -77,12 +77,14 @@ class Session:
 
     def _open(self) -> Inpainter:
         from ..bundle import Bundle
+        from ..guidance import choose_guidance
         from ..pipeline import Inpainter
 
         name, runtime, device = self._wanted
         self.unusable = True
         with self.timer.measure("load"):
             self.bundle = Bundle.load(name)
+            choose_guidance(self._settings.get("guidance"), self.bundle.distilled_guidance)  # before a long loading
             made = Inpainter(self.bundle, runtime, device)
             for text in made.runtime.notes:  # before it is opened: an engine may have to be built, for minutes
                 console.note(text)

@@ -49,9 +49,11 @@ def print_result(document: Mapping[str, Any], report_path: Path | None, batch: b
 def _settings_line(report: Mapping[str, Any]) -> str:
     """All that must be known to make the same picture again."""
     settings, runtime, bundle = report["settings"], report["runtime"], report["bundle"]
+    distilled = settings.get("distilled_guidance") is not None
+    guidance = f"{settings['guidance']:g}{' (distilled, one call a step)' if distilled else ''}"
     executed = f"{settings['steps_executed']} of " if "steps_executed" in settings else ""
     return (
-        f"start {settings['start']}, {executed}{settings['steps']} steps, guidance {settings['guidance']:g}, "
+        f"start {settings['start']}, {executed}{settings['steps']} steps, guidance {guidance}, "
         f"strength {settings['strength']:g}, {settings['scheduler']}, seed {settings['seed']}\n"
         f"bundle {bundle['name']} ({bundle['precision']}), "
         f"{runtime['name']} {runtime['version']} on {runtime['device']}"

@@ -1,0 +1,76 @@
+"""The guidance that was distilled into a student, noted in the header of its ``.safetensors`` file.
+
+It lies in the file of weights, where a copy cannot lose it: without it such a student would be guided a second
+time, which raises no error and spoils the pictures. ``student.json`` stays the network's shape, which
+distillation does not change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import BundleError, MachineError, UsageError
+from ..guidance import is_distillable
+
+_KEY = "distilled_guidance"
+_SUFFIX = ".safetensors"
+
+
+def guidance_metadata(guidance: float) -> dict[str, str]:
+    """The ``metadata`` to give to ``safetensors.torch.save`` with the weights of a student that learned ``guidance``.
+
+    Raises UsageError unless it is finite and more than 1.
+    """
+    _check(guidance)
+    return {_KEY: repr(float(guidance))}
+
+
+def find_guidance(checkpoint: Path, given: float | None) -> float | None:
+    """The guidance distilled into ``checkpoint``: what is noted there, else what the user has ``given``, else None.
+
+    Raises:
+        UsageError: ``given`` is no guidance to distil, or not the one noted.
+        BundleError: the file is damaged, or the note is no guidance.
+        MachineError: the file cannot be read, or the package safetensors is missing.
+    """
+    if given is not None:
+        _check(given)
+    noted = _noted(checkpoint)
+    if noted is None or given in (None, noted):
+        return given if noted is None else noted
+    raise UsageError(f"{checkpoint} notes guidance {noted} as distilled, not {given}: leave --distilled-guidance out")
+
+
+def _check(guidance: float) -> None:
+    if not is_distillable(guidance):
+        raise UsageError(f"distilled guidance is {guidance}: give a number of more than 1, such as 2.0")
+
+
+def _noted(checkpoint: Path) -> float | None:
+    """None without a note, and for a pickle, which cannot hold one."""
+    if checkpoint.suffix.lower() != _SUFFIX:
+        return None
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise MachineError(f'{checkpoint} needs safetensors: run `pip install "moebius-edge[export]"`') from None
+    try:
+        with safe_open(checkpoint, framework="np") as file:  # reads the header alone
+            note = (file.metadata() or {}).get(_KEY)
+    except OSError as error:
+        raise MachineError(f"{checkpoint} cannot be read ({error}): give a readable file") from error
+    except SafetensorError as error:
+        raise BundleError(
+            f"{checkpoint} is truncated or no safetensors file ({error}): copy or download it again"
+        ) from error
+    if note is None:
+        return None
+    try:
+        guidance = float(note)
+    except ValueError:
+        guidance = 0.0  # refused like a number that is none
+    if not is_distillable(guidance):
+        raise BundleError(
+            f"{checkpoint} notes the {_KEY} {note!r:.40}, not a number of more than 1: copy it again, or train it again"
+        )
+    return guidance

@@ -1,0 +1,48 @@
+"""Classifier-free guidance: how strong it is, and whether the sampler applies it or the network has learned it.
+
+A student with distilled guidance predicts e = eu + g (ec - eu) itself, at the one g it was trained for, from its
+conditional branch alone (Meng et al., arXiv 2210.03142, section 3.1): the sampler then has no second branch to run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from .errors import UsageError
+
+GUIDANCE = 2.0  # upstream's
+
+
+class Guidance(NamedTuple):
+    """``scale`` is g, which every output states; ``sampled`` is what ``sampling.denoise`` is to compute."""
+
+    scale: float
+    sampled: float
+
+
+def choose_guidance(chosen: float | None, distilled: float | None) -> Guidance:
+    """The guidance of a run: ``chosen``, absent the network's ``distilled`` one, absent that too ``GUIDANCE``.
+
+    With distilled guidance ``sampled`` is 1, at which the sampler runs the conditional branch alone.
+
+    Raises:
+        UsageError: ``chosen`` is no guidance, or not the one that is distilled.
+    """
+    if chosen is None:
+        chosen = GUIDANCE if distilled is None else distilled
+    if not (math.isfinite(chosen) and chosen >= 0):
+        raise UsageError(f"guidance is {chosen}: give a number of 0 or more, such as {GUIDANCE}")
+    if distilled is None:
+        return Guidance(chosen, chosen)
+    if chosen != distilled:
+        raise UsageError(
+            f"guidance is {chosen}, and the model has guidance {distilled} distilled into it and takes no other: "
+            "leave it out, or use a model without distilled guidance"
+        )
+    return Guidance(chosen, 1.0)
+
+
+def is_distillable(guidance: Any) -> bool:
+    """Whether ``guidance`` is a number that distillation makes sense for: finite, and more than 1, which is none."""
+    return isinstance(guidance, (int, float)) and not isinstance(guidance, bool) and 1 < guidance < math.inf

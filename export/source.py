@@ -122,6 +122,11 @@ def load_student(source: Source, config: StudentConfig) -> Student:
     return student.float().eval().requires_grad_(False)
 
 
+def open_vae(folder: Path) -> Any:
+    """The diffusers ``AutoencoderKL`` in ``folder``, as ``load_vae``. Raises as it, MachineError if it is missing."""
+    return _read_vae(folder, _find_vae(folder)[0])
+
+
 def load_vae(source: Source) -> Any:
     """The diffusers ``AutoencoderKL`` in float32 and evaluation mode.
 
@@ -129,23 +134,27 @@ def load_vae(source: Source) -> Any:
         UsageError: the folder holds another kind of autoencoder.
         BundleError: its weights are damaged, unsafe, incomplete or not finite.
     """
+    return _read_vae(source.vae, source.vae_weights)
+
+
+def _read_vae(folder: Path, weights: Path) -> Any:
     import torch
     from diffusers import AutoencoderKL
 
     from ..model.checkpoint import read_state
 
-    state = read_state(source.vae_weights)  # refuses what is damaged or would run code, with one line
+    state = read_state(weights)  # refuses what is damaged or would run code, with one line
     bad = next((k for k, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
     if bad is not None:
-        raise BundleError(f"{source.vae_weights} has values that are not finite in {bad}: copy or download it again")
+        raise BundleError(f"{weights} has values that are not finite in {bad}: copy or download it again")
     del state
     # diffusers reads the file again, for it knows the older names of the attention layers. A tensor that the
     # file lacks it would leave at random values, hence the loading report.
     try:
         vae, report = AutoencoderKL.from_pretrained(
-            str(source.vae),
+            str(folder),
             local_files_only=True,
-            use_safetensors=source.vae_weights.suffix == ".safetensors",
+            use_safetensors=weights.suffix == ".safetensors",
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
             output_loading_info=True,
@@ -153,12 +162,12 @@ def load_vae(source: Source) -> Any:
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         line = " ".join(str(error).split())
         raise BundleError(
-            f"VAE folder {source.vae} cannot be loaded: {line:.300}: copy or download it again"
+            f"VAE folder {folder} cannot be loaded: {line:.300}: copy or download it again"
         ) from error
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := list(report.get(key, ())):
             raise BundleError(
-                f"{source.vae_weights} does not fit its {VAE_CONFIG}: {key.replace('_', ' ')} {len(found)} "
+                f"{weights} does not fit its {VAE_CONFIG}: {key.replace('_', ' ')} {len(found)} "
                 f"({found[0]}, ...): copy or download the folder again"
             )
     return vae.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""PyTorch: the reference back-end, in float32 on the CPU. Every conversion is measured against it.
+"""PyTorch: the reference back-end, in float32, where the modules are. Every conversion is measured against it.
 
 It is built from the networks themselves, not from a bundle, and needs the `export` extra. It states the
 components' conventions (prompt ids, latent scale, posterior mean) on its own and shares nothing with the
@@ -39,7 +39,7 @@ class TorchRuntime(Runtime):
         return {
             "name": "torch",
             "version": torch.__version__,
-            "device": "cpu",
+            "device": str(self._device),
             "provider": "eager",
             "threads": torch.get_num_threads(),
         }
@@ -56,8 +56,14 @@ class TorchRuntime(Runtime):
     def _run(self, component: str, feeds: Arrays) -> Arrays:
         output = self.components[component].outputs[0].name
         with torch.inference_mode():
-            result = self._methods[component](**{name: torch.from_numpy(array) for name, array in feeds.items()})
-        return {output: np.ascontiguousarray(result.numpy())}
+            tensors = {name: torch.from_numpy(array).to(self._device) for name, array in feeds.items()}
+            result = self._methods[component](**tensors)
+        return {output: np.ascontiguousarray(result.cpu().numpy())}
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self._student.parameters()).device
+        return device
 
     def _encode(self, image: Tensor) -> Tensor:
         moments = self._vae.encode(image).latent_dist
@@ -65,7 +71,7 @@ class TorchRuntime(Runtime):
         return scaled
 
     def _denoise(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> Tensor:
-        prompts = torch.arange(self._student.embedding_layer.num_embeddings)
+        prompts = torch.arange(self._student.embedding_layer.num_embeddings, device=self._device)
         halves = prompts.reshape(2, -1)  # row 0 conditions, row 1 does not
         noise: Tensor = self._student(sample, timestep, halves[branch]).noise
         return noise

@@ -6,11 +6,14 @@ Module names are the checkpoints' (diffusers' UNet2DConditionModel). Knows nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..spec import LATENT_CHANNELS
 from .config import GROUPS
@@ -36,10 +39,43 @@ class Block(nn.Module):
         super().__init__()
         self.attentions = nn.ModuleList([a for a in attentions if a is not None])
         self.resnets = nn.ModuleList(resnets)
+        self.checkpointing = False
+
+    def layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
+        """x through resnet ``index`` and what follows it; with ``checkpointing`` only x is kept for the backward."""
+        if self.checkpointing and torch.is_grad_enabled():
+            context = partial(_recomputation, self)
+            kept = checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, context_fn=context)
+            return cast(Tensor, kept)
+        return self._layer(index, x, time, prompts)
+
+    def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
+        return self.attend(index, self.resnets[index](x, time), prompts)
 
     def attend(self, index: int, x: Tensor, prompts: Tensor) -> Tensor:
         """x through the attention that follows resnet ``index``; x itself at a level without attention."""
         return self.attentions[index](x, prompts) if len(self.attentions) else x
+
+
+def _recomputation(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a layer's first pass and of its recomputation: the latter moves no batch norm's statistics."""
+    return nullcontext(), _UnmovedStatistics(block)
+
+
+class _UnmovedStatistics(AbstractContextManager[None]):
+    """Entered once for every backward pass through the layer, so it can be used again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._momenta = [norm.momentum for norm in self._norms]
+
+    def __enter__(self) -> None:
+        for norm in self._norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *error: object) -> None:
+        for norm, momentum in zip(self._norms, self._momenta, strict=True):
+            norm.momentum = momentum
 
 
 class DownBlock(Block):
@@ -51,8 +87,8 @@ class DownBlock(Block):
 
     def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
-        for index, resnet in enumerate(self.resnets):
-            x = self.attend(index, resnet(x, time), prompts)
+        for index in range(len(self.resnets)):
+            x = self.layer(index, x, time, prompts)
             skips.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
@@ -64,7 +100,7 @@ class MidBlock(Block):
     """Resnet, attention, resnet at the coarsest level."""
 
     def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
-        x = self.attend(0, self.resnets[0](x, time), prompts)
+        x = self.layer(0, x, time, prompts)
         return cast(Tensor, self.resnets[1](x, time))
 
 
@@ -76,8 +112,8 @@ class UpBlock(Block):
         self.upsamplers = nn.ModuleList([Upsample(sampler)] if sampler else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, prompts: Tensor) -> Tensor:
-        for index, resnet in enumerate(self.resnets):
-            x = self.attend(index, resnet(torch.cat([x, skips.pop()], dim=1), time), prompts)
+        for index in range(len(self.resnets)):
+            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), time, prompts)
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x
@@ -137,6 +173,12 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(GROUPS, channels[0], eps=1e-5)
         self.conv_out = conv(channels[0], LATENT_CHANNELS)
+
+    def checkpoint_gradients(self) -> None:
+        """Keeps every layer's input alone for the backward pass and computes the rest again: less memory, more time."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.checkpointing = True
 
     def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> Denoised:
         """sample (N, 9, h, w), timesteps (N,), prompts (N, M, prompt_embedding_dim)."""

@@ -27,7 +27,17 @@ from ..errors import BundleError, UsageError
 from ..files import atomic_directory
 from .adversary import Adversary, balance
 from .data import CropSource, PictureSource, to_network
-from .loop import Loader, check_finite, cosine, load_state, make_folder, progress_bar, save_state, update_average
+from .loop import (
+    Loader,
+    check_finite,
+    cosine,
+    load_state,
+    make_folder,
+    progress_bar,
+    save_state,
+    seeded,
+    update_average,
+)
 
 PICTURE_SIDE = 256  # what crops are cut from: the scale at which the network will see pictures
 
@@ -176,7 +186,7 @@ class Trainer:
                 crops = max(1, stage.batch // 2)  # so that a batch shows at least two pictures where it can
                 source = CropSource(PictureSource(PICTURE_SIDE, recipe.photo_share), stage.side, crops)
                 drawn = stage.batch // crops
-                loader = Loader(source, drawn, seed + 1000 * number, drawn * (self.done - begin))
+                loader = Loader(seeded(source, seed + 1000 * number), drawn, drawn * (self.done - begin))
                 with closing(iter(loader)) as batches:
                     for pictures in islice(batches, end - self.done):
                         figures = self.step(pictures.reshape(-1, *pictures.shape[2:]), loss, total)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, MoebiusError, UsageError
 from ..files import atomic_write
 
 PREFETCH = 8  # batches drawn ahead: a slow picture then holds nobody up
@@ -37,16 +37,24 @@ class _Failed(NamedTuple):
     traceback: str
 
 
-class Loader:
-    """Batches drawn by ``draw(rng)`` in one background process; sample i is seeded by (seed, i) alone.
+def seeded(draw: Callable[[np.random.Generator], Any], seed: int) -> Callable[[int], Any]:
+    """``draw`` by number: sample i has a generator of its own, seeded by (seed, i) alone."""
+    return lambda number: draw(np.random.default_rng([seed, number]))
 
-    Iterating never ends. ``start`` is the first sample's number, so a resumed run sees what it would have seen.
+
+class Loader:
+    """Batches of what ``draw(number)`` makes, drawn in one background process.
+
+    Iterating never ends. ``start`` is the first sample's number, so a resumed run sees what it would have seen; from
+    one batch to the next it grows by ``stride``, by default ``batch``: several processes take turns.
     Samples are arrays or tuples of them, and are stacked. Close the iterator (``contextlib.closing``) to end
-    the process at once. Iterating raises MachineError if the process is killed, RuntimeError if ``draw`` raises.
+    the process at once. Iterating raises MachineError if the process is killed, and if ``draw`` raises: a
+    MoebiusError as it is, RuntimeError with the traceback for anything else.
     """
 
-    def __init__(self, draw: Callable[[np.random.Generator], Any], batch: int, seed: int, start: int = 0) -> None:
-        self.draw, self.batch, self.seed, self.start = draw, batch, seed, start
+    def __init__(self, draw: Callable[[int], Any], batch: int, start: int = 0, stride: int | None = None) -> None:
+        self.draw, self.batch, self.start = draw, batch, start
+        self.stride = batch if stride is None else stride
 
     def __iter__(self) -> Generator[Any, None, None]:
         context = multiprocessing.get_context("fork")
@@ -67,6 +75,8 @@ class Loader:
                     ) from None
                 if isinstance(batch, _Failed):
                     raise RuntimeError(f"drawing a training sample failed in its process:\n{batch.traceback}")
+                if isinstance(batch, MoebiusError):
+                    raise batch
                 yield batch
         finally:
             worker.kill()
@@ -88,12 +98,14 @@ class Loader:
         number = self.start
         try:
             while True:
-                items = [self.draw(np.random.default_rng([self.seed, number + i])) for i in range(self.batch)]
-                number += self.batch
+                items = [self.draw(number + i) for i in range(self.batch)]
+                number += self.stride
                 if isinstance(items[0], tuple):
                     ready.put(tuple(np.stack(column) for column in zip(*items, strict=True)))
                 else:
                     ready.put(np.stack(items))
+        except MoebiusError as error:
+            ready.put(error)
         except Exception:
             ready.put(_Failed(traceback.format_exc()))
 

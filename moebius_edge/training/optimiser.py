@@ -39,6 +39,11 @@ class MuonAdamW:
         )
         self._adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters themselves, as ``torch.amp.GradScaler`` wants them: Muon's groups hold views."""
+        return [{"params": [parameter for parameter, _ in self._pairs]}, *self._adamw.param_groups]
+
     def set_learning_rate(self, value: float) -> None:
         for group in (*self._muon.param_groups, *self._adamw.param_groups):
             group["lr"] = value

@@ -1,4 +1,4 @@
-"""The recipe of the bundled model ``tiny``: autoencoder, decoder, latents, denoiser, then a checkpoint to export.
+"""The recipe of the bundled model ``tiny``: autoencoder, latents, teacher, student, then a checkpoint to export.
 
 Every stage that is already on disk is kept, and the one that was cut short goes on where it was last saved,
 so the same command continues after an interruption. Its figures are in ``docs/tiny-model.md``.
@@ -8,64 +8,135 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save
-from torch import nn
+from safetensors.torch import load_file, save
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, UsageError
 from ..files import atomic_write
-from ..spec import LATENT_DOWNSCALE
+from ..model import StudentConfig, TeacherConfig
 from .autoencoder import AutoencoderRecipe, finetune_decoder, load_autoencoder, save_autoencoder, train_autoencoder
-from .denoiser import DenoiserRecipe, DenoiserTrainer
-from .latents import LatentCache, encode_pairs
+from .data import MaskedSource, PictureSource
+from .encoding import encode_latents
+from .latent_sources import CachedLatents
+from .latents import LatentCache
 from .loop import atomic_save, make_folder, plain
+from .material import Material
+from .recipe import LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
+from .stage import train_stage
+from .trainer import make_accelerator
+
+STUDENT = StudentConfig(
+    block_out_channels=(64, 96, 128),
+    layers_per_block=1,
+    cross_attention_dim=32,
+    prompt_embedding_dim=32,
+    latent_size=32,
+)
+TEACHER = TeacherConfig(
+    block_out_channels=(64, 96, 128, 128),
+    layers_per_block=1,
+    cross_attention_dim=32,
+    prompt_embedding_dim=32,
+    gate_rank=8,
+)
+# As predicting the velocity would weigh it: with equal weights the early steps, which decide the hole's colours,
+# hardly count. So all timesteps are drawn alike, too.
+_LOSSES = LossRecipe(hole_weight=5.0, velocity_limit=40.0, distance="teacher")
+_NOISE = NoiseRecipe(timesteps="uniform", prompt_dropout=0.15)
+_OPTIMISER = OptimiserRecipe(batch=12, learning_rate=3e-3, warmup=100, ema_decay=0.997, identity_start=True)
+_TASK = replace(_LOSSES, terms=("task",))
+
+
+def _stage(stage: str, losses: LossRecipe, side: int, **optimiser: Any) -> Recipe:
+    student = replace(STUDENT, latent_size=side)
+    return Recipe(
+        stage, 0, student, TEACHER, noise=_NOISE, losses=losses, optimiser=replace(_OPTIMISER, **optimiser)
+    )
 
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """All of it; ``pictures`` are encoded once, each with ``masks_per_picture`` masks."""
+    """All of it; ``pictures`` are encoded once, each with ``masks_per_picture`` masks.
+
+    ``teacher`` learns at half the student's grid, where a step costs a quarter, ``teacher_full`` goes on from it at
+    the whole. ``student`` learns the task alone, ``distilled`` goes on from it with the whole distillation.
+    """
 
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
-    denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
+    teacher: Recipe = field(
+        default_factory=lambda: _stage("teacher", _TASK, 16, steps=3200, batch=16, learning_rate=2e-3)
+    )
+    teacher_full: Recipe = field(
+        default_factory=lambda: _stage("teacher", _TASK, 32, steps=600, batch=8, learning_rate=5e-4)
+    )
+    student: Recipe = field(default_factory=lambda: _stage("student", _TASK, 32, steps=5000))
+    distilled: Recipe = field(
+        default_factory=lambda: _stage("student", _LOSSES, 32, steps=1000, learning_rate=5e-4)
+    )
     pictures: int = 4000
     masks_per_picture: int = 3
     photo_share: float = 0.6
 
 
-def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
+def stage_recipe(stage: str) -> Recipe:
+    """One stage of ``tiny`` by itself: ``teacher``, ``student`` (a fresh one, distilled) or ``guidance``."""
+    tiny = TinyRecipe()
+    if stage == "teacher":
+        return tiny.teacher_full
+    if stage == "student":
+        return replace(tiny.student, losses=_LOSSES)
+    return _stage("guidance", _LOSSES, 32, steps=500, learning_rate=5e-4, identity_start=False)
+
+
+def train_tiny(output: Path, recipe: TinyRecipe, options: RunOptions | None = None, resume: bool = False) -> Path:
     """Trains ``tiny`` and writes ``output/checkpoint``, which ``moebius-edge export`` reads; returns that folder.
 
     Raises:
-        UsageError: ``output`` is a file, or holds a run of another recipe.
+        UsageError: ``output`` is a file, holds a run and ``resume`` is off, or one of another recipe.
         MachineError: no such device, no right to write, or a package with the photographs is missing.
         BundleError: a file of the run is damaged, or a loss became infinite.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
-    _claim(output, recipe)
-    checkpoint, vae_folder, cache_file = output / "checkpoint", output / "vae", output / "latents.npz"
+    options = options or RunOptions()
+    device = str(make_accelerator(options.device).device)
+    _claim(output, recipe, resume)
+    checkpoint = output / "checkpoint"
     if (checkpoint / "training.json").exists():  # the last file to be written
         return checkpoint
+    vae, cache = prepare(output, recipe, device)
+
+    def train(name: str, stage: Recipe, **start: Path) -> Path:
+        source = CachedLatents(cache, stage.student.latent_size)
+        material = Material(source, {"latents": str(output / "latents")}, vae=vae, **start)
+        return train_stage(stage, material, output / name, options, resume=True)
+
+    half = train("teacher", recipe.teacher)
+    teacher = train("teacher_full", recipe.teacher_full, teacher=half)
+    alone = train("student", recipe.student)
+    distilled = train("distilled", recipe.distilled, teacher=teacher, student=alone)
+    return save_checkpoint(distilled, vae, recipe, checkpoint)
+
+
+def prepare(output: Path, recipe: TinyRecipe, device: str) -> tuple[AutoencoderKL, LatentCache]:
+    """The autoencoder with its finetuned decoder, and the encoded pictures: made where they are not there yet."""
+    vae_folder, finetuned = output / "vae", output / "vae_finetuned"
     if not vae_folder.exists():
         train_autoencoder(recipe.autoencoder, vae_folder, device)
-    finetuned = output / "vae_finetuned"
     if not finetuned.exists():
         finetune_decoder(load_autoencoder(vae_folder), recipe.autoencoder, finetuned, device)
     vae = load_autoencoder(finetuned)  # its encoder is still the first one's
-    if not cache_file.exists():
-        size, seed = LATENT_DOWNSCALE * recipe.denoiser.student.latent_size, recipe.denoiser.seed
-        encode_pairs(vae, cache_file, recipe.pictures, recipe.masks_per_picture, size, recipe.photo_share, seed)
-    trainer = DenoiserTrainer(recipe.denoiser, LatentCache.load(cache_file), output, device)
-    trainer.resume()
-    student = trainer.run()
-    return save_checkpoint(student, vae, recipe, checkpoint)
+    seed, size = recipe.student.seed, recipe.student.resolution
+    source, made_from = PictureSource(size, recipe.photo_share), {"photo_share": recipe.photo_share}
+    samples = MaskedSource(source, size, seed, made_from)
+    cache = encode_latents(vae, samples, output / "latents", recipe.pictures, recipe.masks_per_picture)
+    return vae, cache
 
 
-def _claim(output: Path, recipe: TinyRecipe) -> None:
+def _claim(output: Path, recipe: TinyRecipe, resume: bool) -> None:
     """Notes in ``output/recipe.json`` what the run is of, so that no stage of another one is taken for it."""
     path, ours = output / "recipe.json", plain(asdict(recipe))
     try:
@@ -78,22 +149,24 @@ def _claim(output: Path, recipe: TinyRecipe) -> None:
         raise BundleError(f"{path} cannot be read ({error}): give another output folder") from error
     if theirs != ours:
         raise UsageError(f"{output} holds a run of another recipe, see {path.name} in it: give another output folder")
+    if not resume:
+        raise UsageError(f"{output} holds a run already: add --resume to go on with it, or give another output folder")
 
 
-def save_checkpoint(student: nn.Module, vae: AutoencoderKL, recipe: TinyRecipe, folder: Path) -> Path:
+def save_checkpoint(weights: Path, vae: AutoencoderKL, recipe: TinyRecipe, folder: Path) -> Path:
     """``student.safetensors``, ``student.json``, ``vae/`` and ``training.json``; weights rounded to float16, half
     the size. Raises BundleError if a weight is not finite as float16, and then writes nothing."""
-    weights = {
-        name: tensor.detach().cpu().contiguous().to(torch.float16 if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in student.state_dict().items()
+    rounded = {
+        name: tensor.to(torch.float16 if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in load_file(weights).items()
     }
-    for name, tensor in weights.items():
+    for name, tensor in rounded.items():
         if not tensor.isfinite().all():
             raise BundleError(f"{name} is not finite in float16: lower the recipe's learning rate and train again")
     make_folder(folder)
     with atomic_write(folder / "student.safetensors") as temporary:
-        temporary.write_bytes(save(weights))
-    atomic_save(recipe.denoiser.student.to_dict(), folder / "student.json")
+        temporary.write_bytes(save(rounded))
+    atomic_save(recipe.distilled.student.to_dict(), folder / "student.json")
     save_autoencoder(copy.deepcopy(vae).half(), folder / "vae")
     atomic_save(asdict(recipe), folder / "training.json")
     return folder

@@ -1,0 +1,122 @@
+"""What a training shows while it runs: a progress bar, TensorBoard scalars, and grids of sampled pictures.
+
+TensorBoard because every trainer's user knows it, by ``torch.utils.tensorboard``; it reads back nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import MachineError
+from ..files import atomic_write
+from ..runtimes.pytorch import TorchRuntime
+from ..sampling import denoise, initial_noise
+from ..scheduler import DDIM
+from ..spec import COMPONENTS, LATENT_DOWNSCALE
+from .loop import make_folder
+
+_RECENT = 100  # steps that a shown figure is the mean of
+_WEIGHTS = ("w_out", "w_perceptual", "w_cross")
+
+
+class Monitor:
+    """Scalars to ``output/tensorboard`` and pictures to ``output/samples`` as well. Use as a context manager.
+
+    ``step`` is the last one that counts: what a killed run wrote after it is purged.
+    Raises MachineError if the package tensorboard is missing.
+    """
+
+    def __init__(self, output: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MachineError(f'training needs tensorboard ({error}): pip install "moebius-edge[train]"') from error
+        self._output = output
+        self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self._recent: dict[str, deque[float]] = {}
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Takes one step's figures into the running means."""
+        for name, value in figures.items():
+            self._recent.setdefault(name, deque(maxlen=_RECENT)).append(value)
+
+    def shown(self) -> dict[str, float]:
+        """Running means for the bar: losses, weights, images a second."""
+        latest = ("step", "images_per_s")
+        names = [n for n in self._recent if n not in ("gradient_norm", "learning_rate")]
+        return {n: self._recent[n][-1] if n in latest else float(np.mean(self._recent[n])) for n in names}
+
+    def write(self, step: int) -> None:
+        """The running means as scalars at ``step``."""
+        for name, values in self._recent.items():
+            if name == "step":
+                continue
+            group = "weights" if name in _WEIGHTS else "run" if name in ("learning_rate", "images_per_s") else "losses"
+            value = values[-1] if group == "run" else float(np.mean(values))
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def picture(self, step: int, grid: np.ndarray) -> None:
+        """``grid``, uint8 RGB (H, W, 3), as a PNG and in TensorBoard."""
+        make_folder(self._output / "samples")
+        with atomic_write(self._output / "samples" / f"step-{step:09d}.png") as temporary:
+            cv2.imwrite(str(temporary), cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
+        self._writer.add_image("samples", grid, step, dataformats="HWC")
+
+
+class SampleGrid:
+    """Fills of the same few samples from the same noise, time after time: a row each of picture, hole and fill.
+
+    ``vae`` is a diffusers ``AutoencoderKL``; ``clean``, ``masked`` (N, 4, h, w) and ``mask`` (N, 1, h, w).
+    """
+
+    def __init__(
+        self, vae: Any, clean: Tensor, masked: Tensor, mask: Tensor, steps: int = 20, guidance: float = 1.0
+    ) -> None:
+        self._vae, self._steps, self._guidance = vae, steps, guidance
+        self._mask, self._masked = mask.cpu().numpy(), masked.cpu().numpy()
+        self._clean = self._decode(clean)
+        self._holes = np.where(in_pixels(self._mask), np.uint8(255), self._clean)
+
+    def draw(self, student: nn.Module) -> np.ndarray:
+        """The grid, uint8 RGB, with the fills of ``student``, which is put into evaluation mode and runs where it is.
+
+        Raises BundleError for a student whose prediction is not finite.
+        """
+        size = self._mask.shape[-1] * LATENT_DOWNSCALE
+        components = {name: component.resolved(size) for name, component in COMPONENTS.items()}
+        scheduler = DDIM(self._steps)
+        latents = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))  # type: ignore[arg-type]
+        with TorchRuntime(student, self._vae, components) as runtime:
+            for step in denoise(runtime, latents, self._mask, self._masked, scheduler, self._guidance):
+                latents = step.latent
+        fills = self._decode(torch.from_numpy(latents))
+        fills = np.where(in_pixels(self._mask), fills, self._clean)
+        rows = zip(self._clean, self._holes, fills, strict=True)
+        return np.concatenate([np.concatenate(row, axis=1) for row in rows])
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> np.ndarray:
+        weight = next(self._vae.parameters())
+        scaled = latents.to(weight) / self._vae.config["scaling_factor"]
+        pictures = self._vae.decode(scaled).sample.float().clamp(-1, 1)
+        return ((pictures.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
+
+
+def in_pixels(mask: np.ndarray) -> np.ndarray:
+    """Latent masks (N, 1, h, w) as bool (N, H, W, 1), each cell its pixels."""
+    pixels: np.ndarray = mask[:, 0].repeat(LATENT_DOWNSCALE, 1).repeat(LATENT_DOWNSCALE, 2)[..., None] > 0.5
+    return pixels

@@ -1,0 +1,141 @@
+"""What a step minimises: the task alone, the paper's distillation, or guidance distilled into one call.
+
+An objective is called with the network being trained (perhaps wrapped for several processes) and a batch, and
+returns the total loss and the figures to show. It owns its frozen teacher and updates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..model.student import Student
+from ..model.teacher import Teacher
+from ..model.unet import Denoised
+from .losses import Coefficients, Losses, adaptive_weights, coarse_loss, noise_loss, predicted_clean, total_loss
+from .noising import Batch, prompt_ids
+from .perceptual import LatentDistance
+from .recipe import LossRecipe
+
+Figures = dict[str, Tensor]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Objective(Protocol):
+    """``objective(model, batch, scale)`` -> total loss, a scalar, and detached scalars by name.
+
+    ``scale`` is what the caller multiplies the total with before its backward pass (fp16's loss scaling).
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]: ...
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Mixed precision as the recipe names it; ``fp32`` is none."""
+    return torch.autocast(device.type, _DTYPES.get(precision, torch.bfloat16), enabled=precision in _DTYPES)
+
+
+def noise_weight(batch: Batch, recipe: LossRecipe) -> Tensor | None:
+    """(N, 1, h, w) weights of the squared noise error, or None where all are 1."""
+    if recipe.hole_weight == 1 and not recipe.velocity_limit:
+        return None
+    weight = 1 + (recipe.hole_weight - 1) * batch.mask
+    if recipe.velocity_limit:
+        weight = weight * (1 / batch.alpha_bar).clamp(max=recipe.velocity_limit)[:, None, None, None]
+    return weight
+
+
+class Task:
+    """Predicting the true noise, without a teacher: how a teacher is trained, and the ablation's baseline."""
+
+    def __init__(self, recipe: LossRecipe, num_prompts: int, precision: str) -> None:
+        self._recipe, self._prompts, self._precision = recipe, num_prompts, precision
+
+    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
+        with autocast(batch.sample.device, self._precision):
+            predicted = model(batch.sample, batch.timestep, prompt_ids(self._prompts, batch.unconditional)).noise
+        loss = noise_loss(predicted, batch.noise, noise_weight(batch, self._recipe))
+        return loss, {"task": loss.detach()}
+
+
+class Distillation:
+    """The paper's adaptive multi-granularity distillation (arXiv 2606.19195): ``losses`` put together.
+
+    ``student`` is the network itself, whose layers the adaptive weights are measured at; ``mean`` averages a tensor
+    over the processes. Raises UsageError if student and teacher do not fit each other.
+    """
+
+    def __init__(
+        self,
+        recipe: LossRecipe,
+        student: Student,
+        teacher: Teacher,
+        distance: LatentDistance | None,
+        precision: str,
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._recipe, self._student, self._teacher = recipe, student, teacher.eval().requires_grad_(False)
+        self._distance, self._precision, self._mean = distance, precision, mean
+        self._terms = frozenset(recipe.terms)
+        self._coefficients = Coefficients(recipe.distillation, recipe.task, recipe.perceptual)
+
+    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
+        student, teacher, terms = self._student, self._teacher, self._terms
+        with autocast(batch.sample.device, self._precision):
+            ours: Denoised = model(
+                batch.sample, batch.timestep, prompt_ids(student.config.num_prompts, batch.unconditional)
+            )
+            theirs = None
+            if terms & {"fine", "coarse"}:
+                with torch.no_grad():
+                    ids = prompt_ids(teacher.config.num_prompts, batch.unconditional)
+                    theirs = cast(Denoised, teacher(batch.sample, batch.timestep, ids))
+        weight = noise_weight(batch, self._recipe)
+        fine = coarse = perceptual = None
+        if theirs is not None and "fine" in terms:
+            fine = noise_loss(ours.noise, theirs.noise.float(), weight)
+        if theirs is not None and "coarse" in terms:
+            coarse = coarse_loss(student.coarse_feature(ours), teacher.coarse_feature(theirs))
+        if self._distance is not None and "perceptual" in terms:
+            clean = predicted_clean(batch.noisy, ours.noise.float(), batch.alpha_bar)
+            with autocast(batch.sample.device, self._precision):
+                perceptual = self._distance(clean, batch.clean, batch.mask, batch.masked).float()
+        losses = Losses(noise_loss(ours.noise, batch.noise, weight), fine, coarse, perceptual)
+        weights = adaptive_weights(losses, student.output_weight, student.coarse_weight, self._mean, scale)
+        total = total_loss(losses, weights, self._coefficients, self._terms)
+        if terms == {"coarse"}:  # several processes wait for a gradient of every parameter
+            total = total + 0 * ours.noise.float().sum()
+        values = {"task": losses.task, "fine": fine, "coarse": coarse, "perceptual": perceptual}
+        figures = {name: value.detach() for name, value in values.items() if value is not None}
+        return total, figures | {"w_out": weights.out, "w_perceptual": weights.perceptual, "w_cross": weights.cross}
+
+
+class Guidance:
+    """The guided prediction of a frozen copy of the student, learnt by its conditional branch.
+
+    Target eu + g (ec - eu) at one fixed g (Meng et al., arXiv 2210.03142, section 3.1). The total is the mean
+    squared error to it; ``task`` is shown beside it.
+    """
+
+    def __init__(self, recipe: LossRecipe, frozen: Student, precision: str) -> None:
+        self._recipe, self._frozen, self._precision = recipe, frozen.eval().requires_grad_(False), precision
+
+    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
+        conditional = torch.zeros_like(batch.unconditional)
+        prompts = self._frozen.config.num_prompts
+        with autocast(batch.sample.device, self._precision):
+            with torch.no_grad():
+                branches = torch.cat([conditional + 1, conditional])
+                both = self._frozen(
+                    batch.sample.repeat(2, 1, 1, 1), batch.timestep.repeat(2), prompt_ids(prompts, branches)
+                ).noise.float()
+            predicted = model(batch.sample, batch.timestep, prompt_ids(prompts, conditional)).noise
+        free, bound = both.chunk(2)
+        target = free + self._recipe.guidance * (bound - free)
+        weight = noise_weight(batch, self._recipe)
+        loss = noise_loss(predicted, target, weight)
+        return loss, {"guided": loss.detach(), "task": noise_loss(predicted, batch.noise, weight).detach()}

@@ -1,0 +1,248 @@
+"""One stage of training from files to files: a teacher, a student distilled from it, or guidance made part of it.
+
+``output`` holds ``train.json`` (all that is needed to do it again), ``recipe.toml``, ``checkpoints/``,
+``tensorboard/``, ``samples/`` and, at the end, the averaged weights with their configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import __version__
+from ..errors import BundleError, MachineError, UsageError
+from ..export.weights_metadata import guidance_metadata
+from ..files import atomic_write, sha256_file
+from ..model import Student, Teacher, build_student, build_teacher
+from .checkpoints import checkpoint_files
+from .loop import atomic_save, make_folder, plain, progress_bar
+from .material import Material
+from .monitor import Monitor, SampleGrid
+from .networks import identity_start, load_student, load_teacher
+from .objectives import Distillation, Guidance, Objective, Task
+from .perceptual import choose_distance
+from .recipe import Recipe, RunOptions, recipe_toml
+from .trainer import Trainer, make_accelerator
+
+RECORD = "train.json"
+_PACKAGES = ("torch", "accelerate", "diffusers", "numpy", "opencv-python-headless", "safetensors", "elatentlpips")
+_SAMPLES = 4
+
+
+def train_stage(
+    recipe: Recipe, material: Material, output: Path, options: RunOptions | None = None, resume: bool = False
+) -> Path:
+    """Trains, and returns the file of the averaged weights; at once if ``resume`` finds them finished.
+
+    Raises:
+        UsageError: ``output`` holds a run and ``resume`` is off, or one of another recipe; the material does not suit
+            the stage. MachineError: no such device, a file or package is missing, the disk is full.
+        BundleError: a checkpoint is damaged, or a loss was not finite.
+    """
+    options = options or RunOptions()
+    name = "teacher" if recipe.stage == "teacher" else "student"
+    result = output / f"{name}.safetensors"
+    claim(output, recipe, resume)
+    if result.exists():
+        return result
+    accelerator = make_accelerator(options.device)
+    torch.manual_seed(recipe.seed)
+    network, average, make_objective = _networks(recipe, material, accelerator.device)
+    network.to(accelerator.device)
+    if options.gradient_checkpointing:
+        network.diff_model.checkpoint_gradients()
+    distance: list[str] = []
+
+    def mean(value: Tensor) -> Tensor:
+        return trainer.mean(value)
+
+    objective = make_objective(mean, distance)
+    trainer = Trainer(recipe, network, average, objective, material.source, output, options, accelerator)
+    trainer.resume()
+    if not accelerator.is_main_process:
+        for _ in trainer.run():
+            pass
+        trainer.settle_batch_norms()
+        return result
+    record = _record(recipe, material, options, trainer, distance)
+    atomic_save(record, output / RECORD)
+    with atomic_write(output / "recipe.toml") as temporary:
+        temporary.write_text(recipe_toml(recipe), "utf-8")
+    if distance:
+        print(f"perceptual distance: {distance[0]}", file=sys.stderr)
+    started = time.monotonic()
+    last = _watch(trainer, material, output, options)
+    trainer.settle_batch_norms()
+    _finish(average, recipe, result)
+    record["result"] = {"file": result.name, "sha256": sha256_file(result), "last_figures": last}
+    record["seconds"] = round(time.monotonic() - started, 1)
+    atomic_save(record, output / RECORD)
+    return result
+
+
+def claim(output: Path, recipe: Recipe, resume: bool) -> None:
+    """Raises UsageError unless ``output`` is free, or holds a run of ``recipe`` that is to go on."""
+    record = output / RECORD
+    if not record.exists():
+        if checkpoint_files(output):
+            raise UsageError(f"{output} has checkpoints and no {RECORD}: give another output folder")
+        make_folder(output)
+        return
+    if not resume:
+        raise UsageError(f"{output} holds a run already: add --resume to go on with it, or give another output folder")
+    try:
+        theirs = json.loads(record.read_text("utf-8"))["recipe"]
+    except OSError as error:
+        raise MachineError(f"{record} cannot be read: {error.strerror}: run `chmod u+r {record}`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{record} is damaged ({error}): give another output folder") from error
+    ours = plain(asdict(recipe))
+    if theirs != ours:
+        raise UsageError(
+            f"{output} holds a run of another recipe ({_difference(theirs, ours)}): give the same, or another output "
+            "folder"
+        )
+
+
+def _difference(theirs: Any, ours: Any, where: str = "") -> str:
+    """The first value that differs, as ``section.name is 1 there, 2 here``."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in [*ours, *(n for n in theirs if n not in ours)]:
+            if theirs.get(name) != ours.get(name):
+                return _difference(theirs.get(name), ours.get(name), f"{where}.{name}" if where else name)
+    return f"{where} is {theirs!r} there, {ours!r} here"
+
+
+_MakeObjective = Callable[[Callable[[Tensor], Tensor], list[str]], Objective]
+
+
+def _networks(recipe: Recipe, material: Material, device: torch.device) -> tuple[Any, nn.Module, _MakeObjective]:
+    """The network to train, its average, and what makes its objective (given the mean over processes, and a list
+    that takes the perceptual distance's name)."""
+    losses, precision = recipe.losses, recipe.optimiser.precision
+    if recipe.stage == "teacher":
+        teacher = _fresh_teacher(recipe) if material.teacher is None else load_teacher(material.teacher)
+        teacher.requires_grad_(True)
+        task = Task(losses, recipe.teacher.num_prompts, precision)
+        return teacher, build_teacher(recipe.teacher), lambda mean, distance: task
+    student = _student(recipe, material)
+    average = build_student(recipe.student)
+    if recipe.stage == "guidance":
+        if material.student is None:
+            raise UsageError("stage guidance starts from a trained student: add --student FILE")
+        frozen = load_student(material.student, recipe.student).to(device)
+        guidance = Guidance(losses, frozen, precision)
+        return student, average, lambda mean, distance: guidance
+    if set(losses.terms) == {"task"}:
+        alone = Task(losses, recipe.student.num_prompts, precision)
+        return student, average, lambda mean, distance: alone
+    if material.teacher is None:
+        raise UsageError('distillation needs a teacher: add --teacher FILE, or --set \'losses.terms=["task"]\'')
+    master = load_teacher(material.teacher, device)
+
+    def distillation(mean: Callable[[Tensor], Tensor], distance: list[str]) -> Objective:
+        chosen = choose_distance(losses.distance, master) if "perceptual" in losses.terms else None
+        distance.extend([] if chosen is None else [chosen.name])
+        return Distillation(losses, student, master, chosen, precision, mean)
+
+    return student, average, distillation
+
+
+def _fresh_teacher(recipe: Recipe) -> Teacher:
+    teacher = build_teacher(recipe.teacher)
+    if recipe.optimiser.identity_start:
+        identity_start(teacher)
+    return teacher
+
+
+def _student(recipe: Recipe, material: Material) -> Student:
+    if material.student is not None:
+        return load_student(material.student, recipe.student)
+    student = build_student(recipe.student)
+    if recipe.optimiser.identity_start:
+        identity_start(student)
+    return student
+
+
+def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptions) -> dict[str, float]:
+    """Runs ``trainer`` to its end and shows it; returns the last running means."""
+    recipe = trainer.recipe
+    grid = None
+    if material.vae is not None and options.sample_every and recipe.stage != "teacher":
+        generators = [np.random.default_rng([recipe.seed + 2, number]) for number in range(_SAMPLES)]
+        drawn = [material.source.draw(number, rng) for number, rng in enumerate(generators)]
+        tensors = (torch.from_numpy(np.stack(column)).to(trainer.device) for column in zip(*drawn, strict=True))
+        grid = SampleGrid(material.vae, *material.source.latents(*tensors))
+    with (
+        progress_bar(recipe.stage, recipe.optimiser.steps) as report,
+        Monitor(output, trainer.done) as monitor,
+    ):
+        for figures in trainer.run():
+            monitor.add(figures)
+            step = trainer.done
+            if step % options.log_every == 0 or step == recipe.optimiser.steps:
+                report(step, monitor.shown())
+                monitor.write(step)
+            if grid is not None and (step % options.sample_every == 0 or step == recipe.optimiser.steps):
+                monitor.picture(step, grid.draw(trainer.average))
+        return monitor.shown()
+
+
+def _finish(average: nn.Module, recipe: Recipe, result: Path) -> None:
+    """The averaged weights with their configuration beside them; the weights last, since they mean finished."""
+    config = recipe.teacher if recipe.stage == "teacher" else recipe.student
+    atomic_save(config.to_dict(), result.with_suffix(".json"))
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
+    note = guidance_metadata(recipe.losses.guidance) if recipe.stage == "guidance" else None
+    with atomic_write(result) as temporary:
+        temporary.write_bytes(save(weights, note))
+
+
+def _record(
+    recipe: Recipe, material: Material, options: RunOptions, trainer: Trainer, distance: list[str]
+) -> dict[str, Any]:
+    """``train.json``: recipe, material with hashes, versions, machine."""
+
+    def described(path: Path | None) -> dict[str, str] | None:
+        return None if path is None else {"path": str(path), "sha256": sha256_file(path)}
+
+    return {
+        "moebius_edge": __version__,
+        "command": sys.argv,
+        "recipe": plain(asdict(recipe)),
+        "options": asdict(options),
+        "material": {
+            "samples": material.origin,
+            "teacher": described(material.teacher),
+            "student": described(material.student),
+        },
+        "perceptual_distance": distance[0] if distance else None,
+        "processes": trainer.accelerator.num_processes,
+        "micro_batch": trainer.micro_batch,
+        "machine": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else platform.processor(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,223 @@
+"""The training loop: losses fall, a killed run ends as an uninterrupted one, and what goes wrong is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from training_toys import OPTIONS, RECIPE, FlatLatents, material, trained_teacher
+
+from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.model import build_student
+from moebius_edge.training import checkpoints
+from moebius_edge.training.checkpoints import checkpoint_files
+from moebius_edge.training.objectives import Task
+from moebius_edge.training.recipe import Recipe, RunOptions
+from moebius_edge.training.stage import train_stage
+from moebius_edge.training.trainer import Trainer, make_accelerator
+
+torch.set_num_threads(1)
+TASK = replace(RECIPE, losses=replace(RECIPE.losses, terms=("task",)))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def trainer(recipe: Recipe, output: Path, options: RunOptions = OPTIONS) -> Trainer:
+    torch.manual_seed(recipe.seed)
+    student, average = build_student(recipe.student), build_student(recipe.student)
+    objective = Task(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision)
+    return Trainer(recipe, student, average, objective, FlatLatents(), output, options, make_accelerator("cpu"))  # type: ignore[arg-type]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_loss_falls(precision: str, tmp_path: Path) -> None:
+    optimiser = replace(TASK.optimiser, steps=40, warmup=5, precision=precision)
+    ours = trainer(replace(TASK, optimiser=optimiser), tmp_path, replace(OPTIONS, save_every=40))
+    losses = [figures["loss"] for figures in ours.run()]
+    assert len(losses) == 40 and np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    assert not same(ours.network, ours.average)
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
+    whole = trainer(TASK, tmp_path / "whole")
+    expected = list(whole.run())
+    cut = trainer(TASK, tmp_path / "cut")
+    steps = cut.run()
+    for _ in range(3):  # the checkpoint is of step 2
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    torch.manual_seed(99)  # as another process would have it
+    resumed = trainer(TASK, tmp_path / "cut")
+    assert resumed.resume() and resumed.done == 2
+    figures = list(resumed.run())
+    assert [f["loss"] for f in figures] == [f["loss"] for f in expected[2:]]
+    assert same(resumed.network, whole.network) and same(resumed.average, whole.average)
+    resumed.settle_batch_norms(2)
+    whole.settle_batch_norms(2)
+    assert same(resumed.average, whole.average)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    running = replace(TASK, optimiser=replace(TASK.optimiser, batch_norm="running", steps=3))
+    whole = trainer(running, tmp_path / "whole")
+    parts = trainer(running, tmp_path / "parts", replace(OPTIONS, micro_batch=1))
+    assert (parts.micro_batch, parts.micro_batches) == (1, 4)
+    for a, b in zip(whole.run(), parts.run(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"optimiser.batch 4 does not divide into 1 processes of micro-batches of 3"):
+        trainer(TASK, tmp_path, replace(OPTIONS, micro_batch=3))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    list(trainer(TASK, tmp_path, replace(OPTIONS, save_every=1, keep=2)).run())
+    assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000005.pt", "step-000000006.pt"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    list(trainer(TASK, tmp_path).run())
+    half = tmp_path / checkpoints.FOLDER / ".moebius-0123456789ab.pt"
+    half.write_bytes(b"half")
+    resumed = trainer(TASK, tmp_path)
+    assert resumed.resume() and resumed.done == 6 and not half.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_diagnostics_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    ours = trainer(TASK, tmp_path)
+
+    class Broken(FlatLatents):
+        def latents(self, *drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if ours.done == 3:
+                drawn[0][1] = torch.nan
+            return drawn
+
+    ours.source = Broken()  # type: ignore[assignment]
+    with pytest.raises(BundleError, match=r"the loss is nan at step 3 \(task; .*diagnostics-step-3.json says more\)"):
+        list(ours.run())
+    assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000002.pt"]
+    told = json.loads((tmp_path / "diagnostics-step-3.json").read_text())
+    assert told["clean_is_finite"] == [True, False, True, True] and told["weights_are_finite"]
+    assert told["first_sample"] == 12 and len(told["timesteps"]) == 4
+    resumed = trainer(TASK, tmp_path)
+    assert resumed.resume() and len(list(resumed.run())) == 4
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = trainer(TASK, tmp_path)
+    write = Path.write_bytes
+
+    def full(self: Path, data: Any) -> int:
+        if ours.done == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(MachineError, match=r"cannot write .*step-000000004.pt: the disk is full: free space"):
+        list(ours.run())
+    assert [p.name for p in (tmp_path / checkpoints.FOLDER).iterdir()] == ["step-000000002.pt"]
+
+
+def start(call: dict[str, Any]) -> subprocess.Popen[bytes]:
+    script = Path(__file__).with_name("training_process.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(script), json.dumps(call)], stderr=subprocess.PIPE, env=environment, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(teacher: Path, tmp_path: Path) -> None:
+    recipe = {"optimiser": {"steps": 40}}
+    options = {"save_every": 3}
+    expected = tmp_path / "whole"
+    whole = start({"output": str(expected), "teacher": str(teacher), "recipe": recipe, "options": options})
+    assert whole.wait() == 0
+    rng, output, kills = random.Random(0), tmp_path / "killed", 0
+    call = {"output": str(output), "teacher": str(teacher), "recipe": recipe, "options": options, "resume": True}
+    for _ in range(60):
+        before = checkpoint_files(output)[-1:]
+        process = start(call)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and checkpoint_files(output)[-1:] == before:
+            time.sleep(0.01)
+        if process.poll() is None:
+            time.sleep(rng.uniform(0, 0.7))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        else:
+            assert process.wait() == 0, process.stderr and process.stderr.read().decode()[-2000:]
+            break
+    assert (output / "student.safetensors").exists() and kills >= 3
+    whole_weights, ours = load_file(expected / "student.safetensors"), load_file(output / "student.safetensors")
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in whole_weights.items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
+    """All loss terms with their adaptive weights; batch norms by their running statistics."""
+    recipe = {"optimiser": {"batch_norm": "running", "steps": 4}}
+    call = {"teacher": str(teacher), "recipe": recipe}
+    one = start({**call, "output": str(tmp_path / "one")})
+    assert one.wait() == 0
+    script = Path(__file__).with_name("training_process.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    two = subprocess.run(
+        [*launch, str(script), json.dumps({**call, "output": str(tmp_path / "two")})],
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert two.returncode == 0, two.stderr.decode()[-3000:]
+    records = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two")]
+    assert [r["processes"] for r in records] == [1, 2] and [r["micro_batch"] for r in records] == [4, 2]
+    figures = [r["result"]["last_figures"] for r in records]
+    for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-3), name
+    weights = [load_file(tmp_path / name / "student.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_finished_run_is_returned_at_once_and_another_is_refused(teacher: Path, tmp_path: Path) -> None:
+    result = train_stage(RECIPE, material(teacher=teacher), tmp_path, OPTIONS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints", "recipe.toml", "student.json", "student.safetensors", "tensorboard", "train.json",
+    ]  # fmt: skip
+    before = result.stat().st_mtime_ns
+    assert train_stage(RECIPE, material(teacher=teacher), tmp_path, OPTIONS, resume=True) == result
+    assert result.stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"holds a run already: add --resume to go on with it"):
+        train_stage(RECIPE, material(teacher=teacher), tmp_path, OPTIONS)
+    other = replace(RECIPE, losses=replace(RECIPE.losses, hole_weight=2.0))
+    with pytest.raises(UsageError, match=r"another recipe \(losses.hole_weight is 1.0 there, 2.0 here\)"):
+        train_stage(other, material(teacher=teacher), tmp_path, OPTIONS, resume=True)
+
+
+def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="PyTorch finds no CUDA GPU here"):
+        make_accelerator("cuda")

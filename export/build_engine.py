@@ -1,4 +1,4 @@
-"""One ONNX file -> one TensorRT plan, in a process of its own: ``python -m moebius_edge.export.build_engine``.
+"""One ONNX file, or ``update`` -> one TensorRT plan, in a process: ``python -m moebius_edge.export.build_engine``.
 
 Request: a JSON object on stdin (``REQUEST``). Replies: JSON lines on stdout, each with an ``event``: ``progress``,
 ``note``, and at the end ``done`` or ``failed``. A process a plan gives all memory back, and when it is killed the
@@ -19,7 +19,8 @@ from ..files import atomic_write, sha256_file
 from ..machine import peak_memory_bytes
 from .trt_builder import Tell, TrtBuilder, check_types
 
-# component, precision and the ONNX file; the plan to write; what TensorRT is told. All of them are given.
+# component, precision and the ONNX file (None for ``update``, which has none); the plan to write; what TensorRT is
+# told. All of them are given.
 REQUEST = {
     *("component", "precision", "onnx", "plan", "flavour", "gpu", "compute_capabilities", "profile"),
     *("workspace_bytes", "opt_level", "timing_cache"),
@@ -36,10 +37,13 @@ def build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
     if set(request) != REQUEST:
         raise AssertionError(f"request has {sorted(request)}, not {sorted(REQUEST)}")
     started = time.monotonic()
-    onnx, component = Path(request["onnx"]), request["component"]
+    component = request["component"]
     builder = TrtBuilder(request["flavour"])
-    builder.check(onnx)
-    network = builder.parse(onnx)
+    if request["onnx"] is None:
+        network = builder.update(request["profile"]["sample"][0][-1])
+    else:
+        builder.check(Path(request["onnx"]))
+        network = builder.parse(Path(request["onnx"]))
     facts = builder.facts(network)
     check_types(facts, request["precision"], component)
     plan = builder.build(network, request, tell)

@@ -1,4 +1,4 @@
-"""``build_engines``: a bundle's three ONNX files -> ``BUNDLE/engines/<key>/``, or nothing at all.
+"""``build_engines``: a bundle's three ONNX files, and ``update`` -> ``BUNDLE/engines/<key>/``, or nothing at all.
 
 What to build, for which machine, whether it is there already, and whether memory and disk allow it. TensorRT works in
 a process a component (``engine_process``); neither PyTorch nor the onnx package is needed.
@@ -26,9 +26,10 @@ from ..runtimes.engine_files import (
     EngineKey,
     engine_document,
     read_engine,
-    stale_components,
+    staleness,
 )
 from ..runtimes.flavours import FLAVOURS
+from ..runtimes.update import UPDATE, update_component
 from ..spec import Component
 from .engine_process import run_build
 from .engine_target import EngineOptions, Target
@@ -104,7 +105,8 @@ def build_engines(
     tell = progress or _silent
     key = EngineKey(bundle.precision, target.flavour, target.version, target.gpu, target.compute_capabilities)
     folder = bundle.path / ENGINES_FOLDER / key.folder
-    profiles = {name: rows(name, options.max_batch) for name in bundle.components}
+    components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
+    profiles = {name: rows(name, options.max_batch) for name in components}
     wanted = Engine(folder, key, _hashes(bundle), {}, options.recorded(), profiles, {})
     notes = []
     if os.path.lexists(folder) and not force:
@@ -118,13 +120,14 @@ def build_engines(
     _make_parent(folder.parent)
     with atomic_directory(folder, overwrite=True, marker=ENGINE_FILE) as temporary:
         plans = {}
-        for index, (name, component) in enumerate(bundle.components.items(), start=1):
-            stage = f"build {name} ({index} of {len(bundle.components)})"
+        for index, (name, component) in enumerate(components.items(), start=1):
+            stage = f"build {name} ({index} of {len(components)})"
             tell(stage, 0.0)
+            ours = name == UPDATE
             request = {
                 "component": name,
-                "precision": bundle.precision,
-                "onnx": os.path.abspath(bundle.component_path(name)),
+                "precision": "float32" if ours else bundle.precision,
+                "onnx": None if ours else os.path.abspath(bundle.component_path(name)),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": target.flavour,
                 "gpu": target.gpu,
@@ -147,7 +150,7 @@ def build_engines(
 
 def rows(component: str, max_batch: int) -> list[int]:
     """Least, best and most rows: guidance doubles the denoiser's, the autoencoder takes a picture at a time."""
-    return [1, 2, 2 * max_batch] if component == _DENOISER else [1, 1, max_batch]
+    return [1, 2, 2 * max_batch] if component in (_DENOISER, UPDATE) else [1, 1, max_batch]
 
 
 def profile(component: Component, batches: list[int]) -> dict[str, list[list[int]]]:
@@ -184,8 +187,8 @@ def _outdated(wanted: Engine, bundle: Bundle) -> str:
         found.verify("")
     except BundleError as error:
         return str(error).rpartition(":")[0]
-    if stale := stale_components(found.onnx, bundle):
-        return f"{stale[0]}.onnx has changed"
+    if stale := staleness(found, bundle):
+        return f"it was {stale}"
     if changed := [k for k, v in wanted.settings.items() if found.settings.get(k) != v]:
         name = changed[0]
         return f"{name} was {found.settings.get(name)} and is {wanted.settings[name]} now"

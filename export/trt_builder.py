@@ -16,9 +16,11 @@ from typing import Any
 
 from ..errors import BundleError, MachineError, MoebiusError
 from ..runtimes.flavours import FLAVOURS, load_package, make_logger, version_of
+from ..runtimes.update import update_component
 from .build_progress import Fraction, make_monitor
 from .onnx_header import max_opset, opset_of
 from .timing_cache import read_timing_cache, write_timing_cache
+from .update_network import define_update
 
 Tell = Callable[..., None]  # (event, **values)
 
@@ -87,14 +89,21 @@ class TrtBuilder:
             raise BundleError(f"{onnx} is not for {self._title}: {wrong[0]}: export the bundle again")
 
     def parse(self, onnx: Path) -> Any:
-        trt = self.package
-        # On TensorRT 10 networks are weakly typed without it; from 11 on it has no effect.
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self._builder.create_network(flags)
-        parser = trt.OnnxParser(network, self._logger)
+        network = self._empty_network()
+        parser = self.package.OnnxParser(network, self._logger)
         if not parser.parse_from_file(os.fspath(onnx)):  # by path, so that external weights are found
             raise BundleError(f"{self._title} cannot parse {onnx} ({_parse_error(parser)}): export the bundle again")
         return network
+
+    def update(self, latent_size: int) -> Any:
+        """The network of ``update`` for latents of that size, see ``update_network``."""
+        network = self._empty_network()
+        define_update(self.package, network, update_component(latent_size))
+        return network
+
+    def _empty_network(self) -> Any:
+        # On TensorRT 10 networks are weakly typed without it; from 11 on it has no effect.
+        return self._builder.create_network(1 << int(self.package.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
     def facts(self, network: Any) -> dict[str, Any]:
         layers: Counter[str] = Counter()

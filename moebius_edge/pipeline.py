@@ -204,8 +204,8 @@ class Inpainter:
         if start != "noise":
             latent = sampler.add_noise(self._encode(_to_network(first), timer, "the start"), noise)
         for step in denoise(self.runtime, latent, cells, masked, sampler, guidance, timer):
-            latent = step.latent
             report(step)
+        latent = step.latent
         with measured(timer, "vae_decode"):
             decoded = self.runtime.run("vae_decoder", {"latent": latent})["image"]
         check_finite(decoded, "vae_decoder")

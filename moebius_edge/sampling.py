@@ -1,14 +1,16 @@
 """The sampling loop, latents in and latents out, and the noise it starts from.
 
 It knows nothing of pictures. The loop is a generator: progress, timing and stopping early belong to the
-caller, so that one loop serves ``run``, the export's gate and the report.
+caller, so that one loop serves ``run``, the export's gate and the report. Guidance and the sampler's step are
+numpy's here, unless the runtime keeps the latents on its device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 
 from .errors import BundleError
 from .runtimes import Runtime
+from .runtimes.base import DeviceLatents
 from .scheduler import Scheduler
 from .spec import NOISE_OFFSET
 
@@ -29,12 +32,19 @@ _CONDITIONAL, _UNCONDITIONAL = 0, 1  # values of the denoiser's ``branch``
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One network call done: ``index`` counts from 1 to ``total``, ``latent`` (B, 4, h, w) is its outcome."""
+    """One network call done: ``index`` counts from 1 to ``total``."""
 
     index: int
     total: int
     timestep: int
-    latent: Floats
+    read: Callable[[], Floats]
+
+    @property
+    def latent(self) -> Floats:
+        """(B, 4, h, w), the call's outcome. Reading it may be a copy from the device, which still has it only until
+        the next call; then it is a ``RuntimeError``. The last step's can be read for ever.
+        """
+        return self.read()
 
 
 def denoise(
@@ -64,20 +74,40 @@ def denoise(
     branch = np.repeat(np.array(branches, np.int64), batch)
     rows = len(branches)
     total = len(scheduler.timesteps)
+
+    def joined() -> Floats:
+        return np.tile(np.concatenate([latents, mask, masked], axis=1), (rows, 1, 1, 1))
+
+    kept: DeviceLatents | None = None
+    reached = 0  # the step whose latents the device has
+
+    def read_from(device: DeviceLatents, index: int) -> Floats:
+        if index != reached:
+            raise RuntimeError(f"the latent of step {index} is gone: read it before the next step")
+        return device.read()
+
     for index, t in enumerate(scheduler.timesteps, start=1):
+        where = f" at step {index} of {total} (t={t})"
+        read: Callable[[], Floats]
         with measured(timer, "denoise"):
-            sample = np.concatenate([latents, mask, masked], axis=1)
-            feeds = {
-                "sample": np.tile(sample, (rows, 1, 1, 1)),
-                "timestep": np.full(rows * batch, t, np.float32),
-                "branch": branch,
-            }
-            noise = runtime.run("denoiser", feeds)["noise"]
-            check_finite(noise, "denoiser", f" at step {index} of {total} (t={t})")
-            if rows == 2:
-                noise = noise[:batch] + np.float32(guidance) * (noise[batch:] - noise[:batch])
-            latents = scheduler.step(noise, t, latents)
-        yield Step(index, total, t, latents)
+            if index == 1:
+                kept = runtime.keep_latents(joined(), branch, guidance)
+            if kept is None:
+                timesteps = np.full(rows * batch, t, np.float32)
+                feeds: dict[str, np.ndarray] = {"sample": joined(), "timestep": timesteps, "branch": branch}
+                noise = runtime.run("denoiser", feeds)["noise"]
+                check_finite(noise, "denoiser", where)
+                if rows == 2:
+                    noise = noise[:batch] + np.float32(guidance) * (noise[batch:] - noise[:batch])
+                latents = scheduler.step(noise, t, latents)
+                read = partial(np.asarray, latents)
+            else:
+                reached = index
+                check_finite(kept.step(t, scheduler.linear_step(index - 1)), "denoiser", where)
+                read = partial(read_from, kept, index)
+                if index == total:
+                    read = partial(np.asarray, kept.read())
+        yield Step(index, total, t, read)
 
 
 def initial_noise(seed: int, region_index: int, shape: tuple[int, int, int, int]) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,20 @@ Array = npt.NDArray[np.floating[Any]]
 
 _BETAS = np.linspace(math.sqrt(BETA_START), math.sqrt(BETA_END), NUM_TRAIN_TIMESTEPS) ** 2
 _ALPHA_BARS: list[float] = np.cumprod(1.0 - _BETAS).tolist()
+
+
+class LinearStep(NamedTuple):
+    """One step of a sampler as numbers, for a device that does the arithmetic itself.
+
+    With x the latent, e the predicted noise and p the last step's clean prediction, which is 0 before the first:
+    x' = latent·x + noise·e + previous·p, and p' = clean_latent·x + clean_noise·e.
+    """
+
+    latent: float
+    noise: float
+    previous: float = 0.0
+    clean_latent: float = 0.0
+    clean_noise: float = 0.0
 
 
 class Scheduler(ABC):
@@ -57,6 +71,10 @@ class Scheduler(ABC):
     def step(self, noise_pred: Array, t: int, sample: Array) -> Array:
         """The latent after timestep ``t``. ``noise_pred`` and ``sample`` share a shape, say (N, 4, h, w)."""
 
+    @abstractmethod
+    def linear_step(self, index: int) -> LinearStep:
+        """What ``step`` does at ``timesteps[index]``, as numbers; it neither needs nor changes what was done before."""
+
     def alpha_bar(self, t: int) -> float:
         """Share of the signal's variance at timestep ``t``; 1 below timestep 0, where all noise is gone."""
         if t >= NUM_TRAIN_TIMESTEPS:
@@ -92,10 +110,17 @@ class DDIM(Scheduler):
         return [i * self.stride for i in reversed(range(steps))]
 
     def step(self, noise_pred: Array, t: int, sample: Array) -> Array:
+        latent, noise = self._factors(t)
+        return latent * sample + noise * noise_pred
+
+    def linear_step(self, index: int) -> LinearStep:
+        return LinearStep(*self._factors(self.timesteps[index]))
+
+    def _factors(self, t: int) -> tuple[float, float]:
         """x' = √ᾱ'·(x - √(1-ᾱ)·e)/√ᾱ + √(1-ᾱ')·e, gathered by x and e so that nothing large cancels."""
         now, after = self.alpha_bar(t), self.alpha_bar(t - self.stride)
         scale = math.sqrt(after / now)
-        return scale * sample + (math.sqrt(1.0 - after) - scale * math.sqrt(1.0 - now)) * noise_pred
+        return scale, math.sqrt(1.0 - after) - scale * math.sqrt(1.0 - now)
 
 
 class DPMSolverPP2M(Scheduler):
@@ -113,32 +138,47 @@ class DPMSolverPP2M(Scheduler):
     def __init__(self, steps: int, strength: float = 1.0) -> None:
         super().__init__(steps, strength)
         self._next = 0  # index of the timestep expected next
-        self._previous: tuple[Array, float] | None = None  # its clean prediction and its log-SNR
+        self._previous: Array | None = None  # its clean prediction
 
     def _schedule(self, steps: int) -> list[int]:
         stride = NUM_TRAIN_TIMESTEPS // (steps + 1)
         return [i * stride for i in range(steps, 0, -1)]
 
     def step(self, noise_pred: Array, t: int, sample: Array) -> Array:
-        """x' = (σ'/σ)·x - √ᾱ'·(e^-h - 1)·D D extrapolated from this and the last clean prediction."""
+        """x' = (σ'/σ)·x - √ᾱ'·(e^-h - 1)·D with D extrapolated from this and the last clean prediction."""
         if t == self.timesteps[0]:
             self._next, self._previous = 0, None
         if self._next >= len(self.timesteps) or t != self.timesteps[self._next]:
             raise ValueError(f"timestep {t} is out of order: start at {self.timesteps[0]}, take each in turn")
+        alpha, sigma, keep, move, beyond = self._factors(self._next)
         self._next += 1
-        alpha_bar = self.alpha_bar(t)
-        alpha, sigma, log_snr = _at(alpha_bar)
         clean = (sample - sigma * noise_pred) / alpha
         if self._next == len(self.timesteps):
             return clean
-        alpha_after, sigma_after, log_snr_after = _at(self.alpha_bar(self.timesteps[self._next]))
+        direction = clean if self._previous is None else clean + beyond * (clean - self._previous)
+        self._previous = clean
+        return keep * sample - move * direction
+
+    def linear_step(self, index: int) -> LinearStep:
+        alpha, sigma, keep, move, beyond = self._factors(index)
+        weight = -move * (1.0 + beyond)  # of this step's clean prediction, (x - σ·e)/α
+        return LinearStep(keep + weight / alpha, -weight * sigma / alpha, move * beyond, 1.0 / alpha, -sigma / alpha)
+
+    def _factors(self, index: int) -> tuple[float, float, float, float, float]:
+        """α, σ, σ'/σ, √ᾱ'·(e^-h - 1), and how far beyond this clean prediction D lies, in steps from the last one.
+
+        The last step's are 0, -1 and 0: x' is the clean prediction.
+        """
+        alpha, sigma, log_snr = _at(self.alpha_bar(self.timesteps[index]))
+        if index == len(self.timesteps) - 1:
+            return alpha, sigma, 0.0, -1.0, 0.0
+        alpha_after, sigma_after, log_snr_after = _at(self.alpha_bar(self.timesteps[index + 1]))
         h = log_snr_after - log_snr
-        direction = clean
-        if self._previous is not None:
-            previous, log_snr_before = self._previous
-            direction = clean + (0.5 * h / (log_snr - log_snr_before)) * (clean - previous)
-        self._previous = (clean, log_snr)
-        return (sigma_after / sigma) * sample - (alpha_after * math.expm1(-h)) * direction
+        beyond = 0.0
+        if index > 0:
+            log_snr_before = _at(self.alpha_bar(self.timesteps[index - 1]))[2]
+            beyond = 0.5 * h / (log_snr - log_snr_before)
+        return alpha, sigma, sigma_after / sigma, alpha_after * math.expm1(-h), beyond
 
 
 def _at(alpha_bar: float) -> tuple[float, float, float]:

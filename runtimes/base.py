@@ -2,6 +2,7 @@
 
 Inputs and outputs are checked here, once for all back-ends, so that a back-end holds nothing but its
 own calls. It does not look at values: the pipeline says at which stage a network went non-finite.
+A back-end may also sample with the latents on its device, see ``DeviceLatents``.
 """
 
 from __future__ import annotations
@@ -9,15 +10,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from ..errors import BundleError
+from ..scheduler import LinearStep
 from ..spec import Component, Tensor
 
 Arrays = dict[str, np.ndarray]
 _Self = TypeVar("_Self", bound="Runtime")  # typing.Self needs Python 3.11
+
+
+class DeviceLatents(Protocol):
+    """One batch of latents that stays on the device while it is sampled."""
+
+    def step(self, t: int, coefficients: LinearStep) -> np.ndarray:
+        """Call the denoiser at timestep ``t``, apply guidance and the sampler's step.
+
+        Returns Σ|noise| of each row: NaN or infinite where the predicted noise is, before guidance.
+        """
+
+    def read(self) -> np.ndarray:
+        """The latents (B, 4, h, w) after the last step, in memory of the caller's own."""
 
 
 class Runtime(ABC):
@@ -82,8 +97,7 @@ class Runtime(ABC):
         Raises ``ValueError`` for feeds that are not what the component declares (the caller's bug) and
         ``BundleError`` for outputs that are not (the graph's).
         """
-        if not self._active:
-            raise RuntimeError(f"{type(self).__name__} is not active: call run inside `with runtime:`")
+        self._check_active("run")
         if component not in self.components:
             raise ValueError(f"no component {component!r}: this bundle has {', '.join(self.components)}")
         tensors = self.components[component]
@@ -95,6 +109,22 @@ class Runtime(ABC):
         except ValueError as error:
             raise BundleError(f"{error}: the graph is not what bundle.json says; export it again") from None
         return outputs
+
+    def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents | None:
+        """Put a batch on the device for all its steps, or None where this back-end leaves the arithmetic to numpy.
+
+        Args:
+            sample: (N, 9, h, w), the denoiser's first: N = 2B, the unconditional rows first, or B at guidance 1.
+            branch: (N,) int64.
+
+        The batch is lost with the next call of this method or of ``run`` for the denoiser.
+        """
+        self._check_active("keep_latents")
+        return None
+
+    def _check_active(self, method: str) -> None:
+        if not self._active:
+            raise RuntimeError(f"{type(self).__name__} is not active: call {method} inside `with runtime:`")
 
 
 def batched(tensor: Tensor, batch: int) -> tuple[int, ...]:

@@ -119,6 +119,11 @@ class Cuda:
         host = ctypes.c_void_p(target.ctypes.data)
         self._call("cuMemcpyDtoHAsync_v2", host, ctypes.c_void_p(address), ctypes.c_size_t(size), _handle(stream))
 
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy within the device; the two may not overlap."""
+        here, there = ctypes.c_void_p(target), ctypes.c_void_p(source)
+        self._call("cuMemcpyDtoDAsync_v2", here, there, ctypes.c_size_t(size), _handle(stream))
+
     def create_stream(self) -> int:
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)

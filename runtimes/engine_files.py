@@ -1,4 +1,5 @@
-"""Engines on disk: ``BUNDLE/engines/<key>/`` with a plan a component and ``engine.json``, which says what they are.
+"""Engines on disk: ``BUNDLE/engines/<key>/`` with a plan a component, one for the sampler's arithmetic (``update``),
+and ``engine.json``, which says what they are.
 
 An engine fits one bundle's ONNX files, one precision, one version of TensorRT and one kind of GPU. What was built
 for anything else is refused here, before TensorRT sees it, with the command that builds the right one.
@@ -9,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..errors import BundleError, MachineError
 from ..files import safe_join, sha256_file
 from .cuda import Gpu
 from .flavours import FLAVOURS, Flavour
+from .update import UPDATE
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA_VERSION = 1
@@ -50,7 +51,7 @@ class Engine:
     path: Path
     key: EngineKey
     onnx: dict[str, str]  # component -> SHA-256 of the ONNX file it was built from
-    plans: dict[str, dict[str, Any]]  # component -> {"file", "sha256", "bytes", ...}
+    plans: dict[str, dict[str, Any]]  # component, or ``update`` -> {"file", "sha256", "bytes", ...}
     settings: dict[str, Any]  # max_batch, workspace_bytes, opt_level: what the user chose
     profiles: dict[str, list[int]]  # component -> rows: least, best, most
     built: dict[str, Any]  # when, how long, notes
@@ -97,7 +98,7 @@ def read_engine(folder: Path) -> Engine:
         key = {**data["key"], "compute_capabilities": tuple(data["key"]["compute_capabilities"])}
         fields = {name: data[name] for name in ("onnx", "plans", "settings", "profiles", "built")}
         engine = Engine(folder, EngineKey(**key), **fields)
-        for component in engine.onnx:
+        for component in {**dict.fromkeys(engine.onnx), **engine.plans}:
             record = engine.plans[component]
             if not isinstance(record["sha256"], str) or not isinstance(record["bytes"], int):
                 raise TypeError(f"the record of {component}")
@@ -159,14 +160,17 @@ def misfits(engine: Engine, bundle: Bundle, version: str, gpu: Gpu) -> list[str]
         )
     if key.precision != bundle.precision:
         problems.append(f"built with precision {key.precision}, the bundle has {bundle.precision}")
-    if stale := stale_components(engine.onnx, bundle):
-        problems.append(f"built from another {stale[0]}.onnx than the bundle's")
+    if stale := staleness(engine, bundle):
+        problems.append(stale)
     return problems
 
 
-def stale_components(onnx: Mapping[str, str], bundle: Bundle) -> list[str]:
-    """The components whose ONNX file is not the one with the SHA-256 in ``onnx``."""
-    return [n for n, c in bundle.components.items() if onnx.get(n) != bundle.files[c.file]["sha256"]]
+def staleness(engine: Engine, bundle: Bundle) -> str:
+    """What else ``engine`` was built from than it would be today, as in ``misfits``; empty if nothing else."""
+    for name, component in bundle.components.items():
+        if engine.onnx.get(name) != bundle.files[component.file]["sha256"]:
+            return f"built from another {name}.onnx than the bundle's"
+    return "" if UPDATE in engine.plans else "built by an older moebius-edge, which kept no latents on the GPU"
 
 
 def build_command(bundle: Bundle, flavour: Flavour) -> str:

@@ -1,19 +1,19 @@
-"""One engine's buffers and how it is launched: fixed addresses, one stream, a CUDA graph once shapes have settled.
+"""One engine's buffers and launches: fixed addresses, one stream. ``latent_loop`` joins two of them.
 
-Buffers hold the most rows the engine takes, so that an address never changes. The first call at a number of rows is
-launched as it is, for TensorRT prepares itself then; the second is recorded with its copies, and from then on a call
-is one launch. Another number of rows starts afresh: a recorded graph is void once its context's shapes have changed.
+Buffers hold the most rows the engine takes, so that an address never changes, and a tensor may lie in another
+executor's buffer. Whatever is queued happens in order; ``run`` and ``latent_loop`` wait for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..spec import Component, Tensor
 from .base import Arrays, batched
-from .cuda import Cuda, CudaError
+from .cuda import Cuda
 
 
 class LaunchError(Exception):
@@ -23,106 +23,106 @@ class LaunchError(Exception):
 class Executor:
     """Runs ``component`` on ``context`` with at most ``max_rows`` rows.
 
-    ``context`` is TensorRT's ``IExecutionContext``, ``cuda`` is open and ``stream`` its stream. With ``record`` calls
-    become a CUDA graph; where recording fails calls go on without, and ``graph_problem`` says why.
+    ``context`` is TensorRT's ``IExecutionContext``, ``cuda`` is open and ``stream`` its stream. ``shared`` are the
+    addresses of tensors that somebody else allocates, large enough for ``max_rows``; those have no host memory here.
+
+    Methods raise ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
     """
 
     def __init__(
-        self, cuda: Cuda, stream: int, context: Any, component: Component, max_rows: int, record: bool
+        self,
+        cuda: Cuda,
+        stream: int,
+        context: Any,
+        component: Component,
+        max_rows: int,
+        shared: Mapping[str, int] | None = None,
     ) -> None:
-        self._cuda, self._stream, self._context, self._component = cuda, stream, context, component
+        self._cuda, self._stream, self._context = cuda, stream, context
+        self._inputs = {t.name: t for t in component.inputs}
+        self._outputs = {t.name: t for t in component.outputs}
+        self._tensors = {**self._inputs, **self._outputs}
+        self._shared = dict(shared or {})
         self.max_rows = max_rows
-        self._record = record
-        self._rows = 0
-        self._warm = False
-        self._graph = 0
-        self.graph_problem = ""
+        self.rows = 0
+        self.shapes_set = 0  # how often: a recorded launch is void once its context's shapes have changed
         self._device: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}
 
-    @property
-    def recorded(self) -> bool:
-        return bool(self._graph)
-
     def allocate(self) -> None:
         """Take the buffers; ``close`` frees them, also after a failure here."""
-        for tensor in (*self._component.inputs, *self._component.outputs):
-            size = _bytes(tensor, self.max_rows)
-            self._device[tensor.name] = self._cuda.allocate(size)
-            self._host[tensor.name] = self._cuda.allocate_host(size)
-            if not self._context.set_tensor_address(tensor.name, self._device[tensor.name]):
-                raise LaunchError(f"no address for {tensor.name}")
+        for name, tensor in self._tensors.items():
+            if name not in self._shared:
+                size = _bytes(tensor, self.max_rows)
+                self._device[name] = self._cuda.allocate(size)
+                self._host[name] = self._cuda.allocate_host(size)
+            if not self._context.set_tensor_address(name, self.address(name)):
+                raise LaunchError(f"no address for {name}")
 
     def close(self) -> None:
-        self._forget_graph()
         while self._device:
             self._cuda.free(self._device.popitem()[1])
         while self._host:
             self._cuda.free_host(self._host.popitem()[1])
 
     def run(self, feeds: Arrays) -> Arrays:
-        """Outputs by name, in memory of the caller's own. At most ``max_rows`` rows.
-
-        Raises ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
-        """
-        rows = len(next(iter(feeds.values())))
-        if rows != self._rows:
-            self._set_rows(rows)
-        for tensor in self._component.inputs:
-            np.copyto(self._view(tensor), feeds[tensor.name])
-        if self._record and self._warm and not self._graph:
-            self._record_graph()
-        if self._graph:
-            self._cuda.launch_graph(self._graph, self._stream)
-        else:
-            self._enqueue()
+        """Outputs by name, in memory of the caller's own."""
+        self.set_rows(len(next(iter(feeds.values()))))
+        self.put(feeds)
+        self.upload(self._inputs)
+        self.launch()
+        self.download(self._outputs)
         self._cuda.synchronise(self._stream)
-        self._warm = True
-        return {tensor.name: self._view(tensor).copy() for tensor in self._component.outputs}
+        return {name: self.get(name) for name in self._outputs}
 
-    def _set_rows(self, rows: int) -> None:
-        self._forget_graph()
-        self._rows, self._warm = 0, False  # until all of it is done
-        for tensor in self._component.inputs:
-            if not self._context.set_input_shape(tensor.name, batched(tensor, rows)):
-                raise LaunchError(f"no {rows} rows of {tensor.name}")
-        for tensor in self._component.outputs:
-            made = tuple(self._context.get_tensor_shape(tensor.name))
+    def address(self, name: str) -> int:
+        return self._shared[name] if name in self._shared else self._device[name]
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor at the present number of rows."""
+        return _bytes(self._tensors[name], self.rows)
+
+    def set_rows(self, rows: int) -> None:
+        """Fix all shapes, if ``rows`` is another number than before."""
+        if rows == self.rows:
+            return
+        self.rows = 0  # until all of it is done
+        self.shapes_set += 1
+        for name, tensor in self._inputs.items():
+            if not self._context.set_input_shape(name, batched(tensor, rows)):
+                raise LaunchError(f"no {rows} rows of {name}")
+        for name, tensor in self._outputs.items():
+            made = tuple(self._context.get_tensor_shape(name))
             if made != batched(tensor, rows):
-                raise LaunchError(f"{tensor.name} would have shape {made}, not {batched(tensor, rows)}")
-        self._rows = rows
+                raise LaunchError(f"{name} would have shape {made}, not {batched(tensor, rows)}")
+        self.rows = rows
 
-    def _enqueue(self) -> None:
-        """Queue copies in, the network, and copies out."""
-        for tensor in self._component.inputs:
-            name, size = tensor.name, _bytes(tensor, self._rows)
-            self._cuda.upload(self._device[name], self._host[name], size, self._stream)
+    def put(self, feeds: Arrays) -> None:
+        """Write inputs into page-locked host memory, from where ``upload`` takes them."""
+        for name, value in feeds.items():
+            np.copyto(self._view(name), value)
+
+    def upload(self, names: Iterable[str]) -> None:
+        """Queue copies to the device."""
+        for name in names:
+            self._cuda.upload(self.address(name), self._host[name], self.size(name), self._stream)
+
+    def launch(self) -> None:
+        """Queue the network."""
         if not self._context.execute_async_v3(self._stream):
             raise LaunchError("the launch was refused")
-        for tensor in self._component.outputs:
-            name, size = tensor.name, _bytes(tensor, self._rows)
-            self._cuda.download(self._host[name], self._device[name], size, self._stream)
 
-    def _record_graph(self) -> None:
-        self._cuda.begin_capture(self._stream)
-        try:
-            try:
-                self._enqueue()
-            finally:  # a stream that is left recording takes no more work
-                self._graph = self._cuda.end_capture(self._stream)
-        except (CudaError, LaunchError) as error:
-            self._forget_graph()
-            self._record = False
-            self.graph_problem = str(error)
+    def download(self, names: Iterable[str]) -> None:
+        """Queue copies to page-locked host memory, where ``get`` finds them once the stream was waited for."""
+        for name in names:
+            self._cuda.download(self._host[name], self.address(name), self.size(name), self._stream)
 
-    def _forget_graph(self) -> None:
-        if self._graph:
-            graph, self._graph = self._graph, 0
-            self._cuda.destroy_graph(graph)
+    def get(self, name: str) -> np.ndarray:
+        return self._view(name).copy()
 
-    def _view(self, tensor: Tensor) -> np.ndarray:
-        memory = self._host[tensor.name][: _bytes(tensor, self._rows)]
-        return memory.view(tensor.dtype).reshape(batched(tensor, self._rows))
+    def _view(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        return self._host[name][: self.size(name)].view(tensor.dtype).reshape(batched(tensor, self.rows))
 
 
 def _bytes(tensor: Tensor, rows: int) -> int:

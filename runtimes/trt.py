@@ -1,36 +1,41 @@
 """TensorRT back-end, both flavours: engines that ``export --engine`` built for this machine, on its GPU.
 
-Loading and checking stand here; buffers and launches are ``executor``'s, files and keys ``engine_files``'.
+Loading and checking stand here; buffers and launches are ``executor``'s, sampling with the latents on the device
+``latent_loop``'s, files and keys ``engine_files``'.
 An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
 """
 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import BundleError, MachineError, UsageError
-from .base import Arrays, Runtime
+from ..spec import Component
+from .base import Arrays, DeviceLatents, Runtime
 from .cuda import Cuda, CudaError, Gpu
 from .engine_files import Engine, build_command, choose_engine
 from .executor import Executor, LaunchError
 from .flavours import FLAVOURS, load_package, make_logger
+from .latent_loop import SHARED, LatentLoop
+from .update import UPDATE, update_component
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-_REPEATED = "denoiser"  # the one component that is called again and again with the same shapes
+_DENOISER = "denoiser"
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
 _loggers: dict[str, Any] = {}  # by flavour: TensorRT keeps the first logger it is given as long as it lives
 _said: list[str] = []  # errors that TensorRT logged since the last call
 
 
 class TrtRuntime(Runtime):
-    """One engine a component, for ``flavour`` ``tensorrt`` or ``tensorrt-rtx``.
+    """One engine a component and one for the sampler's arithmetic, for ``flavour`` ``tensorrt`` or ``tensorrt-rtx``.
 
     ``cuda`` and ``package`` stand in for the driver and the Python package.
 
@@ -61,15 +66,15 @@ class TrtRuntime(Runtime):
         self._stream = 0
         self._open = False
         self._executors: dict[str, Executor] = {}
+        self._loop: LatentLoop | None = None
         self._kept: list[Any] = []  # TensorRT's objects: contexts need their engines, engines their runtime
 
     @property
     def info(self) -> dict[str, Any]:
         """As in ``Runtime``; ``provider`` is the engine's key, and empty until the runtime was entered."""
-        executor = self._executors.get(_REPEATED)
-        state = "recorded" if executor is not None and executor.recorded else "not recorded"
-        if executor is not None and executor.graph_problem:
-            state = f"failed: {executor.graph_problem}"
+        state = "recorded" if self._loop is not None and self._loop.recorded else "not recorded"
+        if self._loop is not None and self._loop.graph_problem:
+            state = f"failed: {self._loop.graph_problem}"
         return {
             "name": self._flavour.name,
             "version": str(self._trt.__version__),
@@ -93,33 +98,40 @@ class TrtRuntime(Runtime):
             self._stream = self._cuda.create_stream()
             runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, self._logger())
             self._kept.append(runtime)
-            for name in self.components:
-                self._executors[name] = self._load(name, runtime)
-                self._executors[name].allocate()
+            for component in self.components.values():
+                self._load(component, runtime)
+            denoiser = self._executors[_DENOISER]
+            update = update_component(self._bundle.latent_size)
+            self._load(update, runtime, {name: denoiser.address(name) for name in SHARED})
+            pair = (denoiser, self._executors[UPDATE])
+            self._loop = LatentLoop(self._cuda, self._stream, *pair, self._records, self._told)
         except (CudaError, LaunchError) as error:
             raise self._problem("load the engines", error) from error
 
     def deactivate(self) -> None:
         if not self._open:
             return
-        for executor in self._executors.values():
+        for holder in (self._loop, *self._executors.values()):
+            if holder is None:
+                continue
             with suppress(CudaError):  # after a failed launch nothing can be freed, and that error is the one to tell
-                executor.close()
+                holder.close()
         with suppress(CudaError):
             if self._stream:
                 self._cuda.destroy_stream(self._stream)
-        self._executors, self._stream, self._open = {}, 0, False
+        self._executors, self._loop, self._stream, self._open = {}, None, 0, False
         while self._kept:
             self._kept.pop()  # last taken, first freed
         with suppress(CudaError):
             self._cuda.close()
 
-    def _load(self, name: str, runtime: Any) -> Executor:
+    def _load(self, component: Component, runtime: Any, shared: Mapping[str, int] | None = None) -> None:
+        """Make the executor of ``component``, and take its buffers but for those at the addresses in ``shared``."""
         assert self._engine is not None
-        path = self._engine.plan_path(name)
+        name, path = component.name, self._engine.plan_path(component.name)
         engine = self._call(f"load {path}", runtime.deserialize_cuda_engine, path.read_bytes())
         self._kept.append(engine)
-        max_rows = self._check_contract(name, engine)
+        max_rows = self._check_contract(component, engine)
         arguments = []
         if not self._records:
             config = engine.create_runtime_config()
@@ -127,12 +139,11 @@ class TrtRuntime(Runtime):
             arguments.append(config)
         context = self._call(f"prepare {path}", engine.create_execution_context, *arguments)
         self._kept.append(context)
-        record = self._records and name == _REPEATED
-        return Executor(self._cuda, self._stream, context, self.components[name], max_rows, record)
+        self._executors[name] = Executor(self._cuda, self._stream, context, component, max_rows, shared)
+        self._executors[name].allocate()
 
-    def _check_contract(self, name: str, engine: Any) -> int:
+    def _check_contract(self, component: Component, engine: Any) -> int:
         """The most rows ``engine`` takes, if its tensors are those of the component."""
-        component = self.components[name]
         is_input = self._trt.TensorIOMode.INPUT
         found = {}
         for index in range(engine.num_io_tensors):
@@ -144,23 +155,42 @@ class TrtRuntime(Runtime):
         for kind, tensors in (("input", component.inputs), ("output", component.outputs)):
             wanted |= {t.name: (kind, t.dtype, t.shape[1:]) for t in tensors}
         if found != wanted:
-            raise BundleError(f"the engine of {name} has {found}, bundle.json says {wanted}: {self._remedy()} --force")
+            raise BundleError(
+                f"the engine of {component.name} has {found} and should have {wanted}: {self._remedy()} --force"
+            )
         return min(int(engine.get_tensor_profile_shape(t.name, 0)[2][0]) for t in component.inputs)
 
     def _run(self, component: str, feeds: Arrays) -> Arrays:
-        executor = self._executors[component]
-        rows = len(next(iter(feeds.values())))
-        if rows > executor.max_rows:
-            pictures = rows // 2 if component == _REPEATED else rows
+        self._check_rows(component, len(next(iter(feeds.values()))))
+        if component == _DENOISER and self._loop is not None:
+            self._loop.forget()
+        with self._told(f"run {component}"):
+            return self._executors[component].run(feeds)
+
+    def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents:
+        self._check_active("keep_latents")
+        assert self._loop is not None
+        for name in (_DENOISER, UPDATE):
+            self._check_rows(name, len(sample))
+        return self._loop.start(sample, branch, guidance)
+
+    def _check_rows(self, component: str, rows: int) -> None:
+        most = self._executors[component].max_rows
+        if rows > most:
+            pictures = rows // 2 if component in (_DENOISER, UPDATE) else rows
             raise BundleError(
-                f"the engine of {component} takes {executor.max_rows} rows and this call has {rows}: "
+                f"the engine of {component} takes {most} rows and this call has {rows}: "
                 f"{self._remedy()} --max-batch {pictures}"
             )
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """What the driver or TensorRT refuses, as an error of ours."""
         _said.clear()
         try:
-            return executor.run(feeds)
+            yield
         except (CudaError, LaunchError) as error:
-            raise self._problem(f"run {component}", error) from error
+            raise self._problem(what, error) from error
 
     def _call(self, what: str, function: Any, *arguments: Any) -> Any:
         """TensorRT's answer; it says no by returning None."""

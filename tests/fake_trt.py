@@ -2,8 +2,9 @@
 
 Device memory is bytes by address; what is queued on a stream happens when it is synchronised, as late as a real one
 may be; a recorded graph is replayed call by call. An "engine" is a text that names an ONNX file, and executing one
-runs ONNX Runtime on what lies at the addresses that were set. So only right addresses, sizes, order and waiting
-give right numbers. Whatever real hardware would leave undefined is an ``AssertionError`` here.
+runs ONNX Runtime on what lies at the addresses that were set; that of ``update`` runs ``define_update``'s own layers in
+numpy. So only right addresses, sizes, order and waiting give right numbers. Whatever real hardware would leave
+undefined is an ``AssertionError`` here.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 import onnxruntime
 
 from moebius_edge.bundle import Bundle
+from moebius_edge.export.update_network import define_update
 from moebius_edge.files import sha256_file
 from moebius_edge.runtimes.cuda import CudaError, Gpu
 from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
+from moebius_edge.runtimes.update import UPDATE, update_component
 
 ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
 VERSION = "10.3.0"
@@ -29,7 +32,10 @@ Work = Callable[[], None]
 
 
 class FakeCuda:
-    """Stands for ``cuda.Cuda``. ``calls`` counts by name; ``fail`` maps a name to the error code it answers."""
+    """Stands for ``cuda.Cuda``. ``calls`` counts by name; ``fail`` maps a name to the error code it answers.
+
+    ``bytes_up`` and ``bytes_down`` count what was really copied, in a replayed graph too.
+    """
 
     def __init__(self, gpu: Gpu = ORIN) -> None:
         self._gpu = gpu
@@ -40,6 +46,7 @@ class FakeCuda:
         self.graphs: dict[int, list[Work]] = {}
         self.calls: dict[str, int] = {}
         self.fail: dict[str, int] = {}
+        self.bytes_up = self.bytes_down = 0
         self.opened = False
         self._next = 0x1000
 
@@ -69,7 +76,7 @@ class FakeCuda:
         self._enter("allocate")
         self._next += size
         address = self._handle()
-        self.memory[address] = bytearray(size)
+        self.memory[address] = bytearray(b"\xff" * size)  # NaN, as it may be
         return address
 
     def free(self, address: int) -> None:
@@ -78,7 +85,7 @@ class FakeCuda:
 
     def allocate_host(self, size: int) -> np.ndarray:
         self._enter("allocate_host")
-        memory = np.full(size, 0xAB, np.uint8)
+        memory = np.full(size, 0xFF, np.uint8)  # NaN, as it may be
         self.host[memory.ctypes.data] = memory
         return memory
 
@@ -92,6 +99,7 @@ class FakeCuda:
 
         def copy() -> None:
             self.memory[address][:size] = source[:size].tobytes()
+            self.bytes_up += size
 
         self.queue(stream, copy)
 
@@ -101,6 +109,16 @@ class FakeCuda:
 
         def copy() -> None:
             target[:size] = np.frombuffer(bytes(self.memory[address][:size]), np.uint8)
+            self.bytes_down += size
+
+        self.queue(stream, copy)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self._enter("copy")
+        assert target != source and size <= len(self.memory[target]) and size <= len(self.memory[source])
+
+        def copy() -> None:
+            self.memory[target][:size] = self.memory[source][:size]
 
         self.queue(stream, copy)
 
@@ -161,6 +179,18 @@ class FakeTensorRT:
     class TensorIOMode:
         INPUT, OUTPUT = "input", "output"
 
+    class DataType:
+        FLOAT, INT32 = "float32", "int32"
+
+    class ElementWiseOperation:
+        SUM, SUB, PROD = np.add, np.subtract, np.multiply
+
+    class UnaryOperation:
+        ABS = np.abs
+
+    class ReduceOperation:
+        SUM = np.sum
+
     class CudaGraphStrategy:
         WHOLE_GRAPH_CAPTURE = "whole"
 
@@ -188,15 +218,83 @@ class _Runtime:
             return None
 
 
+class _Network:
+    """``INetworkDefinition`` that computes each layer in numpy as it is added; a tensor is its value."""
+
+    class Tensor:
+        def __init__(self, value: np.ndarray) -> None:
+            self.value, self.name = value, ""
+
+    class Layer:
+        def __init__(self, compute: Callable[[], np.ndarray]) -> None:
+            self._compute, self.axis = compute, 0
+
+        def get_output(self, index: int) -> _Network.Tensor:
+            assert index == 0
+            return _Network.Tensor(self._compute())
+
+    def __init__(self, feeds: dict[str, np.ndarray]) -> None:
+        self._feeds = feeds
+        self.outputs: dict[str, np.ndarray] = {}
+
+    def add_input(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        value = self._feeds[name]
+        assert value.dtype == dtype and value.shape[1:] == shape[1:] and shape[0] == -1
+        return self.Tensor(value)
+
+    def add_constant(self, shape: tuple[int, ...], weights: np.ndarray) -> Layer:
+        assert weights.shape == shape and weights.base is not None, "TensorRT needs it after this call too"
+        return self.Layer(lambda: weights)
+
+    def add_gather(self, data: Tensor, indices: Tensor, axis: int) -> Layer:
+        return self.Layer(lambda: np.take(data.value, indices.value, axis))
+
+    def add_elementwise(self, a: Tensor, b: Tensor, operation: Any) -> Layer:
+        assert a.value.dtype == b.value.dtype
+        return self.Layer(lambda: operation(a.value, b.value))
+
+    def add_unary(self, a: Tensor, operation: Any) -> Layer:
+        return self.Layer(lambda: operation(a.value))
+
+    def add_reduce(self, a: Tensor, operation: Any, axes: int, keep_dims: bool) -> Layer:
+        chosen = tuple(i for i in range(a.value.ndim) if axes >> i & 1)
+        return self.Layer(lambda: operation(a.value, axis=chosen, keepdims=keep_dims))
+
+    def add_concatenation(self, tensors: list[Tensor]) -> Layer:
+        layer = self.Layer(lambda: np.concatenate([t.value for t in tensors], layer.axis))
+        return layer
+
+    def mark_output(self, tensor: Tensor) -> None:
+        self.outputs[tensor.name] = tensor.value
+
+
 class _Engine:
     def __init__(self, package: FakeTensorRT, plan: dict[str, Any]) -> None:
         self.package, self.rows = package, plan["rows"]
-        self.session = onnxruntime.InferenceSession(plan["onnx"])
-        types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
-        self.inputs = {t.name: (types[t.type], t.shape) for t in self.session.get_inputs()}
-        self.outputs = {t.name: (types[t.type], t.shape) for t in self.session.get_outputs()}
+        if "update" in plan:
+            self._update = update_component(plan["update"])
+            self.inputs, self.outputs = (
+                {t.name: (t.dtype, t.shape) for t in tensors} for tensors in (self._update.inputs, self._update.outputs)
+            )
+            self.compute = self._compute_update
+        else:
+            self._session = onnxruntime.InferenceSession(plan["onnx"])
+            types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+            self.inputs = {t.name: (types[t.type], tuple(t.shape)) for t in self._session.get_inputs()}
+            self.outputs = {t.name: (types[t.type], tuple(t.shape)) for t in self._session.get_outputs()}
+            self.compute = self._compute_onnx
         self.tensors = {**self.inputs, **self.outputs}
         self.num_io_tensors = len(self.tensors)
+
+    def _compute_onnx(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = list(self.outputs)
+        return dict(zip(names, self._session.run(names, feeds), strict=True))
+
+    def _compute_update(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        network = _Network(feeds)
+        with np.errstate(all="ignore"):  # a GPU does not warn
+            define_update(FakeTensorRT, network, self._update)
+        return network.outputs
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
@@ -256,6 +354,7 @@ class _Context:
             return False
         generation = self._generation
         assert set(self._shapes) == set(engine.inputs), "a shape is missing"
+        assert len(set(self._addresses.values())) == len(engine.tensors), "a tensor is written where another is read"
         if cuda.recording is None:
             self._prepared = generation
         assert self._prepared == generation, "recorded before the first launch with these shapes"
@@ -267,8 +366,7 @@ class _Context:
                 dtype = np.dtype(engine.inputs[name][0])
                 data = bytes(cuda.memory[self._addresses[name]])[: int(np.prod(shape)) * dtype.itemsize]
                 feeds[name] = np.frombuffer(data, dtype).reshape(shape)
-            names = list(engine.outputs)
-            for name, value in zip(names, engine.session.run(names, feeds), strict=True):
+            for name, value in engine.compute(feeds).items():
                 data = np.ascontiguousarray(value).tobytes()
                 cuda.memory[self._addresses[name]][: len(data)] = data
 
@@ -288,11 +386,13 @@ def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
     key = EngineKey(**{name: changes.pop(name, value) for name, value in key_fields.items()})
     folder = bundle.path / "engines" / key.folder
     folder.mkdir(parents=True)
-    profiles = {n: [1, 1, max_batch] if n != "denoiser" else [1, 2, 2 * max_batch] for n in bundle.components}
-    plans = {}
-    for name in bundle.components:
+    plans, profiles = {}, {}
+    for name in (*bundle.components, UPDATE):
         path = folder / f"{name}.plan"
-        path.write_text(json.dumps({"onnx": str(bundle.component_path(name)), "rows": profiles[name]}))
+        repeated = name in ("denoiser", UPDATE)
+        profiles[name] = [1, 2, 2 * max_batch] if repeated else [1, 1, max_batch]
+        made = {"update": bundle.latent_size} if name == UPDATE else {"onnx": str(bundle.component_path(name))}
+        path.write_text(json.dumps({**made, "rows": profiles[name]}))
         plans[name] = {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
     fields: dict[str, Any] = {
         "onnx": {n: bundle.files[c.file]["sha256"] for n, c in bundle.components.items()},

@@ -119,6 +119,15 @@ def test_an_altered_or_missing_plan_is_refused(bundle: Bundle) -> None:
         choose(bundle)
 
 
+def test_an_engine_of_before_the_latents_stayed_on_the_device_is_refused(bundle: Bundle) -> None:
+    engine = write_engine(bundle)
+    del engine.plans["update"]
+    write_document(engine)
+    with pytest.raises(BundleError, match="built by an older moebius-edge, which kept no latents on the GPU") as caught:
+        choose(bundle)
+    assert str(caught.value).endswith(f": run `moebius-edge export {bundle.path} --engine tensorrt`")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -126,6 +135,7 @@ def test_an_altered_or_missing_plan_is_refused(bundle: Bundle) -> None:
         (lambda d: d.pop("plans"), r"is damaged \(KeyError: 'plans'\)"),
         (lambda d: d["plans"].pop("denoiser"), r"is damaged \(KeyError: 'denoiser'\)"),
         (lambda d: d["plans"]["denoiser"].update(bytes="many"), "is damaged .*the record of denoiser"),
+        (lambda d: d["plans"]["update"].update(sha256=None), "is damaged .*the record of update"),
         (lambda d: d["plans"]["denoiser"].update(file="../../x"), r"'\.\./\.\./x' leaves the folder"),
         (lambda d: d["key"].update(colour="red"), "is damaged .*colour"),
         (lambda d: d.update(key=3), "is damaged"),

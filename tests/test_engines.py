@@ -31,11 +31,12 @@ from moebius_edge.export import build_engine, engine_process, engine_target, eng
 from moebius_edge.export.build_progress import Fraction, make_monitor
 from moebius_edge.export.engine_target import EngineOptions, Target, find_target
 from moebius_edge.export.engines import build_engines, place_bundle
-from moebius_edge.export.trt_builder import check_types, network_facts
+from moebius_edge.export.trt_builder import TrtBuilder, check_types, network_facts
 from moebius_edge.files import sha256_file
 from moebius_edge.machine import available_memory_bytes
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import read_engine
+from moebius_edge.runtimes.update import update_component
 
 pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 
@@ -87,22 +88,25 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
 
     (folder,) = (bundle.path / "engines").iterdir()
     assert folder.name == f"float32-tensorrt-rtx-{tensorrt_rtx.__version__}-any-sm86"
-    assert done.stdout.startswith(f"saved {folder} (3 plans, ")
+    assert done.stdout.startswith(f"saved {folder} (4 plans, ")
     assert done.stdout.endswith(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path} --runtime tensorrt-rtx\n")
-    assert "build denoiser (2 of 3)" in done.stderr
+    assert "build denoiser (2 of 4)" in done.stderr
     engine = read_engine(folder)
     engine.verify("")
     assert sorted(p.name for p in folder.iterdir()) == [
         "denoiser.plan",
         "engine.json",
+        "update.plan",
         "vae_decoder.plan",
         "vae_encoder.plan",
     ]
     assert engine.onnx == {n: bundle.files[f"{n}.onnx"]["sha256"] for n in bundle.components}
-    assert engine.profiles == {"vae_encoder": [1, 1, 1], "denoiser": [1, 2, 2], "vae_decoder": [1, 1, 1]}
-    for name, plan in engine.plans.items():
+    one, pair = [1, 1, 1], [1, 2, 2]
+    assert engine.profiles == {"vae_encoder": one, "denoiser": pair, "vae_decoder": one, "update": pair}
+    assert sorted(engine.plans) == sorted(engine.profiles)
+    for name in bundle.components:
         weights = onnx.load(bundle.component_path(name)).graph.initializer
-        assert plan["bytes"] > 0.9 * sum(len(w.raw_data) for w in weights), "the weights are in the plan"
+        assert engine.plans[name]["bytes"] > 0.9 * sum(len(w.raw_data) for w in weights), "the weights are in the plan"
 
 
 def test_nothing_changed_is_a_no_op_that_says_so(tiny: tuple[Any, Bundle], capsys: Captured) -> None:
@@ -130,7 +134,9 @@ def test_the_network_is_what_the_file_asked_for(tiny: tuple[Any, Bundle]) -> Non
     """Layer by layer, and in the precision of the bundle: nothing was lowered, nothing was left out."""
     _, bundle = tiny
     (folder,) = (bundle.path / "engines").iterdir()
-    for name, plan in read_engine(folder).plans.items():
+    plans = read_engine(folder).plans
+    for name in bundle.components:
+        plan = plans[name]
         whole = inline_local_functions(onnx.load(bundle.component_path(name)))  # as the parser does
         nodes = Counter(node.op_type for node in whole.graph.node)
         for layer, operators in ONE_FOR_ONE.items():
@@ -142,6 +148,61 @@ def test_the_network_is_what_the_file_asked_for(tiny: tuple[Any, Bundle]) -> Non
         kinds = {"float32": "FLOAT", "int64": "INT64"}
         assert facts["inputs"] == {t.name: kinds[t.dtype] for t in component.inputs}
         assert facts["outputs"] == {t.name: kinds[t.dtype] for t in component.outputs}
+
+
+def test_the_update_is_built_as_it_is_defined(tiny: tuple[Any, Bundle]) -> None:
+    """In float32, from its own layers, with the tensors that the runtime binds."""
+    import tensorrt_rtx as trt
+
+    _, bundle = tiny
+    (folder,) = (bundle.path / "engines").iterdir()
+    plan = read_engine(folder).plans["update"]
+    builder = TrtBuilder("tensorrt-rtx")
+    network = builder.update(bundle.latent_size)
+    facts = builder.facts(network)
+    assert {k: plan[k] for k in ("layers", "tensors")} == {k: facts[k] for k in ("layers", "tensors")}
+    assert set(plan["tensors"]) == {"FLOAT", "INT32"} and plan["layers"]["REDUCE"] == 1
+    component = update_component(bundle.latent_size)
+    made = [network.get_output(i) for i in range(network.num_outputs)]
+    shapes = {t.name: tuple(t.shape) for t in made}
+    assert shapes == {t.name: (-1, *t.shape[1:]) for t in component.outputs}
+    assert {trt.nptype(t.dtype) for t in made} == {np.float32}
+    assert {n: trt.nptype(getattr(trt.DataType, k)) for n, k in facts["inputs"].items()} == {
+        t.name: np.dtype(t.dtype).type for t in component.inputs
+    }
+
+
+def test_an_engine_without_the_update_is_built_again(toy: Bundle, target: Target) -> None:
+    old = build_engines(toy, OPTIONS, target).engine
+    document = json.loads((old.path / "engine.json").read_text())
+    del document["plans"]["update"], document["profiles"]["update"]
+    (old.path / "engine.json").write_text(json.dumps(document))
+    (old.path / "update.plan").unlink()
+    again = build_engines(toy, OPTIONS, target)
+    assert again.fresh and "is built again: it was built by an older moebius-edge" in again.notes[0]
+    assert again.engine.plan_path("update").is_file()
+
+
+@pytest.mark.parametrize("capability", ["8.0", "12.0"])
+def test_the_update_builds_for_many_rows_and_other_sizes(tmp_path: Path, capability: str) -> None:
+    """At the size of the published model, and beside an FP16 denoiser: it stays float32."""
+    component = update_component(64)
+    request = {
+        "component": "update",
+        "precision": "float32",
+        "onnx": None,
+        "plan": str(tmp_path / "update.plan"),
+        "flavour": "tensorrt-rtx",
+        "gpu": "any",
+        "compute_capabilities": [capability],
+        "profile": engines.profile(component, engines.rows("update", 8)),
+        "workspace_bytes": None,
+        "opt_level": None,
+        "timing_cache": None,
+    }
+    assert request["profile"]["coefficients"] == [[n, 6, 1, 1] for n in (1, 2, 16)]
+    record = build_engine.build(request, lambda event, **values: None)
+    assert record["bytes"] == (tmp_path / "update.plan").stat().st_size > 1000
 
 
 # --- types -----------------------------------------------------------------------------------------------
@@ -202,7 +263,7 @@ def test_what_changed_is_built_again_and_said(toy: Bundle, target: Target) -> No
     assert build_engines(toy, wider, target, force=True).fresh
     changed = dataclasses.replace(toy, files={**toy.files, "denoiser.onnx": {"sha256": "0" * 64, "bytes": 1}})
     fourth = build_engines(changed, wider, target)
-    assert fourth.fresh and "denoiser.onnx has changed" in fourth.notes[0]
+    assert fourth.fresh and "it was built from another denoiser.onnx than the bundle's" in fourth.notes[0]
     assert len(leftovers(toy)) == 1, "one engine a key, and no temporary folder"
 
 

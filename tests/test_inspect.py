@@ -109,7 +109,7 @@ def test_engines_are_listed(toy: Path, capsys: Captured, monkeypatch: pytest.Mon
     assert [row[0] for row in rows] == names
     assert rows[0][1:4] == ["Orin", "(8.7)", "4"]
     assert [row[-1] for row in rows] == ["verified", "stale", "damaged", "damaged"]
-    assert lines[-3] == f"{names[1]} is stale: built from another vae_encoder.onnx"
+    assert lines[-3] == f"{names[1]} is stale: built from another vae_encoder.onnx than the bundle's"
     assert lines[-2].startswith(f"{names[2]} is damaged: the engine ") and "SHA-256" in lines[-2]
     assert lines[-1].startswith("rubbish is damaged: ") and "holds no engine.json" in lines[-1]
     assert main(["inspect", str(toy), "--no-verify", "--json"]) == 0

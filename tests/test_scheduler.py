@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moebius_edge.errors import UsageError
-from moebius_edge.scheduler import DDIM, SCHEDULERS, Array, DPMSolverPP2M, Scheduler
+from moebius_edge.scheduler import DDIM, SCHEDULERS, Array, DPMSolverPP2M, LinearStep, Scheduler
 from moebius_edge.spec import BETA_END, BETA_START
 
 SHARED = {
@@ -85,6 +85,35 @@ def test_dpm_solver_agrees_with_diffusers(steps: int, strength: float, seed: int
         lower_order_final=True,
     )
     assert against_diffusers(DPMSolverPP2M(steps, strength), reference, seed) < 5e-6
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize(("steps", "strength", "seed"), configurations(999))
+def test_a_step_is_what_its_numbers_say(name: str, steps: int, strength: float, seed: int) -> None:
+    """``step`` and ``linear_step`` are one algorithm: they agree to rounding all along, in float64 and in float32."""
+    scheduler = SCHEDULERS[name](steps, strength)
+    random = np.random.default_rng(seed)
+    latent, *predictions = random.standard_normal((len(scheduler.timesteps) + 1, 1, 4, 4, 4))
+    for dtype, tolerance in ((np.float64, 1e-11), (np.float32, 3e-6)):
+        x = y = latent.astype(dtype)
+        clean = np.zeros_like(x)
+        for index, (t, prediction) in enumerate(zip(scheduler.timesteps, predictions, strict=True)):
+            x = scheduler.step((0.5 * prediction + 0.5 * np.tanh(x)).astype(dtype), t, x)
+            e = (0.5 * prediction + 0.5 * np.tanh(y)).astype(dtype)
+            now = LinearStep(*map(dtype, scheduler.linear_step(index)))
+            y, clean = (
+                now.latent * y + now.noise * e + now.previous * clean,
+                now.clean_latent * y + now.clean_noise * e,
+            )
+            assert np.abs(x - y).max() <= tolerance * (1 + np.abs(x).max())
+
+
+def test_the_numbers_of_a_step_need_no_order() -> None:
+    scheduler = DPMSolverPP2M(10)
+    numbers = [scheduler.linear_step(i) for i in range(10)]
+    assert [scheduler.linear_step(i) for i in reversed(range(10))] == numbers[::-1]
+    assert numbers[0].previous == numbers[-1].previous == 0, "first order"
+    assert all(n.previous != 0 for n in numbers[1:-1])
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def inspect(
 
 def _engines(bundle: Bundle, verify: bool) -> list[dict[str, Any]]:
     """Every engine as JSON, with its ``state``: verified, size only, stale, or what is wrong with it."""
-    from ..runtimes.engine_files import engine_document, engine_folders, read_engine, stale_components
+    from ..runtimes.engine_files import engine_document, engine_folders, read_engine, staleness
 
     found = []
     for folder in engine_folders(bundle.path):
@@ -48,8 +48,8 @@ def _engines(bundle: Bundle, verify: bool) -> list[dict[str, Any]]:
         try:
             engine = read_engine(folder)
             row |= engine_document(engine)
-            if stale := stale_components(engine.onnx, bundle):
-                row["state"] = f"stale: built from another {stale[0]}.onnx"
+            if stale := staleness(engine, bundle):
+                row["state"] = f"stale: {stale}"
             else:
                 if verify:
                     engine.verify("build it again")

@@ -1,0 +1,150 @@
+"""Sampling with the latents on the device: the denoiser, then ``update``, which writes the denoiser's next input.
+
+The denoiser's ``noise`` is read where it lies. ``update`` may not write what it reads, so its results are copied within
+the device to where they are read next. From the host comes the timestep and a row of coefficients, to the host goes
+one number a row.
+
+The first step at a number of rows is launched piece by piece, for TensorRT prepares itself then; the second is recorded
+with its copies as a CUDA graph, and from then on a step is one launch, also in the next picture. Another number of rows
+starts afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from ..scheduler import LinearStep
+from ..spec import LATENT_CHANNELS
+from .cuda import Cuda, CudaError
+from .executor import Executor, LaunchError
+from .update import guidance_rows
+
+SHARED = ("sample", "noise")  # tensors of the denoiser that are the update's too
+_MOVES = {"next_sample": "sample", "next_clean": "clean"}
+
+
+class LatentLoop:
+    """Joins the executors of ``denoiser`` and ``update``, which shares the former's buffers named in ``SHARED``.
+
+    With ``record`` steps become a CUDA graph; where recording fails they go on without, and ``graph_problem`` says why.
+    ``told(what)`` is a context that turns a ``LaunchError`` or ``CudaError`` into the user's.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        stream: int,
+        denoiser: Executor,
+        update: Executor,
+        record: bool,
+        told: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._cuda, self._stream = cuda, stream
+        self._denoiser, self._update = denoiser, update
+        self._record = record
+        self.told = told
+        self.current: LoopLatents | None = None  # whose batch lies in the buffers
+        self._shapes = (0, 0)  # both executors' ``shapes_set`` at the first step
+        self._graph = 0
+        self.graph_problem = ""
+
+    @property
+    def recorded(self) -> bool:
+        return bool(self._graph)
+
+    def forget(self) -> None:
+        """Something else is about to use the denoiser's buffers."""
+        self.current = None
+
+    def close(self) -> None:
+        self.forget()
+        self._destroy_graph()
+
+    def start(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> LoopLatents:
+        """Upload what stays as long as a batch is sampled; see ``Runtime.keep_latents``."""
+        rows = len(sample)
+        batch = rows if guidance == 1 else rows // 2
+        self.forget()
+        with self.told("start sampling"):
+            self._denoiser.set_rows(rows)
+            self._update.set_rows(rows)
+            self._denoiser.put({"sample": sample, "branch": branch})
+            self._update.put({"clean": np.float32(0), **guidance_rows(rows, batch)})
+            self._denoiser.upload(("sample", "branch"))
+            self._update.upload(("clean", "unconditional", "conditional"))
+            self._cuda.synchronise(self._stream)
+        self.current = LoopLatents(self, batch, guidance)
+        return self.current
+
+    def step(self, t: int, coefficients: np.ndarray) -> np.ndarray:
+        self._denoiser.put({"timestep": np.float32(t)})
+        self._update.put({"coefficients": coefficients[:, None, None]})
+        shapes = (self._denoiser.shapes_set, self._update.shapes_set)
+        if shapes != self._shapes:
+            self._destroy_graph()
+        elif self._record and not self._graph:
+            self._record_graph()
+        if self._graph:
+            self._cuda.launch_graph(self._graph, self._stream)
+        else:
+            self._enqueue()
+        self._cuda.synchronise(self._stream)
+        self._shapes = shapes
+        return self._update.get("magnitude").reshape(-1)
+
+    def sample(self) -> np.ndarray:
+        """(N, 9, h, w): what the next call of the denoiser would be fed."""
+        self._denoiser.download(("sample",))
+        self._cuda.synchronise(self._stream)
+        return self._denoiser.get("sample")
+
+    def _enqueue(self) -> None:
+        self._denoiser.upload(("timestep",))
+        self._update.upload(("coefficients",))
+        self._denoiser.launch()
+        self._update.launch()
+        for made, read in _MOVES.items():
+            update = self._update
+            self._cuda.copy(update.address(read), update.address(made), update.size(made), self._stream)
+        self._update.download(("magnitude",))
+
+    def _record_graph(self) -> None:
+        self._cuda.begin_capture(self._stream)
+        try:
+            try:
+                self._enqueue()
+            finally:  # a stream that is left recording takes no more work
+                self._graph = self._cuda.end_capture(self._stream)
+        except (CudaError, LaunchError) as error:
+            self._destroy_graph()
+            self._record = False
+            self.graph_problem = str(error)
+
+    def _destroy_graph(self) -> None:
+        if self._graph:
+            graph, self._graph = self._graph, 0
+            self._cuda.destroy_graph(graph)
+
+
+class LoopLatents:
+    """``DeviceLatents`` in a loop's buffers, until something else uses them."""
+
+    def __init__(self, loop: LatentLoop, batch: int, guidance: float) -> None:
+        self._loop, self._batch, self._guidance = loop, batch, guidance
+
+    def step(self, t: int, coefficients: LinearStep) -> np.ndarray:
+        self._check()
+        with self._loop.told("run denoiser"):
+            return self._loop.step(t, np.array([self._guidance, *coefficients], np.float32))
+
+    def read(self) -> np.ndarray:
+        self._check()
+        with self._loop.told("read the latents"):
+            return np.ascontiguousarray(self._loop.sample()[: self._batch, :LATENT_CHANNELS])
+
+    def _check(self) -> None:
+        if self._loop.current is not self:
+            raise RuntimeError("these latents are gone: another call has used the denoiser's buffers")

@@ -25,6 +25,7 @@ from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.model import build_student
 from moebius_edge.training import checkpoints
 from moebius_edge.training.checkpoints import checkpoint_files
+from moebius_edge.training.networks import identity_start
 from moebius_edge.training.objectives import Task
 from moebius_edge.training.recipe import Recipe, RunOptions
 from moebius_edge.training.stage import train_stage
@@ -42,6 +43,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(recipe: Recipe, output: Path, options: RunOptions = OPTIONS) -> Trainer:
     torch.manual_seed(recipe.seed)
     student, average = build_student(recipe.student), build_student(recipe.student)
+    identity_start(student)
     objective = Task(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision)
     return Trainer(recipe, student, average, objective, FlatLatents(), output, options, make_accelerator("cpu"))  # type: ignore[arg-type]
 

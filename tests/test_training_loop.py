@@ -23,6 +23,7 @@ from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.training import loop
 from moebius_edge.training.loop import (
     Loader,
+    NumberedLoader,
     atomic_save,
     check_finite,
     cosine,
@@ -42,7 +43,7 @@ def draw(rng: np.random.Generator) -> np.ndarray:
     return rng.random(3)
 
 
-def take(loader: Loader, count: int) -> list[np.ndarray]:
+def take(loader: NumberedLoader, count: int) -> list[np.ndarray]:
     with closing(iter(loader)) as batches:
         return list(islice(batches, count))
 
@@ -98,14 +99,50 @@ def test_an_error_in_draw_arrives_with_its_traceback() -> None:
         next(batches)
 
 
-def test_the_process_outlives_neither_its_parent_nor_ends_by_ctrl_c(tmp_path: Path) -> None:
+def test_several_processes_draw_the_same_samples_in_the_same_order() -> None:
+    expected = take(Loader(draw, 2, seed=5, start=4), 7)
+    assert np.array_equal(take(Loader(draw, 2, seed=5, start=4, workers=3), 7), expected)
+    batches = iter(NumberedLoader(lambda number: np.array(os.getpid()), 1, workers=3))
+    assert len({int(next(batches)[0]) for _ in range(6)}) == 3 == len(multiprocessing.active_children())
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_one_of_several_processes_that_is_killed_is_an_error() -> None:
+    def fatal(number: int) -> np.ndarray:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros(1 << 16)
+
+    with (
+        closing(iter(NumberedLoader(fatal, 1, workers=3))) as batches,
+        pytest.raises(MachineError, match=r"draws training pictures ended with code -9"),
+    ):
+        list(islice(batches, 10))
+
+
+def test_a_users_mistake_in_draw_arrives_as_it_is() -> None:
+    def mistaken(rng: np.random.Generator) -> np.ndarray:
+        raise UsageError("no picture can be read")
+
+    with closing(iter(Loader(mistaken, 1, seed=0))) as batches, pytest.raises(UsageError, match="^no picture can be"):
+        next(batches)
+
+
+def test_samples_can_be_drawn_by_number() -> None:
+    batches = take(NumberedLoader(lambda number: (np.array(number), np.array(-number)), 2, start=3), 2)
+    assert [[column.tolist() for column in batch] for batch in batches] == [[[3, 4], [-3, -4]], [[5, 6], [-5, -6]]]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_process_outlives_neither_its_parent_nor_ends_by_ctrl_c(workers: int, tmp_path: Path) -> None:
     code = f"""
 import multiprocessing, os, signal, time
 import numpy as np
 from moebius_edge.training.loop import Loader
-batches = iter(Loader(lambda rng: np.zeros(1 << 20), 1, seed=0))
+batches = iter(Loader(lambda rng: np.zeros(1 << 20), 1, seed=0, workers={workers}))
 next(batches)
-(worker,) = multiprocessing.active_children()
+(worker, *others) = sorted(multiprocessing.active_children(), key=lambda process: process.pid)
 os.kill(worker.pid, signal.SIGINT)
 for _ in range(12):
     next(batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, MoebiusError, UsageError
 from ..files import atomic_write
 
 PREFETCH = 8  # batches drawn ahead: a slow picture then holds nobody up
@@ -37,26 +38,31 @@ class _Failed(NamedTuple):
     traceback: str
 
 
-class Loader:
-    """Batches drawn by ``draw(rng)`` in one background process; sample i is seeded by (seed, i) alone.
+class NumberedLoader:
+    """Batches of samples ``draw(number)``, drawn in ``workers`` background processes; how many changes no sample.
 
     Iterating never ends. ``start`` is the first sample's number, so a resumed run sees what it would have seen.
     Samples are arrays or tuples of them, and are stacked. Close the iterator (``contextlib.closing``) to end
-    the process at once. Iterating raises MachineError if the process is killed, RuntimeError if ``draw`` raises.
+    the processes at once. Iterating raises MachineError if one is killed, and if ``draw`` raises: a
+    MoebiusError as it is, RuntimeError with the traceback for anything else.
     """
 
-    def __init__(self, draw: Callable[[np.random.Generator], Any], batch: int, seed: int, start: int = 0) -> None:
-        self.draw, self.batch, self.seed, self.start = draw, batch, seed, start
+    def __init__(self, draw: Callable[[int], Any], batch: int, start: int = 0, workers: int = 1) -> None:
+        self.draw, self.batch, self.start, self.workers = draw, batch, start, workers
 
     def __iter__(self) -> Generator[Any, None, None]:
         context = multiprocessing.get_context("fork")
-        # A pipe of which each side holds its own end only: whoever dies, the other side notices.
-        receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=self._work, args=(receiver, sender), daemon=True)
-        worker.start()
-        sender.close()
+        receivers: list[Connection] = []
+        processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            while True:
+            for turn in range(self.workers):
+                # A pipe of which each side holds its own end only: whoever dies, the other side notices.
+                receiver, sender = context.Pipe(duplex=False)
+                receivers.append(receiver)
+                processes.append(context.Process(target=self._work, args=(turn, receivers, sender), daemon=True))
+                processes[-1].start()
+                sender.close()
+            for receiver, worker in itertools.cycle(zip(receivers, processes, strict=True)):
                 try:
                     batch = receiver.recv()
                 except (EOFError, OSError):
@@ -67,35 +73,50 @@ class Loader:
                     ) from None
                 if isinstance(batch, _Failed):
                     raise RuntimeError(f"drawing a training sample failed in its process:\n{batch.traceback}")
+                if isinstance(batch, MoebiusError):
+                    raise batch
                 yield batch
         finally:
-            worker.kill()
-            worker.join()
-            receiver.close()
+            for receiver, worker in zip(receivers, processes, strict=False):
+                worker.kill()
+                worker.join()
+                receiver.close()
 
-    def _work(self, receiver: Connection, sender: Connection) -> None:
+    def _work(self, turn: int, receivers: list[Connection], sender: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends this one
-        receiver.close()
+        for receiver in receivers:
+            receiver.close()
         cv2.setNumThreads(0)
         os.nice(5)
         ready: queue.Queue[Any] = queue.Queue(PREFETCH)
-        threading.Thread(target=self._fill, args=(ready,), daemon=True).start()
+        threading.Thread(target=self._fill, args=(ready, turn), daemon=True).start()
         with contextlib.suppress(BrokenPipeError):  # the parent is gone
             while True:
                 sender.send(ready.get())
 
-    def _fill(self, ready: queue.Queue[Any]) -> None:
-        number = self.start
+    def _fill(self, ready: queue.Queue[Any], turn: int) -> None:
+        number = self.start + turn * self.batch
         try:
             while True:
-                items = [self.draw(np.random.default_rng([self.seed, number + i])) for i in range(self.batch)]
-                number += self.batch
+                items = [self.draw(number + i) for i in range(self.batch)]
+                number += self.batch * self.workers
                 if isinstance(items[0], tuple):
                     ready.put(tuple(np.stack(column) for column in zip(*items, strict=True)))
                 else:
                     ready.put(np.stack(items))
+        except MoebiusError as error:
+            ready.put(error)
         except Exception:
             ready.put(_Failed(traceback.format_exc()))
+
+
+class Loader(NumberedLoader):
+    """The same with samples ``draw(rng)``; sample i is seeded by (seed, i) alone."""
+
+    def __init__(
+        self, draw: Callable[[np.random.Generator], Any], batch: int, seed: int, start: int = 0, workers: int = 1
+    ) -> None:
+        super().__init__(lambda number: draw(np.random.default_rng([seed, number])), batch, start, workers)
 
 
 def atomic_save(content: Any, path: Path) -> None:

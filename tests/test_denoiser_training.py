@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
-from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.model import StudentConfig, build_student
-from moebius_edge.training import latents
-from moebius_edge.training.autoencoder import AutoencoderRecipe, build_autoencoder
 from moebius_edge.training.denoiser import DenoiserRecipe, DenoiserTrainer, initialise, task_loss
-from moebius_edge.training.latents import LatentCache, encode_pairs
+from moebius_edge.training.latents import LatentCache
 
 torch.set_num_threads(1)
 STUDENT = StudentConfig(
@@ -179,51 +176,3 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(cache: LatentC
         broken.run(save_every=1)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
-
-
-@pytest.fixture
-def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return build_autoencoder(AutoencoderRecipe(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)).eval()
-
-
-def test_pairs_are_encoded_once_and_read_back(
-    vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Source:
-        def __init__(self, size: int, photo_share: float) -> None:
-            self.size = size
-
-        def __call__(self, rng: np.random.Generator) -> np.ndarray:
-            return rng.integers(0, 256, (self.size, self.size, 3)).astype(np.uint8)
-
-    monkeypatch.setattr(latents, "PictureSource", Source)
-    vae.register_to_config(scaling_factor=2.0)
-    made = encode_pairs(vae, tmp_path / "run" / "latents.npz", 3, 2, 64, 0.5, seed=0)
-    read = LatentCache.load(tmp_path / "run" / "latents.npz")
-    assert made.clean.shape == (3, 4, 8, 8) and made.masked.shape == (3, 2, 4, 8, 8) and made.mask.shape == (3, 2, 8, 8)
-    for a, b in zip(vars(made).values(), vars(read).values(), strict=True):
-        assert np.array_equal(a, b) and a.dtype == b.dtype
-    assert made.clean.dtype == np.float16 and set(np.unique(made.mask)) == {0, 1}
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["latents.npz"]
-
-    picture = Source(64, 0)(np.random.default_rng([0, 1]))
-    with torch.no_grad():
-        image = torch.from_numpy(picture.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1)
-        expected = 2 * vae.encode(image).latent_dist.mean[0].numpy()
-    assert np.abs(made.clean[1] - expected).max() < 0.05 * np.abs(expected).max()  # bfloat16
-    assert not np.array_equal(made.masked[1, 0], made.clean[1])
-
-
-def test_missing_and_damaged_latents_are_named(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"there are no latents .*latents.npz"):
-        LatentCache.load(tmp_path / "latents.npz")
-    good = tmp_path / "good.npz"
-    np.savez(good, clean=np.zeros(100), masked=np.zeros(100), mask=np.zeros(100))
-    np.savez(tmp_path / "lacking.npz", clean=np.zeros(1))
-    damaged = {"cut": good.read_bytes()[:-50], "text": b"text", "empty": b""}
-    for name, content in damaged.items():
-        (tmp_path / f"{name}.npz").write_bytes(content)
-    for name in (*damaged, "lacking"):
-        with pytest.raises(BundleError, match=rf"{name}.npz is damaged: remove it, and the same command encodes anew"):
-            LatentCache.load(tmp_path / f"{name}.npz")

@@ -20,8 +20,9 @@ from ..errors import BundleError, MachineError, UsageError
 from ..files import atomic_write
 from ..spec import LATENT_DOWNSCALE
 from .autoencoder import AutoencoderRecipe, finetune_decoder, load_autoencoder, save_autoencoder, train_autoencoder
+from .data import MaskedSource, PictureSource
 from .denoiser import DenoiserRecipe, DenoiserTrainer
-from .latents import LatentCache, encode_pairs
+from .encoding import encode_latents
 from .loop import atomic_save, make_folder, plain
 
 
@@ -47,7 +48,7 @@ def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
     _claim(output, recipe)
-    checkpoint, vae_folder, cache_file = output / "checkpoint", output / "vae", output / "latents.npz"
+    checkpoint, vae_folder = output / "checkpoint", output / "vae"
     if (checkpoint / "training.json").exists():  # the last file to be written
         return checkpoint
     if not vae_folder.exists():
@@ -56,10 +57,11 @@ def train_tiny(output: Path, recipe: TinyRecipe, device: str = "cpu") -> Path:
     if not finetuned.exists():
         finetune_decoder(load_autoencoder(vae_folder), recipe.autoencoder, finetuned, device)
     vae = load_autoencoder(finetuned)  # its encoder is still the first one's
-    if not cache_file.exists():
-        size, seed = LATENT_DOWNSCALE * recipe.denoiser.student.latent_size, recipe.denoiser.seed
-        encode_pairs(vae, cache_file, recipe.pictures, recipe.masks_per_picture, size, recipe.photo_share, seed)
-    trainer = DenoiserTrainer(recipe.denoiser, LatentCache.load(cache_file), output, device)
+    size, seed = LATENT_DOWNSCALE * recipe.denoiser.student.latent_size, recipe.denoiser.seed
+    source, made_from = PictureSource(size, recipe.photo_share), {"photo_share": recipe.photo_share}
+    samples = MaskedSource(source, size, seed, made_from)
+    cache = encode_latents(vae, samples, output / "latents", recipe.pictures, recipe.masks_per_picture)
+    trainer = DenoiserTrainer(recipe.denoiser, cache, output, device)
     trainer.resume()
     student = trainer.run()
     return save_checkpoint(student, vae, recipe, checkpoint)

@@ -23,6 +23,7 @@ from .png_tiff import Unreadable, decode_png16, decode_tiff16, png_chunks
 
 MAX_PIXELS = 250_000_000  # above the largest camera sensors (200 MP), below what a hostile header would claim
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")  # none of these starts another program
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")  # what a folder is searched for
 _ORIENTATION = 0x0112  # EXIF tag
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La"), "L"),
@@ -43,10 +44,13 @@ class Decoded:
     notes: tuple[str, ...]
 
 
-def decode(path: Path) -> Decoded:
-    """Read the picture at ``path``; ``imaging.read_picture`` says what becomes of each kind."""
+def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
+    """Read the picture at ``path``, or the file in ``contents`` that ``path`` is then only the name of.
+
+    ``imaging.read_picture`` says what becomes of each kind.
+    """
     notes = []
-    with _opened(path) as (stream, image):
+    with _opened(path, contents) as (stream, image):
         icc: bytes | None = image.info.get("icc_profile")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # in MPO the others are previews and depth maps
@@ -65,21 +69,24 @@ def decode(path: Path) -> Decoded:
     return Decoded(samples, icc, tuple(notes))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """The file and its header; what goes wrong with the contents in the block becomes a ``UsageError``."""
+def _open(path: Path) -> BinaryIO:
     try:
         if path.exists() and not path.is_file():
             kind = "a folder: name a picture in it" if path.is_dir() else "not a regular file: name a picture"
             raise UsageError(f"{path} is {kind}")
-        stream = path.open("rb")
+        return path.open("rb")
     except FileNotFoundError:
         raise MachineError(f"there is no picture {path}: check the name with `ls {path.parent}`") from None
     except PermissionError:
         raise MachineError(f"no right to read {path}: run `chmod u+r {path}`") from None
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from None
-    with stream, warnings.catch_warnings():
+
+
+@contextmanager
+def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """The file and its header; what goes wrong with the contents in the block becomes a ``UsageError``."""
+    with _open(path) if contents is None else contents as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's: on sizes, which are checked here, and on odd metadata
         head = stream.read(16)
         if not head:

@@ -10,6 +10,7 @@ import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -100,22 +101,29 @@ class Picture:
         return self.pixels if self.alpha is None else np.dstack([self.pixels, self.alpha])
 
 
-def read_picture(path: str | os.PathLike[str]) -> Picture:
+def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None) -> Picture:
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
     Grey stays grey and 16 bits stay 16. Palettes become RGB, a transparent colour becomes alpha, 1 bit
     becomes 8. CMYK becomes sRGB, by its profile if it has one, and of several frames the first is read: these
-    two leave a note.
+    two leave a note. With ``contents`` they are read in place of a file, as from a member of an archive, and
+    ``path`` is their name in errors.
 
     Raises:
         MachineError: the file is missing or may not be read.
         UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
     """
-    decoded = decode(Path(path))
+    decoded = decode(Path(path), contents)
     return Picture.from_array(decoded.samples, decoded.icc, decoded.notes)
 
 
-def read_mask(path: str | os.PathLike[str], size: tuple[int, int], invert: bool = False, dilate: float = 0) -> Mask:
+def read_mask(
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    invert: bool = False,
+    dilate: float = 0,
+    contents: BinaryIO | None = None,
+) -> Mask:
     """Read a mask file of any kind ``read_picture`` reads: bool (H, W), True (white) where to fill.
 
     White means brightness (ITU-R BT.601) above half. With alpha: where it varies while all that is visible
@@ -126,12 +134,13 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int], invert: bool 
         size: (width, height) of the picture, which the mask must have once both are upright.
         invert: black fills instead of white.
         dilate: grow the part to fill by so many pixels, after inverting.
+        contents: as for ``read_picture``.
 
     Raises:
         MachineError, UsageError: as ``read_picture``; sizes that differ; a mask with one dim value (see
             ``masks.threshold``); ``dilate`` below 0.
     """
-    picture = read_picture(path)
+    picture = read_picture(path, contents)
     if picture.size != size:
         (width, height), (mask_width, mask_height) = size, picture.size
         raise UsageError(

@@ -616,11 +616,11 @@ def test_ctrl_c_in_a_batch_says_what_is_done(
 
     plain, read = imaging.read_picture, []
 
-    def interrupting(path: Path) -> imaging.Picture:
+    def interrupting(path: Path, *given: object) -> imaging.Picture:
         read.append(path)
         if Path(path).name == "b.png":
             raise KeyboardInterrupt
-        return plain(path)
+        return plain(path, *given)
 
     monkeypatch.setattr(imaging, "read_picture", interrupting)
     assert run(toy, "in", "in", "-o", "out") == 130

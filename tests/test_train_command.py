@@ -16,7 +16,7 @@ from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.model import StudentConfig, build_student, load_checkpoint
-from moebius_edge.training import autoencoder, latents, tiny
+from moebius_edge.training import autoencoder, tiny
 from moebius_edge.training.autoencoder import AutoencoderRecipe, Stage, build_autoencoder
 from moebius_edge.training.denoiser import DenoiserRecipe, DenoiserTrainer
 from moebius_edge.training.tiny import TinyRecipe, save_checkpoint, train_tiny
@@ -48,7 +48,7 @@ class SmallSource:
 def shrink(patch: pytest.MonkeyPatch) -> None:
     settle = DenoiserTrainer.settle_batch_norms
     patch.setattr(autoencoder, "PictureSource", SmallSource)
-    patch.setattr(latents, "PictureSource", SmallSource)
+    patch.setattr(tiny, "PictureSource", SmallSource)
     patch.setattr(DenoiserTrainer, "settle_batch_norms", lambda self: settle(self, 2))
 
 
@@ -142,7 +142,7 @@ def test_the_command_says_what_to_do_next(
 
 def test_the_miniature_makes_a_checkpoint_to_export(finished: Path) -> None:
     assert sorted(p.name for p in finished.iterdir()) == [
-        "checkpoint", "latents.npz", "recipe.json", "state.pt", "vae", "vae_finetuned",
+        "checkpoint", "latents", "recipe.json", "state.pt", "vae", "vae_finetuned",
     ]  # fmt: skip
     checkpoint = finished / "checkpoint"
     assert sorted(p.name for p in checkpoint.iterdir()) == [
@@ -181,7 +181,7 @@ def test_the_finetuned_decoder_is_the_one_in_the_checkpoint(finished: Path) -> N
 
 
 def test_a_finished_run_is_returned_at_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage in ("train_autoencoder", "encode_pairs", "DenoiserTrainer", "finetune_decoder", "save_checkpoint"):
+    for stage in ("train_autoencoder", "encode_latents", "DenoiserTrainer", "finetune_decoder", "save_checkpoint"):
         monkeypatch.delattr(tiny, stage)
     times = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     assert train_tiny(finished, RECIPE) == finished / "checkpoint"

@@ -11,7 +11,7 @@ import skimage.data
 
 from moebius_edge.errors import MachineError
 from moebius_edge.training import photographs
-from moebius_edge.training.data import CropSource, PictureSource, to_network
+from moebius_edge.training.data import CropSource, MaskedSource, PictureSource, to_network
 from moebius_edge.training.masks import PRESETS, draw_mask, sample_mask
 from moebius_edge.training.photographs import HELD_OUT, TRAINING, load_photograph, random_crop
 from moebius_edge.training.scenes import draw_scene, power_law_noise, random_colour, stripes, textured
@@ -154,6 +154,15 @@ def test_the_source_mixes_scenes_and_photographs(monkeypatch: pytest.MonkeyPatch
         assert white == pytest.approx(share, abs=0.06 if 0 < share < 1 else 0)
     weights = dict(zip(TRAINING, source.weights, strict=True))
     assert source.weights.sum() == pytest.approx(1) and weights["china"] == max(source.weights) > weights["moon"]
+
+
+def test_pictures_of_the_bundled_model_repeat_by_number() -> None:
+    source = MaskedSource(lambda rng: rng.integers(0, 256, (64, 64, 3)).astype(np.uint8), 64, 3, {"photo_share": 0.5})
+    image, masks = source.sample_masks(5, 2)
+    assert masks.shape == (2, 64, 64) and masks.dtype == bool and not np.array_equal(*masks)
+    np.testing.assert_array_equal(image, np.random.default_rng([3, 5]).integers(0, 256, (64, 64, 3)))
+    np.testing.assert_array_equal(source.sample_masks(5, 1)[1][0], masks[0])
+    assert source.identity() == {"size": 64, "seed": 3, "photo_share": 0.5}
 
 
 def test_network_input_spans_minus_one_to_one() -> None:

@@ -23,6 +23,7 @@ from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.training import loop
 from moebius_edge.training.loop import (
     Loader,
+    NumberedLoader,
     atomic_save,
     check_finite,
     cosine,
@@ -31,7 +32,6 @@ from moebius_edge.training.loop import (
     plain,
     progress_bar,
     save_state,
-    seeded,
     update_average,
 )
 
@@ -43,39 +43,32 @@ def draw(rng: np.random.Generator) -> np.ndarray:
     return rng.random(3)
 
 
-def take(loader: Loader, count: int) -> list[np.ndarray]:
+def take(loader: NumberedLoader, count: int) -> list[np.ndarray]:
     with closing(iter(loader)) as batches:
         return list(islice(batches, count))
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone() -> None:
-    batches = take(Loader(seeded(draw, 5), 2), 3)
+    batches = take(Loader(draw, 2, seed=5), 3)
     expected = [np.random.default_rng([5, i]).random(3) for i in range(6)]
     assert np.array_equal(np.concatenate(batches), expected)
-    assert np.array_equal(np.concatenate(take(Loader(seeded(draw, 5), 3), 2)), expected)
-    assert not np.array_equal(take(Loader(seeded(draw, 6), 2), 1)[0], batches[0])
+    assert np.array_equal(np.concatenate(take(Loader(draw, 3, seed=5), 2)), expected)
+    assert not np.array_equal(take(Loader(draw, 2, seed=6), 1)[0], batches[0])
 
 
 def test_a_resumed_loader_goes_on_where_it_stopped() -> None:
-    whole = take(Loader(seeded(draw, 1), 4), 4)
-    assert np.array_equal(take(Loader(seeded(draw, 1), 4, start=8), 2), whole[2:])
-
-
-def test_loaders_of_several_processes_take_turns() -> None:
-    whole = np.concatenate(take(Loader(seeded(draw, 1), 6), 2))
-    first = take(Loader(seeded(draw, 1), 3, start=0, stride=6), 2)
-    second = take(Loader(seeded(draw, 1), 3, start=3, stride=6), 2)
-    assert np.array_equal(np.concatenate([first[0], second[0], first[1], second[1]]), whole)
+    whole = take(Loader(draw, 4, seed=1), 4)
+    assert np.array_equal(take(Loader(draw, 4, seed=1, start=8), 2), whole[2:])
 
 
 def test_tuples_are_stacked_by_column() -> None:
-    first, second = take(Loader(seeded(lambda rng: (np.zeros(2, np.float32), rng.random()), 0), 3), 1)[0]
+    first, second = take(Loader(lambda rng: (np.zeros(2, np.float32), rng.random()), 3, seed=0), 1)[0]
     assert first.shape == (3, 2) and first.dtype == np.float32
     assert second.tolist() == [np.random.default_rng([0, i]).random() for i in range(3)]
 
 
 def test_closing_ends_the_process_even_when_it_waits() -> None:
-    batches = iter(Loader(lambda number: np.zeros(1 << 20), 1))  # more than a pipe holds
+    batches = iter(Loader(lambda rng: np.zeros(1 << 20), 1, seed=0))  # more than a pipe holds
     next(batches)
     (worker,) = multiprocessing.active_children()
     batches.close()
@@ -89,7 +82,7 @@ def test_a_killed_process_is_an_error_and_no_hang() -> None:
         return np.zeros(1 << 16)
 
     with (
-        closing(iter(Loader(seeded(fatal, 0), 1))) as batches,
+        closing(iter(Loader(fatal, 1, seed=0))) as batches,
         pytest.raises(MachineError, match=r"draws training pictures ended with code -9 .* run the same command again"),
     ):
         list(islice(batches, 10))
@@ -100,20 +93,56 @@ def test_an_error_in_draw_arrives_with_its_traceback() -> None:
         raise ZeroDivisionError("by this draw")
 
     with (
-        closing(iter(Loader(seeded(faulty, 0), 1))) as batches,
+        closing(iter(Loader(faulty, 1, seed=0))) as batches,
         pytest.raises(RuntimeError, match=r"(?s)failed in its process:.*in faulty.*ZeroDivisionError: by this draw"),
     ):
         next(batches)
 
 
-def test_the_process_outlives_neither_its_parent_nor_ends_by_ctrl_c(tmp_path: Path) -> None:
+def test_several_processes_draw_the_same_samples_in_the_same_order() -> None:
+    expected = take(Loader(draw, 2, seed=5, start=4), 7)
+    assert np.array_equal(take(Loader(draw, 2, seed=5, start=4, workers=3), 7), expected)
+    batches = iter(NumberedLoader(lambda number: np.array(os.getpid()), 1, workers=3))
+    assert len({int(next(batches)[0]) for _ in range(6)}) == 3 == len(multiprocessing.active_children())
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_one_of_several_processes_that_is_killed_is_an_error() -> None:
+    def fatal(number: int) -> np.ndarray:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros(1 << 16)
+
+    with (
+        closing(iter(NumberedLoader(fatal, 1, workers=3))) as batches,
+        pytest.raises(MachineError, match=r"draws training pictures ended with code -9"),
+    ):
+        list(islice(batches, 10))
+
+
+def test_a_users_mistake_in_draw_arrives_as_it_is() -> None:
+    def mistaken(rng: np.random.Generator) -> np.ndarray:
+        raise UsageError("no picture can be read")
+
+    with closing(iter(Loader(mistaken, 1, seed=0))) as batches, pytest.raises(UsageError, match="^no picture can be"):
+        next(batches)
+
+
+def test_samples_can_be_drawn_by_number() -> None:
+    batches = take(NumberedLoader(lambda number: (np.array(number), np.array(-number)), 2, start=3), 2)
+    assert [[column.tolist() for column in batch] for batch in batches] == [[[3, 4], [-3, -4]], [[5, 6], [-5, -6]]]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_process_outlives_neither_its_parent_nor_ends_by_ctrl_c(workers: int, tmp_path: Path) -> None:
     code = f"""
 import multiprocessing, os, signal, time
 import numpy as np
 from moebius_edge.training.loop import Loader
-batches = iter(Loader(lambda number: np.zeros(1 << 20), 1))
+batches = iter(Loader(lambda rng: np.zeros(1 << 20), 1, seed=0, workers={workers}))
 next(batches)
-(worker,) = multiprocessing.active_children()
+(worker, *others) = sorted(multiprocessing.active_children(), key=lambda process: process.pid)
 os.kill(worker.pid, signal.SIGINT)
 for _ in range(12):
     next(batches)

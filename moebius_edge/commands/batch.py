@@ -13,8 +13,6 @@ from pathlib import Path
 
 from ..errors import MachineError, UsageError
 
-# What a folder is searched for. A single file is read whatever its name.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 MASK_ENDING = "_mask"
 
 
@@ -84,6 +82,8 @@ def check_writable(path: Path) -> None:
 
 
 def _folders(images: Path, masks: Path, output: Path | None) -> list[Job]:
+    from ..decoding import SUFFIXES
+
     if output is None:
         raise UsageError(f"{images} is a folder: name one for the results with --output DIR")
     if os.path.exists(output) and not os.path.isdir(output):
@@ -103,6 +103,8 @@ def _folders(images: Path, masks: Path, output: Path | None) -> list[Job]:
 
 def _by_stem(folder: Path, masks_too: bool) -> dict[str, list[Path]]:
     """The pictures in ``folder`` itself by stem; without ``masks_too`` none that is another's mask."""
+    from ..decoding import SUFFIXES  # a single file is read whatever its name
+
     found: dict[str, list[Path]] = {}
     try:
         paths = sorted(folder.iterdir())

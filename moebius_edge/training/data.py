@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from .masks import sample_mask
 from .photographs import TRAINING, load_photograph, random_crop
 from .scenes import draw_scene
+from .unreadable import Unreadable
 
 # Natural colour photographs first; textures and grey or medical pictures fill up.
 WEIGHTS = {"motorcycle": 4.0, "china": 4.0, "flower": 3.0, "camera": 1.5, "coins": 1.0}
@@ -26,6 +29,27 @@ class PictureSource:
         if rng.random() < self.photo_share:
             return random_crop(rng, self.photographs[rng.choice(len(self.photographs), p=self.weights)], self.size)
         return draw_scene(rng, self.size)
+
+
+class MaskedSource:
+    """``Samples`` drawn by ``source(rng)``, pictures of ``size`` pixels, with masks of all presets.
+
+    Sample i is seeded by (seed, i). ``recipe`` says what else decides what the source draws.
+    """
+
+    def __init__(
+        self, source: Callable[[np.random.Generator], np.ndarray], size: int, seed: int, recipe: dict[str, Any]
+    ) -> None:
+        self.source, self.size, self.seed, self.recipe = source, size, seed, recipe
+        self.unreadable = Unreadable()  # stays empty
+
+    def sample_masks(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 RGB (size, size, 3) and bool (count, size, size)."""
+        rng = np.random.default_rng([self.seed, index])
+        return self.source(rng), np.stack([sample_mask(rng, self.size) for _ in range(count)])
+
+    def identity(self) -> dict[str, Any]:
+        return {"size": self.size, "seed": self.seed, **self.recipe}
 
 
 class CropSource:

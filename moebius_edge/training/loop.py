@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -37,34 +38,35 @@ class _Failed(NamedTuple):
     traceback: str
 
 
-def seeded(draw: Callable[[np.random.Generator], Any], seed: int) -> Callable[[int], Any]:
-    """``draw`` by number: sample i has a generator of its own, seeded by (seed, i) alone."""
-    return lambda number: draw(np.random.default_rng([seed, number]))
-
-
-class Loader:
-    """Batches of what ``draw(number)`` makes, drawn in one background process.
+class NumberedLoader:
+    """Batches of samples ``draw(number)``, drawn in ``workers`` background processes; how many changes no sample.
 
     Iterating never ends. ``start`` is the first sample's number, so a resumed run sees what it would have seen; from
-    one batch to the next it grows by ``stride``, by default ``batch``: several processes take turns.
+    one batch to the next it grows by ``stride``, by default ``batch``: loaders of several trainings take turns.
     Samples are arrays or tuples of them, and are stacked. Close the iterator (``contextlib.closing``) to end
-    the process at once. Iterating raises MachineError if the process is killed, and if ``draw`` raises: a
+    the processes at once. Iterating raises MachineError if one is killed, and if ``draw`` raises: a
     MoebiusError as it is, RuntimeError with the traceback for anything else.
     """
 
-    def __init__(self, draw: Callable[[int], Any], batch: int, start: int = 0, stride: int | None = None) -> None:
-        self.draw, self.batch, self.start = draw, batch, start
+    def __init__(
+        self, draw: Callable[[int], Any], batch: int, start: int = 0, workers: int = 1, stride: int | None = None
+    ) -> None:
+        self.draw, self.batch, self.start, self.workers = draw, batch, start, workers
         self.stride = batch if stride is None else stride
 
     def __iter__(self) -> Generator[Any, None, None]:
         context = multiprocessing.get_context("fork")
-        # A pipe of which each side holds its own end only: whoever dies, the other side notices.
-        receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=self._work, args=(receiver, sender), daemon=True)
-        worker.start()
-        sender.close()
+        receivers: list[Connection] = []
+        processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            while True:
+            for turn in range(self.workers):
+                # A pipe of which each side holds its own end only: whoever dies, the other side notices.
+                receiver, sender = context.Pipe(duplex=False)
+                receivers.append(receiver)
+                processes.append(context.Process(target=self._work, args=(turn, receivers, sender), daemon=True))
+                processes[-1].start()
+                sender.close()
+            for receiver, worker in itertools.cycle(zip(receivers, processes, strict=True)):
                 try:
                     batch = receiver.recv()
                 except (EOFError, OSError):
@@ -79,27 +81,29 @@ class Loader:
                     raise batch
                 yield batch
         finally:
-            worker.kill()
-            worker.join()
-            receiver.close()
+            for receiver, worker in zip(receivers, processes, strict=False):
+                worker.kill()
+                worker.join()
+                receiver.close()
 
-    def _work(self, receiver: Connection, sender: Connection) -> None:
+    def _work(self, turn: int, receivers: list[Connection], sender: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends this one
-        receiver.close()
+        for receiver in receivers:
+            receiver.close()
         cv2.setNumThreads(0)
         os.nice(5)
         ready: queue.Queue[Any] = queue.Queue(PREFETCH)
-        threading.Thread(target=self._fill, args=(ready,), daemon=True).start()
+        threading.Thread(target=self._fill, args=(ready, turn), daemon=True).start()
         with contextlib.suppress(BrokenPipeError):  # the parent is gone
             while True:
                 sender.send(ready.get())
 
-    def _fill(self, ready: queue.Queue[Any]) -> None:
-        number = self.start
+    def _fill(self, ready: queue.Queue[Any], turn: int) -> None:
+        number = self.start + turn * self.stride
         try:
             while True:
                 items = [self.draw(number + i) for i in range(self.batch)]
-                number += self.stride
+                number += self.stride * self.workers
                 if isinstance(items[0], tuple):
                     ready.put(tuple(np.stack(column) for column in zip(*items, strict=True)))
                 else:
@@ -108,6 +112,15 @@ class Loader:
             ready.put(error)
         except Exception:
             ready.put(_Failed(traceback.format_exc()))
+
+
+class Loader(NumberedLoader):
+    """The same with samples ``draw(rng)``; sample i is seeded by (seed, i) alone."""
+
+    def __init__(
+        self, draw: Callable[[np.random.Generator], Any], batch: int, seed: int, start: int = 0, workers: int = 1
+    ) -> None:
+        super().__init__(lambda number: draw(np.random.default_rng([seed, number])), batch, start, workers)
 
 
 def atomic_save(content: Any, path: Path) -> None:

@@ -1,0 +1,233 @@
+"""Crops with masks that follow from their number, epochs that see every picture, pictures passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moebius_edge.errors import UsageError
+from moebius_edge.imaging import Picture, write_picture
+from moebius_edge.training.loop import NumberedLoader, plain
+from moebius_edge.training.pictures import Pictures, Place
+from moebius_edge.training.samples import MaskedPictures, Transform, _crop
+
+SMALL = Transform(resolution=16)
+
+
+class InMemory(Pictures):
+    """Arrays in place of files; None cannot be read."""
+
+    def __init__(self, images: Sequence[np.ndarray | None], holes: Sequence[np.ndarray | None] | None = None) -> None:
+        super().__init__("memory", [Place(str(i), f"/gone/{i}") for i in range(len(images))], [None] * len(images))
+        self.images, self.holes = images, holes or [None] * len(images)
+        self.asked: list[int] = []
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        self.asked.append(i)
+        image = self.images[i]
+        if image is None:
+            raise UsageError(f"picture {i} is damaged")
+        return image, self.holes[i]
+
+
+def flat(*values: int | None) -> InMemory:
+    """Pictures of one colour each, by which a sample tells whose it is."""
+    return InMemory([None if v is None else np.full((20, 30, 3), v, np.uint8) for v in values])
+
+
+def drawn(samples: MaskedPictures, indices: Sequence[int]) -> list[int]:
+    return [int(samples.sample(i).image[0, 0, 0]) for i in indices]
+
+
+def test_a_sample_is_a_function_of_seed_and_number_alone() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 40, 60, 3)).astype(np.uint8)
+    whole = [MaskedPictures(InMemory(noise), SMALL, 3).sample(i) for i in range(12)]
+    samples = MaskedPictures(InMemory(noise), SMALL, 3)
+    for i in (11, 0, 7, 6, 7):
+        image, mask = samples.sample(i)
+        assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((16, 16, 3), np.uint8, (16, 16), bool)
+        assert image.flags.c_contiguous
+        np.testing.assert_array_equal(image, whole[i].image)
+        np.testing.assert_array_equal(mask, whole[i].mask)
+    assert len({s.image.tobytes() for s in whole}) == len({s.mask.tobytes() for s in whole}) == 12
+    other = MaskedPictures(InMemory(noise), SMALL, 4)
+    assert all(not np.array_equal(other.sample(i).image, whole[i].image) for i in range(12))
+
+
+def test_every_epoch_sees_every_picture_once_in_an_order_of_its_own() -> None:
+    samples = MaskedPictures(flat(*range(10)), SMALL, 0)
+    epochs = [drawn(samples, range(10 * e, 10 * e + 10)) for e in range(4)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_picture_that_cannot_be_read_gives_its_place_to_the_next_and_is_listed_once() -> None:
+    readable = flat(0, 1, 2, 3, 4, 5)
+    samples = MaskedPictures(readable, SMALL, 1)
+    order = drawn(samples, range(12))
+    broken = flat(*(None if v in (2, 5) else v for v in range(6)))
+    passing = MaskedPictures(broken, SMALL, 1)
+    expected = []
+    for epoch in (order[:6], order[6:]):
+        for turn in range(6):
+            expected.append(next(v for v in (epoch + epoch)[turn:] if v not in (2, 5)))
+    assert drawn(passing, range(12)) == expected
+    assert passing.unreadable.entries().keys() == {"2", "5"}
+    assert passing.unreadable.entries()["5"] == "picture 5 is damaged"
+    assert broken.asked.count(2) == broken.asked.count(5) == 1
+    assert [drawn(MaskedPictures(broken, SMALL, 1), [i])[0] for i in (11, 4)] == [expected[11], expected[4]]
+
+
+def test_what_loading_processes_pass_over_is_known_outside_of_them() -> None:
+    samples = MaskedPictures(flat(0, None, 2, None, 4), SMALL, 0)
+    with closing(iter(NumberedLoader(samples.sample, 5, workers=2))) as batches:
+        images, masks = next(batches)
+        next(batches)
+    assert (images.shape, masks.shape, masks.dtype) == ((5, 16, 16, 3), (5, 16, 16), bool)
+    assert images[:, 0, 0, 0].tolist() == drawn(samples, range(5))
+    assert samples.unreadable.entries() == {"1": "picture 1 is damaged", "3": "picture 3 is damaged"}
+
+
+def test_pictures_none_of_which_can_be_read_are_an_error() -> None:
+    with pytest.raises(UsageError, match=r"none of the 4 pictures of memory can be read: picture . is damaged; pic"):
+        MaskedPictures(flat(None, None, None, None), SMALL, 0).sample(0)
+    assert drawn(MaskedPictures(flat(None, None, 7, None), SMALL, 0), range(8)) == [7] * 8
+
+
+def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
+    """The same through real files: one cut short, one missing, one whose mask is of another size."""
+    places = [Place(n, str(tmp_path / n)) for n in ("good.png", "cut.png", "gone.png", "other.png")]
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    for place in (places[0], places[1], places[3]):
+        write_picture(place.file, Picture.from_array(noise))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(cut.read_bytes()[:300])
+    write_picture(tmp_path / "mask.png", Picture.from_array(noise[:10, :, 0]))
+    mask = Place("mask.png", str(tmp_path / "mask.png"))
+    samples = MaskedPictures(Pictures("here", places, [None, None, None, mask]), SMALL, 0)
+    for i in range(4):
+        samples.sample(i)
+    found = samples.unreadable.entries()
+    assert found.keys() == {"cut.png", "gone.png", "other.png"}
+    assert "damaged" in found["cut.png"] and "there is no picture" in found["gone.png"]
+    assert "is 20x10 and the picture is 20x20" in found["other.png"]
+
+
+def test_crops_are_squares_of_the_picture_at_scales_within_the_range() -> None:
+    """A picture whose pixels name their places shows by its corners what was cut."""
+    y, x = np.mgrid[0:100, 0:160].astype(np.uint8)
+    image = np.stack([y, x, 0 * x], -1)
+    sides, corners = [], []
+    transform, tall = Transform(resolution=32, min_scale=0.4), Transform(resolution=40, min_scale=0.1)
+    for i in range(300):
+        crop, _ = _crop(np.random.default_rng(i), image, None, transform)
+        height, width = (float(crop[-1, -1, c]) - float(crop[0, 0, c]) for c in (0, 1))
+        assert height == pytest.approx(width, abs=3)
+        sides.append(height * 32 / 31)
+        corners.append((crop[0, 0, 0], crop[0, 0, 1]))
+    assert min(sides) == pytest.approx(40, abs=3) and max(sides) == pytest.approx(100, abs=3)
+    assert np.max(corners, 0)[0] > 50 and np.max(corners, 0)[1] > 100
+    for i in range(20):  # no crop is smaller than the sample where the picture is not
+        crop, _ = _crop(np.random.default_rng(i), image[:40], None, tall)
+        assert (crop[0, 0, 0], crop[-1, -1, 0]) == (0, 39)
+    crop, _ = _crop(np.random.default_rng(0), image[:10, :12], None, transform)
+    assert crop.shape == (32, 32, 3)  # a small picture is enlarged
+
+
+def test_half_of_the_samples_are_mirrored_with_their_masks_or_none() -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, :8] = 255
+    hole = np.zeros((16, 16), bool)
+    hole[:, :8] = True
+    shares = {}
+    for flip in (True, False):
+        samples = MaskedPictures(InMemory([image], [hole]), Transform(resolution=16, min_scale=1, flip=flip), 0)
+        pairs = [samples.sample(i) for i in range(200)]
+        assert all(np.array_equal(s.image[..., 0] == 255, s.mask) for s in pairs)
+        shares[flip] = np.mean([not s.mask[0, 0] for s in pairs])
+    assert shares[False] == 0 and 0.4 < shares[True] < 0.6
+
+
+def test_drawn_masks_are_of_the_presets_and_the_range_asked_for() -> None:
+    transform = Transform(resolution=32, presets=("box",), coverage=(0.1, 0.2))
+    samples = MaskedPictures(flat(1, 2, 3), transform, 0)
+    image, masks = samples.sample_masks(4, 3)
+    assert masks.shape == (3, 32, 32) and len({m.tobytes() for m in masks}) == 3
+    np.testing.assert_array_equal(samples.sample(4).mask, masks[0])
+    np.testing.assert_array_equal(samples.sample(4).image, image)
+    shares = [samples.sample(i).mask.mean() for i in range(60)]
+    assert min(shares) >= 0.1 and max(shares) <= 0.2
+
+
+def test_a_given_mask_is_cut_with_its_picture_and_is_all_its_masks() -> None:
+    rng = np.random.default_rng(0)
+    hole = np.zeros((60, 90), bool)
+    hole[20:50, 10:60] = True
+    image = rng.integers(0, 200, (60, 90, 3)).astype(np.uint8)
+    image[hole] = 255
+    samples = MaskedPictures(InMemory([image], [hole]), Transform(resolution=16, min_scale=0.7), 0)
+    for i in range(40):
+        crop, masks = samples.sample_masks(i, 2)
+        assert np.array_equal(*masks) and masks[0].any() and not masks[0].all()
+        # shrunk by areas, a wholly masked pixel is white, and what is not masked has no part in the hole
+        assert crop[~masks[0]].max() < 200 and crop[masks[0]].max() == 255
+
+
+def test_a_hole_that_random_crops_miss_is_aimed_at() -> None:
+    """Small crops would meet a spot once in a hundred, and the same holds for what little a large hole leaves."""
+    image = np.zeros((200, 200, 3), np.uint8)
+    spot, corner = (np.zeros((200, 200), bool) for _ in range(2))
+    spot[123, 45] = corner[0, 0] = True
+    left = np.ones((200, 200), bool)
+    left[:30, :30] = False
+    transform = Transform(resolution=24, min_scale=0.1)
+    for hole in (spot, corner, left):
+        parts = [_crop(np.random.default_rng(i), image, hole, transform)[1] for i in range(60)]
+        assert all(part is not None and part.any() and not part.all() for part in parts)
+        if hole is not left:
+            assert max(part.sum() for part in parts if part is not None) <= 4  # all that a spot touches, no more
+
+
+def test_identities_differ_with_whatever_decides_a_sample() -> None:
+    def identity(values: Sequence[int], transform: Transform, seed: int) -> object:
+        return plain(MaskedPictures(flat(*values), transform, seed).identity())
+
+    ours = identity([1, 2], SMALL, 0)
+    assert identity([1, 2], Transform(resolution=16), 0) == ours
+    others = [identity([1, 2, 3], SMALL, 0), identity([1, 2], SMALL, 1)]
+    for change in (
+        {"resolution": 24},
+        {"min_scale": 0.6},
+        {"flip": False},
+        {"presets": ("box",)},
+        {"coverage": (0.05, 0.4)},
+    ):
+        others.append(identity([1, 2], replace(SMALL, **change), 0))  # type: ignore[arg-type]
+    assert ours not in others
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 100}, r"resolution is 100: give a multiple of 8"),
+        ({"resolution": 0}, r"resolution is 0: give a multiple of 8"),
+        ({"min_scale": 0}, r"min_scale is 0: give a share above 0 and at most 1"),
+        ({"min_scale": 1.1}, r"min_scale is 1.1: give a share"),
+        ({"presets": ("huge",)}, r"mask presets are \['huge'\]: give some of thin, medium, thick, box"),
+        ({"presets": ()}, r"mask presets are \[\]: give some of"),
+        ({"coverage": (0.5, 0.2)}, r"coverage is 0.5 to 0.2: give two rising shares between 0 and 1"),
+        ({"coverage": (0.0, 0.2)}, r"coverage is 0.0 to 0.2: give two rising shares"),
+        (
+            {"presets": ("thin",), "coverage": (0.8, 0.9)},
+            r"coverage is 0.8 to 0.9, which 0 of 200 masks of the presets thin have: widen the range",
+        ),
+    ],
+)
+def test_transforms_without_sense_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Transform(**change)  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""Folders, lists and shards: what counts as a picture, which mask belongs to it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.imaging import Picture, write_picture
+from moebius_edge.training.pictures import Pictures
+from moebius_edge.training.sources import open_pictures
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (12, 20, 3)).astype(np.uint8)
+HOLE = np.zeros((12, 20), np.uint8)
+HOLE[2:7, 3:9] = 255
+
+
+def save(path: Path, samples: np.ndarray = COLOURS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(path, Picture.from_array(samples))
+
+
+def names(pictures: Pictures) -> list[str]:
+    return [pictures.name(i) for i in range(len(pictures))]
+
+
+def masks(pictures: Pictures) -> list[str | None]:
+    return [None if mask is None else mask.name for mask in pictures.masks]
+
+
+def write_list(path: Path, *lines: object) -> Path:
+    path.write_text("".join(line + "\n" if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_folder_is_searched_to_the_bottom_in_one_order(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a/z.jpg", "a/b/y.webp", "c.tiff", ".hidden.png", ".thumbnails/x.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    pictures = open_pictures(str(tmp_path))
+    assert names(pictures) == ["a/b/y.webp", "a/z.jpg", "b.PNG", "c.tiff"]
+    image, mask = pictures.read(2)
+    np.testing.assert_array_equal(image, COLOURS)
+    assert mask is None and pictures.given_masks == 0
+
+
+def test_a_second_folder_gives_masks_by_the_names_without_endings(tmp_path: Path) -> None:
+    for name in ("a/x.jpg", "b/x.jpg", "y.png"):
+        save(tmp_path / "in" / name)
+    save(tmp_path / "masks" / "b" / "x.png", HOLE)
+    save(tmp_path / "masks" / "y.gif.png", HOLE)
+    pictures = open_pictures(tmp_path / "in", tmp_path / "masks")
+    assert masks(pictures) == [None, "b/x.png", None]
+    np.testing.assert_array_equal(pictures.read(1)[1], HOLE > 0)
+
+
+def test_masks_inside_the_folder_of_pictures_are_no_pictures(tmp_path: Path) -> None:
+    save(tmp_path / "x.jpg")
+    save(tmp_path / "masks" / "x.png", HOLE)
+    assert names(open_pictures(tmp_path)) == ["masks/x.png", "x.jpg"]
+    pictures = open_pictures(tmp_path, tmp_path / "masks")
+    assert (names(pictures), masks(pictures)) == (["x.jpg"], ["x.png"])
+
+
+def test_folders_of_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "in" / "x.jpg")
+    save(tmp_path / "masks" / "other.png", HOLE)
+    with pytest.raises(UsageError, match=r"no mask in .*masks has the name of a picture in .*in: a/b.png belongs to"):
+        open_pictures(tmp_path / "in", tmp_path / "masks")
+    save(tmp_path / "masks" / "x.png", HOLE)
+    save(tmp_path / "masks" / "x.webp", HOLE)
+    with pytest.raises(UsageError, match=r"holds x.png and x.webp, two masks of one name: remove one"):
+        open_pictures(tmp_path / "in", tmp_path / "masks")
+    with pytest.raises(UsageError, match=r"in holds the pictures themselves: put the masks into a folder of their own"):
+        open_pictures(tmp_path / "in", tmp_path / "in")
+    with pytest.raises(MachineError, match=r"there is no folder of masks .*gone: check the path"):
+        open_pictures(tmp_path / "in", tmp_path / "gone")
+    listed = write_list(tmp_path / "l.jsonl", {"image": "in/x.jpg"})
+    with pytest.raises(UsageError, match=r"goes with a folder of pictures only: .*l.jsonl names its masks itself"):
+        open_pictures(listed, tmp_path / "masks")
+
+
+def test_a_list_names_pictures_and_masks_relative_to_itself(tmp_path: Path) -> None:
+    save(tmp_path / "data" / "x.jpg")
+    save(tmp_path / "data" / "y.png")
+    save(tmp_path / "data" / "y_mask.png", HOLE)
+    lines = ({"image": "x.jpg", "caption": "x"}, {"image": "y.png", "mask": None})
+    first = {"image": "y.png", "mask": "y_mask.png"}
+    pictures = open_pictures(write_list(tmp_path / "data" / "l.jsonl", first, "", *lines))
+    assert (names(pictures), masks(pictures)) == (["y.png", "x.jpg", "y.png"], ["y_mask.png", None, None])
+    image, mask = pictures.read(0)
+    np.testing.assert_array_equal(image, COLOURS)
+    np.testing.assert_array_equal(mask, HOLE > 0)
+
+
+@pytest.mark.parametrize("key", ["image", "mask"])
+def test_no_path_of_a_list_leaves_its_folder(key: str, tmp_path: Path) -> None:
+    save(tmp_path / "outside.png")
+    (tmp_path / "data").mkdir()
+    os.symlink(tmp_path / "outside.png", tmp_path / "data" / "link.png")
+    os.symlink(tmp_path, tmp_path / "data" / "up")
+    (tmp_path / "data" / "sub").mkdir()
+    os.symlink(tmp_path / "outside.png", tmp_path / "data" / "sub" / "link.png")
+    lines = [{"image": "a.png"}, {"image": "sub/b.png"}]
+    outside = ("../outside.png", "a/../../outside.png", str(tmp_path / "outside.png"), "/x", "//x", "C:x", "..")
+    for name in (*outside, "sub/..", "link.png", "sub/link.png", "up/outside.png", "sub\\..\\..\\outside.png"):
+        listed = write_list(tmp_path / "data" / "l.jsonl", *lines[:2], {"image": "a.png", key: name})
+        with pytest.raises(UsageError, match=r"l.jsonl:3: '.*' leaves the list's folder .*data: give paths relative"):
+            open_pictures(listed)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a.jpg", r"l.jsonl:2: no JSON .*: write a line as {\"image\": \"a.jpg\""),
+        ("[" * 100000, r"l.jsonl:2: no JSON"),
+        ('["a.jpg"]', r'l.jsonl:2: "image" must be a path, and "mask" one or left out'),
+        ('{"mask": "a.png"}', r'l.jsonl:2: "image" must be a path'),
+        ('{"image": "a.png", "mask": 3}', r'l.jsonl:2: "image" must be a path'),
+        ('{"image": ""}', r"l.jsonl:2: '' leaves the list's folder"),
+        ('{"image": "a\\u0000.png"}', r"l.jsonl:2: 'a\\x00.png' leaves the list's folder"),
+    ],
+)
+def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_pictures(write_list(tmp_path / "l.jsonl", {"image": "a.png"}, line))
+
+
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "l.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"l.jsonl is not UTF-8 text"):
+        open_pictures(tmp_path / "l.jsonl")
+
+
+def make_shard(path: Path, files: list[str], folder: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name in files:
+            tar.add(folder / name, name)
+
+
+def test_shards_come_by_name_by_pattern_or_as_a_folder(tmp_path: Path) -> None:
+    save(tmp_path / "a.jpg")
+    save(tmp_path / "b.png")
+    save(tmp_path / "b.mask.png", HOLE)
+    (tmp_path / "set").mkdir()
+    make_shard(tmp_path / "set" / "s-09.tar", ["a.jpg"], tmp_path)
+    make_shard(tmp_path / "set" / "s-10.tar", ["b.mask.png", "b.png"], tmp_path)
+    whole = ["s-09.tar:a.jpg", "s-10.tar:b.png"]
+    for source in ("set", "set/s-{09..10}.tar"):
+        pictures = open_pictures(str(tmp_path / source))
+        assert (names(pictures), masks(pictures)) == (whole, [None, "s-10.tar:b.mask.png"])
+        image, mask = pictures.read(1)
+        np.testing.assert_array_equal(image, COLOURS)
+        np.testing.assert_array_equal(mask, HOLE > 0)
+    assert names(open_pictures(tmp_path / "set" / "s-10.tar")) == whole[1:]
+    with pytest.raises(MachineError, match=r"there is no shard .*s-11.tar: check the name"):
+        open_pictures(str(tmp_path / "set" / "s-{09..11}.tar"))
+    with pytest.raises(UsageError, match=r"set holds shards, which hold their masks \(KEY.mask.png\): leave out"):
+        open_pictures(tmp_path / "set", tmp_path)
+    save(tmp_path / "set" / "a.jpg")
+    with pytest.raises(UsageError, match=r"set holds pictures and .tar shards: name one kind, as in .*s-09.tar"):
+        open_pictures(tmp_path / "set")
+
+
+def test_sources_of_no_kind_or_without_pictures_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.jpg")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("x")
+    write_list(tmp_path / "empty.jsonl")
+    make_shard(tmp_path / "empty.tar", ["empty/a.txt"], tmp_path)
+    for name in ("empty", "empty.jsonl", "empty.tar"):
+        with pytest.raises(UsageError, match=rf"{name} holds no picture: they end in .png, .jpg"):
+            open_pictures(tmp_path / name)
+    with pytest.raises(UsageError, match=r"a.jpg is neither a folder, a .jsonl list nor .tar shards: name one"):
+        open_pictures(tmp_path / "a.jpg")
+    for name in ("gone", "gone.tar", "gone.jsonl"):
+        with pytest.raises(MachineError, match=rf"there is no .*{name}: name a folder, a .jsonl list or .tar shards"):
+            open_pictures(tmp_path / name)

@@ -129,6 +129,14 @@ def test_a_users_mistake_in_draw_arrives_as_it_is() -> None:
         next(batches)
 
 
+def test_loaders_of_several_trainings_take_turns() -> None:
+    def numbers(start: int) -> list[list[int]]:
+        batches = take(NumberedLoader(lambda number: np.array(number), 3, start, stride=6), 2)
+        return [batch.tolist() for batch in batches]
+
+    assert [numbers(0), numbers(3)] == [[[0, 1, 2], [6, 7, 8]], [[3, 4, 5], [9, 10, 11]]]
+
+
 def test_samples_can_be_drawn_by_number() -> None:
     batches = take(NumberedLoader(lambda number: (np.array(number), np.array(-number)), 2, start=3), 2)
     assert [[column.tolist() for column in batch] for batch in batches] == [[[3, 4], [-3, -4]], [[5, 6], [-5, -6]]]

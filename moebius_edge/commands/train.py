@@ -53,6 +53,7 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
     ] = False,
+    workers: Annotated[int, typer.Option(metavar="N", help="Processes that draw samples.")] = 1,
     save_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints.")] = 250,
     keep: Annotated[int, typer.Option(metavar="N", help="Checkpoints kept.")] = 3,
     sample_every: Annotated[int, typer.Option(metavar="N", help="Steps between sampled pictures; 0: none.")] = 1000,
@@ -71,7 +72,7 @@ def train(
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     options = RunOptions(
-        micro_batch, gradient_checkpointing, save_every, keep, sample_every=sample_every, device=device
+        micro_batch, gradient_checkpointing, save_every, keep, sample_every=sample_every, workers=workers, device=device
     )
     inputs = Inputs(images, masks, latents, vae, teacher, student)
     try:

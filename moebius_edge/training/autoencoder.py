@@ -35,7 +35,6 @@ from .loop import (
     make_folder,
     progress_bar,
     save_state,
-    seeded,
     update_average,
 )
 
@@ -186,7 +185,7 @@ class Trainer:
                 crops = max(1, stage.batch // 2)  # so that a batch shows at least two pictures where it can
                 source = CropSource(PictureSource(PICTURE_SIDE, recipe.photo_share), stage.side, crops)
                 drawn = stage.batch // crops
-                loader = Loader(seeded(source, seed + 1000 * number), drawn, drawn * (self.done - begin))
+                loader = Loader(source, drawn, seed + 1000 * number, drawn * (self.done - begin))
                 with closing(iter(loader)) as batches:
                     for pictures in islice(batches, end - self.done):
                         figures = self.step(pictures.reshape(-1, *pictures.shape[2:]), loss, total)

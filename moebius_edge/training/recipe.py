@@ -162,7 +162,7 @@ class RunOptions:
     """What may change from one start to the next without changing the result beyond rounding.
 
     ``micro_batch`` samples go through the network at a time in each process; 0: as many as there are for it.
-    ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures. ``device`` ``auto`` is the GPU if there
+    ``workers`` processes draw samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures. ``device`` ``auto`` is the GPU if there
     is one.
     """
 
@@ -172,11 +172,12 @@ class RunOptions:
     keep: int = 3
     log_every: int = 20
     sample_every: int = 1000
+    workers: int = 1
     device: str = "auto"
 
     def __post_init__(self) -> None:
         _among("device", self.device, ("auto", "cpu", "cuda"))
-        for name, least in (("micro_batch", 0), ("save_every", 1), ("keep", 1), ("log_every", 1), ("sample_every", 0)):
+        for name, least in (("micro_batch", 0), ("save_every", 1), ("keep", 1), ("log_every", 1), ("sample_every", 0), ("workers", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}: give {least} or more")
 

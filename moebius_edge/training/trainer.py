@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..errors import BundleError, MachineError, UsageError
 from .batch_norms import average_statistics, set_training, settle, spread_momentum
 from .checkpoints import load_newest, save_checkpoint
-from .loop import Loader, atomic_save, cosine, plain, seeded, update_average
+from .loop import Loader, NumberedLoader, atomic_save, cosine, plain, update_average
 from .noising import Batch, Noising, draw_noise, prompt_ids
 from .objectives import Figures, Objective, autocast
 from .optimiser import MuonAdamW
@@ -125,7 +125,7 @@ class Trainer:
         size, here = self.recipe.optimiser.batch, self.accelerator.process_index
         start = first_step * size + here * self.micro_batch
         stride = self.micro_batch * self.accelerator.num_processes
-        with closing(iter(Loader(self.draw, self.micro_batch, start, stride))) as batches:
+        with closing(iter(NumberedLoader(self.draw, self.micro_batch, start, self.options.workers, stride))) as batches:
             yield from batches
 
     def mean(self, value: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ class Trainer:
         prompts = self.recipe.student.num_prompts
 
         def passes() -> Iterator[Any]:
-            draw = seeded(lambda rng: self._settling(rng), self.recipe.seed + 1)
-            with closing(iter(Loader(draw, self.recipe.optimiser.batch))) as drawn:
+            loader = Loader(self._settling, self.recipe.optimiser.batch, self.recipe.seed + 1)
+            with closing(iter(loader)) as drawn:
                 for arrays in islice(drawn, batches):
                     batch = self.batch(arrays)
 

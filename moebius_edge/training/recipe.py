@@ -162,7 +162,8 @@ class RunOptions:
     """What may change from one start to the next without changing the result beyond rounding.
 
     ``micro_batch`` samples go through the network at a time in each process; 0: as many as there are for it.
-    ``workers`` processes draw samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures. ``device`` ``auto`` is the GPU if there
+    ``workers`` processes draw
+    samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures. ``device`` ``auto`` is the GPU if there
     is one.
     """
 
@@ -177,9 +178,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _among("device", self.device, ("auto", "cpu", "cuda"))
-        for name, least in (("micro_batch", 0), ("save_every", 1), ("keep", 1), ("log_every", 1), ("sample_every", 0), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}: give {least} or more")
+        least = {"micro_batch": 0, "save_every": 1, "keep": 1, "log_every": 1, "sample_every": 0, "workers": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise UsageError(f"{name} is {getattr(self, name)}: give {lowest} or more")
+
 
 
 @dataclass(frozen=True)

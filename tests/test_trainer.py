@@ -52,13 +52,26 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_loss_falls(precision: str, tmp_path: Path) -> None:
-    optimiser = replace(TASK.optimiser, steps=40, warmup=5, precision=precision)
+def test_the_loss_falls(tmp_path: Path) -> None:
+    optimiser = replace(TASK.optimiser, steps=40, warmup=5, learning_rate=1e-2)
     ours = trainer(replace(TASK, optimiser=optimiser), tmp_path, replace(OPTIONS, save_every=40))
     losses = [figures["loss"] for figures in ours.run()]
     assert len(losses) == 40 and np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert not same(ours.network, ours.average)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_gives_nearly_the_same_loss(precision: str, tmp_path: Path) -> None:
+    exact = next(trainer(TASK, tmp_path / "fp32").run())
+    recipe = replace(TASK, optimiser=replace(TASK.optimiser, precision=precision))
+    ours = trainer(recipe, tmp_path / precision)
+    assert ours.scaler.is_enabled() == (precision == "fp16")
+    figures = list(ours.run())
+    assert figures[0]["loss"] == pytest.approx(exact["loss"], rel=0.05) and figures[0]["loss"] != exact["loss"]
+    assert all(np.isfinite(list(step.values())).all() for step in figures)
+    if precision == "fp16":  # its first scale is too large on purpose: such steps are skipped
+        assert "gradient_norm" not in figures[0] and "gradient_norm" in figures[-1]
+        assert 0 < ours.scaler.get_scale() < 65536
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
@@ -68,7 +81,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     steps = cut.run()
     for _ in range(3):  # the checkpoint is of step 2
         next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     torch.manual_seed(99)  # as another process would have it
     resumed = trainer(TASK, tmp_path / "cut")
     assert resumed.resume() and resumed.done == 2
@@ -81,13 +94,14 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    running = replace(TASK, optimiser=replace(TASK.optimiser, batch_norm="running", steps=3))
-    whole = trainer(running, tmp_path / "whole")
-    parts = trainer(running, tmp_path / "parts", replace(OPTIONS, micro_batch=1))
-    assert (parts.micro_batch, parts.micro_batches) == (1, 4)
-    for a, b in zip(whole.run(), parts.run(), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+    """Their first step alone: later ones differ by AdamW's answer to gradients that are rounding and nothing else."""
+    running = replace(TASK, optimiser=replace(TASK.optimiser, batch_norm="running"))
+    whole = next(trainer(running, tmp_path / "whole").run())
+    ours = trainer(running, tmp_path / "parts", replace(OPTIONS, micro_batch=1))
+    assert (ours.micro_batch, ours.micro_batches) == (1, 4)
+    parts = next(ours.run())
+    for name in ("loss", "gradient_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
@@ -112,7 +126,7 @@ def test_a_loss_that_is_not_finite_stops_with_diagnostics_and_keeps_the_checkpoi
     ours = trainer(TASK, tmp_path)
 
     class Broken(FlatLatents):
-        def latents(self, *drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def latents(self, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             if ours.done == 3:
                 drawn[0][1] = torch.nan
             return drawn
@@ -181,13 +195,16 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(tea
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
-    """All loss terms with their adaptive weights; batch norms by their running statistics."""
+    """All loss terms with their adaptive weights; batch norms by their running statistics.
+
+    In double precision: in single, AdamW makes whole steps of gradients that are zero but for rounding.
+    """
     recipe = {"optimiser": {"batch_norm": "running", "steps": 4}}
-    call = {"teacher": str(teacher), "recipe": recipe}
+    call = {"teacher": str(teacher), "recipe": recipe, "double": True}
     one = start({**call, "output": str(tmp_path / "one")})
     assert one.wait() == 0
     script = Path(__file__).with_name("training_process.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = subprocess.run(
         [*launch, str(script), json.dumps({**call, "output": str(tmp_path / "two")})],
         capture_output=True,
@@ -198,10 +215,10 @@ def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path
     assert [r["processes"] for r in records] == [1, 2] and [r["micro_batch"] for r in records] == [4, 2]
     figures = [r["result"]["last_figures"] for r in records]
     for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
-        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-3), name
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5), name
     weights = [load_file(tmp_path / name / "student.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_finished_run_is_returned_at_once_and_another_is_refused(teacher: Path, tmp_path: Path) -> None:

@@ -41,15 +41,18 @@ OPTIONS = RunOptions(save_every=2, log_every=1, sample_every=0, device="cpu")
 
 
 class FlatLatents:
-    """What lies under a mask is what lies beside it."""
+    """What lies under a mask is what lies beside it. Latents are of type ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         clean = np.broadcast_to(rng.standard_normal((4, 1, 1), np.float32), (4, 8, 8)).copy()
         mask = (rng.random((1, 8, 8)) < 0.3).astype(np.float32)
         return clean, clean * (1 - mask), mask
 
-    def latents(self, *drawn: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return drawn
+    def latents(self, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(self.dtype) for tensor in drawn)
 
 
 def material(**files: Any) -> Material:

@@ -112,7 +112,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate (..., V) -> (..., V)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, RMS_EPS) * F.silu(gate)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), RMS_EPS) * F.silu(gate)
 
 
 class GatedLinearAttention(nn.Module):

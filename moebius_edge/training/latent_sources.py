@@ -22,7 +22,9 @@ class CachedLatents:
         """Clean and masked latents (4, h, w) and the mask (1, h, w), float32."""
         return self._cache.pair(rng, self._side)
 
-    def latents(self, clean: Tensor, masked: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """What was drawn, for it is encoded already."""
+        clean, masked, mask = drawn
         return clean, masked, mask
 
 
@@ -36,5 +38,7 @@ class EncodedPictures:
         """uint8 RGB (S, S, 3) and bool (S, S)."""
         return tuple(self.pictures.sample(number))
 
-    def latents(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``encode_batch``."""
+        image, mask = drawn
         return encode_batch(self._vae, image.cpu().numpy(), mask.cpu().numpy())

@@ -56,11 +56,14 @@ def open_material(recipe: Recipe, preset: str, inputs: Inputs, output: Path, dev
         if path is not None and not path.is_file():
             raise MachineError(f"there is no checkpoint {path}: name a file of weights")
     vae = None if inputs.vae is None else open_vae(inputs.vae).to(_device(device))
-    weights = {"teacher": inputs.teacher, "student": inputs.student, "vae": vae}
+
+    def made(source: Source, origin: dict[str, Any], unreadable: Unreadable | None = None) -> Material:
+        return Material(source, origin, inputs.teacher, inputs.student, vae, unreadable)
+
     folder = inputs.latents or output / "latents"
     side, resolution = recipe.student.latent_size, recipe.resolution
     if not inputs.images and (folder / INDEX).is_file() or folder.is_file():
-        return Material(CachedLatents(LatentCache.open(folder), side), {"latents": str(folder)}, **weights)
+        return made(CachedLatents(LatentCache.open(folder), side), {"latents": str(folder)})
     if not inputs.images and preset != "tiny":
         raise UsageError("there is nothing to train on: add --images SOURCE, or --latents DIR with encoded pictures")
     if vae is None:
@@ -72,14 +75,13 @@ def open_material(recipe: Recipe, preset: str, inputs: Inputs, output: Path, dev
         origin: dict[str, Any] = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures)}
         count = recipe.data.pictures or len(pictures)
         if not recipe.data.cache:
-            return Material(EncodedPictures(vae, samples), origin, unreadable=samples.unreadable, **weights)
+            return made(EncodedPictures(vae, samples), origin, samples.unreadable)
     else:
         samples = MaskedSource(PictureSource(resolution, 0.6), resolution, recipe.seed, {"photo_share": 0.6})
         origin, count = {"images": "the bundled model's own"}, recipe.data.pictures or 4000
     with make_accelerator(device).main_process_first():
         cache = encode_latents(vae, samples, folder, count, recipe.data.masks_per_picture)
-    source = CachedLatents(cache, side)
-    return Material(source, origin | {"latents": str(folder)}, unreadable=samples.unreadable, **weights)
+    return made(CachedLatents(cache, side), origin | {"latents": str(folder)}, samples.unreadable)
 
 
 def _transform(recipe: DataRecipe, resolution: int) -> Transform:

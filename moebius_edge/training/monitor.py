@@ -99,7 +99,7 @@ class SampleGrid:
         size = self._mask.shape[-1] * LATENT_DOWNSCALE
         components = {name: component.resolved(size) for name, component in COMPONENTS.items()}
         scheduler = DDIM(self._steps)
-        latents = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))  # type: ignore[arg-type]
+        latents = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))
         with TorchRuntime(student, self._vae, components) as runtime:
             for step in denoise(runtime, latents, self._mask, self._masked, scheduler, self._guidance):
                 latents = step.latent

@@ -7,7 +7,9 @@ mistake is reported at once. What does not change the result (where, how often s
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,9 +164,8 @@ class RunOptions:
     """What may change from one start to the next without changing the result beyond rounding.
 
     ``micro_batch`` samples go through the network at a time in each process; 0: as many as there are for it.
-    ``workers`` processes draw
-    samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures. ``device`` ``auto`` is the GPU if there
-    is one.
+    ``workers`` processes draw samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures.
+    ``device`` ``auto`` is the GPU if there is one.
     """
 
     micro_batch: int = 0
@@ -283,8 +284,5 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
 
 
 def _toml() -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[import-not-found,no-redef,unused-ignore]
-    return tomllib
+    # Python 3.10 has not got it yet, and tomli is the same under another name.
+    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

@@ -183,8 +183,8 @@ def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptio
     if material.vae is not None and options.sample_every and recipe.stage != "teacher":
         generators = [np.random.default_rng([recipe.seed + 2, number]) for number in range(_SAMPLES)]
         drawn = [material.source.draw(number, rng) for number, rng in enumerate(generators)]
-        tensors = (torch.from_numpy(np.stack(column)).to(trainer.device) for column in zip(*drawn, strict=True))
-        grid = SampleGrid(material.vae, *material.source.latents(*tensors))
+        tensors = tuple(torch.from_numpy(np.stack(column)).to(trainer.device) for column in zip(*drawn, strict=True))
+        grid = SampleGrid(material.vae, *material.source.latents(tensors))
     with (
         progress_bar(recipe.stage, recipe.optimiser.steps) as report,
         Monitor(output, trainer.done) as monitor,

@@ -109,9 +109,9 @@ def train_tiny(output: Path, recipe: TinyRecipe, options: RunOptions | None = No
         return checkpoint
     vae, cache = prepare(output, recipe, device)
 
-    def train(name: str, stage: Recipe, **start: Path) -> Path:
+    def train(name: str, stage: Recipe, teacher: Path | None = None, student: Path | None = None) -> Path:
         source = CachedLatents(cache, stage.student.latent_size)
-        material = Material(source, {"latents": str(output / "latents")}, vae=vae, **start)
+        material = Material(source, {"latents": str(output / "latents")}, teacher, student, vae)
         return train_stage(stage, material, output / name, options, resume=True)
 
     half = train("teacher", recipe.teacher)

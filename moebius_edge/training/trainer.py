@@ -9,7 +9,7 @@ Accelerate fixes it once a process.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -39,7 +39,7 @@ class Source(Protocol):
     def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """Sample ``number``, from it and ``rng`` alone."""
 
-    def latents(self, *drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Clean and masked latents (N, 4, h, w) and the mask (N, 1, h, w), float32."""
 
 
@@ -118,9 +118,9 @@ class Trainer:
     def batch(self, drawn: tuple[np.ndarray, ...]) -> Batch:
         """Samples as ``draw`` made them, stacked, on the device and noised."""
         *sample, noise, timestep, unconditional = (torch.from_numpy(a).to(self.device) for a in drawn)
-        return self.noising(*self.source.latents(*sample), noise, timestep, unconditional)
+        return self.noising(*self.source.latents(tuple(sample)), noise, timestep, unconditional)
 
-    def batches(self, first_step: int) -> Iterator[tuple[np.ndarray, ...]]:
+    def batches(self, first_step: int) -> Generator[tuple[np.ndarray, ...], None, None]:
         """This process's micro-batches from ``first_step`` on, without end."""
         size, here = self.recipe.optimiser.batch, self.accelerator.process_index
         start = first_step * size + here * self.micro_batch
@@ -165,7 +165,8 @@ class Trainer:
         update_average(self.average, self.network, min(recipe.ema_decay, self.done / (self.done + 10)))
         names = sorted(sums)
         values = self.mean(torch.stack([sums[name] for name in names])).tolist()
-        return dict(zip(names, values, strict=True)) | {"gradient_norm": float(norm), "learning_rate": rate}
+        told = {"learning_rate": rate} | ({"gradient_norm": float(norm)} if torch.isfinite(norm) else {})
+        return dict(zip(names, values, strict=True)) | told
 
     def _check(self, value: Tensor, figures: Figures, batch: Batch) -> None:
         if torch.isfinite(value):
@@ -241,7 +242,7 @@ class Trainer:
         self.done = state["step"]
         return True
 
-    def run(self) -> Iterator[dict[str, float]]:
+    def run(self) -> Generator[dict[str, float], None, None]:
         """Trains to the end, saving on the way; yields each step's figures, with its number and images a second."""
         started, first, steps = time.monotonic(), self.done, self.recipe.optimiser.steps
         if first == steps:

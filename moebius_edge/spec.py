@@ -49,11 +49,6 @@ class Component:
     def file(self) -> str:
         return f"{self.name}.onnx"
 
-    def resolved(self, resolution: int) -> Component:
-        """The same component with the sizes of a model of ``resolution`` pixels filled in."""
-        inputs, outputs = (tuple(t.resolved(resolution) for t in group) for group in (self.inputs, self.outputs))
-        return Component(self.name, inputs, outputs)
-
 
 # Images are RGB in [-1, 1]. Latents are scaled (times the VAE's scaling factor) on both sides: the
 # factor is inside the graphs, and the encoder returns the posterior's mean.

@@ -1,4 +1,4 @@
-"""``moebius-edge train``: mistakes and their exit codes, and the whole recipe in miniature."""
+"""``moebius-edge train``: mistakes and their exit codes, the stages on a user's pictures, the recipe in miniature."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from training_toys import RECIPE as STAGE
+from training_toys import STUDENT, TEACHER
 
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
-from moebius_edge.model import StudentConfig, build_student, load_checkpoint
+from moebius_edge.export.weights_metadata import find_guidance
+from moebius_edge.model import build_student, load_checkpoint
 from moebius_edge.training import autoencoder, tiny
-from moebius_edge.training.autoencoder import AutoencoderRecipe, Stage, build_autoencoder
-from moebius_edge.training.denoiser import DenoiserRecipe, DenoiserTrainer
+from moebius_edge.training.autoencoder import AutoencoderRecipe, Stage, build_autoencoder, save_autoencoder
+from moebius_edge.training.recipe import RunOptions
 from moebius_edge.training.tiny import TinyRecipe, save_checkpoint, train_tiny
+from moebius_edge.training.trainer import Trainer
 
 torch.set_num_threads(1)
-STUDENT = StudentConfig(
-    block_out_channels=(32, 32, 32), num_heads=4, cross_attention_dim=16, prompt_embedding_dim=16, latent_size=8
-)
+_SHORT = replace(STAGE, optimiser=replace(STAGE.optimiser, steps=2, batch=2))
+_TASK = replace(_SHORT, losses=replace(_SHORT.losses, terms=("task",)))
 RECIPE = TinyRecipe(
     autoencoder=AutoencoderRecipe(
         block_out_channels=(8, 8, 8, 8), norm_num_groups=4, stages=(Stage(2, 1, 16),), decoder_stage=Stage(2, 1, 32)
     ),
-    denoiser=DenoiserRecipe(student=STUDENT, steps=3, batch=2),
+    teacher=replace(_TASK, stage="teacher", student=replace(STUDENT, latent_size=8)),
+    teacher_full=replace(_TASK, stage="teacher"),
+    student=_TASK,
+    distilled=_SHORT,
     pictures=3,
     masks_per_picture=2,
 )
+OPTIONS = RunOptions(device="cpu", sample_every=2)
 
 
 class SmallSource:
@@ -46,10 +54,10 @@ class SmallSource:
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
-    settle = DenoiserTrainer.settle_batch_norms
+    settle = Trainer.settle_batch_norms
     patch.setattr(autoencoder, "PictureSource", SmallSource)
     patch.setattr(tiny, "PictureSource", SmallSource)
-    patch.setattr(DenoiserTrainer, "settle_batch_norms", lambda self: settle(self, 2))
+    patch.setattr(Trainer, "settle_batch_norms", lambda self: settle(self, 2))
 
 
 @pytest.fixture(scope="module")
@@ -57,48 +65,73 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("train") / "new" / "run"
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
-        assert train_tiny(output, RECIPE) == output / "checkpoint"
+        assert train_tiny(output, RECIPE, OPTIONS) == output / "checkpoint"
     return output
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(["train", *arguments])
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main(["train", *map(str, arguments)])
     out, err = capsys.readouterr()
     return code, out, err
 
 
-def test_an_unknown_preset_or_device_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    output = str(tmp_path / "run")
-    assert run(capsys, "-o", output, "--preset", "huge") == (2, "", "error: there is no preset 'huge': use tiny\n")
-    code, _, err = run(capsys, "-o", output, "--device", "tpu")
-    assert (code, err) == (2, "error: there is no device 'tpu': use cpu or cuda\n")
-    assert run(capsys)[0] == 2 and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "huge"), "there is no preset 'huge': use tiny, moebius"),
+        (("--stage", "dream"), "there is no stage 'dream': use all, teacher, student, guidance"),
+        (("--device", "tpu"), "device is 'tpu': use auto, cpu, cuda"),
+        (("--preset", "moebius", "--stage", "all"), "stage all is preset tiny's: train moebius stage by stage"),
+        (("--vae", "somewhere"), "--vae does not go with stage all: name a stage, such as --stage student"),
+        (("--set", "optimiser.steps=2"), "--set does not go with stage all"),
+        (("--stage", "student", "--set", "optimiser.stepz=2"), "the recipe has no optimiser.stepz"),
+        (("--preset", "moebius"), "there is nothing to train on: add --images SOURCE, or --latents DIR"),
+        (("--stage", "student", "--set", "stage=teacher"), "--set 'stage=teacher' changes the stage: add --stage"),
+        (("--keep", "0"), "keep is 0: give 1 or more"),
+    ],
+)
+def test_mistakes_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run(capsys, "-o", tmp_path / "run", *arguments)
+    assert (code, out) == (2, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert run(capsys)[0] == 2 and not (tmp_path / "run" / "train.json").exists()
+
+
+def test_what_is_named_and_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stage = ("-o", tmp_path / "run", "--stage", "student")
+    code, _, err = run(capsys, *stage, "--teacher", tmp_path / "no.bin")
+    assert code == 3 and "there is no checkpoint" in err
+    assert run(capsys, *stage, "--vae", tmp_path / "no")[0] == 3
+    code, _, err = run(capsys, *stage, "--config", tmp_path / "no.toml")
+    assert code == 3 and "no.toml cannot be read" in err
 
 
 def test_a_missing_gpu_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, _, err = run(capsys, "-o", str(tmp_path / "run"), "--device", "cuda")
+    code, _, err = run(capsys, "-o", tmp_path / "run", "--device", "cuda")
     assert code == 3 and "PyTorch finds no CUDA GPU here: use --device cpu" in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("package", ["diffusers", "accelerate"])
 def test_a_missing_package_is_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    for module in ("tiny", "autoencoder"):
-        monkeypatch.delitem(sys.modules, f"moebius_edge.training.{module}")
-    code, _, err = run(capsys, "-o", str(tmp_path / "run"))
-    assert (code, err) == (3, 'error: training needs diffusers: pip install "moebius-edge[train]"\n')
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in [m for m in sys.modules if m.startswith("moebius_edge.training.")]:
+        monkeypatch.delitem(sys.modules, module)
+    code, _, err = run(capsys, "-o", tmp_path / "run")
+    assert (code, err) == (3, f'error: training needs {package}: pip install "moebius-edge[train]"\n')
 
 
 def test_a_missing_photograph_package_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "skimage.data", None)
-    code, _, err = run(capsys, "-o", str(tmp_path / "run"))
+    code, _, err = run(capsys, "-o", tmp_path / "run", "--device", "cpu")
     assert (code, err) == (3, 'error: training needs skimage.data: pip install "moebius-edge[train]"\n')
 
 
@@ -110,7 +143,7 @@ def test_a_module_of_ours_that_is_missing_is_no_user_error(tmp_path: Path, monke
 
 def test_an_output_that_is_a_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    code, _, err = run(capsys, "-o", str(tmp_path / "file"))
+    code, _, err = run(capsys, "-o", tmp_path / "file")
     assert code == 2 and "file is, or lies in, a file: name a folder" in err
 
 
@@ -121,8 +154,8 @@ def test_an_interruption_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tiny, "train_tiny", interrupted)
-    code, _, err = run(capsys, "-o", str(tmp_path))
-    assert (code, err) == (130, f"interrupted; the same command resumes from what lies in {tmp_path}\n")
+    code, _, err = run(capsys, "-o", tmp_path)
+    assert (code, err) == (130, f"interrupted; add --resume to go on from what lies in {tmp_path}\n")
 
 
 def test_the_command_says_what_to_do_next(
@@ -130,19 +163,88 @@ def test_the_command_says_what_to_do_next(
 ) -> None:
     given: list[object] = []
 
-    def trained(output: Path, recipe: TinyRecipe, device: str) -> Path:
-        given.extend((output, recipe, device))
+    def trained(output: Path, recipe: TinyRecipe, options: RunOptions, resume: bool) -> Path:
+        given.extend((output, recipe, options.device, resume))
         return output / "checkpoint"
 
     monkeypatch.setattr(tiny, "train_tiny", trained)
-    code, out, _ = run(capsys, "-o", str(tmp_path))
-    assert code == 0 and given == [tmp_path, TinyRecipe(), "cpu"]
+    code, out, _ = run(capsys, "-o", tmp_path, "--device", "cpu", "--resume")
+    assert code == 0 and given == [tmp_path, TinyRecipe(), "cpu", True]
     assert f"next: moebius-edge export {tmp_path}/checkpoint/student.safetensors --vae" in out
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of pictures, one of them damaged, and an autoencoder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        cv2.imwrite(str(folder / f"{number}.png"), rng.integers(0, 256, (70 + number, 90, 3)).astype(np.uint8))
+    (folder / "damaged.png").write_bytes(b"no picture")
+    vae = tmp_path_factory.mktemp("vae") / "vae"
+    torch.manual_seed(0)
+    save_autoencoder(build_autoencoder(RECIPE.autoencoder), vae)
+    return folder, vae
+
+
+def test_the_stages_on_a_folder_of_pictures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    images, vae = pictures
+    config = tmp_path / "small.toml"
+    config.write_text(
+        "[student]\nblock_out_channels = [32, 32, 32]\nnum_heads = 4\ncross_attention_dim = 16\n"
+        "prompt_embedding_dim = 16\nlatent_size = 8\nlayers_per_block = 1\nwindow = 5\n"
+        "[teacher]\nblock_out_channels = [32, 32, 32, 32]\nnum_heads = 4\ncross_attention_dim = 16\n"
+        "prompt_embedding_dim = 16\nlayers_per_block = 1\ngate_rank = 4\n"
+        '[losses]\ndistance = "teacher"\n[optimiser]\nsteps = 2\nbatch = 2\n'
+    )
+    common = ("--preset", "moebius", "--config", config, "--vae", vae, "--device", "cpu", "--sample-every", "2")
+    code, out, err = run(capsys, "-o", tmp_path / "t", "--stage", "teacher", "--images", images, *common)
+    assert code == 0 and out == f"saved {tmp_path}/t/teacher.safetensors\n"
+    assert "1 pictures could not be read: see" in err
+    assert (tmp_path / "t" / "unreadable.txt").read_text().startswith("damaged.png\t")
+
+    teacher, latents = tmp_path / "t" / "teacher.safetensors", tmp_path / "t" / "latents"
+    given = ("--teacher", teacher, "--latents", latents, *common)
+    code, out, err = run(capsys, "-o", tmp_path / "s", "--stage", "student", *given)
+    student = tmp_path / "s" / "student.safetensors"
+    assert code == 0 and out.endswith(f"next: moebius-edge export {student} --vae {vae} --output BUNDLE\n")
+    assert "perceptual distance: teacher" in err
+    grid = cv2.imread(str(tmp_path / "s" / "samples" / "step-000000002.png"))
+    assert grid is not None and grid.shape == (4 * 64, 3 * 64, 3)
+    record = json.loads((tmp_path / "s" / "train.json").read_text())
+    assert record["material"]["teacher"]["path"] == str(teacher) and record["perceptual_distance"] == "teacher"
+
+    online = ("--images", images, "--set", "data.cache=false", "--student", student, *common)
+    code, _, err = run(capsys, "-o", tmp_path / "g", "--stage", "guidance", "--set", "losses.guidance=3", *online)
+    assert code == 0, err
+    assert not (tmp_path / "g" / "latents").exists()
+    assert find_guidance(tmp_path / "g" / "student.safetensors", None) == 3.0
+    assert find_guidance(student, None) is None
+
+    code, _, err = run(capsys, "-o", tmp_path / "s", "--stage", "student", *given)
+    assert code == 2 and "holds a run already: add --resume to go on with it" in err
+    assert run(capsys, "-o", tmp_path / "s", "--stage", "student", "--resume", *given)[0] == 0
+
+
+def test_a_pair_that_does_not_fit_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: Path
+) -> None:
+    wide = replace(STUDENT, block_out_channels=(32, 32, 64))
+    save_file(build_student(wide).state_dict(), tmp_path / "student.safetensors")
+    arguments = [f"--set=student.{name}={value}" for name, value in wide.to_dict().items()]
+    arguments += ["--set=optimiser.steps=1", "--set=losses.distance=teacher", "--device=cpu", "--stage=student"]
+    weights = ("--teacher", finished / "teacher_full" / "teacher.safetensors", "--latents", finished / "latents")
+    code, _, err = run(capsys, "-o", tmp_path / "run", *arguments, *weights)
+    assert code == 2 and "the student's coarsest feature has shape (12, 64, 2, 2), what the teacher has" in err
 
 
 def test_the_miniature_makes_a_checkpoint_to_export(finished: Path) -> None:
     assert sorted(p.name for p in finished.iterdir()) == [
-        "checkpoint", "latents", "recipe.json", "state.pt", "vae", "vae_finetuned",
+        "checkpoint", "distilled", "latents", "recipe.json", "student", "teacher", "teacher_full", "vae",
+        "vae_finetuned",
     ]  # fmt: skip
     checkpoint = finished / "checkpoint"
     assert sorted(p.name for p in checkpoint.iterdir()) == [
@@ -165,7 +267,15 @@ def test_the_miniature_makes_a_checkpoint_to_export(finished: Path) -> None:
     with torch.no_grad():
         latent = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
         assert latent.shape == (1, 4, 8, 8) and vae.decode(latent).sample.isfinite().all()
-    assert json.loads((checkpoint / "training.json").read_text())["denoiser"]["steps"] == 3
+    assert json.loads((checkpoint / "training.json").read_text())["distilled"]["optimiser"]["steps"] == 2
+
+
+def test_every_stage_starts_where_the_one_before_it_ended(finished: Path) -> None:
+    records = {name: json.loads((finished / name / "train.json").read_text()) for name in ("teacher_full", "distilled")}
+    assert records["teacher_full"]["material"]["teacher"]["path"].endswith("/teacher/teacher.safetensors")
+    assert records["distilled"]["material"]["teacher"]["path"].endswith("/teacher_full/teacher.safetensors")
+    assert records["distilled"]["material"]["student"]["path"].endswith("/student/student.safetensors")
+    assert RECIPE.teacher.teacher == TEACHER
 
 
 def test_the_finetuned_decoder_is_the_one_in_the_checkpoint(finished: Path) -> None:
@@ -181,11 +291,13 @@ def test_the_finetuned_decoder_is_the_one_in_the_checkpoint(finished: Path) -> N
 
 
 def test_a_finished_run_is_returned_at_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage in ("train_autoencoder", "encode_latents", "DenoiserTrainer", "finetune_decoder", "save_checkpoint"):
+    for stage in ("train_autoencoder", "encode_latents", "train_stage", "finetune_decoder", "save_checkpoint"):
         monkeypatch.delattr(tiny, stage)
     times = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
-    assert train_tiny(finished, RECIPE) == finished / "checkpoint"
+    assert train_tiny(finished, RECIPE, OPTIONS, resume=True) == finished / "checkpoint"
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == times
+    with pytest.raises(UsageError, match=r"holds a run already: add --resume to go on with it"):
+        train_tiny(finished, RECIPE, OPTIONS)
 
 
 def test_a_lost_checkpoint_is_made_again_from_what_is_left(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,28 +308,30 @@ def test_a_lost_checkpoint_is_made_again_from_what_is_left(finished: Path, monke
     before = path.read_bytes()
     path.unlink()
     (finished / "checkpoint" / "training.json").unlink()
-    train_tiny(finished, RECIPE)
+    train_tiny(finished, RECIPE, OPTIONS, resume=True)
     assert path.read_bytes() == before
 
 
 def test_a_run_of_another_recipe_is_refused(finished: Path) -> None:
     with pytest.raises(UsageError, match=r"run holds a run of another recipe, see recipe.json in it: give another"):
-        train_tiny(finished, replace(RECIPE, pictures=4))
+        train_tiny(finished, replace(RECIPE, pictures=4), OPTIONS, resume=True)
 
 
 def test_a_damaged_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(BundleError, match=r"recipe.json cannot be read .*: give another output folder"):
-        train_tiny(tmp_path, RECIPE)
+        train_tiny(tmp_path, RECIPE, OPTIONS)
 
 
 def test_saving_leaves_the_autoencoder_as_it_was_and_refuses_infinite_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     student, vae = build_student(STUDENT), build_autoencoder(RECIPE.autoencoder)
-    save_checkpoint(student, vae, RECIPE, tmp_path / "checkpoint")
+    save_file(student.state_dict(), tmp_path / "student.safetensors")
+    save_checkpoint(tmp_path / "student.safetensors", vae, RECIPE, tmp_path / "checkpoint")
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
     with torch.no_grad():
         student.embedding_layer.weight[0, 0] = 1e5  # beyond float16
+    save_file(student.state_dict(), tmp_path / "student.safetensors")
     with pytest.raises(BundleError, match=r"embedding_layer.weight is not finite in float16: lower the recipe's"):
-        save_checkpoint(student, vae, RECIPE, tmp_path / "other")
+        save_checkpoint(tmp_path / "student.safetensors", vae, RECIPE, tmp_path / "other")
     assert not (tmp_path / "other").exists()

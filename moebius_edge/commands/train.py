@@ -134,7 +134,8 @@ def _recipe(preset: str, stage: str, config: Path | None, settings: list[str]) -
     for values in (*layers, *map(parse_setting, settings)):
         recipe = with_values(recipe, values)
     if recipe.stage != stage:
-        raise UsageError(f"{config} is of stage {recipe.stage}, not {stage}: add --stage {recipe.stage}")
+        culprit = next((f"--set {s!r}" for s in settings if s.startswith("stage=")), config)
+        raise UsageError(f"{culprit} changes the stage: add --stage {recipe.stage} instead")
     return recipe
 
 

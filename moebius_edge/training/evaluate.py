@@ -18,12 +18,12 @@ from torch import nn
 
 from ..fidelity import ssim
 from ..files import atomic_write
+from ..manifest import resolved_components
 from ..masks import latent_mask
 from ..pipeline import Inpainter
 from ..runtimes.pytorch import TorchRuntime
 from ..sampling import denoise, initial_noise
 from ..scheduler import DDIM
-from ..spec import COMPONENTS
 from .autoencoder import texture_loss
 from .data import to_network
 from .masks import sample_mask
@@ -92,7 +92,7 @@ def fill(
     Nothing of what lies under the mask is seen. Raises BundleError for a prediction that is not finite.
     """
     size = len(cases[0].mask)
-    components = {name: component.resolved(size) for name, component in COMPONENTS.items()}
+    components = resolved_components(size)
     fills = []
     with TorchRuntime(student, vae, components) as runtime:
         for number, case in enumerate(cases):

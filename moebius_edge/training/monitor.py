@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import MachineError
 from ..files import atomic_write
+from ..manifest import resolved_components
 from ..runtimes.pytorch import TorchRuntime
 from ..sampling import denoise, initial_noise
 from ..scheduler import DDIM
-from ..spec import COMPONENTS, LATENT_DOWNSCALE
+from ..spec import LATENT_DOWNSCALE
 from .loop import make_folder
 
 _RECENT = 100  # steps that a shown figure is the mean of
@@ -97,7 +98,7 @@ class SampleGrid:
         Raises BundleError for a student whose prediction is not finite.
         """
         size = self._mask.shape[-1] * LATENT_DOWNSCALE
-        components = {name: component.resolved(size) for name, component in COMPONENTS.items()}
+        components = resolved_components(size)
         scheduler = DDIM(self._steps)
         latents = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))
         with TorchRuntime(student, self._vae, components) as runtime:

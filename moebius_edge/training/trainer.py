@@ -189,7 +189,11 @@ class Trainer:
         )
 
     def settle_batch_norms(self, batches: int = _SETTLE_BATCHES) -> None:
-        """Measures the batch norms' statistics anew with the averaged weights; every process does the same."""
+        """Measures the batch norms' statistics anew with the averaged weights; every process does the same.
+
+        On at most as many batches as it was trained on.
+        """
+        batches = min(batches, self.recipe.optimiser.steps)
         prompts = self.recipe.student.num_prompts
 
         def passes() -> Iterator[Any]:

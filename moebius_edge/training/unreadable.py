@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
 from ..errors import MachineError
@@ -21,6 +22,7 @@ class Unreadable:
     def __init__(self) -> None:
         # Open as long as the object lives, and appended to, so that lines of several processes do not mix.
         self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
 
     def add(self, name: str, reason: str) -> None:
         self._file.write((json.dumps([name, reason]) + "\n").encode())

@@ -8,10 +8,23 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
+from training_toys import STUDENT
 
 from moebius_edge.errors import MachineError
+from moebius_edge.model import build_student
 from moebius_edge.training import evaluate
-from moebius_edge.training.evaluate import Case, border_mean, held_out_cases, hole_psnr_db, telea, texture_ratio
+from moebius_edge.training.autoencoder import AutoencoderRecipe, build_autoencoder
+from moebius_edge.training.evaluate import (
+    Case,
+    border_mean,
+    figures,
+    fill,
+    held_out_cases,
+    hole_psnr_db,
+    telea,
+    texture_ratio,
+)
 from moebius_edge.training.photographs import HELD_OUT, TRAINING
 
 
@@ -80,6 +93,29 @@ def test_held_out_cases_repeat_and_are_new_to_the_model() -> None:
     other = held_out_cases(2, 64, seed=1)
     assert not any(np.array_equal(a.mask, b.mask) for a, b in zip(first, other, strict=True))
     assert not set(HELD_OUT) & set(TRAINING)
+
+
+def test_figures_of_a_perfect_and_of_a_flat_fill() -> None:
+    cases = [Case("a", noise(), square()), Case("b", noise()[::-1].copy(), square(low=24, high=50))]
+    perfect = figures([c.image for c in cases], cases)
+    assert perfect["hole_psnr_db"] > 100 and perfect["hole_ssim"] == pytest.approx(1)
+    assert perfect["perceptual_distance"] == 0 and perfect["texture_ratio"] == pytest.approx(1, abs=0.2)
+    flat = figures([border_mean(c.image, c.mask) for c in cases], cases)
+    expected = np.mean([hole_psnr_db(border_mean(c.image, c.mask), c.image, c.mask) for c in cases])
+    assert flat["hole_psnr_db"] == pytest.approx(expected)
+    assert flat["hole_ssim"] < 0.7 and flat["perceptual_distance"] > 0.1 and flat["texture_ratio"] < 0.01
+
+
+def test_a_network_fills_the_hole_from_noise_and_sees_nothing_of_it() -> None:
+    torch.manual_seed(0)
+    student = build_student(STUDENT)
+    vae = build_autoencoder(AutoencoderRecipe(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)).eval()
+    case = Case("a", noise(), square())
+    other = Case("a", np.where(case.mask[..., None], np.uint8(7), case.image), case.mask)
+    first, second = (fill(student, vae, [c], steps=2)[0] for c in (case, other))
+    assert np.array_equal(first[~case.mask], case.image[~case.mask])
+    assert not np.array_equal(first[case.mask], case.image[case.mask])
+    assert np.array_equal(first, second)
 
 
 class FakeInpainter:

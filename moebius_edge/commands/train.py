@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,8 @@ def train(
         raise _missing(error) from error
     except KeyboardInterrupt:
         raise console.Interrupted(f"interrupted; add --resume to go on from what lies in {output}") from None
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks for all
+        return
     print(f"saved {result}")
     if stage != "teacher":
         shown = vae or "DIR"

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import nn
 
 from ..errors import BundleError, MachineError, MoebiusError, UsageError
@@ -219,7 +220,11 @@ def progress_bar(title: str, total: float) -> Iterator[Callable[[float, dict[str
 
         yield line
         return
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    # On a narrow terminal it is the last figures that give way, not the bar.
+    room = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    figures_column = TextColumn("{task.fields[figures]}", table_column=room)
+    heading = TextColumn(title, table_column=Column(no_wrap=True))
+    columns = (heading, BarColumn(16), TimeRemainingColumn(), figures_column)
+    with Progress(*columns, console=Console(stderr=True), expand=True) as progress:
         task = progress.add_task(title, total=total, figures="")
         yield lambda done, figures: progress.update(task, completed=done, figures=describe(figures))

@@ -58,7 +58,9 @@ class Monitor:
     def shown(self) -> dict[str, float]:
         """Running means for the bar: losses, weights, images a second."""
         latest = ("step", "images_per_s")
-        names = [n for n in self._recent if n not in ("gradient_norm", "learning_rate")]
+        hidden = ("gradient_norm", "learning_rate")
+        order = ("step", "images_per_s", "loss", "task", "fine", "coarse", "perceptual", "guided", *_WEIGHTS)
+        names = [n for n in order if n in self._recent] + [n for n in self._recent if n not in (*order, *hidden)]
         return {n: self._recent[n][-1] if n in latest else float(np.mean(self._recent[n])) for n in names}
 
     def write(self, step: int) -> None:

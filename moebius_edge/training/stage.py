@@ -39,6 +39,7 @@ from .trainer import Trainer, make_accelerator
 RECORD = "train.json"
 _PACKAGES = ("torch", "accelerate", "diffusers", "numpy", "opencv-python-headless", "safetensors", "elatentlpips")
 _SAMPLES = 4
+_LONGEST_SILENCE_S = 10.0  # where a step takes a minute, twenty would be too many to wait for
 
 
 def train_stage(
@@ -189,10 +190,13 @@ def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptio
         progress_bar(recipe.stage, recipe.optimiser.steps) as report,
         Monitor(output, trainer.done) as monitor,
     ):
+        shown = time.monotonic()
         for figures in trainer.run():
             monitor.add(figures)
             step = trainer.done
-            if step % options.log_every == 0 or step == recipe.optimiser.steps:
+            waited = time.monotonic() - shown > _LONGEST_SILENCE_S
+            if step % options.log_every == 0 or step == recipe.optimiser.steps or waited:
+                shown = time.monotonic()
                 report(step, monitor.shown())
                 monitor.write(step)
             if grid is not None and (step % options.sample_every == 0 or step == recipe.optimiser.steps):

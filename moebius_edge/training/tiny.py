@@ -102,7 +102,10 @@ def train_tiny(output: Path, recipe: TinyRecipe, options: RunOptions | None = No
         BundleError: a file of the run is damaged, or a loss became infinite.
     """
     options = options or RunOptions()
-    device = str(make_accelerator(options.device).device)
+    accelerator = make_accelerator(options.device)
+    if accelerator.num_processes > 1:
+        raise UsageError("stage all runs in one process: launch several for one stage, such as --stage student")
+    device = str(accelerator.device)
     _claim(output, recipe, resume)
     checkpoint = output / "checkpoint"
     if (checkpoint / "training.json").exists():  # the last file to be written

@@ -76,7 +76,7 @@ class TinyRecipe:
     )
     student: Recipe = field(default_factory=lambda: _stage("student", _TASK, 32, steps=5000))
     distilled: Recipe = field(
-        default_factory=lambda: _stage("student", _LOSSES, 32, steps=1000, learning_rate=5e-4)
+        default_factory=lambda: _stage("student", _LOSSES, 32, steps=300, learning_rate=5e-4)
     )
     pictures: int = 4000
     masks_per_picture: int = 3

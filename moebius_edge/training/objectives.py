@@ -66,7 +66,8 @@ class Distillation:
     """The paper's adaptive multi-granularity distillation (arXiv 2606.19195): ``losses`` put together.
 
     ``student`` is the network itself, whose layers the adaptive weights are measured at; ``mean`` averages a tensor
-    over the processes. Raises UsageError if student and teacher do not fit each other.
+    over the processes. The attribute ``distance`` is the perceptual distance's name. A call raises UsageError if
+    student and teacher do not fit each other.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Distillation:
     ) -> None:
         self._recipe, self._student, self._teacher = recipe, student, teacher.eval().requires_grad_(False)
         self._distance, self._precision, self._mean = distance, precision, mean
+        self.distance = None if distance is None else distance.name
         self._terms = frozenset(recipe.terms)
         self._coefficients = Coefficients(recipe.distillation, recipe.task, recipe.perceptual)
 

@@ -7,24 +7,24 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
 from ..errors import BundleError, MachineError, UsageError
 from ..export.weights_metadata import guidance_metadata
 from ..files import atomic_write, sha256_file
+from ..machine import machine_info, package_version
 from ..model import Student, Teacher, build_student, build_teacher
 from .checkpoints import checkpoint_files
 from .loop import atomic_save, make_folder, plain, progress_bar
@@ -34,7 +34,7 @@ from .networks import identity_start, load_student, load_teacher
 from .objectives import Distillation, Guidance, Objective, Task
 from .perceptual import choose_distance
 from .recipe import Recipe, RunOptions, recipe_toml
-from .trainer import Trainer, make_accelerator
+from .trainer import Trainer, make_accelerator, mean_over_processes
 
 RECORD = "train.json"
 _PACKAGES = ("torch", "accelerate", "diffusers", "numpy", "opencv-python-headless", "safetensors", "elatentlpips")
@@ -60,16 +60,9 @@ def train_stage(
         return result
     accelerator = make_accelerator(options.device)
     torch.manual_seed(recipe.seed)
-    network, average, make_objective = _networks(recipe, material, accelerator.device)
-    network.to(accelerator.device)
+    network, average, objective = _networks(recipe, material, accelerator)
     if options.gradient_checkpointing:
         network.diff_model.checkpoint_gradients()
-    distance: list[str] = []
-
-    def mean(value: Tensor) -> Tensor:
-        return trainer.mean(value)
-
-    objective = make_objective(mean, distance)
     trainer = Trainer(recipe, network, average, objective, material.source, output, options, accelerator)
     trainer.resume()
     if not accelerator.is_main_process:
@@ -77,12 +70,13 @@ def train_stage(
             pass
         trainer.settle_batch_norms()
         return result
+    distance = objective.distance if isinstance(objective, Distillation) else None
     record = _record(recipe, material, options, trainer, distance)
     atomic_save(record, output / RECORD)
     with atomic_write(output / "recipe.toml") as temporary:
         temporary.write_text(recipe_toml(recipe), "utf-8")
-    if distance:
-        print(f"perceptual distance: {distance[0]}", file=sys.stderr)
+    if distance is not None:
+        print(f"perceptual distance: {distance}", file=sys.stderr)
     started = time.monotonic()
     last = _watch(trainer, material, output, options)
     trainer.settle_batch_norms()
@@ -126,39 +120,27 @@ def _difference(theirs: Any, ours: Any, where: str = "") -> str:
     return f"{where} is {theirs!r} there, {ours!r} here"
 
 
-_MakeObjective = Callable[[Callable[[Tensor], Tensor], list[str]], Objective]
-
-
-def _networks(recipe: Recipe, material: Material, device: torch.device) -> tuple[Any, nn.Module, _MakeObjective]:
-    """The network to train, its average, and what makes its objective (given the mean over processes, and a list
-    that takes the perceptual distance's name)."""
-    losses, precision = recipe.losses, recipe.optimiser.precision
+def _networks(recipe: Recipe, material: Material, accelerator: Accelerator) -> tuple[Any, nn.Module, Objective]:
+    """The network to train, on its device, one of the same shape for its average, and its objective."""
+    losses, precision, device = recipe.losses, recipe.optimiser.precision, accelerator.device
     if recipe.stage == "teacher":
         teacher = _fresh_teacher(recipe) if material.teacher is None else load_teacher(material.teacher)
-        teacher.requires_grad_(True)
         task = Task(losses, recipe.teacher.num_prompts, precision)
-        return teacher, build_teacher(recipe.teacher), lambda mean, distance: task
-    student = _student(recipe, material)
-    average = build_student(recipe.student)
+        return teacher.requires_grad_(True).to(device), build_teacher(recipe.teacher), task
+    student, average = _student(recipe, material).to(device), build_student(recipe.student)
     if recipe.stage == "guidance":
         if material.student is None:
             raise UsageError("stage guidance starts from a trained student: add --student FILE")
         frozen = load_student(material.student, recipe.student).to(device)
-        guidance = Guidance(losses, frozen, precision)
-        return student, average, lambda mean, distance: guidance
+        return student, average, Guidance(losses, frozen, precision)
     if set(losses.terms) == {"task"}:
-        alone = Task(losses, recipe.student.num_prompts, precision)
-        return student, average, lambda mean, distance: alone
+        return student, average, Task(losses, recipe.student.num_prompts, precision)
     if material.teacher is None:
-        raise UsageError('distillation needs a teacher: add --teacher FILE, or --set \'losses.terms=["task"]\'')
+        raise UsageError("distillation needs a teacher: add --teacher FILE, or --set 'losses.terms=[\"task\"]'")
     master = load_teacher(material.teacher, device)
-
-    def distillation(mean: Callable[[Tensor], Tensor], distance: list[str]) -> Objective:
-        chosen = choose_distance(losses.distance, master) if "perceptual" in losses.terms else None
-        distance.extend([] if chosen is None else [chosen.name])
-        return Distillation(losses, student, master, chosen, precision, mean)
-
-    return student, average, distillation
+    distance = choose_distance(losses.distance, master) if "perceptual" in losses.terms else None
+    mean = partial(mean_over_processes, accelerator)
+    return student, average, Distillation(losses, student, master, distance, precision, mean)
 
 
 def _fresh_teacher(recipe: Recipe) -> Teacher:
@@ -215,7 +197,7 @@ def _finish(average: nn.Module, recipe: Recipe, result: Path) -> None:
 
 
 def _record(
-    recipe: Recipe, material: Material, options: RunOptions, trainer: Trainer, distance: list[str]
+    recipe: Recipe, material: Material, options: RunOptions, trainer: Trainer, distance: str | None
 ) -> dict[str, Any]:
     """``train.json``: recipe, material with hashes, versions, machine."""
 
@@ -232,21 +214,9 @@ def _record(
             "teacher": described(material.teacher),
             "student": described(material.student),
         },
-        "perceptual_distance": distance[0] if distance else None,
+        "perceptual_distance": distance,
         "processes": trainer.accelerator.num_processes,
         "micro_batch": trainer.micro_batch,
-        "machine": {
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else platform.processor(),
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "machine": {**machine_info(), "device": str(trainer.device), "threads": torch.get_num_threads()},
+        "versions": {name: found[1] for name in _PACKAGES if (found := package_version(name))},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,14 @@ def make_accelerator(device: str) -> Accelerator:
     return accelerator
 
 
+def mean_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """``value`` itself where there is one process."""
+    if accelerator.num_processes == 1:
+        return value
+    mean: Tensor = accelerator.reduce(value.clone(), "mean")
+    return mean
+
+
 class Trainer:
     """Trains ``network`` on ``objective``; ``average``, of the same shape, follows it slowly and is the result.
 
@@ -96,6 +105,7 @@ class Trainer:
         self.optimiser = MuonAdamW(network, recipe.optimiser.learning_rate, recipe.optimiser.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.optimiser.precision == "fp16")
         self.noising = Noising(self.device)
+        self.mean = partial(mean_over_processes, accelerator)
         self.done = 0
 
     def _divide(self) -> tuple[int, int]:
@@ -127,10 +137,6 @@ class Trainer:
         stride = self.micro_batch * self.accelerator.num_processes
         with closing(iter(NumberedLoader(self.draw, self.micro_batch, start, self.options.workers, stride))) as batches:
             yield from batches
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes."""
-        return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value.clone(), "mean")
 
     def step(self, micro_batches: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
         """One optimiser step; its losses, weights, gradient norm and learning rate, averaged over the processes.

@@ -240,3 +240,18 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MachineError, match="PyTorch finds no CUDA GPU here"):
         make_accelerator("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_starts_as_the_cpu_does(precision: str, teacher: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, optimiser=replace(RECIPE.optimiser, precision=precision, steps=2))
+    figures = []
+    for device in ("cpu", "cuda"):
+        output = tmp_path / device
+        train_stage(recipe, material(teacher=teacher), output, replace(OPTIONS, device=device))
+        record = json.loads((output / "train.json").read_text())
+        figures.append(record["result"]["last_figures"])
+    for name in ("task", "fine", "coarse", "perceptual", "w_out", "w_cross"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=0.02 if precision == "fp32" else 0.2), name

@@ -216,11 +216,15 @@ def test_the_stages_on_a_folder_of_pictures(
     assert grid is not None and grid.shape == (4 * 64, 3 * 64, 3)
     record = json.loads((tmp_path / "s" / "train.json").read_text())
     assert record["material"]["teacher"]["path"] == str(teacher) and record["perceptual_distance"] == "teacher"
+    made_from = record["material"]["samples"]["made_from"]["parts"]
+    assert made_from["count"] == 6 and len(made_from["vae"]) == 64
 
     online = ("--images", images, "--set", "data.cache=false", "--student", student, *common)
     code, _, err = run(capsys, "-o", tmp_path / "g", "--stage", "guidance", "--set", "losses.guidance=3", *online)
     assert code == 0, err
     assert not (tmp_path / "g" / "latents").exists()
+    online_record = json.loads((tmp_path / "g" / "train.json").read_text())["material"]["samples"]
+    assert online_record["made_from"]["vae"] == made_from["vae"] and online_record["number"] == 6
     assert find_guidance(tmp_path / "g" / "student.safetensors", None) == 3.0
     assert find_guidance(student, None) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from ..errors import MachineError, UsageError
 from ..export.source import open_vae
 from .data import MaskedSource, PictureSource
-from .encoding import UNREADABLE, encode_latents
+from .encoding import UNREADABLE, encode_latents, vae_hash
 from .latent_sources import CachedLatents, EncodedPictures
 from .latents import INDEX, LatentCache
+from .loop import plain
 from .recipe import DataRecipe, Inputs, Recipe
 from .samples import MaskedPictures, Samples, Transform
 from .sources import open_pictures
@@ -63,7 +65,7 @@ def open_material(recipe: Recipe, preset: str, inputs: Inputs, output: Path, dev
     folder = inputs.latents or output / "latents"
     side, resolution = recipe.student.latent_size, recipe.resolution
     if not inputs.images and (folder / INDEX).is_file() or folder.is_file():
-        return made(CachedLatents(LatentCache.open(folder), side), {"latents": str(folder)})
+        return made(CachedLatents(LatentCache.open(folder), side), describe_latents(folder))
     if not inputs.images and preset != "tiny":
         raise UsageError("there is nothing to train on: add --images SOURCE, or --latents DIR with encoded pictures")
     if vae is None:
@@ -75,13 +77,21 @@ def open_material(recipe: Recipe, preset: str, inputs: Inputs, output: Path, dev
         origin: dict[str, Any] = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures)}
         count = recipe.data.pictures or len(pictures)
         if not recipe.data.cache:
-            return made(EncodedPictures(vae, samples), origin, samples.unreadable)
+            described = plain({**samples.identity(), "vae": vae_hash(vae)})
+            return made(EncodedPictures(vae, samples), origin | {"made_from": described}, samples.unreadable)
     else:
         samples = MaskedSource(PictureSource(resolution, 0.6), resolution, recipe.seed, {"photo_share": 0.6})
         origin, count = {"images": "the bundled model's own"}, recipe.data.pictures or 4000
     with make_accelerator(device).main_process_first():
         cache = encode_latents(vae, samples, folder, count, recipe.data.masks_per_picture)
-    return made(CachedLatents(cache, side), origin | {"latents": str(folder)}, samples.unreadable)
+    return made(CachedLatents(cache, side), origin | describe_latents(folder), samples.unreadable)
+
+
+def describe_latents(folder: Path) -> dict[str, Any]:
+    """Where latents lie, and what they were made from: the autoencoder's hash, the transform, the pictures."""
+    index = folder / INDEX
+    made_from = json.loads(index.read_text("utf-8")) if index.is_file() else None
+    return {"latents": str(folder), "made_from": made_from}
 
 
 def _transform(recipe: DataRecipe, resolution: int) -> Transform:

@@ -25,7 +25,7 @@ from .encoding import encode_latents
 from .latent_sources import CachedLatents
 from .latents import LatentCache
 from .loop import atomic_save, make_folder, plain
-from .material import Material
+from .material import Material, describe_latents
 from .recipe import LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
 from .stage import train_stage
 from .trainer import make_accelerator
@@ -114,7 +114,7 @@ def train_tiny(output: Path, recipe: TinyRecipe, options: RunOptions | None = No
 
     def train(name: str, stage: Recipe, teacher: Path | None = None, student: Path | None = None) -> Path:
         source = CachedLatents(cache, stage.student.latent_size)
-        material = Material(source, {"latents": str(output / "latents")}, teacher, student, vae)
+        material = Material(source, describe_latents(output / "latents"), teacher, student, vae)
         return train_stage(stage, material, output / name, options, resume=True)
 
     half = train("teacher", recipe.teacher)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from training_toys import RECIPE as STAGE
 from training_toys import STUDENT, TEACHER
 
+from moebius_edge import training
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
@@ -121,8 +122,10 @@ def test_a_missing_package_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    for module in [m for m in sys.modules if m.startswith("moebius_edge.training.")]:
-        monkeypatch.delitem(sys.modules, module)
+    for name in [m for m in sys.modules if m.startswith("moebius_edge.training.")]:
+        short = name.rpartition(".")[2]
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(training, short, getattr(training, short))  # so that the package's attribute comes back too
     code, _, err = run(capsys, "-o", tmp_path / "run")
     assert (code, err) == (3, f'error: training needs {package}: pip install "moebius-edge[train]"\n')
 

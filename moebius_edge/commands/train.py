@@ -59,9 +59,9 @@ def train(
     keep: Annotated[int, typer.Option(metavar="N", help="Checkpoints kept.")] = 3,
     sample_every: Annotated[int, typer.Option(metavar="N", help="Steps between sampled pictures; 0: none.")] = 1000,
 ) -> None:
-    """Train a model: the paper's distillation, its teacher, or guidance made part of the student.
+    """Train a model: the paper's distillation and its stages.
 
-    Without --images the bundled model's own pictures are used: photographs that come with scikit-image and
+    Stages: a teacher, the student distilled from it, guidance made part of the student. Without --images the bundled model's own pictures are used: photographs that come with scikit-image and
     scikit-learn, and synthetic scenes. On several GPUs: accelerate launch -m moebius_edge train ...
     Needs: pip install "moebius-edge[train]"
     """

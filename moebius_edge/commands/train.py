@@ -61,9 +61,9 @@ def train(
 ) -> None:
     """Train a model: the paper's distillation and its stages.
 
-    Stages: a teacher, the student distilled from it, guidance made part of the student. Without --images the bundled model's own pictures are used: photographs that come with scikit-image and
-    scikit-learn, and synthetic scenes. On several GPUs: accelerate launch -m moebius_edge train ...
-    Needs: pip install "moebius-edge[train]"
+    Stages: a teacher, the student distilled from it, guidance made part of the student. Without --images the bundled
+    model's own pictures are used: photographs that come with scikit-image and scikit-learn, and synthetic scenes. On
+    several GPUs: accelerate launch -m moebius_edge train ... Needs: pip install "moebius-edge[train]"
     """
     _check_choice("preset", preset, PRESETS)
     stage = stage or ("all" if preset == "tiny" else "student")

@@ -43,6 +43,7 @@ class RecordingRuntime(OrtRuntime):
         model = load_inlined(self._path)
         for contents, names in graphs(model, self._groups):
             options = quiet_options(self._ort, self._threads)
+            options.enable_cpu_mem_arena = False  # it would keep room for the outputs, which are copied
             try:
                 session = self._ort.InferenceSession(contents, options, providers=[self._provider])
             except Exception as error:  # onnxruntime raises a class of its own for every cause

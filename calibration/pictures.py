@@ -101,7 +101,7 @@ def check_number(pictures: CalibrationPictures) -> list[str]:
     """A note where there are fewer than ``ADVISED``. Raises UsageError for fewer than ``FEWEST``."""
     number = len(pictures)
     if number < FEWEST:
-        raise UsageError(f"{number} calibration pictures are too few: give at least {FEWEST}, better {ADVISED} or more")
+        raise UsageError(f"too few calibration pictures, {number}: give at least {FEWEST}, better {ADVISED} or more")
     if number < ADVISED:
         return [f"{number} calibration pictures are few: ranges may be too narrow for others, {ADVISED} are better"]
     return []

@@ -69,7 +69,7 @@ def test_masks_of_a_folder_belong_to_their_pictures(tmp_path: Path) -> None:
 
 
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="3 calibration pictures are too few: give at least 4"):
+    with pytest.raises(UsageError, match="too few calibration pictures, 3: give at least 4"):
         open_calibration(folder_of(tmp_path, 3))
 
 

@@ -185,5 +185,5 @@ def test_settings_out_of_range_are_refused(bundle: Bundle, tmp_path: Path, setti
 
 
 def test_too_few_pictures_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="3 calibration pictures are too few"):
+    with pytest.raises(UsageError, match="too few calibration pictures, 3"):
         record(bundle, Drawn(3), SETTINGS, tmp_path)

@@ -42,8 +42,11 @@ WORKSTATION: dict[str, set[str]] = {
     "model": {"errors", "spec", "files"},
     "export": UP_TO_PIPELINE | {"model"},
     "training": UP_TO_PIPELINE | {"model", "export"},
-    "calibration": UP_TO_PIPELINE | {"model", "export"},
+    "calibration": UP_TO_PIPELINE | {"model", "export", "training"},
 }
+# Of training, calibration takes what finds and draws its pictures, which is free of PyTorch; training may one day
+# simulate what calibration has found.
+CALIBRATION_SHARES = {f"training.{name}" for name in ("masks", "photographs", "pictures", "sources")}
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch
 
@@ -165,6 +168,19 @@ def test_no_framework_on_the_device_path(imports: list[Import]) -> None:
         and i.top in FRAMEWORKS
     ]
     assert wrong == []
+
+
+def test_calibration_takes_only_pictures_from_training(imports: list[Import]) -> None:
+    taken = [i for i in imports if i.internal and top(i.importer) == "calibration" and top(i.target) == "training"]
+    assert [f"{i.where} imports {i.target}" for i in taken if i.target not in CALIBRATION_SHARES] == []
+
+
+def test_calibration_runs_without_pytorch() -> None:
+    names = [f"{PACKAGE}.{m}" for m in modules() if top(m) == "calibration"]
+    assert len(names) > 1
+    code = f"import importlib, sys\nsys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_torch_backend_is_imported_inside_functions_only(imports: list[Import]) -> None:

@@ -93,8 +93,8 @@ def test_wheel_is_importable_without_the_checkout(wheel: Path, tmp_path: Path) -
         archive.extractall(site)
     code = (
         "import importlib, sys\n"
-        "for name in ('moebius_edge', 'moebius_edge.export', 'moebius_edge.runtimes'):\n"
-        "    print(importlib.import_module(name).__file__)\n"
+        "for name in ('', '.calibration', '.export', '.runtimes'):\n"
+        "    print(importlib.import_module('moebius_edge' + name).__file__)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
@@ -102,7 +102,7 @@ def test_wheel_is_importable_without_the_checkout(wheel: Path, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     package = site / "moebius_edge"
-    expected = [package / "__init__.py", package / "export/__init__.py", package / "runtimes/__init__.py"]
+    expected = [package / "__init__.py", *(package / f / "__init__.py" for f in ("calibration", "export", "runtimes"))]
     assert done.stdout.splitlines() == [str(path) for path in expected]
 
 

@@ -1,0 +1,136 @@
+"""Which tensors of a component are recorded, and graphs that return them in groups of bounded size.
+
+Recorded are the inputs of convolutions and matrix products that are not constant: what INT8 quantises beside the
+weights. Local functions (the lambda operators) are inlined first, so that the products inside them count too; the
+names of tensors are those of the inlined graph, the same whenever a file is inlined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx.inliner
+from onnx import helper
+
+from ..errors import BundleError
+
+# Operator type -> the axis of its first input that the weight sums over, its channels.
+QUANTISABLE = {"Conv": 1, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
+_OUTPUT_BYTES = 4  # of a value, whatever the file's precision: float32 or less
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A tensor to record: its channels' axis (None where no constant weight sums over one), and bytes a call."""
+
+    name: str
+    axis: int | None
+    bytes: int
+
+
+def load_inlined(path: Path) -> onnx.ModelProto:
+    """The model at ``path`` without local functions.
+
+    Raises:
+        BundleError: it is no ONNX model.
+    """
+    try:
+        return onnx.inliner.inline_local_functions(onnx.load(str(path)))
+    except Exception as error:  # protobuf's, and onnx's own
+        raise BundleError(f"{path} is no valid ONNX file: export the bundle again") from error
+
+
+def constant_tensors(graph: onnx.GraphProto) -> set[str]:
+    """Names of the tensors that depend on weights and constants alone, through any number of nodes."""
+    constant = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if all(name in constant for name in node.input if name):
+            constant.update(node.output)
+    return constant
+
+
+def find_activations(model: onnx.ModelProto, rows: int) -> list[Activation]:
+    """The tensors to record of an inlined model, in the order in which they are computed; sizes for ``rows`` rows.
+
+    Raises:
+        BundleError: the model has no convolution or matrix product on something that is not constant.
+    """
+    constant = constant_tensors(model.graph)
+    axes: dict[str, set[int | None]] = {}
+    for node in model.graph.node:
+        if node.op_type not in QUANTISABLE or node.domain:
+            continue
+        first, second = node.input[:2]
+        weighted = first not in constant and second in constant
+        if first not in constant:
+            axes.setdefault(first, set()).add(_channel_axis(node) if weighted else None)
+        if second not in constant:
+            axes.setdefault(second, set()).add(None)
+    if not axes:
+        raise BundleError(f"{model.graph.name} has no convolution or matrix product to calibrate: export it again")
+    sizes = _sizes(model, rows)
+    computed = [v.name for v in model.graph.input] + [name for node in model.graph.node for name in node.output]
+    return [
+        Activation(name, axes[name].pop() if len(axes[name]) == 1 else None, _OUTPUT_BYTES * sizes[name])
+        for name in computed
+        if name in axes
+    ]
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
+    return 0 if transposed else QUANTISABLE[node.op_type]
+
+
+def _sizes(model: onnx.ModelProto, rows: int) -> dict[str, int]:
+    """Values of each tensor of an inlined model, its free batch set to ``rows``."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value in sized.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = rows
+    del sized.graph.value_info[:]  # of the free batch
+    graph = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    sizes = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        shape = value.type.tensor_type.shape.dim
+        if all(d.HasField("dim_value") for d in shape):
+            sizes[value.name] = math.prod(d.dim_value for d in shape)
+    return sizes
+
+
+def group(activations: list[Activation], limit_bytes: int) -> list[list[Activation]]:
+    """Consecutive runs of ``activations`` of up to ``limit_bytes``; a larger one stands alone."""
+    groups: list[list[Activation]] = []
+    room = 0
+    for activation in activations:
+        if activation.bytes > room:
+            groups.append([])
+            room = limit_bytes
+        groups[-1].append(activation)
+        room -= activation.bytes
+    return groups
+
+
+def graphs(model: onnx.ModelProto, groups: list[list[Activation]]) -> Iterator[tuple[bytes, list[str]]]:
+    """For each group a serialised model that returns its tensors, and their names; the last returns the model's too.
+
+    Each holds the nodes up to its last tensor and no more. The model's inputs are left out of the names: they cannot
+    be returned, and need not be.
+    """
+    given = {value.name for value in model.graph.input}
+    own = [value.name for value in model.graph.output]
+    for number, members in enumerate(groups, 1):
+        part = onnx.ModelProto()
+        part.CopyFrom(model)
+        graph = part.graph
+        last = number == len(groups)
+        names = [a.name for a in members if a.name not in given]
+        if not last:
+            ends = [i for i, node in enumerate(graph.node) if set(names) & set(node.output)]
+            del graph.node[max(ends, default=-1) + 1 :], graph.output[:]
+        graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if not last or name not in own)
+        yield part.SerializeToString(), names

@@ -14,10 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle import ASSETS
 from moebius_edge.calibration.blocks import blocks, inlined
+from moebius_edge.calibration.kernels import integer_kernels
 from moebius_edge.calibration.pairs import quantise_weight
 from moebius_edge.calibration.quantise import activations, quantise, quantised_nodes
 from moebius_edge.calibration.recipe import Recipe
-from moebius_edge.errors import BundleError, UsageError
+from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export.precision import convert
 from moebius_edge.export.trt_builder import TrtBuilder, network_facts
 from moebius_edge.export.trt_rules import problems
@@ -153,27 +154,32 @@ def test_two_readers_share_a_pair() -> None:
 # --- ONNX Runtime's CPU ----------------------------------------------------------------------------------
 
 
-def kernels(model: onnx.ModelProto, folder: Path) -> Counter[str]:
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return Counter(n.op_type for n in onnx.load(folder / "optimised.onnx").graph.node)
+def kernels(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+    onnx.save(model, folder / "model.onnx")
+    return integer_kernels(folder / "model.onnx")
 
 
 def test_on_the_cpu_every_product_runs_in_integers(tmp_path: Path) -> None:
     model = small_model()
     assert activations(model, ALL, "cpu") == ["x", "b", "c", "e"]
     q = quantise(model, ALL, SCALES, "cpu")
-    found = kernels(q, tmp_path)
-    assert found["QLinearConv"] == 2 and found["MatMulIntegerToFloat"] == 1
-    assert not {"Conv", "MatMul", "Relu", "FusedConv"} & set(found)
+    assert kernels(q, tmp_path) == {"QLinearConv": 2, "MatMulIntegerToFloat": 1}
     difference = np.abs(run(q)[0] - expected(model, cpu=True))
     largest = max(np.abs(numpy_helper.to_array(t)).max() for t in model.graph.initializer if t.name == "w3")
     # Values half way between two integers may go either way: at most a step of the last product's input.
     assert np.median(difference) < 0.05 and difference.max() < 1.01 * SCALES["e"] * largest
-    # TensorRT's placement leaves the convolutions in float32: that is why there are two.
-    assert kernels(quantise(model, ALL, SCALES), tmp_path)["QLinearConv"] == 0
+
+
+def test_products_left_in_float32_are_an_error(tmp_path: Path) -> None:
+    """TensorRT's placement leaves the convolutions in float32: that is why there are two."""
+    with pytest.raises(MachineError, match=r"computes 1 of the 3 quantised products of .* export for the target cpu"):
+        kernels(quantise(small_model(), ALL, SCALES), tmp_path)
+
+
+def test_what_has_no_kernel_in_integers_stays_float32(tiny: SimpleNamespace) -> None:
+    q = quantise(tiny.model, Recipe({"time_embedding": True, CHOSEN[0]: True}), tiny.scales | tiny.outputs, "cpu")
+    wanted = next(b.nodes for b in tiny.blocks if b.name == CHOSEN[0])
+    assert quantised_nodes(q) == list(wanted)
 
 
 def test_a_bias_larger_than_its_weights_survives() -> None:
@@ -264,7 +270,8 @@ def tiny() -> SimpleNamespace:
     model = onnx.load(ASSETS / "tiny" / "denoiser.onnx")
     recipe = Recipe({name: True for name in (*CHOSEN, LAMBDA, "time_embedding")})
     scales = dict.fromkeys(activations(model, recipe), 0.05)
-    return SimpleNamespace(model=model, recipe=recipe, scales=scales, blocks=blocks(model))
+    outputs = dict.fromkeys(activations(model, recipe, "cpu"), 0.05)
+    return SimpleNamespace(model=model, recipe=recipe, scales=scales, outputs=outputs, blocks=blocks(model))
 
 
 def test_blocks_cover_every_product_of_the_network(tiny: SimpleNamespace) -> None:
@@ -300,6 +307,12 @@ def test_inlined_and_folded_it_computes_what_it_did(tiny: SimpleNamespace) -> No
         noises.append(session.run(None, feeds)[0])
     assert np.abs(noises[0] - noises[1]).max() < 1e-4
     assert len(inlined(tiny.model).functions) == 0
+
+
+def test_on_the_cpu_all_that_the_recipe_names_runs_in_integers(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    every = Recipe({b.name: True for b in tiny.blocks})
+    q = quantise(tiny.model, every, dict.fromkeys(activations(tiny.model, every, "cpu"), 0.05), "cpu")
+    assert sum(kernels(q, tmp_path).values()) == len(quantised_nodes(q)) == 202  # 213 products less 11 Gemm
 
 
 def test_tensorrt_parses_exactly_the_recipes_layers(tiny: SimpleNamespace, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from ..errors import BundleError
-from .inlining import FUNCTION, inline
+from .inlining import FUNCTION, inline, outline
 
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # where the multiplications are
 _BLOCK = re.compile(r"\w+_blocks\.\d+\.\w+\.\d+\.\w+|\w+")
@@ -41,8 +41,8 @@ def blocks(model: ModelProto) -> list[Block]:
     Raises:
         BundleError: a product has no module path, or its shapes cannot be inferred.
     """
-    copy = inlined(model)
-    del copy.graph.value_info[:]
+    copy = outline(model)
+    inline(copy, lambda call: True, fold=False)
     for value in (*copy.graph.input, *copy.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
@@ -84,8 +84,8 @@ def block_of(node: NodeProto) -> str:
 
 def _multiplications(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
     """Output elements times the products that each is a sum of."""
-    left, right, out = (shapes.get(name, (0,)) for name in (*node.input[:2], node.output[0]))
-    if 0 in (*left, *right, *out):
+    left, right, out = (shapes.get(name, ()) for name in (*node.input[:2], node.output[0]))
+    if not (left and right and out) or 0 in (*left, *right, *out):
         raise BundleError(f"the shapes of node {node.name!r} ({node.op_type}) are not known: export the bundle again")
     if node.op_type == "Conv":
         return math.prod(out) * math.prod(right[1:])

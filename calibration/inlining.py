@@ -8,28 +8,36 @@ constants alone (the kernels that a tile sees, say) becomes an initializer, for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, numpy_helper
+from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 FUNCTION = "function"  # the metadata that names the function a node came from
+_LARGEST_SHAPE = 64  # elements; shapes and the like, whose values decide other shapes, are no larger
 
 
-def inline(model: ModelProto, wanted: Callable[[NodeProto], bool]) -> None:
-    """Replaces, in place, every call of a local function in the graph for which ``wanted(call)`` holds."""
+def inline(model: ModelProto, wanted: Callable[[NodeProto], bool], fold: bool = True) -> None:
+    """Replaces, in place, every call of a local function in the graph for which ``wanted(call)`` holds.
+
+    ``fold`` makes initializers of what a body computes from constants.
+    """
     functions = {(f.domain, f.name): f for f in model.functions}
-    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    weights = {t.name: t for t in model.graph.initializer}
+    constants: dict[str, np.ndarray] = {}  # those that a body has read or made
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         function = functions.get((node.domain, node.op_type))
         if function is None or not wanted(node):
             nodes.append(node)
             continue
+        if fold:
+            constants.update({n: numpy_helper.to_array(weights[n]) for n in node.input if n in weights})
         for made in _body(node, function):
-            folded = _value(made, constants)
+            folded = _value(made, constants) if fold else None
             if folded is None:
                 nodes.append(made)
             else:
@@ -38,6 +46,25 @@ def inline(model: ModelProto, wanted: Callable[[NodeProto], bool]) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     drop_unused(model)
+
+
+def outline(model: ModelProto) -> ModelProto:
+    """A copy without the contents of large initializers: all that inferring shapes and types needs, and light."""
+    made = ModelProto()
+    made.opset_import.extend(model.opset_import)
+    made.functions.extend(model.functions)
+    made.ir_version = model.ir_version
+    graph = model.graph
+    made.graph.name = graph.name
+    made.graph.node.extend(graph.node)
+    made.graph.input.extend(graph.input)
+    made.graph.output.extend(graph.output)
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) <= _LARGEST_SHAPE:
+            made.graph.initializer.append(tensor)
+        else:
+            made.graph.initializer.append(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims))
+    return made
 
 
 def drop_unused(model: ModelProto) -> None:

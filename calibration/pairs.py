@@ -21,6 +21,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import BundleError, UsageError
+from .inlining import outline
 
 LARGEST = 127  # of a symmetric INT8: -128 has no positive twin
 _SMALLEST_SCALE = 2.0**-24  # of weights: the smallest FP16 above 0
@@ -37,7 +38,7 @@ class PairWriter:
         self._producers = producers(model)
         self._relus = {n.output[0] for n in model.graph.node if n.op_type == "Relu"}
         self._dequantised: dict[str, str] = {}
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(outline(model), data_prop=True).graph
         typed = (*graph.input, *graph.output, *graph.value_info)
         self._types = {v.name: v.type.tensor_type.elem_type for v in typed}
 

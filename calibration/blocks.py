@@ -75,8 +75,11 @@ def block_of(node: NodeProto) -> str:
     modules = [part.split(":")[0] for part in noted.get("namespace", "").split("/")]
     paths = [m.removeprefix(_ROOT) for m in modules if m.startswith(_ROOT)]
     found = _BLOCK.match(paths[-1]) if paths else None
-    if found is None:
-        raise BundleError(f"node {node.name!r} ({node.op_type}) has no module path: export the bundle again")
+    if found is None or not node.name:
+        lack = "module path" if node.name else "name"
+        raise BundleError(
+            f"node {node.name or node.output[0]!r} ({node.op_type}) has no {lack}: export the bundle again"
+        )
     if node.domain or FUNCTION in noted:
         return f"{found[0]}.lambda"
     return f"{found[0]}.depthwise" if _attribute(node, "group", 1) > 1 else found[0]

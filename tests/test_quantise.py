@@ -245,6 +245,10 @@ def test_bad_recipes_ranges_and_weights_are_named() -> None:
         activations(model, ALL, "gpu")
     with pytest.raises(BundleError, match="weight w3 has values that are not finite"):
         quantise(small_model(weight=np.inf), ALL, SCALES)
+    model.graph.node[0].name = ""
+    with pytest.raises(BundleError, match=r"node 'a' \(Conv\) has no name"):
+        blocks(model)
+    model.graph.node[0].name = "first"
     del model.graph.node[0].metadata_props[:]
     with pytest.raises(BundleError, match=r"node 'first' \(Conv\) has no module path"):
         blocks(model)

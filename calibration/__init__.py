@@ -1,7 +1,8 @@
-"""Calibration: recorded trajectories -> the ranges and scales of INT8.
+"""Calibration: from recorded trajectories to an INT8 file. Needs no PyTorch.
 
-``activations.py`` says which tensors of a component are recorded and builds the sessions' graphs, ``pictures.py``
-gives the photographs with their holes, ``recording.py`` runs the product's own pipeline over them on the runtime of
-``recorder.py``. What is kept are ``statistics.py``'s running figures, with histograms (``histogram.py``). ``ranges.py``
-turns those into scales, and ``migration.py`` moves outliers of activations into the weights. Needs no PyTorch.
+``recording.py`` runs the product's own pipeline over photographs with holes (``pictures.py``) on the runtime of
+``recorder.py``, which looks at the tensors of ``activations.py``; what is kept are running figures (``statistics.py``,
+``histogram.py``). ``ranges.py`` turns those into scales, ``migration.py`` moves outliers of activations into weights.
+``blocks.py`` and ``recipe.py`` say what is quantised, ``quantise.py`` does it (``pairs.py``, ``inlining.py``), and
+``kernels.py`` sees which products ONNX Runtime then computes in integers.
 """

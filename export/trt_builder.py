@@ -33,13 +33,16 @@ TYPES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 TYPES["float16"] = TYPES["fp16"]
 
+_PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
 _UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
 
 
 def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
     """What TensorRT's parser makes of an ONNX file: ``layers`` and ``tensors`` count layer and tensor types by name,
-    ``inputs`` and ``outputs`` map names to types. Builds nothing, needs no GPU with TensorRT for RTX.
+    ``inputs`` and ``outputs`` map names to types, ``quantised`` lists the ONNX nodes whose product has two
+    dequantised inputs. Builds nothing, needs no GPU with TensorRT for RTX.
 
     Raises:
         MachineError: this TensorRT is not installed.
@@ -108,16 +111,26 @@ class TrtBuilder:
     def facts(self, network: Any) -> dict[str, Any]:
         layers: Counter[str] = Counter()
         tensors: Counter[str] = Counter()
+        dequantised: set[str] = set()  # tensors; layers come in an order in which each one's inputs are known
+        quantised: list[str] = []
         for i in range(network.num_layers):
             layer = network.get_layer(i)
-            layers[_name(layer.type)] += 1
-            made = (layer.get_output(j) for j in range(layer.num_outputs))
-            tensors.update(_name(t.dtype) for t in made if t is not None)
+            kind = _name(layer.type)
+            layers[kind] += 1
+            read = [t.name for t in map(layer.get_input, range(layer.num_inputs)) if t is not None]
+            made = [t for t in map(layer.get_output, range(layer.num_outputs)) if t is not None]
+            tensors.update(_name(t.dtype) for t in made)
+            # Weights of a matrix product get a dimension or lose one on their way.
+            if kind == "DEQUANTIZE" or (kind in ("SHUFFLE", "UNSQUEEZE") and read[0] in dequantised):
+                dequantised.update(t.name for t in made)
+            if kind in _PRODUCTS and len(read) > 1 and dequantised.issuperset(read[:2]):
+                quantised.append(_onnx_node(layer))
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         outputs = [network.get_output(i) for i in range(network.num_outputs)]
         return {
             "layers": dict(sorted(layers.items())),
             "tensors": dict(sorted(tensors.items())),
+            "quantised": quantised,
             "inputs": {t.name: _name(t.dtype) for t in inputs},
             "outputs": {t.name: _name(t.dtype) for t in outputs},
         }
@@ -194,6 +207,12 @@ def _tidy(message: str) -> str:
     """Without the place in TensorRT's sources and the number of the error, on one line."""
     text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.split()))
     return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
+
+
+def _onnx_node(layer: Any) -> str:
+    """The ONNX node that a layer was parsed from; the layer's own name may have got a number."""
+    noted = re.match(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
+    return str(noted[1] if noted else layer.name)
 
 
 def _name(member: Any) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .onnx_header import max_opset
@@ -30,6 +31,7 @@ FORBIDDEN = {
     "QLinearMatMul": "quantisation is explicit: write QuantizeLinear and DequantizeLinear before MatMul",
 }
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what TensorRT fuses with the pairs before it
 _WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}
 
 
@@ -51,6 +53,8 @@ def problems(model: ModelProto, flavour: str = "tensorrt", version: tuple[int, i
             found.append(f"{title}: domain {node.domain!r} has no function of that name in the file")
         elif node.op_type in FORBIDDEN:
             found.append(f"{title}: {FORBIDDEN[node.op_type]}")
+        elif where and node.op_type in _QUANTISERS:
+            found.append(f"{title}: quantisation in a function is not seen: inline the function")
     found += _quantisation(model)
     return found
 
@@ -86,28 +90,39 @@ def _call(title: str, node: NodeProto, function: FunctionProto) -> Iterator[str]
 
 
 def _quantisation(model: ModelProto) -> Iterator[str]:
-    """Constant scales above 0, zero points 0, no INT32 through DequantizeLinear, one scale a channel of weights."""
+    """Constant scales above 0, zero points 0, no INT32 through DequantizeLinear, one scale a channel of weights; pairs
+    directly before products and on both their inputs."""
     constants = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
             constants[node.output[0]] = node.attribute[0].t
     users: dict[str, list[NodeProto]] = {}
+    dequantised: dict[str, NodeProto] = {}
     for node in model.graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
+        if node.op_type == "DequantizeLinear":
+            dequantised[node.output[0]] = node
     for node in model.graph.node:
+        title = f"node {node.name or node.output[0]!r} ({node.op_type})"
+        if node.op_type in _PRODUCTS:
+            yield from _inputs(title, node, dequantised, constants)
         if node.op_type not in _QUANTISERS:
             continue
-        title = f"node {node.name or node.output[0]!r} ({node.op_type})"
         scale = constants.get(node.input[1])
         if scale is None:
             yield f"{title}: its scale {node.input[1]!r} is not a constant: store it as an initializer"
-        elif not (numpy_helper.to_array(scale) > 0).all():  # NaN fails too
-            yield f"{title}: its scale {scale.name!r} is not above 0 everywhere"
+        else:
+            values = numpy_helper.to_array(scale)
+            if not (values > 0).all():  # NaN fails too
+                yield f"{title}: its scale {scale.name!r} is not above 0 everywhere"
+            elif not np.isfinite(values).all():
+                yield f"{title}: its scale {scale.name!r} is not finite"
         if len(node.input) > 2 and node.input[2]:
             zero = constants.get(node.input[2])
             if zero is None or numpy_helper.to_array(zero).astype("float32").any():
                 yield f"{title}: its zero point {node.input[2]!r} is not 0: quantise symmetrically"
+        yield from _position(title, node, users.get(node.output[0], []))
         source = constants.get(node.input[0])
         if node.op_type == "DequantizeLinear" and source is not None:
             if source.data_type == TensorProto.INT32:
@@ -116,10 +131,38 @@ def _quantisation(model: ModelProto) -> Iterator[str]:
                 yield from _weight_axis(title, node, users.get(node.output[0], []))
 
 
+def _inputs(
+    title: str, node: NodeProto, dequantised: dict[str, NodeProto], constants: dict[str, TensorProto]
+) -> Iterator[str]:
+    """A product's two inputs: quantised ones go with quantised weights, and their scales are of one type."""
+    left, right = (dequantised.get(name) for name in node.input[:2])
+    if left is not None and right is None:
+        yield f"{title}: its input {node.input[0]!r} is quantised and {node.input[1]!r} is not: quantise both"
+    if left is None and right is not None and right.input[0] not in constants:  # weights alone are a mode of its own
+        yield f"{title}: its input {node.input[1]!r} is quantised and {node.input[0]!r} is not: quantise both"
+    if left is not None and right is not None:
+        types = {constants[n.input[1]].data_type for n in (left, right) if n.input[1] in constants}
+        if len(types) > 1:
+            yield f"{title}: the scales of its inputs differ in type: give both the type of what is multiplied"
+
+
+def _position(title: str, node: NodeProto, users: Iterable[NodeProto]) -> Iterator[str]:
+    """QuantizeLinear is read by DequantizeLinear alone, and that by products alone."""
+    wanted = ("DequantizeLinear",) if node.op_type == "QuantizeLinear" else _PRODUCTS
+    for user in users:
+        if user.op_type not in wanted:
+            yield (
+                f"{title}: is read by node {user.name or user.output[0]!r} ({user.op_type}), and may only be by "
+                f"{', '.join(wanted)}: quantise directly before a product"
+            )
+
+
 def _weight_axis(title: str, node: NodeProto, users: Iterable[NodeProto]) -> Iterator[str]:
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
     for user in users:
         wanted = _WEIGHT_AXIS.get(user.op_type)
+        if user.op_type == "Gemm":
+            wanted = 0 if any(a.name == "transB" and a.i for a in user.attribute) else 1
         if wanted is not None and axis != wanted:
             yield f"{title}: scales along axis {axis}, weights of {user.op_type} need axis {wanted}"
 

@@ -60,6 +60,40 @@ def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8", ax
     )
 
 
+def pair(
+    user: str = "Conv", weight: bool = True, beside: tuple[str, ...] = (), half: bool = False, data: bool = True
+) -> onnx.ModelProto:
+    """A product with a pair on its data and a dequantised weight; ``beside`` reads the same pair."""
+    linear = user in ("MatMul", "Gemm")
+    shape, axis = ((4, 4), 1) if linear else ((4, 4, 1, 1), 0)
+    constants = {"s": np.float32(0.5), "w": np.ones(shape, "int8"), "ws": np.ones(4, "float16" if half else "float32")}
+    constants |= {"z": np.zeros((), "int8"), "wf": np.ones(shape, np.float32)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "the_quantiser"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "the_dequantiser"),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["dw"], "of_the_weight", axis=axis),
+        helper.make_node(user, ["d" if data else "x", "dw" if weight else "wf"], ["y"], "the_product"),
+    ]
+    nodes += [helper.make_node(kind, ["d"], [f"d_{kind}"], "stray") for kind in beside]
+    return model(*nodes, constants=constants)
+
+
+def in_function() -> onnx.ModelProto:
+    body = [helper.make_node("DequantizeLinear", ["tw_x", "tw_x"], ["tw_y"], "inner")]
+    twice = helper.make_function("moebius", "Twice", ["tw_x"], ["tw_y"], body, [helper.make_opsetid("", 20)])
+    return model(CALL, functions=(twice,))
+
+
+def two_matrices() -> onnx.ModelProto:
+    """A product of two tensors, the second alone quantised."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("MatMul", ["x", "d"], ["y"], "the_product"),
+    ]
+    return model(*nodes, constants={"s": np.float32(0.5), "z": np.zeros((), "int8")})
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -94,6 +128,12 @@ def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8", ax
         (quantised(weight="int32"), r"dequantises the INT32 'w'"),
         (quantised(scale=np.ones(4), axis=1), r"scales along axis 1, weights of Conv need axis 0"),
         (model(node("QuantizeLinear", ["x", "x"])), r"its scale 'x' is not a constant"),
+        (quantised(scale=np.inf), r"its scale 's' is not finite"),
+        (pair(beside=("Relu",)), r"'the_dequantiser' \(DequantizeLinear\): is read by node 'stray' \(Relu\)"),
+        (pair(weight=False), r"'the_product' \(Conv\): its input 'd' is quantised and 'wf' is not"),
+        (pair(half=True), r"'the_product' \(Conv\): the scales of its inputs differ in type"),
+        (two_matrices(), r"'the_product' \(MatMul\): its input 'd' is quantised and 'x' is not"),
+        (in_function(), r"function Twice, node 'inner' \(DequantizeLinear\): .*inline the function"),
     ],
 )
 def test_a_broken_rule_names_the_node(broken: onnx.ModelProto, message: str) -> None:
@@ -124,6 +164,23 @@ def test_what_is_right_passes() -> None:
     assert problems(model(CALL, functions=(function(),))) == []
     assert problems(quantised(scale=np.ones(4), zero=np.zeros(4))) == []
     assert problems(quantised()) == []
+    for user in ("Conv", "MatMul", "Gemm"):
+        assert problems(pair(user)) == []
+    assert problems(pair(data=False)) == []  # weights alone in INT8 are a mode of its own
+
+
+def test_the_axis_of_a_linear_layer_depends_on_its_weights_order() -> None:
+    turned = pair("Gemm")
+    turned.graph.node[-1].attribute.append(helper.make_attribute("transB", 1))
+    assert problems(turned) == [
+        "node 'of_the_weight' (DequantizeLinear): scales along axis 1, weights of Gemm need axis 0"
+    ]
+
+
+def test_quantised_values_are_read_by_their_dequantiser_alone() -> None:
+    stray = pair()
+    stray.graph.node.append(helper.make_node("Transpose", ["q"], ["t"], "stray"))
+    assert problems(stray)[0].startswith("node 'the_quantiser' (QuantizeLinear): is read by node 'stray' (Transpose)")
 
 
 def test_newer_versions_are_told_apart() -> None:

@@ -1,0 +1,101 @@
+"""The denoiser's blocks: what is quantised together or not at all, and each block's share of the multiplications.
+
+A block is a part of the network under its own name: a convolution of a resnet (``down_blocks.0.resnets.0.conv1``), the
+projections or the feed-forward of a transformer (``...attentions.0.attn1``, ``...attentions.0.ff``). Two kinds of
+products stand apart from the rest of theirs, because INT8 serves them differently: depthwise convolutions
+(``...conv1.depthwise``), which have no INT8 kernel worth having on most devices, and those inside a lambda operator
+(``...attn1.lambda``), which must be taken out of its function first. Names come from the module paths that the exporter
+noted at every node, since the weights of linear layers lose theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import onnx
+from onnx import ModelProto, NodeProto
+
+from ..errors import BundleError
+from .inlining import FUNCTION, inline, outline
+
+PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # where the multiplications are
+_BLOCK = re.compile(r"\w+_blocks\.\d+\.\w+\.\d+\.\w+|\w+")
+_ROOT = "network."
+
+
+@dataclass(frozen=True)
+class Block:
+    """``nodes`` are the names of its products once functions are inlined; ``multiplications`` are those of one call
+    at batch 1."""
+
+    name: str
+    nodes: tuple[str, ...]
+    multiplications: int
+
+
+def blocks(model: ModelProto) -> list[Block]:
+    """The blocks of a denoiser in the order of the network, those inside lambda operators too; changes nothing.
+
+    Raises:
+        BundleError: a product has no module path, or its shapes cannot be inferred.
+    """
+    copy = outline(model)
+    inline(copy, lambda call: True, fold=False)
+    for value in (*copy.graph.input, *copy.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_value = 1
+    graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    nodes: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type in PRODUCTS:
+            name = block_of(node)
+            nodes.setdefault(name, []).append(node.name)
+            counts[name] = counts.get(name, 0) + _multiplications(node, shapes)
+    return [Block(name, tuple(nodes[name]), counts[name]) for name in nodes]
+
+
+def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto:
+    """A copy of ``model`` whose lambda operators are their bodies: all, or those of the blocks ``only``."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    inline(copy, lambda call: only is None or block_of(call) in only)
+    return copy
+
+
+def block_of(node: NodeProto) -> str:
+    """The name of the block that a product, or a call of a function, belongs to."""
+    noted = {p.key: p.value for p in node.metadata_props}
+    modules = [part.split(":")[0] for part in noted.get("namespace", "").split("/")]
+    paths = [m.removeprefix(_ROOT) for m in modules if m.startswith(_ROOT)]
+    found = _BLOCK.match(paths[-1]) if paths else None
+    if found is None or not node.name:
+        lack = "module path" if node.name else "name"
+        raise BundleError(
+            f"node {node.name or node.output[0]!r} ({node.op_type}) has no {lack}: export the bundle again"
+        )
+    if node.domain or FUNCTION in noted:
+        return f"{found[0]}.lambda"
+    return f"{found[0]}.depthwise" if _attribute(node, "group", 1) > 1 else found[0]
+
+
+def _multiplications(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Output elements times the products that each is a sum of."""
+    left, right, out = (shapes.get(name, ()) for name in (*node.input[:2], node.output[0]))
+    if not (left and right and out) or 0 in (*left, *right, *out):
+        raise BundleError(f"the shapes of node {node.name!r} ({node.op_type}) are not known: export the bundle again")
+    if node.op_type == "Conv":
+        return math.prod(out) * math.prod(right[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(left) * math.prod(right[1:])
+    return math.prod(out) * left[0 if _attribute(node, "transA", 0) else -1]
+
+
+def _attribute(node: NodeProto, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)

@@ -1,0 +1,75 @@
+"""A recipe: which blocks of a denoiser are quantised. A JSON file that a person may edit and apply again.
+
+    {"schema_version": 1, "quantised": {"conv_in": false, "down_blocks.0.attentions.0.ff": true, ...}}
+
+A block that it does not name is not quantised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import MachineError, UsageError
+from ..files import atomic_write
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``quantised`` maps the names of blocks to whether they are quantised."""
+
+    quantised: dict[str, bool]
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The blocks that are quantised."""
+        return frozenset(name for name, chosen in self.quantised.items() if chosen)
+
+    def check(self, known: Iterable[str]) -> None:
+        """Raise ``UsageError`` where a block is named that the model has not."""
+        names = set(known)
+        if strange := [name for name in self.quantised if name not in names]:
+            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+            raise UsageError(
+                f"the recipe names blocks that the model does not have: {', '.join(strange[:3])}{more}: "
+                "remove them, or use the recipe with the model it was made for"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to the file ``path``, whole or not at all."""
+        content = {"schema_version": SCHEMA_VERSION, "quantised": self.quantised}
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """The recipe in the file ``path``.
+
+        Raises:
+            MachineError: there is no such file, or it cannot be read.
+            UsageError: it is not a recipe, or one of another version.
+        """
+        try:
+            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MachineError(f"recipe {path} cannot be read ({error.strerror}): check the path") from None
+        except ValueError as error:
+            raise UsageError(f"recipe {path} is not JSON ({error}): mend it, or let the export write one") from None
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION or isinstance(version, bool):
+            raise UsageError(
+                f"recipe {path} has schema_version {json.dumps(version)}, this program reads {SCHEMA_VERSION}: "
+                "let the export write one"
+            )
+        quantised = content.get("quantised")
+        if not isinstance(quantised, dict):
+            raise UsageError(f'recipe {path} has no object "quantised" of blocks: let the export write one')
+        if wrong := [name for name, chosen in quantised.items() if not isinstance(chosen, bool)]:
+            raise UsageError(f"recipe {path}: block {wrong[0]} is neither true nor false: write one of them")
+        return cls(quantised)

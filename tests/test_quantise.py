@@ -1,0 +1,327 @@
+"""INT8 files: the numbers against numpy, the placement of each target, what ONNX Runtime and TensorRT make of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from moebius_edge.bundle import ASSETS
+from moebius_edge.calibration.blocks import blocks
+from moebius_edge.calibration.kernels import integer_kernels
+from moebius_edge.calibration.pairs import quantise_weight
+from moebius_edge.calibration.quantise import activations, quantise, quantised_nodes
+from moebius_edge.calibration.recipe import Recipe
+from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.export.precision import convert
+from moebius_edge.export.trt_builder import TrtBuilder, network_facts
+from moebius_edge.export.trt_rules import problems
+
+CONV, RELU, LINEAR = "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv2", "time_embedding"
+ALL = Recipe({CONV: True, RELU: True, LINEAR: True})
+
+
+def small_model(weight: float = 0.0, dtype: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    """y = mean(conv2(relu(conv1(x)))) W: two convolutions with biases, a product; one weight is ``weight``."""
+    generator = np.random.default_rng(0)
+    shapes = {"w1": (6, 4, 3, 3), "b1": (6,), "w2": (5, 6, 1, 1), "b2": (5,), "w3": (5, 3)}
+    arrays = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["w1"][2] = 0.0  # a channel that does nothing
+    arrays["w3"][0, 0] = weight
+    nodes = [
+        helper.make_node("Conv", ["x", "w1", "b1"], ["a"], "first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node("Conv", ["b", "w2", "b2"], ["c"], "second"),
+        helper.make_node("GlobalAveragePool", ["c"], ["d"], "mean"),
+        helper.make_node("Flatten", ["d"], ["e"], "flat"),
+        helper.make_node("MatMul", ["e", "w3"], ["y"], "third"),
+    ]
+    for node, path in zip(nodes, (CONV, CONV, RELU, RELU, LINEAR, LINEAR), strict=True):
+        node.metadata_props.add(key="namespace", value=f": Net/network: UNet/network.{path}: Part/{node.name}")
+    x = helper.make_tensor_value_info("x", dtype, ["N", 4, 8, 8])
+    y = helper.make_tensor_value_info("y", dtype, ["N", 3])
+    weights = [numpy_helper.from_array(v, k) for k, v in arrays.items()]
+    graph = helper.make_graph(nodes, "small", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return onnx.shape_inference.infer_shapes(model, check_type=True)
+
+
+X = np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)
+
+
+def run(model: onnx.ModelProto, names: list[str] | None = None, optimise: bool = True) -> list[np.ndarray]:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for name in set(names or []) - {o.name for o in copy.graph.output}:
+        copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    options = onnxruntime.SessionOptions()
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(names, {"x": X})
+
+
+def scales_of(model: onnx.ModelProto) -> dict[str, float]:
+    """Min-max scales of everything that either target may want."""
+    names = [name for name in dict.fromkeys(n for node in model.graph.node for n in node.output)]
+    found = {n: float(np.abs(v).max()) / 127 for n, v in zip(names, run(model, names), strict=True)}
+    return {**found, "x": float(np.abs(X).max()) / 127}
+
+
+SCALES = scales_of(small_model())
+
+
+def fake(values: np.ndarray, scale: np.ndarray | float, low: int = -128, high: int = 127) -> np.ndarray:
+    return np.clip(np.rint(values / scale), low, high) * scale
+
+
+def fake_weight(values: np.ndarray, axis: int) -> np.ndarray:
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    largest = np.abs(values).max(others, keepdims=True)
+    return fake(values, np.where(largest == 0, 1, largest / 127), -127, 127)
+
+
+def convolve(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+    half = w.shape[2] // 2
+    padded = np.pad(x, ((0, 0), (0, 0), (half, half), (half, half)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, w.shape[2:], (2, 3))
+    return np.einsum("nchwij,ocij->nohw", windows, w) + b[:, None, None]
+
+
+def expected(model: onnx.ModelProto, cpu: bool = False) -> np.ndarray:
+    """The small model with inputs and weights rounded, in float64; for the CPU outputs too, 255 steps for a ReLU."""
+    w = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in model.graph.initializer}
+    a = convolve(fake(X.astype(np.float64), SCALES["x"]), fake_weight(w["w1"], 0), w["b1"])
+    b = fake(a, SCALES["b"] * 127 / 255, 0, 255) if cpu else fake(np.maximum(a, 0), SCALES["b"])
+    c = convolve(b, fake_weight(w["w2"], 0), w["b2"])
+    c = fake(c, SCALES["c"]) if cpu else c
+    return fake(c.mean((2, 3)), SCALES["e"]) @ fake_weight(w["w3"], 1)
+
+
+def test_the_numbers_are_those_of_rounding_in_numpy() -> None:
+    model = small_model()
+    (got,) = run(quantise(model, ALL, SCALES), optimise=False)
+    wanted, unrounded = expected(model), run(model)[0]
+    # A value half way between two integers may go either way in float32: that is one step of the last product.
+    assert np.abs(got - wanted).max() < 1e-4 < np.abs(unrounded - wanted).max()
+
+
+def test_every_input_of_a_product_gets_one_pair_and_the_rules_hold() -> None:
+    model = small_model()
+    q = quantise(model, ALL, SCALES)
+    assert activations(model, ALL) == ["x", "b", "e"]
+    assert Counter(n.op_type for n in q.graph.node if "Quantize" in n.op_type or "Dequantize" in n.op_type) == {
+        "QuantizeLinear": 3,
+        "DequantizeLinear": 6,
+    }
+    assert quantised_nodes(q) == ["first", "second", "third"]
+    assert problems(q) == []
+    weights = {t.name: t for t in q.graph.initializer}
+    assert {n: t.data_type for n, t in weights.items() if n.startswith("b")} == {
+        "b1": TensorProto.FLOAT,
+        "b2": TensorProto.FLOAT,
+        "b_scale": TensorProto.FLOAT,
+    }
+    assert "w1" not in weights and weights["w1_int8"].data_type == TensorProto.INT8
+    assert list(weights["w1_int8_scale"].dims) == [6] and list(weights["w3_int8_scale"].dims) == [3]
+    assert quantised_nodes(model) == []  # the argument is not changed
+
+
+def test_a_block_that_is_not_chosen_stays_as_it_is() -> None:
+    q = quantise(small_model(), Recipe({RELU: True, CONV: False}), SCALES)
+    assert quantised_nodes(q) == ["second"]
+    assert [list(n.input) for n in q.graph.node if n.name == "first"] == [["x", "w1", "b1"]]
+    assert problems(q) == []
+
+
+def test_two_readers_share_a_pair() -> None:
+    model = small_model()
+    twice = onnx.helper.make_node("Conv", ["x", "w1"], ["a2"], "other", pads=[1, 1, 1, 1])
+    twice.metadata_props.extend(model.graph.node[0].metadata_props)
+    model.graph.node.insert(1, twice)
+    q = quantise(model, Recipe({CONV: True}), SCALES)
+    inputs = {n.name: list(n.input[:2]) for n in q.graph.node if n.name in ("first", "other")}
+    assert inputs["first"][0] == inputs["other"][0] == "x_dequantised"
+    onnx.checker.check_model(q, full_check=True)
+
+
+# --- ONNX Runtime's CPU ----------------------------------------------------------------------------------
+
+
+def kernels(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+    onnx.save(model, folder / "model.onnx")
+    return integer_kernels(folder / "model.onnx")
+
+
+def test_on_the_cpu_every_product_runs_in_integers(tmp_path: Path) -> None:
+    model = small_model()
+    assert activations(model, ALL, "cpu") == ["x", "b", "c", "e"]
+    q = quantise(model, ALL, SCALES, "cpu")
+    assert kernels(q, tmp_path) == {"QLinearConv": 2, "MatMulIntegerToFloat": 1}
+    difference = np.abs(run(q)[0] - expected(model, cpu=True))
+    largest = max(np.abs(numpy_helper.to_array(t)).max() for t in model.graph.initializer if t.name == "w3")
+    # Values half way between two integers may go either way: at most a step of the last product's input.
+    assert np.median(difference) < 0.05 and difference.max() < 1.01 * SCALES["e"] * largest
+
+
+def test_products_left_in_float32_are_an_error(tmp_path: Path) -> None:
+    """TensorRT's placement leaves the convolutions in float32: that is why there are two."""
+    with pytest.raises(MachineError, match=r"computes 1 of the 3 quantised products of .* export for the target cpu"):
+        kernels(quantise(small_model(), ALL, SCALES), tmp_path)
+
+
+def test_what_has_no_kernel_in_integers_stays_float32(tiny: SimpleNamespace) -> None:
+    q = quantise(tiny.model, Recipe({"time_embedding": True, CHOSEN[0]: True}), tiny.scales | tiny.outputs, "cpu")
+    wanted = next(b.nodes for b in tiny.blocks if b.name == CHOSEN[0])
+    assert quantised_nodes(q) == list(wanted)
+
+
+def test_a_bias_larger_than_its_weights_survives() -> None:
+    """In units of a minute weight's scale it would overflow the INT32 that ONNX Runtime rounds it to."""
+    model = small_model()
+    for tensor in model.graph.initializer:
+        if tensor.name in ("w1", "b1"):
+            values = numpy_helper.to_array(tensor).copy()
+            values[0] = 1e-12 if tensor.name == "w1" else 30.0
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    scales = scales_of(model)
+    (got,) = run(quantise(model, ALL, scales, "cpu"), ["b"])
+    assert np.abs(got[:, 0] - 30.0).max() <= scales["b"]
+
+
+def test_what_a_relu_made_keeps_all_steps_above_zero() -> None:
+    q = quantise(small_model(), ALL, SCALES, "cpu")
+    zero = {n.input[0]: n.input[2] for n in q.graph.node if n.op_type == "QuantizeLinear"}
+    assert zero == {"x": "zero_point_128", "b_unrounded": "zero_point_0", "c_unrounded": "zero_point_128",
+                    "e": "zero_point_128"}  # fmt: skip
+    scale = next(numpy_helper.to_array(t) for t in q.graph.initializer if t.name == "b_scale")
+    assert scale == pytest.approx(SCALES["b"] * 127 / 255)
+
+
+# --- FP16 ------------------------------------------------------------------------------------------------
+
+
+def test_an_fp16_file_gets_fp16_scales_by_the_names_of_the_float32_one() -> None:
+    model = small_model()
+    convert(model)
+    model = onnx.shape_inference.infer_shapes(model, check_type=True)
+    assert activations(model, ALL) == activations(small_model(), ALL)
+    q = quantise(model, ALL, SCALES)
+    types = {t.name: t.data_type for t in q.graph.initializer if t.name.endswith("_scale")}
+    half = {n for n, kind in types.items() if kind == TensorProto.FLOAT16}
+    assert half == {"x_as_float16_scale", "w1_float16_int8_scale", "b_scale", "w2_float16_int8_scale"}
+    assert types.keys() - half == {"e_scale", "w3_int8_scale"}  # the time embedding is a float32 island
+    assert len(quantised_nodes(q)) == 3 and problems(q) == []
+    assert np.abs(run(q)[0] - expected(small_model())).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("scale", "shown"), [(0.0, "0"), (np.nan, "nan"), (np.inf, "inf"), (-1.0, "-1"), (1e-9, "1e-09"), (1e6, "1e\\+06")]
+)
+def test_a_scale_that_its_type_cannot_hold_is_named(scale: float, shown: str) -> None:
+    model = small_model()
+    convert(model)
+    model = onnx.shape_inference.infer_shapes(model, check_type=True)
+    with pytest.raises(UsageError, match=rf"scale of tensor b is {shown} and must be finite and above 0 in float16"):
+        quantise(model, ALL, {**SCALES, "b": scale})
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+def test_bad_recipes_ranges_and_weights_are_named() -> None:
+    model = small_model()
+    with pytest.raises(UsageError, match=r"names blocks that the model does not have: conv_9, a, b and 1 more"):
+        quantise(model, Recipe({"conv_9": False, "a": True, "b": True, "c": True, CONV: True}), SCALES)
+    with pytest.raises(UsageError, match="no range for tensor e: record the calibration again"):
+        quantise(model, ALL, {k: v for k, v in SCALES.items() if k != "e"})
+    with pytest.raises(UsageError, match="no target 'gpu' for INT8: choose one of tensorrt, cpu"):
+        activations(model, ALL, "gpu")
+    with pytest.raises(BundleError, match="weight w3 has values that are not finite"):
+        quantise(small_model(weight=np.inf), ALL, SCALES)
+    model.graph.node[0].name = ""
+    with pytest.raises(BundleError, match=r"node 'a' \(Conv\) has no name"):
+        blocks(model)
+    model.graph.node[0].name = "first"
+    del model.graph.node[0].metadata_props[:]
+    with pytest.raises(BundleError, match=r"node 'first' \(Conv\) has no module path"):
+        blocks(model)
+
+
+def test_weights_are_within_half_a_step_and_reach_127() -> None:
+    values = np.random.default_rng(2).standard_normal((4, 3, 2)).astype(np.float32)
+    for axis in (0, 1, None):
+        whole, scale = quantise_weight(values, axis, "w")
+        along = scale if axis is None else np.expand_dims(scale, [i for i in range(3) if i != axis])
+        assert np.abs(whole * along - values).max() <= along.max() / 2 + 1e-6
+        assert np.abs(whole).max() == 127 and scale.size == (1 if axis is None else values.shape[axis])
+
+
+# --- the bundled model -----------------------------------------------------------------------------------
+
+LAMBDA = "down_blocks.0.attentions.0.attn1.lambda"
+CHOSEN = ("down_blocks.0.attentions.0.ff", "down_blocks.0.attentions.0.attn1", "up_blocks.1.upsamplers.0.phases")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> SimpleNamespace:
+    model = onnx.load(ASSETS / "tiny" / "denoiser.onnx")
+    recipe = Recipe({name: True for name in (*CHOSEN, LAMBDA, "time_embedding")})
+    scales = dict.fromkeys(activations(model, recipe), 0.05)
+    outputs = dict.fromkeys(activations(model, recipe, "cpu"), 0.05)
+    return SimpleNamespace(model=model, recipe=recipe, scales=scales, outputs=outputs, blocks=blocks(model))
+
+
+def test_a_lambda_operator_stays_a_node_where_the_recipe_leaves_it(tiny: SimpleNamespace) -> None:
+    q = quantise(tiny.model, tiny.recipe, tiny.scales)
+    kinds = Counter(n.op_type for n in q.graph.node)
+    assert kinds["LocalLambda"] == 8 and kinds["InteractiveLambda"] == 9 and len(q.functions) == 2
+    without = quantise(tiny.model, Recipe({CHOSEN[0]: True}), tiny.scales)
+    assert len(without.functions) == 2 and Counter(n.op_type for n in without.graph.node)["LocalLambda"] == 9
+
+
+def test_on_the_cpu_all_that_the_recipe_names_runs_in_integers(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    every = Recipe({b.name: True for b in tiny.blocks})
+    q = quantise(tiny.model, every, dict.fromkeys(activations(tiny.model, every, "cpu"), 0.05), "cpu")
+    assert sum(kernels(q, tmp_path).values()) == len(quantised_nodes(q)) == 202  # 213 products less 11 Gemm
+
+
+def test_tensorrt_parses_exactly_the_recipes_layers(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    q = quantise(tiny.model, tiny.recipe, tiny.scales)
+    assert problems(q) == []
+    onnx.save(q, tmp_path / "denoiser.onnx")
+    facts = network_facts(tmp_path / "denoiser.onnx")
+    wanted = [n for b in tiny.blocks if b.name in tiny.recipe.chosen for n in b.nodes]
+    assert sorted(facts["quantised"]) == sorted(wanted) == sorted(quantised_nodes(q)) and len(wanted) == 15
+    assert facts["tensors"]["INT8"] > 0
+    assert network_facts(ASSETS / "tiny" / "denoiser.onnx")["quantised"] == []
+
+
+@pytest.mark.slow
+def test_tensorrt_builds_it(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    every = Recipe({b.name: True for b in tiny.blocks})
+    scales = dict.fromkeys(activations(tiny.model, every), 0.05)
+    onnx.save(quantise(tiny.model, every, scales), tmp_path / "denoiser.onnx")
+    builder = TrtBuilder("tensorrt-rtx")
+    builder.check(tmp_path / "denoiser.onnx")
+    network = builder.parse(tmp_path / "denoiser.onnx")
+    assert len(builder.facts(network)["quantised"]) == sum(len(b.nodes) for b in tiny.blocks)
+    sizes = {"sample": (9, 32, 32), "timestep": (), "branch": ()}
+    request = {
+        "component": "denoiser",
+        "workspace_bytes": None,
+        "opt_level": None,
+        "compute_capabilities": ["8.6"],
+        "profile": {name: ((1, *rest), (2, *rest), (2, *rest)) for name, rest in sizes.items()},
+        "timing_cache": None,
+    }
+    plan = builder.build(network, request, lambda event, **values: None)
+    assert plan.nbytes > 1_000_000

@@ -2,7 +2,7 @@
 
 Recorded are the inputs of convolutions and matrix products that are not constant: what INT8 quantises beside the
 weights. Local functions (the lambda operators) are inlined first, so that the products inside them count too; the
-names of tensors are those of the inlined graph, the same whenever a file is inlined.
+names of tensors are those of ``blocks.inlined``, by which ``quantise`` finds their ranges.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnx.inliner
 from onnx import helper
 
 from ..errors import BundleError
+from .blocks import inlined
 
 # Operator type -> the axis of its first input that the weight sums over, its channels.
 QUANTISABLE = {"Conv": 1, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
@@ -39,7 +39,7 @@ def load_inlined(path: Path) -> onnx.ModelProto:
         BundleError: it is no ONNX model.
     """
     try:
-        return onnx.inliner.inline_local_functions(onnx.load(str(path)))
+        return inlined(onnx.load(str(path)))
     except Exception as error:  # protobuf's, and onnx's own
         raise BundleError(f"{path} is no valid ONNX file: export the bundle again") from error
 

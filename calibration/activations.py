@@ -16,7 +16,7 @@ import onnx
 from onnx import helper
 
 from ..errors import BundleError
-from .blocks import inlined
+from .blocks import infer_shapes, inlined
 
 # Operator type -> the axis of its first input that the weight sums over, its channels.
 QUANTISABLE = {"Conv": 1, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
@@ -57,7 +57,8 @@ def find_activations(model: onnx.ModelProto, rows: int) -> list[Activation]:
     """The tensors to record of an inlined model, in the order in which they are computed; sizes for ``rows`` rows.
 
     Raises:
-        BundleError: the model has no convolution or matrix product on something that is not constant.
+        BundleError: the model has no convolution or matrix product on something that is not constant, or the shape of
+            such a tensor cannot be inferred.
     """
     constant = constant_tensors(model.graph)
     axes: dict[str, set[int | None]] = {}
@@ -72,10 +73,12 @@ def find_activations(model: onnx.ModelProto, rows: int) -> list[Activation]:
             axes.setdefault(second, set()).add(None)
     if not axes:
         raise BundleError(f"{model.graph.name} has no convolution or matrix product to calibrate: export it again")
-    sizes = _sizes(model, rows)
+    shapes = infer_shapes(model, rows)
+    if unknown := next((name for name in axes if 0 in shapes.get(name, (0,))), None):
+        raise BundleError(f"the shape of tensor {unknown!r} is not known: export the bundle again")
     computed = [v.name for v in model.graph.input] + [name for node in model.graph.node for name in node.output]
     return [
-        Activation(name, axes[name].pop() if len(axes[name]) == 1 else None, _OUTPUT_BYTES * sizes[name])
+        Activation(name, axes[name].pop() if len(axes[name]) == 1 else None, _OUTPUT_BYTES * math.prod(shapes[name]))
         for name in computed
         if name in axes
     ]
@@ -84,22 +87,6 @@ def find_activations(model: onnx.ModelProto, rows: int) -> list[Activation]:
 def _channel_axis(node: onnx.NodeProto) -> int:
     transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
     return 0 if transposed else QUANTISABLE[node.op_type]
-
-
-def _sizes(model: onnx.ModelProto, rows: int) -> dict[str, int]:
-    """Values of each tensor of an inlined model, its free batch set to ``rows``."""
-    sized = onnx.ModelProto()
-    sized.CopyFrom(model)
-    for value in sized.graph.input:
-        value.type.tensor_type.shape.dim[0].dim_value = rows
-    del sized.graph.value_info[:]  # of the free batch
-    graph = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
-    sizes = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        shape = value.type.tensor_type.shape.dim
-        if all(d.HasField("dim_value") for d in shape):
-            sizes[value.name] = math.prod(d.dim_value for d in shape)
-    return sizes
 
 
 def group(activations: list[Activation], limit_bytes: int) -> list[list[Activation]]:

@@ -43,14 +43,7 @@ def blocks(model: ModelProto) -> list[Block]:
     """
     copy = outline(model)
     inline(copy, lambda call: True, fold=False)
-    for value in (*copy.graph.input, *copy.graph.output):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                dimension.dim_value = 1
-    graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    graph, shapes = copy.graph, infer_shapes(copy, rows=1)
     nodes: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for node in graph.node:
@@ -59,6 +52,20 @@ def blocks(model: ModelProto) -> list[Block]:
             nodes.setdefault(name, []).append(node.name)
             counts[name] = counts.get(name, 0) + _multiplications(node, shapes)
     return [Block(name, tuple(nodes[name]), counts[name]) for name in nodes]
+
+
+def infer_shapes(model: ModelProto, rows: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an inlined model whose free batch is ``rows``; 0 for a size that is not known."""
+    copy = outline(model)
+    for value in (*copy.graph.input, *copy.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_value = rows
+    graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    return shapes
 
 
 def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto:

@@ -21,7 +21,7 @@ from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.export.weights_metadata import find_guidance
 from moebius_edge.model import build_student, load_checkpoint
-from moebius_edge.training import autoencoder, tiny
+from moebius_edge.training import autoencoder, data, tiny
 from moebius_edge.training.autoencoder import AutoencoderRecipe, Stage, build_autoencoder, save_autoencoder
 from moebius_edge.training.recipe import RunOptions
 from moebius_edge.training.tiny import TinyRecipe, save_checkpoint, train_tiny
@@ -57,7 +57,7 @@ class SmallSource:
 def shrink(patch: pytest.MonkeyPatch) -> None:
     settle = Trainer.settle_batch_norms
     patch.setattr(autoencoder, "PictureSource", SmallSource)
-    patch.setattr(tiny, "PictureSource", SmallSource)
+    patch.setattr(data, "PictureSource", SmallSource)
     patch.setattr(Trainer, "settle_batch_norms", lambda self: settle(self, 2))
 
 

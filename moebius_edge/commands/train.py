@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ..training.recipe import Inputs, Recipe, RunOptions
 
 PRESETS = ("tiny", "moebius")
-UNREADABLE = "unreadable.txt"
 STAGES = ("all", "teacher", "student", "guidance")
 
 
@@ -146,7 +145,7 @@ def _stage(recipe: Recipe, preset: str, output: Path, options: RunOptions, resum
     from ..training.stage import claim, train_stage
 
     claim(output, recipe, resume)
-    from ..training.material import open_material
+    from ..training.material import UNREADABLE, open_material
 
     material = open_material(recipe, preset, inputs, output, options.device)
     try:

@@ -15,6 +15,8 @@ from .unreadable import Unreadable
 # Natural colour photographs first; textures and grey or medical pictures fill up.
 WEIGHTS = {"motorcycle": 4.0, "china": 4.0, "flower": 3.0, "camera": 1.5, "coins": 1.0}
 
+PICTURES, PHOTO_SHARE = 4000, 0.6  # of the bundled model: pictures that are encoded, and how many are photographs
+
 
 class PictureSource:
     """``source(rng)`` draws one uint8 RGB (size, size, 3) picture; ``photo_share`` of them are photographs."""
@@ -50,6 +52,11 @@ class MaskedSource:
 
     def identity(self) -> dict[str, Any]:
         return {"size": self.size, "seed": self.seed, **self.recipe}
+
+
+def bundled_samples(size: int, seed: int, photo_share: float = PHOTO_SHARE) -> MaskedSource:
+    """What the bundled model learns from: its photographs and scenes of ``size`` pixels, with masks."""
+    return MaskedSource(PictureSource(size, photo_share), size, seed, {"photo_share": photo_share})
 
 
 class CropSource:

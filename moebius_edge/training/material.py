@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import MachineError, UsageError
 from ..export.source import open_vae
-from .data import MaskedSource, PictureSource
+from .data import PICTURES, bundled_samples
 from .encoding import UNREADABLE, encode_latents, vae_hash
 from .latent_sources import CachedLatents, EncodedPictures
 from .latents import INDEX, LatentCache
@@ -57,7 +55,7 @@ def open_material(recipe: Recipe, preset: str, inputs: Inputs, output: Path, dev
     for path in (inputs.teacher, inputs.student):
         if path is not None and not path.is_file():
             raise MachineError(f"there is no checkpoint {path}: name a file of weights")
-    vae = None if inputs.vae is None else open_vae(inputs.vae).to(_device(device))
+    vae = None if inputs.vae is None else open_vae(inputs.vae).to(make_accelerator(device).device)
 
     def made(source: Source, origin: dict[str, Any], unreadable: Unreadable | None = None) -> Material:
         return Material(source, origin, inputs.teacher, inputs.student, vae, unreadable)
@@ -80,8 +78,8 @@ def open_material(recipe: Recipe, preset: str, inputs: Inputs, output: Path, dev
             described = plain({**samples.identity(), "vae": vae_hash(vae)})
             return made(EncodedPictures(vae, samples), origin | {"made_from": described}, samples.unreadable)
     else:
-        samples = MaskedSource(PictureSource(resolution, 0.6), resolution, recipe.seed, {"photo_share": 0.6})
-        origin, count = {"images": "the bundled model's own"}, recipe.data.pictures or 4000
+        samples = bundled_samples(resolution, recipe.seed)
+        origin, count = {"images": "the bundled model's own"}, recipe.data.pictures or PICTURES
     with make_accelerator(device).main_process_first():
         cache = encode_latents(vae, samples, folder, count, recipe.data.masks_per_picture)
     return made(CachedLatents(cache, side), origin | describe_latents(folder), samples.unreadable)
@@ -96,7 +94,3 @@ def describe_latents(folder: Path) -> dict[str, Any]:
 
 def _transform(recipe: DataRecipe, resolution: int) -> Transform:
     return Transform(resolution, recipe.min_scale, recipe.flip, recipe.masks, recipe.coverage)
-
-
-def _device(name: str) -> torch.device:
-    return make_accelerator(name).device

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import MachineError, UsageError
 from ..model.config import StudentConfig, TeacherConfig
 from ..spec import LATENT_DOWNSCALE, NOISE_OFFSET
+from .masks import PRESETS
 
 STAGES = ("teacher", "student", "guidance")
 TERMS = ("coarse", "fine", "task", "perceptual")
-PRESET_MASKS = ("thin", "medium", "thick", "box")
 
 _T = TypeVar("_T")
 
@@ -40,7 +40,7 @@ class DataRecipe:
     masks_per_picture: int = 1
     min_scale: float = 0.5
     flip: bool = True
-    masks: tuple[str, ...] = PRESET_MASKS
+    masks: tuple[str, ...] = tuple(PRESETS)
     coverage: tuple[float, float] = (0.05, 0.5)
 
 
@@ -119,7 +119,7 @@ class Recipe:
         for term in losses.terms:
             _among("losses.terms", term, TERMS)
         for preset in d.masks:
-            _among("data.masks", preset, PRESET_MASKS)
+            _among("data.masks", preset, tuple(PRESETS))
         if not losses.terms or not d.masks:
             raise UsageError("losses.terms and data.masks need at least one name each")
         for name, value, least in (
@@ -273,14 +273,6 @@ def recipe_toml(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(dataclasses.asdict(recipe))
-
-
-def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that ``train.json`` holds. Raises BundleError if it is not one."""
-    try:
-        return with_values(Recipe(), values)
-    except (UsageError, TypeError) as error:
-        raise BundleError(f"train.json holds no recipe of this version ({error}): start a new output folder") from error
 
 
 def _toml() -> Any:

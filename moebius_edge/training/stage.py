@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..errors import BundleError, MachineError, UsageError
 from ..export.weights_metadata import guidance_metadata
 from ..files import atomic_write, sha256_file
 from ..machine import machine_info, package_version
-from ..model import Student, Teacher, build_student, build_teacher
+from ..model import build_student, build_teacher
 from .checkpoints import checkpoint_files
 from .loop import atomic_save, make_folder, plain, progress_bar
 from .material import Material
@@ -39,6 +39,7 @@ from .trainer import Trainer, make_accelerator, mean_over_processes
 RECORD = "train.json"
 _PACKAGES = ("torch", "accelerate", "diffusers", "numpy", "opencv-python-headless", "safetensors", "elatentlpips")
 _SAMPLES = 4
+_Network = TypeVar("_Network", bound=nn.Module)
 _LONGEST_SILENCE_S = 10.0  # where a step takes a minute, twenty would be too many to wait for
 
 
@@ -124,14 +125,17 @@ def _networks(recipe: Recipe, material: Material, accelerator: Accelerator) -> t
     """The network to train, on its device, one of the same shape for its average, and its objective."""
     losses, precision, device = recipe.losses, recipe.optimiser.precision, accelerator.device
     if recipe.stage == "teacher":
-        teacher = _fresh_teacher(recipe) if material.teacher is None else load_teacher(material.teacher)
+        given = material.teacher
+        teacher = _fresh(build_teacher(recipe.teacher), recipe) if given is None else load_teacher(given)
         task = Task(losses, recipe.teacher.num_prompts, precision)
         return teacher.requires_grad_(True).to(device), build_teacher(recipe.teacher), task
-    student, average = _student(recipe, material).to(device), build_student(recipe.student)
+    start = material.student
+    student = _fresh(build_student(recipe.student), recipe) if start is None else load_student(start, recipe.student)
+    student, average = student.to(device), build_student(recipe.student)
     if recipe.stage == "guidance":
-        if material.student is None:
+        if start is None:
             raise UsageError("stage guidance starts from a trained student: add --student FILE")
-        frozen = load_student(material.student, recipe.student).to(device)
+        frozen = load_student(start, recipe.student).to(device)
         return student, average, Guidance(losses, frozen, precision)
     if set(losses.terms) == {"task"}:
         return student, average, Task(losses, recipe.student.num_prompts, precision)
@@ -143,20 +147,11 @@ def _networks(recipe: Recipe, material: Material, accelerator: Accelerator) -> t
     return student, average, Distillation(losses, student, master, distance, precision, mean)
 
 
-def _fresh_teacher(recipe: Recipe) -> Teacher:
-    teacher = build_teacher(recipe.teacher)
+def _fresh(network: _Network, recipe: Recipe) -> _Network:
+    """``network``, just built, as the recipe has fresh ones start."""
     if recipe.optimiser.identity_start:
-        identity_start(teacher)
-    return teacher
-
-
-def _student(recipe: Recipe, material: Material) -> Student:
-    if material.student is not None:
-        return load_student(material.student, recipe.student)
-    student = build_student(recipe.student)
-    if recipe.optimiser.identity_start:
-        identity_start(student)
-    return student
+        identity_start(network)
+    return network
 
 
 def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptions) -> dict[str, float]:

@@ -20,7 +20,7 @@ from ..errors import BundleError, UsageError
 from ..files import atomic_write
 from ..model import StudentConfig, TeacherConfig
 from .autoencoder import AutoencoderRecipe, finetune_decoder, load_autoencoder, save_autoencoder, train_autoencoder
-from .data import MaskedSource, PictureSource
+from .data import PHOTO_SHARE, PICTURES, bundled_samples
 from .encoding import encode_latents
 from .latent_sources import CachedLatents
 from .latents import LatentCache
@@ -78,9 +78,9 @@ class TinyRecipe:
     distilled: Recipe = field(
         default_factory=lambda: _stage("student", _LOSSES, 32, steps=300, learning_rate=5e-4)
     )
-    pictures: int = 4000
+    pictures: int = PICTURES
     masks_per_picture: int = 3
-    photo_share: float = 0.6
+    photo_share: float = PHOTO_SHARE
 
 
 def stage_recipe(stage: str) -> Recipe:
@@ -133,8 +133,7 @@ def prepare(output: Path, recipe: TinyRecipe, device: str) -> tuple[AutoencoderK
         finetune_decoder(load_autoencoder(vae_folder), recipe.autoencoder, finetuned, device)
     vae = load_autoencoder(finetuned)  # its encoder is still the first one's
     seed, size = recipe.student.seed, recipe.student.resolution
-    source, made_from = PictureSource(size, recipe.photo_share), {"photo_share": recipe.photo_share}
-    samples = MaskedSource(source, size, seed, made_from)
+    samples = bundled_samples(size, seed, recipe.photo_share)
     cache = encode_latents(vae, samples, output / "latents", recipe.pictures, recipe.masks_per_picture)
     return vae, cache
 

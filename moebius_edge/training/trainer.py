@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import BundleError, MachineError, UsageError
 from .batch_norms import average_statistics, set_training, settle, spread_momentum
 from .checkpoints import load_newest, save_checkpoint
-from .loop import Loader, NumberedLoader, atomic_save, cosine, plain, update_average
+from .loop import Loader, NumberedLoader, atomic_save, cosine, update_average
 from .noising import Batch, Noising, draw_noise, prompt_ids
 from .objectives import Figures, Objective, autocast
 from .optimiser import MuonAdamW
@@ -242,7 +242,7 @@ class Trainer:
 
         Raises as ``loop.load_state``: UsageError if it is of another recipe, BundleError if it is damaged.
         """
-        state = load_newest(self.output, plain(asdict(self.recipe)), str(self.device))
+        state = load_newest(self.output, asdict(self.recipe), str(self.device))
         if state is None:
             return False
         self.network.load_state_dict(state["network"])
@@ -255,8 +255,6 @@ class Trainer:
     def run(self) -> Generator[dict[str, float], None, None]:
         """Trains to the end, saving on the way; yields each step's figures, with its number and images a second."""
         started, first, steps = time.monotonic(), self.done, self.recipe.optimiser.steps
-        if first == steps:
-            return
         with closing(self.batches(first)) as batches:
             while self.done < steps:
                 figures = self.step(list(islice(batches, self.micro_batches)))

@@ -1,7 +1,7 @@
 """Which tensors of a component are recorded, and graphs that return them in groups of bounded size.
 
 Recorded are the inputs of convolutions and matrix products that are not constant: what INT8 quantises beside the
-weights. Local functions (the lambda operators) are inlined first, so that the products inside them count too; the
+weights; for the target ``cpu`` what convolutions make, too. Local functions (the lambda operators) are inlined first, so that the products inside them count too; the
 names of tensors are those of ``blocks.inlined``, by which ``quantise`` finds their ranges.
 """
 
@@ -17,6 +17,7 @@ from onnx import helper
 
 from ..errors import BundleError
 from .blocks import infer_shapes, inlined
+from .quantise import rounded_outputs
 
 # Operator type -> the axis of its first input that the weight sums over, its channels.
 QUANTISABLE = {"Conv": 1, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
@@ -53,8 +54,10 @@ def constant_tensors(graph: onnx.GraphProto) -> set[str]:
     return constant
 
 
-def find_activations(model: onnx.ModelProto, rows: int) -> list[Activation]:
+def find_activations(model: onnx.ModelProto, rows: int, target: str = "tensorrt") -> list[Activation]:
     """The tensors to record of an inlined model, in the order in which they are computed; sizes for ``rows`` rows.
+
+    ``target`` is one of ``quantise.TARGETS``.
 
     Raises:
         BundleError: the model has no convolution or matrix product on something that is not constant, or the shape of
@@ -71,6 +74,9 @@ def find_activations(model: onnx.ModelProto, rows: int) -> list[Activation]:
             axes.setdefault(first, set()).add(_channel_axis(node) if weighted else None)
         if second not in constant:
             axes.setdefault(second, set()).add(None)
+    products = {node.name for node in model.graph.node if node.op_type in QUANTISABLE}
+    for name in rounded_outputs(model, products, target):
+        axes.setdefault(name, set()).add(None)
     if not axes:
         raise BundleError(f"{model.graph.name} has no convolution or matrix product to calibrate: export it again")
     shapes = infer_shapes(model, rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -45,6 +46,7 @@ class CalibrationPictures(Protocol):
         """Another for other pictures."""
 
 
+@dataclass(frozen=True)
 class Photographs:
     """Photographs that come with scikit-image and scikit-learn; ``training.photographs`` holds some others back."""
 
@@ -132,13 +134,17 @@ def picture_and_hole(
     pixels, hole = pictures.read(i)
     if hole is not None:
         return pixels, hole
+    return square(pixels, resolution), draw_hole(seed, i, resolution)
+
+
+def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
+    """The square in the middle of a picture, uint8 (H, W, 3), scaled: (resolution, resolution, 3)."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
+    middle = pixels[top : top + side, left : left + side]
     interpolation = cv2.INTER_AREA if side > resolution else cv2.INTER_CUBIC
-    scaled = cv2.resize(square, (resolution, resolution), interpolation=interpolation)
-    return np.asarray(scaled, np.uint8), draw_hole(seed, i, resolution)
+    return np.asarray(cv2.resize(middle, (resolution, resolution), interpolation=interpolation), np.uint8)
 
 
 def _paired(pictures: Pictures) -> Pictures:

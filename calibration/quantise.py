@@ -14,7 +14,7 @@ recipe are given what is left is short, and the same for float32 and FP16 files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx
 from onnx import ModelProto, NodeProto
@@ -40,7 +40,7 @@ def activations(model: ModelProto, recipe: Recipe, target: str = "tensorrt") -> 
     """
     copy, chosen = _prepared(model, recipe, target)
     constants, made_by = {t.name for t in copy.graph.initializer}, producers(copy)
-    outputs = _outputs(copy, chosen, target)
+    outputs = rounded_outputs(copy, chosen, target)
     names: dict[str, None] = {}
     for node in copy.graph.node:
         if node.name in chosen:
@@ -62,7 +62,7 @@ def quantise(model: ModelProto, recipe: Recipe, scales: Mapping[str, float], tar
     """
     copy, chosen = _prepared(model, recipe, target)
     writer = PairWriter(copy, scales, unsigned=target == "cpu")
-    outputs = _outputs(copy, chosen, target)
+    outputs = rounded_outputs(copy, chosen, target)
     for node in copy.graph.node:
         if node.name in chosen:
             node.input[:2] = _quantised_inputs(node, writer)
@@ -77,6 +77,12 @@ def quantise(model: ModelProto, recipe: Recipe, scales: Mapping[str, float], tar
     return copy
 
 
+def check_target(target: str) -> None:
+    """Raise ``UsageError`` for a target that is not in ``TARGETS``."""
+    if target not in TARGETS:
+        raise UsageError(f"there is no target {target!r} for INT8: choose one of {', '.join(TARGETS)}")
+
+
 def quantised_nodes(model: ModelProto) -> list[str]:
     """The names of the products whose two inputs are dequantised."""
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -89,8 +95,7 @@ def quantised_nodes(model: ModelProto) -> list[str]:
 
 def _prepared(model: ModelProto, recipe: Recipe, target: str) -> tuple[ModelProto, set[str]]:
     """The model with the recipe's lambda operators inlined, and the names of its nodes that are to be quantised."""
-    if target not in TARGETS:
-        raise UsageError(f"there is no target {target!r} for INT8: choose one of {', '.join(TARGETS)}")
+    check_target(target)
     recipe.check(block.name for block in blocks(model))
     copy = inlined(model, recipe.chosen)
     chosen = {n.name for n in copy.graph.node if n.op_type in TARGETS[target] and block_of(n) in recipe.chosen}
@@ -105,8 +110,8 @@ def _quantised_inputs(node: NodeProto, writer: PairWriter) -> list[str]:
     ]
 
 
-def _outputs(model: ModelProto, chosen: set[str], target: str) -> set[str]:
-    """The tensors that are rounded where they are made."""
+def rounded_outputs(model: ModelProto, chosen: Collection[str], target: str) -> set[str]:
+    """The tensors that are rounded where they are made when the nodes named ``chosen`` are quantised."""
     if target != "cpu":
         return set()
     readers: dict[str, list[NodeProto]] = {}

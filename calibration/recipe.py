@@ -1,8 +1,10 @@
 """A recipe: which blocks of a denoiser are quantised. A JSON file that a person may edit and apply again.
 
-    {"schema_version": 1, "quantised": {"conv_in": false, "down_blocks.0.attentions.0.ff": true, ...}}
+    {"schema_version": 1, "quantised": {"conv_in": false, "down_blocks.0.attentions.0.ff": true, ...},
+     "smoothed": ["down_blocks.0.attentions.0.ff"]}
 
-A block that it does not name is not quantised.
+A block that it does not name is not quantised. Before those of ``smoothed``, which may be left out, the activations'
+outliers are migrated into the weights (``smoothing``).
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """``quantised`` maps the names of blocks to whether they are quantised."""
+    """``quantised`` maps the names of blocks to whether they are quantised; ``smoothed`` names some of them."""
 
     quantised: dict[str, bool]
+    smoothed: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -34,16 +37,20 @@ class Recipe:
     def check(self, known: Iterable[str]) -> None:
         """Raise ``UsageError`` where a block is named that the model has not."""
         names = set(known)
-        if strange := [name for name in self.quantised if name not in names]:
+        if strange := [name for name in (*self.quantised, *self.smoothed) if name not in names]:
             more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
             raise UsageError(
                 f"the recipe names blocks that the model does not have: {', '.join(strange[:3])}{more}: "
                 "remove them, or use the recipe with the model it was made for"
             )
 
+    def document(self) -> dict[str, Any]:
+        """The recipe as plain JSON, without its version."""
+        return {"quantised": self.quantised, "smoothed": list(self.smoothed)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe to the file ``path``, whole or not at all."""
-        content = {"schema_version": SCHEMA_VERSION, "quantised": self.quantised}
+        content = {"schema_version": SCHEMA_VERSION, **self.document()}
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -72,4 +79,7 @@ class Recipe:
             raise UsageError(f'recipe {path} has no object "quantised" of blocks: let the export write one')
         if wrong := [name for name, chosen in quantised.items() if not isinstance(chosen, bool)]:
             raise UsageError(f"recipe {path}: block {wrong[0]} is neither true nor false: write one of them")
-        return cls(quantised)
+        smoothed = content.get("smoothed", [])
+        if not isinstance(smoothed, list) or not all(isinstance(name, str) for name in smoothed):
+            raise UsageError(f'recipe {path}: "smoothed" is no list of blocks: mend it or leave it out')
+        return cls(quantised, tuple(smoothed))

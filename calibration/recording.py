@@ -20,6 +20,7 @@ from ..pipeline import STRENGTH, Inpainter, Step
 from ..scheduler import SCHEDULERS
 from .activations import find_activations, load_inlined
 from .pictures import CalibrationPictures, check_number, picture_and_hole
+from .quantise import check_target
 from .recorder import RecordingRuntime
 from .statistics import Statistics, TensorStatistics
 
@@ -43,17 +44,19 @@ class Settings:
     scheduler: str = "ddim"
     seed: int = 0
     component: str = "denoiser"
+    target: str = "tensorrt"
     group_bytes: int = GROUP_BYTES
 
     def resolved(self, bundle: Bundle) -> Settings:
         """Every value filled in.
 
-        Raises UsageError for a component or a scheduler that does not exist.
+        Raises UsageError for a component, a scheduler or a target that does not exist.
         """
         if self.component not in bundle.components:
             raise UsageError(f"there is no component {self.component!r}: choose one of {', '.join(bundle.components)}")
         if self.scheduler not in SCHEDULERS:
             raise UsageError(f"unknown scheduler {self.scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
+        check_target(self.target)
         if self.group_bytes < 1:
             raise UsageError(f"group size is {self.group_bytes} bytes: give 1 or more")
         start = bundle.defaults["start"] if self.start is None else self.start
@@ -98,7 +101,7 @@ def record(
     if statistics is not None and statistics.done == len(pictures):
         return statistics
     rows = 1 if chosen.component != "denoiser" or bundle.distilled_guidance is not None or chosen.guidance == 1 else 2
-    activations = find_activations(load_inlined(bundle.component_path(chosen.component)), rows)
+    activations = find_activations(load_inlined(bundle.component_path(chosen.component)), rows, chosen.target)
     if statistics is None:
         tensors = {a.name: TensorStatistics(a.axis, len(timesteps)) for a in activations}
         statistics = Statistics(key, timesteps, tensors)

@@ -8,6 +8,6 @@ Importing this package imports no PyTorch.
 
 from __future__ import annotations
 
-from .exporter import PRECISIONS, export_bundle
+from .exporter import PRECISIONS, export_bundle, float32_bundle
 
-__all__ = ["PRECISIONS", "export_bundle"]
+__all__ = ["PRECISIONS", "export_bundle", "float32_bundle"]

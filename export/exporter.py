@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from ..files import atomic_directory
 from ..guidance import choose_guidance
 from ..manifest import resolved_components
 from ..spec import LATENT_DOWNSCALE
+from .engines import is_bundle
 from .source import Source, find_source, load_config, load_student, load_vae
 
 if TYPE_CHECKING:
@@ -92,6 +95,24 @@ def export_bundle(
     with atomic_directory(output, overwrite=force) as folder:
         _fill(folder, found, card, trajectory, floor, progress or _silent)
     return Bundle.load(Path(output), verify=False)
+
+
+@contextmanager
+def float32_bundle(
+    source: str | os.PathLike[str],
+    vae: str | os.PathLike[str] | None,
+    beside: str | os.PathLike[str],
+    **options: Any,
+) -> Iterator[Bundle]:
+    """SOURCE as a float32 bundle: itself where it is one, else exported to a folder that is gone afterwards.
+
+    That folder lies beside ``beside``; ``options`` are ``export_bundle``'s. Raises as it does.
+    """
+    if is_bundle(source):
+        yield Bundle.load(source)
+        return
+    with tempfile.TemporaryDirectory(prefix=".moebius-", dir=Path(beside).resolve().parent) as folder:
+        yield export_bundle(source, vae, Path(folder) / Path(beside).name, **options)
 
 
 def _fill(

@@ -46,6 +46,7 @@ class Bundle:
     # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
     float32_islands: dict[str, Any] = field(default_factory=dict)
     distilled_guidance: float | None = None  # what the conditional branch predicts by itself; see ``guidance``
+    int8: dict[str, Any] | None = None  # how it was quantised, see docs/int8.md; None in other precisions
 
     @classmethod
     def load(cls, path_or_name: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -79,6 +80,7 @@ class Bundle:
             tools=data["tools"],
             float32_islands=data.get("float32_islands", {}),
             distilled_guidance=data.get("distilled_guidance"),
+            int8=data.get("int8"),
             files=data["files"],
             components=resolved_components(data["resolution"]),
         )
@@ -98,6 +100,7 @@ class Bundle:
             "precision": self.precision,
             "float32_islands": self.float32_islands,
             "distilled_guidance": self.distilled_guidance,
+            "int8": self.int8,
             "resolution": self.resolution,
             "latent_size": self.latent_size,
             "scaling_factor": self.scaling_factor,
@@ -151,11 +154,13 @@ def write_bundle(
     defaults: dict[str, Any],
     float32_islands: dict[str, Any] | None = None,
     distilled_guidance: float | None = None,
+    int8: dict[str, Any] | None = None,
 ) -> None:
     """Write ``bundle.json`` for the ONNX files that lie in ``folder``, hashing every file there.
 
     ``float32_islands`` lists what stayed float32 in a file of lower precision: component, operator type, node names.
     ``distilled_guidance`` is the guidance that the conditional branch predicts by itself; it must be the default too.
+    ``int8`` says how an INT8 bundle was quantised.
     All values must be plain JSON; a NaN or an infinity is a ``ValueError``, for no gate passes with one.
 
     Raises:
@@ -171,6 +176,7 @@ def write_bundle(
         "precision": precision,
         "float32_islands": float32_islands or {},
         **({} if distilled_guidance is None else {"distilled_guidance": distilled_guidance}),
+        **({} if int8 is None else {"int8": int8}),
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
         "scaling_factor": scaling_factor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +72,9 @@ def run_trajectory(
     scene: Scene | None = None,
     on_step: Callable[[int, int], None],
 ) -> Trajectory:
-    """Encode, denoise and decode a scene on an inactive ``runtime``; ``on_step(done, total)`` each step.
+    """Encode, denoise and decode a scene on ``runtime``; ``on_step(done, total)`` each step.
+
+    A runtime that is active already is used as it is and left active.
 
     ``scene`` is by default the drawn one of ``seed``; one that is given must have the model's resolution.
     Sampling starts from the noised image with DDIM at the usual strength, as upstream does.
@@ -80,7 +83,7 @@ def run_trajectory(
         BundleError: a component's output is not finite.
     """
     image, hole = draw_scene(_size(runtime, "vae_encoder"), seed) if scene is None else scene
-    with runtime:
+    with nullcontext() if runtime.active else runtime:
         original, masked = _encode(runtime, image), _encode(runtime, image * ~hole)
         mask = latent_mask(hole, _size(runtime, "denoiser"))[None, None].astype(np.float32)
         scheduler = DDIM(steps, STRENGTH)

@@ -62,3 +62,10 @@ def test_a_component_that_is_not_finite_is_named(tmp_path: Path) -> None:
     runtime = OrtRuntime(Bundle.load(make_toy_bundle(tmp_path / "toy", nan_in="vae_encoder")))
     with pytest.raises(BundleError, match="vae_encoder returned NaN on onnxruntime"):
         run_trajectory(runtime, steps=2, guidance=1, on_step=lambda done, total: None)
+
+
+def test_an_active_runtime_is_left_active(tmp_path: Path) -> None:
+    with OrtRuntime(Bundle.load(make_toy_bundle(tmp_path / "toy"))) as runtime:
+        images = [run_trajectory(runtime, steps=3, guidance=1, on_step=lambda *_: None).image for _ in range(2)]
+        assert runtime.active
+    np.testing.assert_array_equal(images[0], images[1])

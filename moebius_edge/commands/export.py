@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,25 @@ from .engines import EngineName, make_engines, prepare_engines
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+
+
+_INT8 = "int8"
+
+
+class Target(str, Enum):
+    """``calibration.quantise.TARGETS``, which is not imported here."""
+
+    tensorrt = "tensorrt"
+    cpu = "cpu"
+
+
+class Ranges(str, Enum):
+    """``calibration.ranges.METHODS``, which is not imported here."""
+
+    minmax = "minmax"
+    percentile = "percentile"
+    entropy = "entropy"
+    mse = "mse"
 
 
 def export(
@@ -45,11 +65,31 @@ def export(
         typer.Option(metavar="X", help="The guidance the student has learned, if its checkpoint does not note it."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp32|fp16", help="What the network computes in; default fp32.")
+        str | None, typer.Option(metavar="fp32|fp16|int8", help="What the network computes in; default fp32.")
     ] = None,
     min_psnr: Annotated[
         float | None,
-        typer.Option("--min-psnr", metavar="DB", help="The gate: below it nothing is saved. By default 60; fp16: 40."),
+        typer.Option(
+            "--min-psnr", metavar="DB", help="The gate: below it nothing is saved. Default 60; fp16 40; int8 30."
+        ),
+    ] = None,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="INT8: photographs of the kind to fill, 20 or more; a list or .tar too."),
+    ] = None,
+    calibration_masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="INT8: a mask for each photograph; default drawn holes.")
+    ] = None,
+    target: Annotated[
+        Target | None, typer.Option(help="INT8: what will execute it; default tensorrt, GPUs in general.")
+    ] = None,
+    int8_recipe: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="INT8: which blocks; default those that a search finds.")
+    ] = None,
+    ranges: Annotated[Ranges | None, typer.Option(help="INT8: how ranges are set; default mse.")] = None,
+    calibration_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="INT8: keeps what was recorded; default OUTPUT.calibration."),
     ] = None,
     engine: Annotated[
         EngineName | None, typer.Option(help="Also build TensorRT engines; SOURCE may be a bundle then.")
@@ -81,21 +121,34 @@ def export(
     sampling trajectory on ONNX Runtime agrees with PyTorch's. Exporting it needs:
     pip install "moebius-edge[export]"
 
+    --precision int8 also takes a float32 bundle as SOURCE ('tiny' means the bundled one then). It records
+    activations over --calibration-data, finds the blocks that can be quantised, and is saved only if pictures
+    that it has not seen stay above --min-psnr in the hole.
+
     With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
     (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
     --output; without --engine it means the bundled checkpoint, exported again. Engines need:
     pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
     """
     from ..bundle import BUNDLED
-    from ..export import PRECISIONS, export_bundle
+    from ..export import PRECISIONS, export_bundle, float32_bundle
 
-    if precision is not None and precision not in PRECISIONS:
-        raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision is not None and precision not in (*PRECISIONS, _INT8):
+        raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join((*PRECISIONS, _INT8))}")
+    int8 = precision == _INT8
+    quantising = (calibration_data, calibration_masks, target, int8_recipe, ranges, calibration_cache)
+    if not int8 and any(quantising):
+        raise UsageError(
+            "--calibration-data, --calibration-masks, --target, --int8-recipe, --ranges and --calibration-cache are "
+            "for INT8: add --precision int8"
+        )
+    if int8 and engine is not None and target is Target.cpu:
+        raise UsageError("--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it: leave --engine out")
     job = None
     if engine is not None:
         job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability)
         again = precision is not None and source in BUNDLED  # in another precision it is another bundle
-        if job.takes(source) and not again:
+        if job.takes(source) and not again and not int8:
             if any(value is not None for value in (vae, config, precision, distilled_guidance)):
                 raise UsageError(
                     f"{source} is a bundle, complete as it is: leave --vae, --config, --precision and "
@@ -108,32 +161,53 @@ def export(
             "--max-batch, --workspace, --opt-level, --timing-cache and --compute-capability are for engines: "
             "add --engine"
         )
-    elif (Path(source) / "bundle.json").is_file():
+    elif not int8 and (Path(source) / "bundle.json").is_file():
         raise UsageError(f"{source} is a bundle already: add --engine tensorrt or tensorrt-rtx for its engines")
     if output is None:
         raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
 
+    notes: list[str] = []
     with console.progress() as update:
 
         def tell(stage: str, fraction: float | None) -> None:
             update(stage, round((fraction or 0.0) * 100), 0 if fraction is None else 100)
 
         try:
-            bundle = export_bundle(
-                source,
-                vae,
-                output,
-                config=config,
-                steps=steps,
-                guidance=guidance,
-                distilled_guidance=distilled_guidance,
-                precision=PRECISIONS[precision or "fp32"],
-                min_psnr_db=min_psnr,
-                progress=tell,
-                force=force,
-            )
+            common: dict[str, Any] = {
+                "config": config,
+                "steps": steps,
+                "guidance": guidance,
+                "distilled_guidance": distilled_guidance,
+                "progress": tell,
+            }
+            if not int8:
+                precision_name = PRECISIONS[precision or "fp32"]
+                bundle = export_bundle(
+                    source, vae, output, **common, precision=precision_name, min_psnr_db=min_psnr, force=force
+                )
+            else:
+                from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
+
+                options = Int8Options(
+                    folder=calibration_cache or default_folder(output),
+                    data=None if calibration_data is None else str(calibration_data),
+                    masks=None if calibration_masks is None else str(calibration_masks),
+                    target=(target or Target.tensorrt).value,
+                    recipe=int8_recipe,
+                    ranges=(ranges or Ranges.mse).value,
+                    min_psnr_db=MIN_PSNR_DB if min_psnr is None else min_psnr,
+                    steps=steps,
+                    guidance=guidance,
+                )
+                with float32_bundle(source, vae, output, **common) as reference:
+                    bundle = quantise_bundle(
+                        reference, output, options, name=output.resolve().name, progress=tell, note=notes.append,
+                        force=force,
+                    )  # fmt: skip
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
+    for text in notes:
+        console.note(text)
     if as_json and job is None:
         facts = {"output": str(bundle.path), "distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
         console.print_json({**facts, "exit_code": 0})

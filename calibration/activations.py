@@ -1,8 +1,9 @@
 """Which tensors of a component are recorded, and graphs that return them in groups of bounded size.
 
 Recorded are the inputs of convolutions and matrix products that are not constant: what INT8 quantises beside the
-weights; for the target ``cpu`` what convolutions make, too. Local functions (the lambda operators) are inlined first, so that the products inside them count too; the
-names of tensors are those of ``blocks.inlined``, by which ``quantise`` finds their ranges.
+weights; for the target ``cpu`` what convolutions make, too. Local functions (the lambda operators) are inlined first,
+so that the products inside them count as well; the names of tensors are those of ``blocks.inlined``, by which
+``quantise`` finds their ranges.
 """
 
 from __future__ import annotations

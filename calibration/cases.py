@@ -7,7 +7,6 @@ has not seen, at least ``HELD_OUT_CASES`` of them with their holes: where fewer 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..regions import extract, extract_mask, plan_regions
-from ..trajectory import Scene
 from ..training.photographs import HELD_OUT
+from ..trajectory import Scene
 from .pictures import CalibrationPictures, Photographs, draw_hole, square
 
 HELD_OUT_CASES = 16

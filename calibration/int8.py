@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import onnxruntime
 
 from .. import __version__
 from ..bundle import Bundle, write_bundle
-from ..errors import BundleError, QualityError, UsageError
+from ..errors import BundleError, UsageError
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.trt_rules import problems
 from ..files import atomic_directory
@@ -34,8 +33,9 @@ from .ranges import METHODS
 from .recipe import Recipe
 from .recording import Settings, record
 from .search import Sensitivity, choose_recipe, measure_sensitivity
-from .speed import DenoiserRuntime, compare_speed, fastest_device
-from .trials import Figures, Trials, mean_hole_psnr_db
+from .speed import advice, measure_speed
+from .trials import Trials
+from .verdict import block_table, gate_figures, missed
 
 RECIPE_FILE = "recipe.json"
 MIN_PSNR_DB = 30.0  # in the hole, of the worst held-out case
@@ -50,8 +50,8 @@ Note = Callable[[str], None]
 class Int8Options:
     """How to quantise; absent values are the bundle's or a search's.
 
-    ``data`` and ``masks`` as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is one of
-    ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; ``folder`` keeps what was recorded and measured.
+    ``data`` and ``masks`` as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is one
+    of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; ``folder`` keeps what was recorded and measured.
     """
 
     folder: Path
@@ -81,8 +81,8 @@ def quantise_bundle(
     ``progress(stage, fraction)`` as in ``export_bundle``; ``note`` is told what a user should know.
 
     Raises:
-        UsageError: an option or the pictures are unusable, or ``output`` may not be replaced; a recipe names blocks that
-            the model does not have; a range is zero or not finite.
+        UsageError: an option or the pictures are unusable, or ``output`` may not be replaced; a recipe names blocks
+            that the model does not have; a range is zero or not finite.
         MachineError: a package or a file is missing, or something cannot be written.
         BundleError: the reference is not in float32, or something it computes is not finite.
         QualityError: the gate was missed; nothing was saved.
@@ -130,13 +130,15 @@ def quantise_bundle(
             figures = trials.runtime(runtime, "gate, held-out pictures", _bar(progress))
         if min(f.hole_psnr_db for f in figures) < options.min_psnr_db:
             known = known or sensitivity(sorted(recipe.chosen))
-            raise _missed(figures, recipe, known, options)
-        card["int8"]["blocks"] = _table(quantiser, recipe, known)
-        card["int8"]["speed"] = _speed(reference, candidate, options.target, progress)
-        for text in _advice(card["int8"]):
+            raise missed(figures, recipe, known, options.min_psnr_db, options.folder / RECIPE_FILE)
+        card["int8"]["blocks"] = block_table(quantiser, recipe, known)
+        card["int8"]["cases"] = [{k: v for k, v in asdict(f).items() if k != "latent_rms_drift"} for f in figures]
+        card["int8"]["speed"] = measure_speed(reference, candidate, options.target, _bar(progress))
+        for text in advice(card["int8"]["speed"], options.target):
             note(text)
         progress("write bundle.json", None)
-        gate = _gate(figures, options.min_psnr_db, {"steps": steps, "guidance": settings.resolved(reference).guidance})
+        run = {"steps": steps, "guidance": settings.resolved(reference).guidance}
+        gate = gate_figures(figures, options.min_psnr_db, run)
         write_bundle(folder, gate=gate, **card)
     return Bundle.load(Path(output), verify=False)
 
@@ -196,111 +198,6 @@ def _check(file: Path, model: onnx.ModelProto, target: str) -> None:
         integer_kernels(file)
     elif wrong := problems(model):
         raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}: this is a bug, please report it")
-
-
-def _gate(figures: Sequence[Figures], floor: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """The worst case's figures, the mean in the hole, and every case's."""
-    worst = min(figures, key=lambda f: f.hole_psnr_db)
-    drift = [max(values) for values in zip(*(f.latent_rms_drift for f in figures), strict=True)]
-    return {
-        "hole_psnr_db": worst.hole_psnr_db,
-        "hole_ssim": min(f.hole_ssim for f in figures),
-        "mean_hole_psnr_db": mean_hole_psnr_db(figures),
-        "psnr_db": min(f.psnr_db for f in figures),
-        "ssim": min(f.ssim for f in figures),
-        "latent_rms_drift": drift,
-        "min_psnr_db": floor,
-        "cases": [{key: value for key, value in asdict(f).items() if key != "latent_rms_drift"} for f in figures],
-        "start": "image",
-        **settings,
-    }
-
-
-def _missed(
-    figures: Sequence[Figures], recipe: Recipe, sensitivity: Sensitivity, options: Int8Options
-) -> QualityError:
-    worst = min(figures, key=lambda f: f.hole_psnr_db)
-    blocks = sorted(recipe.chosen, key=sensitivity.best)[:3]
-    named = ", ".join(f"{block} ({sensitivity.best(block):.1f} dB alone)" for block in blocks)
-    return QualityError(
-        f"quality gate missed: in the hole of {worst.name} INT8 is {worst.hole_psnr_db:.2f} dB from float32, "
-        f"{options.min_psnr_db:g} dB is the floor (mean of {len(figures)} held-out cases "
-        f"{mean_hole_psnr_db(figures):.2f} dB); the blocks that cost most: {named}; nothing was saved: set them to false "
-        f"in {options.folder / RECIPE_FILE} and pass it with --int8-recipe, give more calibration pictures, or lower "
-        "--min-psnr"
-    )
-
-
-def _table(quantiser: Quantiser, recipe: Recipe, known: Sensitivity | None) -> list[dict[str, Any]]:
-    """Each block: PSNR alone (None where it was not measured), share of the multiplications, whether quantised."""
-    rows = []
-    for block in quantiser.blocks:
-        row: dict[str, Any] = {"name": block.name, "psnr_db": None, "share": round(quantiser.share(block), 5)}
-        if known is not None and block.name in known.plain:
-            row["psnr_db"] = known.plain[block.name]
-            if block.name in known.smoothed:
-                row["smoothed_psnr_db"] = known.smoothed[block.name]
-        row["quantised"] = block.name in recipe.chosen
-        if row["quantised"] and block.name in recipe.smoothed:
-            row["smoothed"] = True
-        rows.append(row)
-    return rows
-
-
-def _speed(reference: Bundle, candidate: Bundle, target: str, progress: Tell) -> dict[str, Any]:
-    """INT8 beside what one would run instead: FP16 on a GPU, float32 on a CPU."""
-    device = fastest_device(target)
-    rows = 1 if reference.distilled_guidance is not None else 2
-    with _alternative(reference, candidate.path.parent, device) as other:
-        with DenoiserRuntime(candidate, device) as quantised, DenoiserRuntime(other, device) as plain:
-            figures = compare_speed(quantised, plain, rows, lambda i, n: progress("speed beside INT8", i / n))
-            info = quantised.info
-    return {
-        "other": other.precision,
-        "device": device,
-        "runtime": f"onnxruntime {info['version']}",
-        "threads": info["threads"],
-        **figures,
-    }
-
-
-@contextmanager
-def _alternative(reference: Bundle, beside: Path, device: str) -> Iterator[Bundle]:
-    """The float32 bundle, or for a GPU one in FP16 that is gone afterwards."""
-    if device == "cpu":
-        yield reference
-        return
-    folder = beside / f".{reference.name}-fp16"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
-        for component in reference.components.values():
-            shutil.copyfile(reference.component_path(component.name), folder / component.file)
-        to_float16(folder / reference.components["denoiser"].file)
-        write_bundle(
-            folder,
-            **{key: getattr(reference, key) for key in ("name", "description", "licence", "model", "resolution")},
-            **{key: getattr(reference, key) for key in ("scaling_factor", "source", "tools", "defaults")},
-            distilled_guidance=reference.distilled_guidance,
-            precision="float16",
-            gate={},
-        )
-        yield Bundle.load(folder, verify=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _advice(int8: dict[str, Any]) -> list[str]:
-    """What the measured speed means for this machine."""
-    speed = int8["speed"]
-    other = {"float32": "fp32", "float16": "fp16"}[speed["other"]]
-    if speed["speedup"] > 1:
-        return []
-    said = f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
-    said += f"{speed['other_ms']:g} ms; use --precision {other} here"
-    if speed["device"] == "cpu" and int8["target"] == "tensorrt":
-        said += ", or --target cpu; this file is for TensorRT and GPUs, and must be measured there"
-    return [said]
 
 
 def _bar(progress: Tell) -> Callable[[str, int, int], None]:

@@ -96,7 +96,10 @@ def open_calibration(
                 wanted = PurePosixPath(pictures.name(i)).with_suffix(".png")
                 lacking = f"picture {pictures.name(i)} has no mask in {masks}: put {wanted} there"
                 raise UsageError(f"{lacking}, or name no masks, and holes are drawn")
-    return pictures, check_number(pictures)
+    notes = check_number(pictures)
+    if bare := sum(mask is None for mask in pictures.masks):
+        notes.append(f"{bare} of {len(pictures)} calibration pictures have no mask: holes are drawn for them")
+    return pictures, notes
 
 
 def check_number(pictures: CalibrationPictures) -> list[str]:

@@ -20,7 +20,7 @@ from .statistics import Statistics
 
 # Kinds of products that are no faster in INT8: docs/int8.md has the measurements on a CPU. A recipe may name them.
 SLOW = ("depthwise", "lambda")
-_WORTH = 0.001  # the least share of the multiplications that is worth a rounding
+_WORTH = 0.002  # the least share of the multiplications that is worth a rounding
 
 
 class Quantiser:

@@ -1,8 +1,8 @@
 """SmoothQuant in a graph: what a layer norm makes is divided by a factor a channel, what reads it multiplied by it.
 
-The factors are ``migration``'s. They go into the norm's gain and bias and into the weights of the products behind it, so
-nothing is computed that was not before and the float32 result stays the same but for rounding. A norm takes part where
-products with constant weights alone read it, directly or through nodes that only move data.
+The factors are ``migration``'s. They go into the norm's gain and bias and into the weights of the products behind it,
+so nothing is computed that was not before, and the float32 result stays the same but for rounding. A norm takes part
+where products with constant weights alone read it, directly or through nodes that only move data.
 """
 
 from __future__ import annotations

@@ -5,14 +5,18 @@ They take turns, so that a noisy machine slows both alike: the ratio is what cou
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle import Bundle, write_bundle
+from ..export.precision import to_float16
 from ..runtimes import Runtime
 from ..runtimes.base import batched
 from ..runtimes.ort import OrtRuntime
@@ -60,3 +64,58 @@ def compare_speed(quantised: Runtime, other: Runtime, rows: int, tell: Callable[
         tell(turn + 1, WARM_UPS + ROUNDS)
     fast, slow = (statistics.median(times) for times in taken)
     return {"int8_ms": round(fast, 2), "other_ms": round(slow, 2), "speedup": round(slow / fast, 3), "rows": rows}
+
+
+def measure_speed(
+    reference: Bundle, candidate: Bundle, target: str, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """INT8 beside what one would run instead, FP16 on a GPU and float32 on a CPU: ``compare_speed``, and on what."""
+    device = fastest_device(target)
+    rows = 1 if reference.distilled_guidance is not None else 2
+    with (
+        _alternative(reference, candidate.path.parent, device) as other,
+        DenoiserRuntime(candidate, device) as quantised,
+        DenoiserRuntime(other, device) as plain,
+    ):
+        figures = compare_speed(quantised, plain, rows, lambda i, n: progress("speed beside INT8", i, n))
+        info = quantised.info
+    where = {"device": device, "runtime": f"onnxruntime {info['version']}", "threads": info["threads"]}
+    return {"other": other.precision, **where, **figures}
+
+
+def advice(speed: dict[str, Any], target: str) -> list[str]:
+    """What a speed that was measured means for this machine; nothing where INT8 pays."""
+    if speed["speedup"] > 1:
+        return []
+    other = {"float32": "fp32", "float16": "fp16"}[speed["other"]]
+    said = f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
+    said += f"{speed['other_ms']:g} ms; use --precision {other} here"
+    if speed["device"] == "cpu" and target == "tensorrt":
+        said += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
+    return [said]
+
+
+@contextmanager
+def _alternative(reference: Bundle, beside: Path, device: str) -> Iterator[Bundle]:
+    """The float32 bundle, or for a GPU one in FP16 that is gone afterwards."""
+    if device == "cpu":
+        yield reference
+        return
+    folder = beside / f".{reference.name}-fp16"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        for component in reference.components.values():
+            shutil.copyfile(reference.component_path(component.name), folder / component.file)
+        to_float16(folder / reference.components["denoiser"].file)
+        write_bundle(
+            folder,
+            **{key: getattr(reference, key) for key in ("name", "description", "licence", "model", "resolution")},
+            **{key: getattr(reference, key) for key in ("scaling_factor", "source", "tools", "defaults")},
+            distilled_guidance=reference.distilled_guidance,
+            precision="float16",
+            gate={},
+        )
+        yield Bundle.load(folder, verify=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

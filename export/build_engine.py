@@ -17,12 +17,12 @@ from typing import Any
 from ..errors import BundleError, MoebiusError
 from ..files import atomic_write, sha256_file
 from ..machine import peak_memory_bytes
-from .trt_builder import Tell, TrtBuilder, check_types
+from .trt_builder import Tell, TrtBuilder, check_products, check_types
 
-# component, precision and the ONNX file (None for ``update``, which has none); the plan to write; what TensorRT is
-# told. All of them are given.
+# component, precision and the ONNX file (None for ``update``, which has none); the names of its quantised products;
+# the plan to write; what TensorRT is told. All of them are given.
 REQUEST = {
-    *("component", "precision", "onnx", "plan", "flavour", "gpu", "compute_capabilities", "profile"),
+    *("component", "precision", "onnx", "quantised", "plan", "flavour", "gpu", "compute_capabilities", "profile"),
     *("workspace_bytes", "opt_level", "timing_cache"),
 }
 
@@ -46,16 +46,22 @@ def build(request: dict[str, Any], tell: Tell) -> dict[str, Any]:
         network = builder.parse(Path(request["onnx"]))
     facts = builder.facts(network)
     check_types(facts, request["precision"], component)
+    check_products(facts, request["quantised"], component)
     plan = builder.build(network, request, tell)
     with atomic_write(request["plan"]) as temporary:
         temporary.write_bytes(plan)
     size = Path(request["plan"]).stat().st_size
+    quantised: dict[str, int | None] = {}
+    if request["quantised"]:
+        in_int8 = builder.products_in_int8(plan, request["quantised"], tell)
+        quantised = {"quantised_products": len(request["quantised"]), "products_in_int8": in_int8}
     return {
         "file": Path(request["plan"]).name,
         "sha256": sha256_file(request["plan"]),
         "bytes": size,
         "layers": facts["layers"],
         "tensors": facts["tensors"],
+        **quantised,
         "build_seconds": round(time.monotonic() - started, 1),
         "build_peak_memory_bytes": peak_memory_bytes(),
     }

@@ -99,10 +99,16 @@ def build_engines(
     ``progress(stage, fraction)`` as in ``export_bundle``. Nothing is left behind by an error or Ctrl-C.
 
     Raises:
+        UsageError: the bundle is INT8 for another target.
         BundleError: TensorRT cannot build the files.
         MachineError: memory or disk is short, or a build was killed.
     """
     tell = progress or _silent
+    if bundle.int8 is not None and bundle.int8["target"] != "tensorrt":
+        raise UsageError(
+            f"bundle {bundle.path} is INT8 for {bundle.int8['target']}, TensorRT cannot build it: export it again with "
+            "--precision int8 --target tensorrt"
+        )
     key = EngineKey(bundle.precision, target.flavour, target.version, target.gpu, target.compute_capabilities)
     folder = bundle.path / ENGINES_FOLDER / key.folder
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
@@ -128,6 +134,7 @@ def build_engines(
                 "component": name,
                 "precision": "float32" if ours else bundle.precision,
                 "onnx": None if ours else os.path.abspath(bundle.component_path(name)),
+                "quantised": bundle.int8["nodes"] if bundle.int8 and name == _DENOISER else [],
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": target.flavour,
                 "gpu": target.gpu,

@@ -18,6 +18,7 @@ from ..errors import BundleError, MachineError, MoebiusError
 from ..runtimes.flavours import FLAVOURS, load_package, make_logger, version_of
 from ..runtimes.update import update_component
 from .build_progress import Fraction, make_monitor
+from .engine_layers import engine_information, products_in_int8
 from .onnx_header import max_opset, opset_of
 from .timing_cache import read_timing_cache, write_timing_cache
 from .update_network import define_update
@@ -61,6 +62,15 @@ def check_types(facts: dict[str, Any], precision: str, component: str) -> None:
         raise BundleError(f"{component} has {strange[0]} tensors in a {precision} bundle: export the bundle again")
     if component == "denoiser" and needed not in facts["tensors"]:
         raise BundleError(f"{component} has no {needed} tensor in a {precision} bundle: export the bundle again")
+
+
+def check_products(facts: dict[str, Any], products: list[str], component: str) -> None:
+    """Raise ``BundleError`` unless the network's quantised products are ``products``, names of ONNX nodes."""
+    found, wanted = set(facts["quantised"]), set(products)
+    if lost := sorted(wanted - found):
+        raise BundleError(f"{component}: TensorRT does not see {lost[0]} as quantised: export the bundle again")
+    if more := sorted(found - wanted):
+        raise BundleError(f"{component}: {more[0]} is quantised, and bundle.json does not list it: export it again")
 
 
 class TrtBuilder:
@@ -166,6 +176,21 @@ class TrtBuilder:
             blob = bytes(config.get_timing_cache().serialize())
             write_timing_cache(Path(request["timing_cache"]), trt.__version__, request["gpu"], blob)
         return plan
+
+    def products_in_int8(self, plan: Any, products: list[str], tell: Tell) -> int | None:
+        """How many of the quantised products the engine computes in INT8; None where that cannot be read."""
+        if not self._flavour.needs_gpu:
+            return None  # TensorRT for RTX chooses its kernels when the engine is loaded
+        try:
+            found = products_in_int8(engine_information(self.package, self._logger, bytes(plan)), products)
+        except Exception as error:  # the engine is built and good; that its layers cannot be listed takes nothing away
+            tell("note", text=f"which products of the engine run in INT8 could not be read ({error})")
+            return None
+        if len(found) < len(products):
+            first = next(name for name in products if name not in found)
+            text = f"{self._title} computes {len(found)} of the {len(products)} quantised products in INT8, not {first}"
+            tell("note", text=f"{text}: measure it beside FP16")
+        return len(found)
 
     def _load_timing_cache(self, config: Any, request: dict[str, Any], tell: Tell) -> Any:
         if request["timing_cache"] is None or not self._flavour.needs_gpu:  # for RTX it has no effect

@@ -142,6 +142,7 @@ def _check(data: Any, folder: Path) -> None:
         if key not in data["defaults"]:
             raise _Problem(f"'defaults' lacks '{key}'")
     _check_guidance(version, data.get("distilled_guidance"), data["defaults"]["guidance"])
+    _check_int8(data.get("int8"), data["precision"])
     _check_files(data["files"], folder)
     _check_components(data["components"], resolution)
 
@@ -162,6 +163,15 @@ def _check_guidance(version: int, distilled: Any, default: Any) -> None:
         raise _Problem(f"'distilled_guidance' should be a number of more than 1 and is {distilled!r:.60}")
     if default != distilled:
         raise _Problem(f"'defaults' has the guidance {default!r:.60}, and {distilled} is distilled")
+
+
+def _check_int8(int8: Any, precision: str) -> None:
+    if int8 is None:
+        return
+    nodes = int8.get("nodes") if isinstance(int8, dict) else None
+    good = isinstance(nodes, list) and all(isinstance(node, str) for node in nodes)
+    if not good or not isinstance(int8.get("target"), str) or precision != "int8":
+        raise _Problem("'int8' should hold a 'target' and the names of 'nodes', in a bundle of precision int8")
 
 
 def _check_files(files: dict[str, Any], folder: Path) -> None:

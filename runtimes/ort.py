@@ -68,6 +68,8 @@ class OrtRuntime(Runtime):
         self._sessions: dict[str, Any] = {}
         self._bound: dict[str, BoundSession] = {}
         self._placements: dict[str, Placement] = {}
+        if bundle.int8 is not None and (device == "cpu") != (bundle.int8["target"] == "cpu"):
+            self.notes.append(_elsewhere(bundle.int8["target"], device))
         if device == "tensorrt" and (missing := engines_missing(bundle, self._ort.__version__)):
             folder = engine_folder(bundle, missing[0], self._ort.__version__).parent
             self.notes.append(f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {folder}")
@@ -180,3 +182,9 @@ class OrtRuntime(Runtime):
             f"{what} in onnxruntime {self._ort.__version__} ({reason}): run `pip install -U onnxruntime` "
             "or export the bundle again"
         )
+
+
+def _elsewhere(target: str, device: str) -> str:
+    """Where an INT8 file runs that was made for something else: its pairs stand where that something fuses them."""
+    right = "--target cpu, or fp32" if device == "cpu" else "--target tensorrt"
+    return f"this bundle is INT8 for {target}: on {device} it gives the same pictures slowly; export with {right}"

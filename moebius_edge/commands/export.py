@@ -210,6 +210,7 @@ def export(
         console.note(text)
     if as_json and job is None:
         facts = {"output": str(bundle.path), "distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
+        facts |= {} if bundle.int8 is None else {"int8": bundle.int8}
         console.print_json({**facts, "exit_code": 0})
     if not as_json:
         _print_bundle(bundle)
@@ -224,6 +225,23 @@ def _print_bundle(bundle: Bundle) -> None:
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
     if bundle.distilled_guidance is not None:
         print(f"  guidance {bundle.distilled_guidance:g} distilled, one call a step")
+    if bundle.int8 is not None:
+        _print_int8(bundle.int8)
     for name, value in bundle.gate.items():
         if isinstance(value, float):
             print(f"  {name} {value:.4g}")
+
+
+def _print_int8(int8: dict[str, Any]) -> None:
+    """What was quantised, what costs most, and the two speeds."""
+    from .inspect import describe_int8
+
+    speed = int8["speed"]
+    print(f"  {describe_int8(int8)}")
+    measured = [row for row in int8["blocks"] if row["quantised"] and row["psnr_db"] is not None]
+    for row in sorted(measured, key=lambda row: float(row["psnr_db"]))[:3]:
+        print(f"  costs most: {row['name']}, {row['psnr_db']:.1f} dB alone, {row['share']:.2%} of the multiplications")
+    print(
+        f"  a call on {speed['device']} ({speed['runtime']}): INT8 {speed['int8_ms']:g} ms, {speed['other']} "
+        f"{speed['other_ms']:g} ms, {speed['speedup']:.2f} times as fast"
+    )

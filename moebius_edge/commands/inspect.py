@@ -36,6 +36,8 @@ def inspect(
     _print_files(loaded, verify)
     _print_tensors(loaded)
     _print_engines(engines)
+    if loaded.int8 is not None:
+        _print_blocks(loaded.int8["blocks"])
 
 
 def _engines(bundle: Bundle, verify: bool) -> list[dict[str, Any]]:
@@ -69,6 +71,7 @@ def _print_facts(bundle: Bundle) -> None:
         "images": f"{pixels} pixels, latent {positions}",
         "precision": f"{bundle.precision}, {total} in {files}",
         "in float32": _islands(bundle.float32_islands),
+        "int8": "" if bundle.int8 is None else describe_int8(bundle.int8),
         "guidance": _guidance(bundle.distilled_guidance),
         "defaults": _pairs(bundle.defaults),
         "model": _pairs(bundle.model),
@@ -126,6 +129,28 @@ def _print_engines(engines: list[dict[str, Any]]) -> None:
     for row in engines:
         if ": " in row["state"]:
             print(f"{Path(row['path']).name} is {row['state']}")
+
+
+def describe_int8(int8: dict[str, Any]) -> str:
+    """What was quantised, and for what."""
+    return (
+        f"for {int8['target']}, {int8['quantised_products']} of {int8['products']} products, "
+        f"{int8['share_of_multiplications']:.1%} of the multiplications, "
+        f"the rest {int8['rest']}, ranges {int8['ranges']}"
+    )
+
+
+def _print_blocks(blocks: list[dict[str, Any]]) -> None:
+    """The quantised denoiser block by block: what it costs alone, and what it brings."""
+    right = ("alone, dB", "smoothed, dB", "multiplications")
+    table = console.table("block", *right, "quantised", right=right)
+    for row in blocks:
+        alone, smoothed = (row.get(key) for key in ("psnr_db", "smoothed_psnr_db"))
+        state = "no" if not row["quantised"] else "smoothed" if row.get("smoothed") else "yes"
+        table.add_row(row["name"], *("" if v is None else f"{v:.1f}" for v in (alone, smoothed)),
+                      f"{row['share']:.2%}", state)  # fmt: skip
+    print()
+    console.print_table(table)
 
 
 def _islands(islands: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from .ranges import METHODS
 from .recipe import Recipe
 from .recording import Settings, record
 from .search import Sensitivity, choose_recipe, measure_sensitivity
-from .speed import advice, measure_speed
+from .speed import advice, fastest_device, measure_speed
 from .trials import Trials
 from .verdict import block_table, gate_figures, missed
 
@@ -126,7 +126,8 @@ def quantise_bundle(
         write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
         candidate = Bundle.load(folder, verify=False)
         cases = make_cases(held_out, max(HELD_OUT_CASES, len(held_out)), reference.resolution, options.seed + 1)
-        with Trials(reference, cases, steps, options.guidance) as trials, OrtRuntime(candidate) as runtime:
+        device = fastest_device(options.target)
+        with Trials(reference, cases, steps, options.guidance) as trials, OrtRuntime(candidate, device) as runtime:
             figures = trials.runtime(runtime, "gate, held-out pictures", _bar(progress))
         if min(f.hole_psnr_db for f in figures) < options.min_psnr_db:
             known = known or sensitivity(sorted(recipe.chosen))
@@ -137,7 +138,7 @@ def quantise_bundle(
         for text in advice(card["int8"]["speed"], options.target):
             note(text)
         progress("write bundle.json", None)
-        run = {"steps": steps, "guidance": settings.resolved(reference).guidance}
+        run = {"steps": steps, "guidance": settings.resolved(reference).guidance, "device": device}
         gate = gate_figures(figures, options.min_psnr_db, run)
         write_bundle(folder, gate=gate, **card)
     return Bundle.load(Path(output), verify=False)

@@ -24,6 +24,7 @@ from .blocks import PRODUCTS, block_of, blocks, inlined
 from .inlining import drop_unused
 from .pairs import PairWriter, producers, source
 from .recipe import Recipe
+from .silu import fuse_silu
 
 # target -> the products that it computes in INT8
 TARGETS: dict[str, tuple[str, ...]] = {"tensorrt": PRODUCTS, "cpu": ("Conv", "MatMul")}
@@ -73,6 +74,8 @@ def quantise(model: ModelProto, recipe: Recipe, scales: Mapping[str, float], tar
     copy.graph.node.extend(writer.nodes)
     copy.graph.initializer.extend(writer.made.values())
     drop_unused(copy)
+    if target == "cpu":
+        fuse_silu(copy)
     onnx.checker.check_model(copy, full_check=True)
     return copy
 

@@ -45,12 +45,12 @@ def parse_line(line: str) -> Line:
             rails[name or old_name] = int(milliwatts or old) / 1000
     temperatures = {name: float(value) for name, value in _TEMPERATURE.findall(line) if float(value) > -256}
     gpu = _GPU.search(line)
-    clocks = [int(mhz) for mhz in gpu.group(2).split(",")] if gpu and gpu.group(2) else []
+    fastest = max(map(int, gpu.group(2).split(","))) if gpu and gpu.group(2) else 0  # 0: it is switched off
     return Line(
         rails=rails,
         temperatures_c=temperatures,
         gpu_load=int(gpu.group(1)) if gpu and gpu.group(1) else None,
-        gpu_mhz=float(max(clocks)) if clocks and max(clocks) else None,  # 0: it is switched off
+        gpu_mhz=float(fastest) if fastest else None,
     )
 
 

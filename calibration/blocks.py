@@ -55,16 +55,22 @@ def blocks(model: ModelProto) -> list[Block]:
 
 def infer_shapes(model: ModelProto, rows: int) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of an inlined model whose free batch is ``rows``; 0 for a size that is not known."""
+    return {name: shape for name, (shape, _) in infer_tensors(model, rows).items()}
+
+
+def infer_tensors(model: ModelProto, rows: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    """As ``infer_shapes``, each shape with the element type (``onnx.TensorProto.DataType``)."""
     copy = outline(model)
     for value in (*copy.graph.input, *copy.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
                 dimension.dim_value = rows
     graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    found = {t.name: (tuple(t.dims), t.data_type) for t in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
-        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    return shapes
+        kind = value.type.tensor_type
+        found[value.name] = (tuple(d.dim_value for d in kind.shape.dim), kind.elem_type)
+    return found
 
 
 def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto:

@@ -24,7 +24,6 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from moebius_edge.export.graphs import PlainDenoiser
 from moebius_edge.export.onnx_file import OPSET, write_onnx
@@ -42,6 +41,7 @@ from moebius_edge.manifest import resolved_components
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.model.lambdas import InteractiveLambda, LocalLambda
 from moebius_edge.model.layers import Upsample
+from moebius_edge.model.profile import multiplications
 from moebius_edge.model.student import MixFFN, SeparableConv
 from moebius_edge.spec import Component, Tensor
 
@@ -113,7 +113,7 @@ def whole(config: StudentConfig, options: argparse.Namespace, folder: Path) -> d
     print("exported, ONNX Runtime, share of the time by operator class:")
     for name, share in shares.most_common():
         print(f"  {name:<24} {share / total:6.1%}   {share / 1e6:8.3f} s")
-    counts = {n: multiplications(m, (sample, timestep, branch)) for n, m in (("plain", plain), ("exported", special))}
+    counts = {n: counted(m, (sample, timestep, branch)) for n, m in (("plain", plain), ("exported", special))}
     rate = 2 * counts["exported"] / statistics.median(ours)
     print(f"multiply-adds: {counts['plain'] / 1e9:.1f} G plain, {counts['exported'] / 1e9:.1f} G exported, "
           f"which run at {rate / peak:.0%} of the peak")  # fmt: skip
@@ -157,7 +157,7 @@ def rewrites(config: StudentConfig, options: argparse.Namespace, folder: Path) -
                 path = folder / f"{kind}.onnx"
                 feeds = export(module, inputs, path, config)
                 opened = session(path, options.threads)
-                counts[kind] = multiplications(module, inputs)
+                counts[kind] = counted(module, inputs)
                 moved[kind] = traffic(profile(path, options.threads, feeds, folder))
                 runs[f"{kind} torch"] = lambda m=module, i=inputs: m(*i)  # type: ignore[misc]
                 runs[f"{kind} ort"] = lambda s=opened, f=feeds: s.run(None, f)  # type: ignore[misc]
@@ -256,7 +256,7 @@ def traffic(kernels: list[dict[str, Any]]) -> int:
     return sum(int(event["args"].get(size, 0)) for event in kernels for size in sizes)
 
 
-def multiplications(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+def counted(module: nn.Module, inputs: tuple[Any, ...]) -> int:
     """Multiply-adds of convolutions and matrix products, as PyTorch counts them, and ours for our operators."""
 
     def local(q: Any, k: Any, v: Any, weight: Any, bias: Any, layout: Any, heads: int, tile: int, **_: Any) -> int:
@@ -269,9 +269,7 @@ def multiplications(module: nn.Module, inputs: tuple[Any, ...]) -> int:
         return 2 * q[0] * q[1] * q[2] * keys[-1] * (q[3] + values[-1])
 
     formulas = {torch.ops.moebius.local_lambda: local, torch.ops.moebius.interactive_lambda: interactive}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        module(*inputs)
-    return counter.get_total_flops() // 2
+    return multiplications(module, inputs, formulas)
 
 
 if __name__ == "__main__":

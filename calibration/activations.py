@@ -17,11 +17,10 @@ import onnx
 from onnx import helper
 
 from ..errors import BundleError
+from ..products import PRODUCTS, summed_axis
 from .blocks import infer_shapes, inlined
 from .quantise import rounded_outputs
 
-# Operator type -> the axis of its first input that the weight sums over, its channels.
-QUANTISABLE = {"Conv": 1, "ConvTranspose": 1, "MatMul": -1, "Gemm": -1}
 _OUTPUT_BYTES = 4  # of a value, whatever the file's precision: float32 or less
 
 
@@ -67,12 +66,12 @@ def find_activations(model: onnx.ModelProto, rows: int, target: str = "tensorrt"
     constant = constant_tensors(model.graph)
     axes: dict[str, set[int | None]] = {}
     for node in model.graph.node:
-        if node.op_type not in QUANTISABLE or node.domain:
+        if node.op_type not in PRODUCTS or node.domain:
             continue
         first, second = node.input[:2]
         weighted = first not in constant and second in constant
         if first not in constant:
-            axes.setdefault(first, set()).add(_channel_axis(node) if weighted else None)
+            axes.setdefault(first, set()).add(summed_axis(node) if weighted else None)
         if second not in constant:
             axes.setdefault(second, set()).add(None)
     products = {node.name for node in model.graph.node if node.op_type in QUANTISABLE}
@@ -89,11 +88,6 @@ def find_activations(model: onnx.ModelProto, rows: int, target: str = "tensorrt"
         for name in computed
         if name in axes
     ]
-
-
-def _channel_axis(node: onnx.NodeProto) -> int:
-    transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
-    return 0 if transposed else QUANTISABLE[node.op_type]
 
 
 def group(activations: list[Activation], limit_bytes: int) -> list[list[Activation]]:

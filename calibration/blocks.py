@@ -10,7 +10,6 @@ noted at every node, since the weights of linear layers lose theirs.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -18,9 +17,9 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from ..errors import BundleError
+from ..products import PRODUCTS, attribute, multiplications
 from .inlining import FUNCTION, inline, outline
 
-PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # where the multiplications are
 _BLOCK = re.compile(r"\w+_blocks\.\d+\.\w+\.\d+\.\w+|\w+")
 _ROOT = "network."
 
@@ -56,16 +55,22 @@ def blocks(model: ModelProto) -> list[Block]:
 
 def infer_shapes(model: ModelProto, rows: int) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of an inlined model whose free batch is ``rows``; 0 for a size that is not known."""
+    return {name: shape for name, (shape, _) in infer_tensors(model, rows).items()}
+
+
+def infer_tensors(model: ModelProto, rows: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    """As ``infer_shapes``, each shape with the element type (``onnx.TensorProto.DataType``)."""
     copy = outline(model)
     for value in (*copy.graph.input, *copy.graph.output):
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
                 dimension.dim_value = rows
     graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    found = {t.name: (tuple(t.dims), t.data_type) for t in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):
-        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    return shapes
+        kind = value.type.tensor_type
+        found[value.name] = (tuple(d.dim_value for d in kind.shape.dim), kind.elem_type)
+    return found
 
 
 def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto:
@@ -89,20 +94,11 @@ def block_of(node: NodeProto) -> str:
         )
     if node.domain or FUNCTION in noted:
         return f"{found[0]}.lambda"
-    return f"{found[0]}.depthwise" if _attribute(node, "group", 1) > 1 else found[0]
+    return f"{found[0]}.depthwise" if attribute(node, "group", 1) > 1 else found[0]
 
 
 def _multiplications(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Output elements times the products that each is a sum of."""
-    left, right, out = (shapes.get(name, ()) for name in (*node.input[:2], node.output[0]))
-    if not (left and right and out) or 0 in (*left, *right, *out):
+    count = multiplications(node, shapes)
+    if count is None:
         raise BundleError(f"the shapes of node {node.name!r} ({node.op_type}) are not known: export the bundle again")
-    if node.op_type == "Conv":
-        return math.prod(out) * math.prod(right[1:])
-    if node.op_type == "ConvTranspose":
-        return math.prod(left) * math.prod(right[1:])
-    return math.prod(out) * left[0 if _attribute(node, "transA", 0) else -1]
-
-
-def _attribute(node: NodeProto, name: str, default: int) -> int:
-    return next((a.i for a in node.attribute if a.name == name), default)
+    return count

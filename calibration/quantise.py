@@ -20,7 +20,8 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from ..errors import UsageError
-from .blocks import PRODUCTS, block_of, blocks, inlined
+from ..products import PRODUCTS
+from .blocks import block_of, blocks, inlined
 from .inlining import drop_unused
 from .pairs import PairWriter, producers, source
 from .recipe import Recipe

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from ..products import PRODUCTS  # TensorRT fuses each with the pairs before it
 from .onnx_header import max_opset
 
 OLDEST = (10, 3)
@@ -31,7 +32,6 @@ FORBIDDEN = {
     "QLinearMatMul": "quantisation is explicit: write QuantizeLinear and DequantizeLinear before MatMul",
 }
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
-_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what TensorRT fuses with the pairs before it
 _WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}
 
 
@@ -105,7 +105,7 @@ def _quantisation(model: ModelProto) -> Iterator[str]:
             dequantised[node.output[0]] = node
     for node in model.graph.node:
         title = f"node {node.name or node.output[0]!r} ({node.op_type})"
-        if node.op_type in _PRODUCTS:
+        if node.op_type in PRODUCTS:
             yield from _inputs(title, node, dequantised, constants)
         if node.op_type not in _QUANTISERS:
             continue
@@ -148,7 +148,7 @@ def _inputs(
 
 def _position(title: str, node: NodeProto, users: Iterable[NodeProto]) -> Iterator[str]:
     """QuantizeLinear is read by DequantizeLinear alone, and that by products alone."""
-    wanted = ("DequantizeLinear",) if node.op_type == "QuantizeLinear" else _PRODUCTS
+    wanted = ("DequantizeLinear",) if node.op_type == "QuantizeLinear" else PRODUCTS
     for user in users:
         if user.op_type not in wanted:
             yield (

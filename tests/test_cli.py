@@ -22,7 +22,7 @@ from moebius_edge.commands.run import Sampler, Start
 from moebius_edge.pipeline import STARTS
 from moebius_edge.scheduler import SCHEDULERS
 
-COMMANDS = ("run", "inspect", "compare", "doctor", "download", "export", "train")
+COMMANDS = ("run", "inspect", "compare", "profile", "doctor", "download", "export", "train")
 HEAVY = ("numpy", "cv2", "PIL", "torch", "onnxruntime", "onnx", "huggingface_hub", "rich.markdown")
 
 

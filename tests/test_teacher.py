@@ -142,8 +142,7 @@ def test_coarse_feature_is_the_first_up_blocks_output(channels):
     assert seen[0].shape == (1, channels[-1], size, size)
 
 
-def test_published_coarse_feature(monkeypatch):
-    monkeypatch.setattr(gla, "gated_linear_attention", lambda q, k, v, g: v)  # autocast knows no meta tensors
+def test_published_coarse_feature():
     with torch.device("meta"):
         teacher = build_teacher()
         out = teacher(torch.zeros(2, 9, 64, 64), torch.zeros(2), torch.zeros(2, 10, dtype=torch.int64))

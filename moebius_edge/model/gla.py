@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -44,7 +45,9 @@ def chunked_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = CHUNK) 
     types are computed in float32. Every exponential is of a sum of decays, never of its negative, so nothing
     overflows however fast it forgets.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    kind = q.device.type
+    # Meta tensors, on which arithmetic is counted, know no autocast.
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return _chunked_gla(q, k, v, g, chunk).to(v.dtype)
 
 

@@ -1,0 +1,68 @@
+"""Student and teacher counted at their published size; their steps timed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from moebius_edge.model import StudentConfig, TeacherConfig, build_student, build_teacher, profile
+from moebius_edge.model.gla import GatedLinearAttention
+
+
+def test_the_students_size_is_exact() -> None:
+    """The convolutions and linear layers alone are the paper's 0.154 T; the lambda operators' products are the rest."""
+    size = profile.measure_size("student")
+    assert (size.parameters, size.multiplications) == (226_041_531, 154_873_901_056)
+
+
+def test_the_teachers_size_is_exact() -> None:
+    size = profile.measure_size("teacher")
+    assert (size.parameters, size.multiplications) == (862_251_708, 338_993_807_360)
+
+
+def test_multiplications_counted_by_hand() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
+    assert profile.multiplications(module, (torch.zeros(2, 4, 8, 8),)) == 2 * (6 * 64 * 4 * 9 + 384 * 10)
+
+
+def test_gated_linear_attention_counts_on_meta_tensors() -> None:
+    """Its chunks are counted there as where they are computed."""
+    config = TeacherConfig(block_out_channels=(32, 64), num_heads=4, cross_attention_dim=48, prompt_embedding_dim=64)
+    counts = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            modules = build_teacher(config).modules()
+            attention = next(m for m in modules if isinstance(m, GatedLinearAttention))
+            counts.append(profile.multiplications(attention, (torch.zeros(2, 64, 32),)))
+    projections = 2 * 64 * (2 * 32 * 16 + 3 * 32 * 32 + 32 * 16 + 16 * 16)
+    assert counts[0] == counts[1] > projections
+
+
+def test_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(StudentConfig(), block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
+    made = []
+
+    def build() -> nn.Module:
+        made.append(build_student(small))
+        return made[0]
+
+    monkeypatch.setitem(profile.BUILDERS, "student", build)
+    threads, told, shapes = torch.get_num_threads(), [], []
+
+    def seen(done: int) -> None:
+        told.append(done)
+        made[0].register_forward_pre_hook(lambda m, inputs: shapes.append(inputs[0].shape))
+
+    seconds = profile.measure_step("student", 2, 2, 1, seen)
+    assert len(seconds) == 2 and all(s > 0 for s in seconds) and told == [0, 1, 2]
+    assert set(shapes) == {(2, 9, 64, 64)} and not made[0].training
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_the_published_student_takes_a_step() -> None:
+    (seconds,) = profile.measure_step("student", 2, 1, 1, lambda done: None)
+    assert 0.1 < seconds < 300

@@ -16,7 +16,7 @@ from .trajectory import Trajectory
 
 PEAK = 2.0  # images span [-1, 1]
 PSNR_CAP_DB = 200.0  # stands for equal images: infinity has no place in JSON
-_WINDOW, _SIGMA = 11, 1.5  # the window of Wang et al.
+SSIM_WINDOW, _SIGMA = 11, 1.5  # Wang et al.'s
 _C1, _C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 
@@ -55,8 +55,8 @@ def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     Raises:
         ValueError: the shapes differ, or a side is shorter than the window.
     """
-    if image.shape != reference.shape or min(image.shape[-2:]) < _WINDOW:
-        raise ValueError(f"SSIM needs two arrays of one shape, {_WINDOW} or more each way, got {image.shape}")
+    if image.shape != reference.shape or min(image.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs two arrays of one shape, {SSIM_WINDOW} or more each way, got {image.shape}")
     planes = [a.astype(np.float64).reshape(-1, *a.shape[-2:]) for a in (image, reference)]
     return float(np.mean([_plane_ssim(a, b) for a, b in zip(*planes, strict=True)]))
 
@@ -87,12 +87,12 @@ def _plane_ssim(a: np.ndarray, b: np.ndarray) -> float:
     covariance = _blurred(a * b) - mean_a * mean_b
     luminance = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
     structure = (2 * covariance + _C2) / (variance_a + variance_b + _C2)
-    edge = _WINDOW // 2
+    edge = SSIM_WINDOW // 2
     return float((luminance * structure)[edge:-edge, edge:-edge].mean())
 
 
 def _blurred(plane: np.ndarray) -> np.ndarray:
-    return np.asarray(cv2.GaussianBlur(plane, (_WINDOW, _WINDOW), _SIGMA))
+    return np.asarray(cv2.GaussianBlur(plane, (SSIM_WINDOW, SSIM_WINDOW), _SIGMA))
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

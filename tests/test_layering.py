@@ -24,6 +24,7 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 DEVICE_LAYERS = (
     {"errors", "spec"},
     {"files", "guidance", "jetson", "machine", "masks", "png_tiff"},
+    {"classical"},
     {"decoding", "manifest", "regions"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"runtimes"},
@@ -32,6 +33,7 @@ DEVICE_LAYERS = (
     {"pipeline"},
     {"trajectory"},
     {"fidelity"},
+    {"quality"},
     {"report"},
 )
 DEVICE = {name: rank for rank, layer in enumerate(DEVICE_LAYERS) for name in layer}

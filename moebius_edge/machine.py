@@ -90,6 +90,16 @@ def available_memory_bytes() -> int | None:
     return min(sizes, default=None)
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory, on this machine and in this container."""
+    count = 0
+    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with suppress(OSError, ValueError):
+            fields = dict(line.split(None, 1) for line in Path(path).read_text().splitlines() if " " in line)
+            count += int(fields.get("oom_kill", 0))
+    return count
+
+
 def package_version(*names: str) -> tuple[str, str] | None:
     """(name, version) of the first of these distributions that is installed."""
     for name in names:

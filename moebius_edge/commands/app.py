@@ -12,6 +12,7 @@ from .doctor import doctor
 from .download import download
 from .export import export
 from .inspect import inspect
+from .report import report
 from .run import run
 from .train import train
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: a third of the time to print, and it can be searched
 )
-for command in (run, inspect, compare, doctor, download, export, train):
+for command in (run, report, inspect, compare, doctor, download, export, train):
     app.command()(command)
 
 Abort = typer.Abort

@@ -49,7 +49,12 @@ _LEAVES: dict[str, Callable[[Any], bool]] = {
 TEXT, COUNT, NUMBER, FLAG, OBJECT, STATUS, KIND = _LEAVES
 
 _STAGE = {"count": COUNT} | dict.fromkeys(("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"), NUMBER)
-_FIDELITY = dict.fromkeys(("hole_psnr_db", "psnr_db", "hole_ssim", "ssim"), NUMBER) | {"images": COUNT}
+# SSIM needs a picture as large as its window, and a texture a hole with an inside.
+_FIDELITY = (
+    dict.fromkeys(("hole_psnr_db", "psnr_db"), NUMBER)
+    | dict.fromkeys(("hole_ssim", "ssim"), Maybe(NUMBER))
+    | {"images": COUNT}
+)
 
 _CONFIGURATION = {
     "id": TEXT,
@@ -120,13 +125,15 @@ _CONFIGURATION = {
         "against_truth": Maybe(
             {
                 **_FIDELITY,
-                "texture_ratio": NUMBER,
+                "texture_ratio": Maybe(NUMBER),
                 "lpips": Maybe(NUMBER),
                 "lpips_reason": Maybe(TEXT),
                 "fid": Maybe(NUMBER),
                 "fid_reason": Maybe(TEXT),
             }
         ),
+        "reference_reason": Maybe(TEXT),
+        "truth_reason": Maybe(TEXT),
     },
     "pictures": Named(TEXT),
 }

@@ -50,6 +50,7 @@ WORKSTATION: dict[str, set[str]] = {
 # simulate what calibration has found.
 CALIBRATION_SHARES = {f"training.{name}" for name in ("masks", "photographs", "pictures", "sources")}
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
+TORCH_REFERENCE = "report.pytorch"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch
 
 FRAMEWORKS = {"diffusers", "fla", "onnx", "onnxscript", "safetensors", "skimage", "torch", "torchvision"}
@@ -141,6 +142,8 @@ def may_import(importer: str, target: str) -> bool:
     a, b = top(importer), top(target)
     if a in COMMAND_LINE or b == "" or (a == b and a != ""):
         return True  # the command line; the version number; a sub-package's own modules
+    if importer == TORCH_REFERENCE and b == "export":
+        return True
     if a in DEVICE:
         return b in DEVICE and DEVICE[b] < DEVICE[a]
     return b in WORKSTATION.get(a, set())

@@ -79,7 +79,7 @@ def report(
     limits = {"max_latency_ms": max_latency_ms, "min_psnr_db": min_psnr, "max_memory_bytes": _bytes(max_memory)}
     if bundles[0] == MERGE:
         return _merge(bundles[1:], output, limits, force, as_json)
-    axes = {
+    axes: dict[str, Any] = {
         "runtimes": _several("runtime", runtime, str),
         "devices": _several("device", device, str),
         "steps": _several("steps", steps, int),

@@ -139,17 +139,19 @@ def baseline_rows(names: Sequence[str], bundles: Sequence[Bundle], choices: Choi
 def with_references(rows: Sequence[Configuration], reference: Bundle | str | None) -> list[Configuration]:
     """``rows`` with what each one's accuracy is measured against.
 
-    That is the first row of the reference with the same settings and resolution. ``reference`` is a bundle, ``torch``,
-    or None: then it is the float32 bundle made from the same checkpoint, else the first float32 bundle.
+    That is the first row of the reference with the same settings and resolution, on the CPU if it is there, where
+    float32 means just that. ``reference`` is a bundle, ``torch``, or None: then it is the float32 bundle made from the
+    same checkpoint, else the first float32 bundle.
     """
+    on_cpu_first = sorted(rows, key=lambda r: r.runtime["device"] != "cpu")
 
     def candidates(row: Configuration) -> Iterator[Configuration]:
         if reference == TORCH:
-            yield from (r for r in rows if r.kind == TORCH)
+            yield from (r for r in on_cpu_first if r.kind == TORCH)
         elif isinstance(reference, Bundle):
-            yield from (r for r in rows if r.kind == "bundle" and r.depends == _depends(reference))
+            yield from (r for r in on_cpu_first if r.kind == "bundle" and r.source["bundle"] == str(reference.path))
         else:
-            full = [r for r in rows if r.kind == "bundle" and r.bundle and r.bundle["precision"] == FLOAT32]
+            full = [r for r in on_cpu_first if r.kind == "bundle" and r.bundle and r.bundle["precision"] == FLOAT32]
             yield from (r for r in full if r.source["origin"] == row.source["origin"])
             yield from full
 

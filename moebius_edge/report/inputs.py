@@ -41,7 +41,8 @@ class Input:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Input:
-        return cls(**{key: None if path is None else Path(path) for key, path in values.items()})
+        truth = values["truth"]
+        return cls(Path(values["image"]), Path(values["mask"]), None if truth is None else Path(truth))
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,7 +90,7 @@ class _Network:
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
         self._configuration = configuration
-        self._settings = {key: configuration["settings"][key] for key in _PASSED}
+        self._settings: dict[str, Any] = {key: configuration["settings"][key] for key in _PASSED}
         self._inpainter: Inpainter | None = None
 
     def __enter__(self) -> _Network:
@@ -111,8 +111,10 @@ class _Network:
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         assert self._inpainter is not None
-        watch = {} if trace is None else {"on_step": trace.on_step, "on_region": trace.on_region}
-        result = self._inpainter.inpaint(loaded.picture, loaded.hole, timer=timer, **watch, **self._settings)
+        on_step, on_region = (None, None) if trace is None else (trace.on_step, trace.on_region)
+        result = self._inpainter.inpaint(
+            loaded.picture, loaded.hole, on_step=on_step, on_region=on_region, timer=timer, **self._settings
+        )
         return rgb8(result.picture)
 
     def runtime(self) -> dict[str, Any]:

@@ -82,6 +82,15 @@ def test_all_figures_of_a_fill() -> None:
     assert small["ssim"] is small["hole_ssim"] is None and small["hole_psnr_db"] > 0
 
 
+def test_a_shade_brighter_is_nearly_the_same_whatever_the_grey() -> None:
+    """SSIM on [-1, 1] would call it another picture where the grey is near 0."""
+    mask = square()
+    for level in (60, 127, 200):
+        image = (noise().astype(int) - 128 + level).clip(0, 245).astype(np.uint8)
+        brighter = np.where(mask[..., None], image + 10, image).astype(np.uint8)
+        assert fill_figures(planes(brighter), planes(image), mask)["hole_ssim"] > 0.9
+
+
 def test_planes_span_minus_one_to_one() -> None:
     values = planes(np.array([[[0, 51, 255]]], np.uint8))
     np.testing.assert_allclose(values[:, 0, 0], [-1, -0.6, 1], atol=1e-6)

@@ -58,7 +58,7 @@ def _follow(process: subprocess.Popen[str], on_progress: Callable[[str, int, int
     for line in process.stdout:
         try:
             what, done, total = json.loads(line)
-        except ValueError:  # a library that prints
+        except (ValueError, TypeError):  # a library that prints
             continue
         on_progress(what, done, total)
     process.wait()

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from moebius_edge.bundle import Bundle
-from moebius_edge.report.configurations import Choices, Configuration, grid, with_references
+from moebius_edge.report.configurations import Choices, Configuration, grid
 from moebius_edge.report.inputs import Input
+from moebius_edge.report.references import with_references
 
 
 def write_inputs(folder: Path, *names: str, size: tuple[int, int] = (96, 80)) -> list[Input]:

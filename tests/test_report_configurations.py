@@ -11,8 +11,10 @@ from toy import make_toy_bundle
 
 from moebius_edge.bundle import Bundle
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.report.configurations import Choices, baseline_rows, grid, with_references
+from moebius_edge.report.baseline_rows import baseline_rows
+from moebius_edge.report.configurations import Choices, grid
 from moebius_edge.report.configurations import Configuration as Row
+from moebius_edge.report.references import with_references
 
 
 def changed(folder: Path, **values: Any) -> Bundle:

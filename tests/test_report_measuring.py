@@ -13,8 +13,9 @@ from toy import make_toy_bundle
 
 from moebius_edge.errors import BundleError, MachineError, QualityError, UsageError
 from moebius_edge.report import inputs as inputs_module
-from moebius_edge.report import measuring
-from moebius_edge.report.configurations import Choices, baseline_rows
+from moebius_edge.report import measuring, subjects
+from moebius_edge.report.baseline_rows import baseline_rows
+from moebius_edge.report.configurations import Choices
 from moebius_edge.report.inputs import Loader
 from moebius_edge.report.measuring import measure
 from moebius_edge.report.worker import attempt
@@ -57,7 +58,7 @@ def test_the_first_call_is_the_processes(toy: Path, tmp_path: Path, monkeypatch:
             timer.add("total", 100.0 if len(calls) == 1 else 1.0)
         return inputs_module.rgb8(loaded.picture)
 
-    monkeypatch.setattr(measuring._Network, "fill", fill)
+    monkeypatch.setattr(subjects.Network, "fill", fill)
     (row,) = rows(toy)
     figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path, "a"), runs=4, warmup=1), quiet)
     total = figures["latency"]["stages"]["total"]

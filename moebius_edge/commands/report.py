@@ -153,7 +153,9 @@ def _configurations(
     names: Sequence[str], choices: Choices, baselines: Sequence[str], reference: str
 ) -> list[Configuration]:
     from ..bundle import Bundle
-    from ..report.configurations import TORCH, baseline_rows, grid, with_references
+    from ..report.baseline_rows import baseline_rows
+    from ..report.configurations import TORCH, grid
+    from ..report.references import with_references
 
     bundles = [Bundle.load(name, verify=False) for name in names]  # each process verifies its own
     against: Bundle | str | None = reference or None

@@ -20,9 +20,11 @@ from ..files import sha256_file
 from ..machine import machine_info, package_version
 from .configurations import Configuration
 from .inputs import Input, describe_inputs
+from .instruments import measures_peaks, no_peaks
 from .kept import Kept, digest
-from .measuring import Progress, machine_peaks, trace_name
+from .measuring import Progress, trace_name
 from .results import PICTURES_FOLDER, RESULTS_FILE, Results, load
+from .rows import machine_label, row
 from .schema import SCHEMA_VERSION
 from .supervise import Outcome, supervise
 
@@ -56,20 +58,43 @@ def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) ->
     kept = Kept(folder)
     inputs = _inputs(plan.inputs, folder, kept)
     info = machine_info()
-    machine: dict[str, Any] = {"label": _label(info), "info": info, "peaks": None}
-    identity = re.sub(r"[^a-z0-9]+", "-", machine["label"].lower()).strip("-")
-    conditions = {"machine": info, "inputs": inputs, "runs": plan.runs, "warmup": plan.warmup}
-    conditions |= {"sustained": plan.sustained_minutes, "version": __version__}
-    conditions["packages"] = [package_version(name) for name in _PACKAGES]
+    identity = re.sub(r"[^a-z0-9]+", "-", machine_label(info).lower()).strip("-")
+    here = {"machine": info, "version": __version__, "packages": [package_version(name) for name in _PACKAGES]}
+    outcomes = _outcomes(plan, folder, kept, {**here, "inputs": inputs}, on_progress)
+    peaks = _peaks(plan, outcomes, kept, here, on_progress)
+    references = [c.id for c in plan.configurations if c.reference == c.id]
+    rows = [row(c, identity, outcomes[c.id], peaks.get(_place(c, outcomes[c.id]))) for c in plan.configurations]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+        "machines": {identity: {"label": machine_label(info), "info": info, "peaks": next(iter(peaks.values()), None)}},
+        "inputs": inputs,
+        "conditions": {
+            "seed": plan.seed,
+            "warmup": plan.warmup,
+            "runs": plan.runs,
+            "reference": references[0] if references else None,
+        },
+        "limits": {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": None, **plan.limits},
+        "configurations": rows,
+    }
+
+
+def _outcomes(
+    plan: Plan, folder: Path, kept: Kept, conditions: Mapping[str, Any], on_progress: Callable[[str], Progress]
+) -> dict[str, Outcome]:
+    """By configuration: what is kept, and the rest measured."""
     by_id = {c.id: c for c in plan.configurations}
-    keys = {c.id: _key(c, by_id, conditions) for c in plan.configurations}
+    passes = {"runs": plan.runs, "warmup": plan.warmup, "sustained": plan.sustained_minutes}
+    keys = {c.id: _key(c, by_id, {**conditions, **passes}) for c in plan.configurations}
     outcomes = {c.id: found for c in plan.configurations if (found := _found(kept, c.id, keys[c.id], folder))}
     dependents = [c for c in plan.configurations if c.reference not in (None, c.id) and c.problem is None]
     wanted = {c.reference for c in dependents if c.id not in outcomes}
     order = sorted(plan.configurations, key=lambda c: c.reference != c.id)  # references first, else as given
     for number, configuration in enumerate(order, start=1):
         name = configuration.id
-        traced = all((kept.traces(name) / trace_name(n)).is_file() for n in range(len(inputs)))
+        traced = all((kept.traces(name) / trace_name(n)).is_file() for n in range(len(plan.inputs)))
         if name in outcomes and (traced or name not in wanted):
             continue
         progress = on_progress(f"[{number}/{len(order)}] {name}")
@@ -79,25 +104,40 @@ def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) ->
             kept.put(name, keys[name], outcomes[name])
     if all(outcomes[c.id]["status"] == "ok" for c in dependents):
         kept.drop_traces()
+    return outcomes
+
+
+def _place(configuration: Configuration, outcome: Outcome) -> tuple[str, str, str]:
+    """What a peak belongs to: runtime, device and precision; empty where there is none."""
+    if configuration.kind != "bundle" or outcome["status"] != "ok" or configuration.bundle is None:
+        return "", "", ""
+    return outcome["runtime"]["name"], outcome["runtime"]["device"], configuration.bundle["precision"]
+
+
+def _peaks(
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    kept: Kept,
+    conditions: Mapping[str, Any],
+    on_progress: Callable[[str], Progress],
+) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The machine's peak for every runtime, device and precision that was measured, each in a process of its own."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for configuration in plan.configurations:
-        if machine["peaks"] is None and configuration.kind == "bundle":
-            machine["peaks"] = machine_peaks(configuration.runtime["device"])
-    references = [c.id for c in plan.configurations if c.reference == c.id]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
-        "machines": {identity: machine},
-        "inputs": inputs,
-        "conditions": {
-            "seed": plan.seed,
-            "warmup": plan.warmup,
-            "runs": plan.runs,
-            "reference": references[0] if references else None,
-        },
-        "limits": {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": None, **plan.limits},
-        "configurations": [_row(c, identity, outcomes[c.id]) for c in plan.configurations],
-    }
+        outcome = outcomes[configuration.id]
+        place = _place(configuration, outcome)
+        if place in found or not any(place) or not measures_peaks():
+            continue
+        spec = {"runtime": outcome["runtime"], "precision": place[2]}
+        name, key = f"peak_{'-'.join(place)}", digest([conditions, spec])
+        figures = kept.get(name, key)
+        if figures is None:
+            measured = supervise(spec, on_progress(f"peak of {place[0]} on {place[1]} in {place[2]}"))
+            figures = measured.get("peaks") or no_peaks(measured["reason"])
+            if measured["status"] == "ok":
+                kept.put(name, key, figures)
+        found[place] = figures
+    return found
 
 
 def _found(kept: Kept, name: str, key: str, folder: Path) -> Outcome | None:
@@ -159,32 +199,6 @@ def _measured(
     return {**outcome, "reference_reason": reason}
 
 
-def _row(configuration: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
-    """An outcome as a row of ``results.json``."""
-    ok = outcome["status"] == "ok"
-    bundle = configuration.bundle and {**configuration.bundle, "engine_bytes": outcome.get("engine_bytes")}
-    accuracy = outcome.get("accuracy") or {"against_reference": None, "against_truth": None}
-    unmeasured = None if ok else "it was not measured"
-    return {
-        "id": configuration.id,
-        "label": configuration.label,
-        "machine": machine,
-        "kind": configuration.kind,
-        "bundle": bundle,
-        "runtime": outcome.get("runtime") or configuration.runtime,
-        "settings": configuration.settings,
-        "status": outcome["status"],
-        "reason": outcome["reason"],
-        **{key: outcome.get(key) for key in ("latency", "sustained", "memory", "work", "energy")},
-        "accuracy": {
-            **accuracy,
-            "reference_reason": None if accuracy["against_reference"] else unmeasured or outcome["reference_reason"],
-            "truth_reason": None if accuracy["against_truth"] else unmeasured or "no true pictures were given: --truth",
-        },
-        "pictures": outcome.get("pictures", {}),
-    }
-
-
 def _key(configuration: Configuration, by_id: Mapping[str, Configuration], conditions: Mapping[str, Any]) -> str:
     """Of everything the figures depend on, and no path: a bundle that was moved is the same."""
     reference = configuration.reference
@@ -194,11 +208,3 @@ def _key(configuration: Configuration, by_id: Mapping[str, Configuration], condi
 
     against = None if reference is None else facts(by_id[reference])
     return digest({**facts(configuration), "reference": against, "conditions": conditions})
-
-
-def _label(info: Mapping[str, Any]) -> str:
-    """The board's or the processor's name, the cores, and the GPU."""
-    name = info["board"] or info["cpu"]["model"] or info["architecture"]
-    cores = info["cpu"]["cores_available"]
-    gpus = [gpu["name"] for gpu in info["gpus"]]
-    return ", ".join([" ".join(str(name).split()), f"{cores} core" + ("s" if cores != 1 else ""), *gpus])

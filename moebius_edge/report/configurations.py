@@ -1,4 +1,4 @@
-"""What is to be measured: every bundle with every runtime, step count and setting, and the baselines.
+"""What is to be measured: every bundle with every runtime, step count and setting.
 
 A configuration is data: it can be written down, compared, and handed to another process. One that cannot be run here
 says so, and becomes a row with that reason.
@@ -11,19 +11,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from ..bundle import ASSETS, Bundle
+from ..bundle import Bundle
 from ..errors import MachineError, UsageError
-from ..files import sha256_file
 from ..guidance import choose_guidance
 from ..pipeline import STARTS, STRENGTH
 from ..runtimes import AUTO, RUNTIMES
 from ..runtimes.auto import CANDIDATES, select
 from ..scheduler import SCHEDULERS
-from ..toml import read_toml
-from .baselines import CLASSICAL, read_description
 
 FLOAT32 = "float32"
 TORCH = "torch"
@@ -104,7 +100,7 @@ def grid(bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
     for bundle, name in zip(bundles, _names(bundles), strict=True):
         for runtime, device, missing in _places(bundle, choices):
             for settings in choices.settings(bundle):
-                made = _configuration(bundle, name, runtime, device, settings)
+                made = configuration(bundle, name, runtime, device, settings)
                 if missing and made.problem is None:
                     made = replace(made, problem=("missing", missing))
                 found.setdefault(made.id, made)
@@ -114,61 +110,7 @@ def grid(bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
     return rows
 
 
-def baseline_rows(names: Sequence[str], bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
-    """The rows of ``--baseline``: a classical method, ``torch``, or a TOML file of an ONNX model or of a checkpoint.
-
-    Raises:
-        UsageError: a name that is none of them, or a file that describes neither. MachineError: a file is missing.
-    """
-    rows: list[Configuration] = []
-    for name in names:
-        if name in CLASSICAL:
-            runtime = {"name": "opencv", "version": None, "device": "cpu"}
-            rows.append(Configuration(name, CLASSICAL[name][0], "baseline", {"method": name}, runtime))
-        elif name == TORCH:
-            rows += _torch_rows(bundles, choices, {})
-        elif name.endswith(".toml"):
-            values = read_toml(Path(name))
-            rows += _torch_rows(bundles, choices, values, Path(name)) if "checkpoint" in values else [_described(name)]
-        else:
-            known = ", ".join((*CLASSICAL, TORCH))
-            raise UsageError(f"unknown baseline {name!r}: choose one of {known}, or name a .toml file")
-    return rows
-
-
-def with_references(rows: Sequence[Configuration], reference: Bundle | str | None) -> list[Configuration]:
-    """``rows`` with what each one's accuracy is measured against.
-
-    That is the first row of the reference with the same settings and resolution, on the CPU if it is there, where
-    float32 means just that. ``reference`` is a bundle, ``torch``, or None: then it is the float32 bundle made from the
-    same checkpoint, else the first float32 bundle.
-    """
-    on_cpu_first = sorted(rows, key=lambda r: r.runtime["device"] != "cpu")
-
-    def candidates(row: Configuration) -> Iterator[Configuration]:
-        if reference == TORCH:
-            yield from (r for r in on_cpu_first if r.kind == TORCH)
-        elif isinstance(reference, Bundle):
-            yield from (r for r in on_cpu_first if r.kind == "bundle" and r.source["bundle"] == str(reference.path))
-        else:
-            full = [r for r in on_cpu_first if r.kind == "bundle" and r.bundle and r.bundle["precision"] == FLOAT32]
-            yield from (r for r in full if r.source["origin"] == row.source["origin"])
-            yield from full
-
-    def alike(a: Configuration, b: Configuration) -> bool:
-        assert a.bundle and b.bundle and a.settings and b.settings
-        keys = ("start", "steps", "guidance", "strength", "scheduler", "seed")
-        same = all(a.settings[key] == b.settings[key] for key in keys)
-        return same and a.bundle["resolution"] == b.bundle["resolution"] and b.problem is None
-
-    made = []
-    for row in rows:
-        found = None if row.settings is None else next((c for c in candidates(row) if alike(row, c)), None)
-        made.append(replace(row, reference=found.id if found else None))
-    return made
-
-
-def _configuration(
+def configuration(
     bundle: Bundle, name: str, runtime: str, device: str, settings: Mapping[str, Any], kind: str = "bundle"
 ) -> Configuration:
     start, steps, scheduler = settings["start"], settings["steps"], settings["scheduler"]
@@ -193,7 +135,7 @@ def _configuration(
     title = name.replace(f"-{bundle.precision}", "", 1)
     distilled = " (distilled)" if bundle.distilled_guidance is not None else ""
     return Configuration(
-        id=_slug(f"{name}_{runtime}-{device}_{scheduler}-{steps}_g{guidance}_{start}"),
+        id=slug(f"{name}_{runtime}-{device}_{scheduler}-{steps}_g{guidance}_{start}"),
         label=(
             f"{title} {bundle.precision}, {_TITLES[runtime]} {device.upper()}, {steps} steps {scheduler.upper()}, "
             f"guidance {guidance}{distilled}, start {start}"
@@ -245,55 +187,10 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
     ]
 
 
-def _torch_rows(
-    bundles: Sequence[Bundle], choices: Choices, files: Mapping[str, Any], description: Path | None = None
-) -> list[Configuration]:
-    """PyTorch on the checkpoint that a bundle was made from, once for each checkpoint."""
-    rows: dict[str, Configuration] = {}
-    shown = description or "--baseline torch"
-    folder = Path() if description is None else description.parent
-    paths = {key: folder / value for key, value in files.items() if key in ("checkpoint", "vae")}
-    if description is not None and set(paths) != set(files) | {"vae"}:
-        raise UsageError(f"{description} should hold checkpoint and vae, the files of a PyTorch model, and no more")
-    for bundle in sorted(bundles, key=lambda b: b.precision != FLOAT32):  # of one checkpoint's, the float32 bundle
-        recorded = bundle.source.get("checkpoint", {}).get("sha256") if isinstance(bundle.source, dict) else None
-        source = dict(paths) or _own_checkpoint(bundle)
-        if not source or not source["checkpoint"].is_file() or sha256_file(source["checkpoint"]) != recorded:
-            continue
-        for settings in choices.settings(bundle):
-            made = _configuration(bundle, f"{TORCH}-{bundle.name}", TORCH, "cpu", settings, kind=TORCH)
-            label = made.label.replace(f"{TORCH}-", "", 1)
-            made = replace(made, label=label, source={**made.source, **{k: str(v) for k, v in source.items()}})
-            rows.setdefault(made.id, made)
-    if not rows:
-        raise UsageError(
-            f"{shown}: no bundle here was made from that checkpoint: name the checkpoint and its vae in a .toml file"
-        )
-    return list(rows.values())
-
-
-def _own_checkpoint(bundle: Bundle) -> dict[str, Path]:
-    """Of a model that comes with the package."""
-    folder = bundle.path / "checkpoint"
-    return {"checkpoint": folder / "student.safetensors", "vae": folder / "vae"} if ASSETS in folder.parents else {}
-
-
-def _described(name: str) -> Configuration:
-    description = read_description(Path(name))
-    return Configuration(
-        id=_slug(description.title),
-        label=description.title,
-        kind="baseline",
-        source={"description": str(Path(name).resolve())},
-        runtime={"name": "onnxruntime", "version": None, "device": description.device},
-        depends={"model": sha256_file(description.model), "description": sha256_file(Path(name))},
-    )
-
-
 def _depends(bundle: Bundle) -> dict[str, str]:
     return {name: record["sha256"] for name, record in bundle.files.items()}
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """A name that is good for a file and an address."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")

@@ -6,46 +6,22 @@ nor the peak memory hold any of it.
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from ..bundle import ENGINES_FOLDER, Bundle
 from ..latency import StageTimer
 from ..machine import peak_memory_bytes
-from ..pipeline import Inpainter
 from .accuracy import AgainstReference, AgainstTruth, Trace
-from .baselines import Baseline, open_baseline
-from .inputs import Input, Loaded, Loader, rgb8, write_shown
+from .inputs import Input, Loader, write_shown
+from .instruments import energy_figures, open_meter
+from .subjects import Subject, open_subject
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
-_PASSED = ("start", "steps", "guidance", "strength", "scheduler", "seed")  # of the settings, to ``Inpainter.inpaint``
 _MINUTE_S = 60.0
-
-
-class Subject(Protocol):
-    """What is measured; loading happens on entering."""
-
-    def __enter__(self) -> Subject: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
-    def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
-        """The picture with its hole filled, uint8 RGB."""
-        ...
-
-    def runtime(self) -> dict[str, Any]: ...
-
-    def engine_bytes(self) -> int | None: ...
 
 
 def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -76,93 +52,7 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             "sustained": _sustained(subject, loader, timer, spec["sustained_minutes"], progress),
             "engine_bytes": subject.engine_bytes(),
         }
-        figures |= _look(subject, loader, spec, progress)
-    return {**figures, "work": work_figures(configuration, figures, spec)}
-
-
-def open_subject(configuration: Mapping[str, Any]) -> Subject:
-    """Not loaded yet: entering it does that."""
-    return _Filler(configuration) if configuration["kind"] == "baseline" else _Network(configuration)
-
-
-class _Network:
-    """A bundle on a runtime, or the checkpoint it was made from in PyTorch."""
-
-    def __init__(self, configuration: Mapping[str, Any]) -> None:
-        self._configuration = configuration
-        self._settings: dict[str, Any] = {key: configuration["settings"][key] for key in _PASSED}
-        self._inpainter: Inpainter | None = None
-
-    def __enter__(self) -> _Network:
-        source, wanted = self._configuration["source"], self._configuration["runtime"]
-        bundle = Bundle.load(Path(source["bundle"]))
-        if self._configuration["kind"] == "torch":
-            from .pytorch import open_checkpoint
-
-            runtime = open_checkpoint(Path(source["checkpoint"]), Path(source["vae"]), bundle)
-            self._inpainter = Inpainter(bundle, runtime).__enter__()
-        else:
-            self._inpainter = Inpainter(bundle, wanted["name"], wanted["device"]).__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._inpainter is not None:
-            self._inpainter.close()
-
-    def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
-        assert self._inpainter is not None
-        on_step, on_region = (None, None) if trace is None else (trace.on_step, trace.on_region)
-        result = self._inpainter.inpaint(
-            loaded.picture, loaded.hole, on_step=on_step, on_region=on_region, timer=timer, **self._settings
-        )
-        return rgb8(result.picture)
-
-    def runtime(self) -> dict[str, Any]:
-        assert self._inpainter is not None
-        return self._inpainter.runtime.report()
-
-    def engine_bytes(self) -> int | None:
-        """Of TensorRT's plans, whose folder the runtime names; ONNX Runtime's cache is found by its own name."""
-        assert self._inpainter is not None
-        runtime, bundle = self._inpainter.runtime.info, self._inpainter.bundle
-        folders = []
-        if runtime["name"].startswith("tensorrt"):
-            folders = [bundle.path / ENGINES_FOLDER / runtime["provider"]]
-        elif runtime["device"] == "tensorrt":
-            from ..runtimes.providers import engine_folder
-
-            folders = [engine_folder(bundle, name, runtime["version"]) for name in bundle.components]
-        files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".plan", ".engine")]
-        return sum(path.stat().st_size for path in files) if files else None
-
-
-class _Filler:
-    """A baseline: one stage, the whole."""
-
-    def __init__(self, configuration: Mapping[str, Any]) -> None:
-        self._source = configuration["source"]
-        self._baseline: Baseline | None = None
-
-    def __enter__(self) -> _Filler:
-        self._baseline = open_baseline(self._source)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._baseline = None
-
-    def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
-        assert self._baseline is not None
-        image = rgb8(loaded.picture)
-        measured: AbstractContextManager[None] = nullcontext() if timer is None else timer.measure("total")
-        with measured:
-            return self._baseline.fill(image, loaded.hole)
-
-    def runtime(self) -> dict[str, Any]:
-        assert self._baseline is not None
-        return self._baseline.info
-
-    def engine_bytes(self) -> int | None:
-        return None
+        return {**figures, **_look(subject, loader, spec, progress), "work": subject.work()}
 
 
 def _pass(subject: Subject, loader: Loader, timer: StageTimer, progress: Progress, what: str) -> None:
@@ -250,42 +140,3 @@ def peak_device_memory(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"peak_device_bytes": None, "reason": "it runs on the CPU, whose memory is the host's"}
     return {"peak_device_bytes": None, "reason": "no counter of this process's device memory is read yet"}
-
-
-# ---- What power.py, work.py and peaks.py measure comes in here, and nowhere else. ----
-
-
-def open_meter(device: str) -> Any:
-    """The power meter of ``device``, a context manager; None where this program has none yet."""
-    power = _instrument("power")
-    return None if power is None else power.open_meter(device)
-
-
-def energy_figures(meter: Any, images: int) -> dict[str, Any]:
-    """``energy`` of the timed runs."""
-    if meter is not None:
-        figures: dict[str, Any] = meter.energy().to_dict(images)
-        return figures
-    keys = ("source", "joules_per_image", "mean_watts", "power_mode", "clocks", "throttled")
-    return {**dict.fromkeys(keys), "reason": "power is not measured by this version"}
-
-
-def work_figures(
-    configuration: Mapping[str, Any], figures: Mapping[str, Any], spec: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """``work`` of one step, and its share of the machine's peak (``spec["peaks"]``); None for a baseline."""
-    return None
-
-
-def machine_peaks(device: str) -> dict[str, Any] | None:
-    """``peaks`` of the machine; ``collect`` asks once for all configurations."""
-    return None
-
-
-def _instrument(name: str) -> Any:
-    try:
-        return importlib.import_module(f"{__package__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.{name}":
-            raise
-        return None

@@ -1,4 +1,4 @@
-"""The process that measures one configuration: ``python -m moebius_edge.report.worker SPEC.json OUTCOME.json``.
+"""The process that measures one configuration, or a peak: ``python -m moebius_edge.report.worker SPEC OUTCOME``.
 
 Whatever can be caught becomes a status with a one-line reason; ``supervise.py`` finds out about the rest.
 """
@@ -38,6 +38,7 @@ def _failed(status: str, reason: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
+    from .instruments import peak_figures
     from .measuring import measure
 
     spec_path, outcome_path = map(Path, arguments)
@@ -51,7 +52,12 @@ def main(arguments: list[str]) -> int:
     def progress(what: str, done: int, total: int) -> None:
         report.write(json.dumps([what, done, total]) + "\n")
 
-    outcome = attempt(lambda: measure(spec, progress))
+    def task() -> dict[str, Any]:
+        if "configuration" in spec:
+            return measure(spec, progress)
+        return {"peaks": peak_figures(spec["runtime"], spec["precision"])}
+
+    outcome = attempt(task)
     with atomic_write(outcome_path) as temporary:
         temporary.write_text(json.dumps(outcome, allow_nan=False), encoding="utf-8")
     return 0

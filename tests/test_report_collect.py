@@ -33,10 +33,15 @@ class Process:
         self.specs: dict[str, dict[str, Any]] = {}
         self.fails: dict[str, dict[str, str]] = {}
         self.interrupt_at = ""
+        self.peaks: dict[str, Any] = {}
         monkeypatch.setattr(module, "supervise", self)
+        monkeypatch.setattr(module, "measures_peaks", lambda: bool(self.peaks))
 
     def __call__(self, spec: dict[str, Any], progress: Any) -> dict[str, Any]:
         spec = json.loads(json.dumps(spec))
+        if "configuration" not in spec:
+            self.asked.append(f"peak {spec['precision']}")
+            return self.peaks[spec["precision"]]
         name = spec["configuration"]["id"]
         if name == self.interrupt_at:
             raise KeyboardInterrupt
@@ -215,6 +220,22 @@ def test_a_report_on_other_pictures_is_not_written_over(plan: Plan, process: Pro
         run(other, out)
     claim(out, force=True)
     assert [i["name"] for i in run(other, out)["inputs"]] == ["c.png"]
+
+
+def test_a_peak_is_measured_once_for_each_precision_and_kept(plan: Plan, process: Process, tmp_path: Path) -> None:
+    peak = {"multiplications_per_second": 1e9, "bytes_per_second": None, "runtime": "x", "precision": "float16"}
+    process.peaks = {
+        "float16": {"status": "ok", "reason": None, "peaks": {**peak, "reason": "no copies"}},
+        "float32": {"status": "failed", "reason": "the process crashed with SIGILL"},
+    }
+    results = run(plan, tmp_path / "out")
+    load(save(results, tmp_path / "out"))
+    assert process.asked[-2:] == ["peak float16", "peak float32"]
+    (machine,) = results["machines"].values()
+    assert machine["peaks"] == {**peak, "reason": "no copies"}, "the first configuration's"
+    process.asked.clear()
+    run(plan, tmp_path / "out")
+    assert process.asked == ["peak float32"], "what failed is tried again"
 
 
 def test_other_folders_are_the_users(tmp_path: Path) -> None:

@@ -132,6 +132,24 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
+def gpu_memory_in_use() -> int | None:
+    """Bytes of GPU memory that this process holds, by ``nvidia-smi``; None where that does not list it.
+
+    It does not on a Jetson, and in a container whose process numbers are its own.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [[field.strip() for field in line.split(",")] for line in answer.splitlines()]
+    sizes = [row[1] for row in rows if len(row) == 2 and row[0] == str(os.getpid())]
+    return sum(int(size) << 20 for size in sizes) if sizes and all(size.isdigit() for size in sizes) else None
+
+
 def gpu_name() -> str | None:
     """The first NVIDIA GPU's name; a Jetson, which may lack ``nvidia-smi``, is called by its board's."""
     board = _board() or ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from PIL import Image
 from reporting import rows, spec, write_inputs
 from toy import make_toy_bundle
 
+from moebius_edge import machine
 from moebius_edge.errors import BundleError, MachineError, QualityError, UsageError
 from moebius_edge.report import inputs as inputs_module
 from moebius_edge.report import measuring, subjects
@@ -94,6 +97,21 @@ def test_a_baseline_has_one_stage_and_no_reference(tmp_path: Path) -> None:
     assert figures["accuracy"]["against_reference"] is None
     assert figures["accuracy"]["against_truth"]["hole_psnr_db"] > 5
     assert figures["runtime"]["name"] == "opencv"
+
+
+def test_memory_on_a_gpu_is_what_the_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = f"1, 100\n{os.getpid()}, 700\n{os.getpid()}, 24\n"
+
+    def smi(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert "--query-compute-apps=pid,used_gpu_memory" in command
+        return subprocess.CompletedProcess(command, 0, answer, "")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(machine.subprocess, "run", smi)
+    assert measuring.peak_device_memory("cuda") == {"peak_device_bytes": 724 << 20, "reason": None}
+    for answer in ("1, 100\n", f"{os.getpid()}, [N/A]\n", ""):
+        expected = {"peak_device_bytes": None, "reason": "nvidia-smi does not list this process's GPU memory"}
+        assert measuring.peak_device_memory("cuda") == expected
 
 
 def test_sustained_is_the_last_minute_against_the_runs(

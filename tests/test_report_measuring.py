@@ -100,16 +100,16 @@ def test_a_baseline_has_one_stage_and_no_reference(tmp_path: Path) -> None:
 
 
 def test_memory_on_a_gpu_is_what_the_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = f"1, 100\n{os.getpid()}, 700\n{os.getpid()}, 24\n"
+    answers = ["", f"{os.getpid()}, [N/A]\n", "1, 100\n", f"1, 100\n{os.getpid()}, 700\n{os.getpid()}, 24\n"]
 
     def smi(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert "--query-compute-apps=pid,used_gpu_memory" in command
-        return subprocess.CompletedProcess(command, 0, answer, "")
+        return subprocess.CompletedProcess(command, 0, answers.pop(), "")
 
     monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(machine.subprocess, "run", smi)
     assert measuring.peak_device_memory("cuda") == {"peak_device_bytes": 724 << 20, "reason": None}
-    for answer in ("1, 100\n", f"{os.getpid()}, [N/A]\n", ""):
+    while answers:
         expected = {"peak_device_bytes": None, "reason": "nvidia-smi does not list this process's GPU memory"}
         assert measuring.peak_device_memory("cuda") == expected
 

@@ -33,7 +33,10 @@ def quiet(what: str, done: int, total: int) -> None:
     pass
 
 
-def test_every_stage_of_every_run_counts_and_the_warm_up_does_not(toy: Path, tmp_path: Path) -> None:
+def test_every_stage_of_every_run_counts_and_the_warm_up_does_not(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "open_meter", lambda device: None)
     seen = []
     (row,) = rows(toy)
     wanted = spec(tmp_path / "out", row, write_inputs(tmp_path), runs=3, warmup=2)

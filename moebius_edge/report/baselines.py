@@ -17,6 +17,7 @@ import numpy as np
 
 from ..classical import navier_stokes, telea
 from ..errors import BundleError, MachineError, UsageError
+from ..machine import available_cores
 from ..masks import Mask
 from ..regions import extract, extract_mask, plan_regions
 from ..sampling import check_finite
@@ -127,7 +128,7 @@ class OnnxBaseline:
             raise UsageError(f"a baseline has no device {device!r}: choose one of {', '.join(PROVIDERS)}")
         if lack := absence(ort, device):
             raise MachineError(lack)
-        options = quiet_options(ort)
+        options = quiet_options(ort, available_cores())  # as many threads as a bundle gets
         try:
             session = ort.InferenceSession(
                 os.fspath(description.model), options, providers=list(PROVIDERS[device].chain), enable_fallback=0

@@ -25,7 +25,7 @@ _MINUTE_S = 60.0
 
 
 def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """The figures of the configuration in ``spec``, which is what ``collect.worker_spec`` made.
+    """The figures of the configuration in ``spec``, which ``collect`` made.
 
     Raises what loading and running it raise.
     """

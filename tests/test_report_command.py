@@ -22,6 +22,12 @@ Captured = pytest.CaptureFixture[str]
 ID = "toy-float32_onnxruntime-cpu_ddim-{}_g2_image"
 
 
+@pytest.fixture(autouse=True)
+def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's peak takes seconds, and is tested with what measures it."""
+    monkeypatch.setattr("moebius_edge.report.collect.measures_peaks", lambda: False)
+
+
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     return make_toy_bundle(tmp_path / "toy")

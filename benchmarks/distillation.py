@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moebius_edge.classical import telea
 from moebius_edge.model import build_student, load_checkpoint
 from moebius_edge.training.autoencoder import load_autoencoder
-from moebius_edge.training.evaluate import border_mean, figures, fill, held_out_cases, telea
+from moebius_edge.training.evaluate import border_mean, figures, fill, held_out_cases
 from moebius_edge.training.latent_sources import CachedLatents
 from moebius_edge.training.latents import LatentCache
 from moebius_edge.training.loop import atomic_save

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle import Bundle
-from ..fidelity import PEAK, compare, hole_psnr_db, ssim
+from ..fidelity import PEAK, compare
 from ..guidance import choose_guidance
+from ..quality import fill_figures
 from ..runtimes import Runtime
 from ..runtimes.base import Arrays
 from ..runtimes.ort import OrtRuntime
@@ -80,18 +81,9 @@ class Trials:
         found = []
         for i, case in enumerate(self.cases):
             made, wanted = self._run(runtime, i, label, progress), self._trajectories[i]
-            hole = case.scene[1]
-            whole = compare(made, wanted)
-            found.append(
-                Figures(
-                    case.name,
-                    round(hole_psnr_db(made.image, wanted.image, hole), 2),
-                    round(ssim(made.image, wanted.image, hole), 4),
-                    whole["psnr_db"],
-                    round(whole["ssim"], 4),
-                    whole["latent_rms_drift"],
-                )
-            )
+            figures = fill_figures(made.image[0], wanted.image[0], case.scene[1])
+            rounded = {key: round(value, 2 if key.endswith("db") else 4) for key, value in figures.items() if value}
+            found.append(Figures(case.name, **rounded, latent_rms_drift=compare(made, wanted)["latent_rms_drift"]))
         return found
 
     def _run(self, runtime: Runtime, i: int, label: str, progress: Progress) -> Trajectory:

@@ -89,6 +89,13 @@ class Bundle:
         """The ONNX file of a component: ``vae_encoder``, ``denoiser`` or ``vae_decoder``."""
         return self.path / self.components[name].file
 
+    def settings(self, **chosen: Any) -> dict[str, Any]:
+        """``chosen`` settings of a run, and the bundle's own steps, guidance, start and strength where they are not."""
+        settings = {**{key: self.defaults[key] for key in ("steps", "guidance", "start")}, **chosen}
+        if "strength" in self.defaults and settings["start"] == self.defaults["start"]:  # it suits no other start
+            settings.setdefault("strength", self.defaults["strength"])
+        return settings
+
     def summary(self) -> dict[str, Any]:
         """Everything a person asks of a bundle, ready for JSON."""
         return {

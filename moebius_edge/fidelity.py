@@ -16,8 +16,7 @@ from .trajectory import Trajectory
 
 PEAK = 2.0  # images span [-1, 1]
 PSNR_CAP_DB = 200.0  # stands for equal images: infinity has no place in JSON
-_WINDOW, _SIGMA = 11, 1.5  # the window of Wang et al.
-_EDGE = _WINDOW // 2
+SSIM_WINDOW, _SIGMA = 11, 1.5  # Wang et al.'s
 _C1, _C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 
@@ -46,15 +45,8 @@ def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
     return min(PSNR_CAP_DB, 10 * math.log10(PEAK**2 / error)) if error > 0 else PSNR_CAP_DB
 
 
-def hole_psnr_db(image: np.ndarray, reference: np.ndarray, hole: np.ndarray) -> float:
-    """``psnr_db`` of (..., H, W) arrays over the pixels of ``hole``, bool (H, W), alone."""
-    return psnr_db(image[..., hole], reference[..., hole])
-
-
-def ssim(image: np.ndarray, reference: np.ndarray, hole: np.ndarray | None = None) -> float:
+def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     """Mean structural similarity of (..., H, W) arrays, at most 1; every H x W plane counts alike.
-
-    With ``hole``, bool (H, W), the mean is over its pixels alone; at the picture's edge they see it reflected.
 
     Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", eq. 13: local
     means, variances and covariance under an 11x11 Gaussian of σ = 1.5, K1 = 0.01 and K2 = 0.03, averaged over
@@ -63,13 +55,10 @@ def ssim(image: np.ndarray, reference: np.ndarray, hole: np.ndarray | None = Non
     Raises:
         ValueError: the shapes differ, or a side is shorter than the window.
     """
-    if image.shape != reference.shape or min(image.shape[-2:]) < _WINDOW:
-        raise ValueError(f"SSIM needs two arrays of one shape, {_WINDOW} or more each way, got {image.shape}")
-    if hole is None:
-        hole = np.zeros(image.shape[-2:], bool)
-        hole[_EDGE:-_EDGE, _EDGE:-_EDGE] = True
+    if image.shape != reference.shape or min(image.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs two arrays of one shape, {SSIM_WINDOW} or more each way, got {image.shape}")
     planes = [a.astype(np.float64).reshape(-1, *a.shape[-2:]) for a in (image, reference)]
-    return float(np.mean([_ssim_map(a, b)[hole].mean() for a, b in zip(*planes, strict=True)]))
+    return float(np.mean([_plane_ssim(a, b) for a, b in zip(*planes, strict=True)]))
 
 
 def worst_pixel(image: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
@@ -91,18 +80,19 @@ def worst_pixel(image: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _plane_ssim(a: np.ndarray, b: np.ndarray) -> float:
     mean_a, mean_b = _blurred(a), _blurred(b)
     variance_a = _blurred(a * a) - mean_a**2
     variance_b = _blurred(b * b) - mean_b**2
     covariance = _blurred(a * b) - mean_a * mean_b
     luminance = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
     structure = (2 * covariance + _C2) / (variance_a + variance_b + _C2)
-    return np.asarray(luminance * structure)
+    edge = SSIM_WINDOW // 2
+    return float((luminance * structure)[edge:-edge, edge:-edge].mean())
 
 
 def _blurred(plane: np.ndarray) -> np.ndarray:
-    return np.asarray(cv2.GaussianBlur(plane, (_WINDOW, _WINDOW), _SIGMA))
+    return np.asarray(cv2.GaussianBlur(plane, (SSIM_WINDOW, SSIM_WINDOW), _SIGMA))
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

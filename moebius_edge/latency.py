@@ -48,7 +48,8 @@ class StageTimer:
         self._ms.setdefault(stage, []).append(ms)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """For each measured stage, in order: count, first, median, 95th and 99th percentile, total in ms.
+        """For each measured stage, in order: count, and in ms first, median, 95th and 99th percentile,
+        interquartile range and total.
 
         Percentiles interpolate linearly between the sorted values; with few values p99 is near the largest.
         """
@@ -56,13 +57,14 @@ class StageTimer:
 
 
 def _statistics(values: list[float]) -> dict[str, float]:
-    median, p95, p99 = np.percentile(values, [50, 95, 99])
+    lower, median, upper, p95, p99 = np.percentile(values, [25, 50, 75, 95, 99])
     return {
         "count": len(values),
         "first_ms": values[0],
         "median_ms": float(median),
         "p95_ms": float(p95),
         "p99_ms": float(p99),
+        "iqr_ms": float(upper - lower),
         "total_ms": sum(values),
     }
 

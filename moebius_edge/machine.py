@@ -90,6 +90,16 @@ def available_memory_bytes() -> int | None:
     return min(sizes, default=None)
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory, on this machine and in this container."""
+    count = 0
+    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with suppress(OSError, ValueError):
+            fields = dict(line.split(None, 1) for line in Path(path).read_text().splitlines() if " " in line)
+            count += int(fields.get("oom_kill", 0))
+    return count
+
+
 def package_version(*names: str) -> tuple[str, str] | None:
     """(name, version) of the first of these distributions that is installed."""
     for name in names:
@@ -120,6 +130,24 @@ def gpus() -> list[dict[str, Any]]:
         }
         for name, driver, capability, memory in (row for row in rows if len(row) == 4)
     ]
+
+
+def gpu_memory_in_use() -> int | None:
+    """Bytes of GPU memory that this process holds, by ``nvidia-smi``; None where that does not list it.
+
+    It does not on a Jetson, and in a container whose process numbers are its own.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [[field.strip() for field in line.split(",")] for line in answer.splitlines()]
+    sizes = [row[1] for row in rows if len(row) == 2 and row[0] == str(os.getpid())]
+    return sum(int(size) << 20 for size in sizes) if sizes and all(size.isdigit() for size in sizes) else None
 
 
 def gpu_name() -> str | None:

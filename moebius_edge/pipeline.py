@@ -109,6 +109,7 @@ class Inpainter:
         feather: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         timer: StageTimer | None = None,
+        on_region: Callable[[Region, Floats], None] | None = None,
     ) -> Result:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
 
@@ -131,6 +132,8 @@ class Inpainter:
             on_step: called after each network call of the denoiser; with several regions in the picture,
                 index and total count through all of them.
             timer: collects the stages' latencies.
+            on_region: called with each region and what the network made of it, RGB (resolution, resolution, 3),
+                about [0, 1] and not clipped.
 
         Raises:
             UsageError: an argument is out of range, or the mask has another size than the image.
@@ -161,6 +164,8 @@ class Inpainter:
 
                 noise = initial_noise(seed, number, self._latent_shape())
                 made = self._fill(picture.pixels, hole, region, start, noise, sampler, guide.sampled, report, timer)
+                if on_region is not None:
+                    on_region(region, made)
                 with measured(timer, "stitch"):
                     stitch(canvas, made, region, hole, width)
             settings = {

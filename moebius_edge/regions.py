@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from .classical import telea
 from .masks import Mask, bounds
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right; ends exclusive
@@ -115,8 +116,7 @@ def prefill(image: Floats, hole: Mask) -> Floats:
         filled[...] = 0.5
     elif hole.any():
         bytes_ = np.rint(image * 255).astype(np.uint8)
-        rough = np.asarray(cv2.inpaint(bytes_, hole.view(np.uint8), 3, cv2.INPAINT_TELEA))
-        filled[hole] = rough[hole].astype(np.float32) / 255
+        filled[hole] = telea(bytes_, hole)[hole].astype(np.float32) / 255
     return filled
 
 

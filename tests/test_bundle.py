@@ -291,6 +291,14 @@ def test_write_refuses_what_load_would_refuse(tmp_path: Path) -> None:
         write_bundle(tmp_path / "d", **{k: v for k, v in values.items() if k not in derived})
 
 
+def test_settings_that_were_not_chosen_are_the_bundles(tmp_path: Path) -> None:
+    defaults = {"steps": 20, "guidance": 2.0, "start": "prefill", "strength": 0.4}
+    bundle = Bundle.load(make(tmp_path / "b", defaults=defaults))
+    assert bundle.settings(seed=3) == {**defaults, "seed": 3}
+    assert bundle.settings(steps=4, strength=1.0) == {**defaults, "steps": 4, "strength": 1.0}
+    assert "strength" not in bundle.settings(start="image"), "it suits the bundle's own start alone"
+
+
 def test_loading_imports_no_runtime(tmp_path: Path) -> None:
     folder = make(tmp_path / "b")
     code = (

@@ -30,6 +30,7 @@ def test_summary_of_known_values() -> None:
             "median_ms": 30.0,
             "p95_ms": pytest.approx(48.0),  # linear: 0.95 of the way through 4 gaps is 40 + 0.8 * 10
             "p99_ms": pytest.approx(49.6),
+            "iqr_ms": 20.0,
             "total_ms": 150.0,
         }
     }

@@ -23,7 +23,8 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
     {"errors", "spec"},
-    {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products"},
+    {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
+    {"classical"},
     {"decoding", "manifest", "regions"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"runtimes"},
@@ -32,6 +33,7 @@ DEVICE_LAYERS = (
     {"pipeline"},
     {"trajectory"},
     {"fidelity"},
+    {"quality"},
     {"report"},
 )
 DEVICE = {name: rank for rank, layer in enumerate(DEVICE_LAYERS) for name in layer}
@@ -48,6 +50,7 @@ WORKSTATION: dict[str, set[str]] = {
 # simulate what calibration has found.
 CALIBRATION_SHARES = {f"training.{name}" for name in ("masks", "photographs", "pictures", "sources")}
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
+TORCH_REFERENCE = "report.pytorch"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch
 # Of the report, what reads an ONNX file, inside functions and where the package is there; else it says that it is not.
 READS_ONNX = "report.work"
@@ -143,6 +146,8 @@ def may_import(importer: str, target: str) -> bool:
         return True
     if a in COMMAND_LINE or b == "" or (a == b and a != ""):
         return True  # the command line; the version number; a sub-package's own modules
+    if importer == TORCH_REFERENCE and b == "export":
+        return True
     if a in DEVICE:
         return b in DEVICE and DEVICE[b] < DEVICE[a]
     return b in WORKSTATION.get(a, set())

@@ -297,6 +297,18 @@ def test_several_regions_count_and_draw_through(hole: np.ndarray) -> None:
     np.testing.assert_array_equal(result.image[beyond], image[beyond])
 
 
+def test_each_region_is_handed_over_before_it_is_stitched(hole: np.ndarray) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    mask = np.zeros((300, 500), bool)
+    mask[20:30, 20:40] = mask[200:240, 300:330] = True
+    seen = []
+    inpaint(image, mask, FakeRuntime(), on_region=lambda region, made: seen.append((region.hole, made)), steps=4)
+    assert [box for box, _ in seen] == [(20, 20, 30, 40), (200, 300, 240, 330)]
+    for _, made in seen:
+        assert made.shape == (R, R, 3) and made.dtype == np.float32
+        assert (np.abs(made * 255 - FILLED[np.uint8]) < 1).any()
+
+
 def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
     result = inpaint(photo, hole, seed=7, guidance=1.5, steps=10, strength=0.5, scheduler="dpm++2m", feather=6)
     assert result.settings == {

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.errors import UsageError
+from moebius_edge.toml import read_toml
 from moebius_edge.training.recipe import (
     Recipe,
     RunOptions,
     parse_setting,
-    read_recipe,
     recipe_toml,
     with_values,
 )
@@ -23,7 +23,7 @@ from moebius_edge.training.tiny import stage_recipe
 def test_a_recipe_comes_back_from_its_toml(recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_toml(recipe), "utf-8")
-    assert with_values(Recipe(), read_recipe(path)) == recipe
+    assert with_values(Recipe(), read_toml(path)) == recipe
 
 
 def test_the_default_is_the_paper_s() -> None:
@@ -80,14 +80,6 @@ def test_mistakes_are_named(setting: str, message: str) -> None:
 def test_guidance_of_one_is_nothing_to_distil() -> None:
     with pytest.raises(UsageError, match=r"losses.guidance is 1.0: there is nothing to distil"):
         Recipe(stage="guidance", losses=replace(Recipe().losses, guidance=1.0))
-
-
-def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"no.toml cannot be read: No such file"):
-        read_recipe(tmp_path / "no.toml")
-    (tmp_path / "bad.toml").write_bytes(b"\xff = [")
-    with pytest.raises(UsageError, match=r"bad.toml is no TOML"):
-        read_recipe(tmp_path / "bad.toml")
 
 
 @pytest.mark.parametrize(("name", "value"), [("micro_batch", -1), ("save_every", 0), ("keep", 0), ("device", "tpu")])

@@ -12,7 +12,8 @@ import pytest
 from moebius_edge.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
 from moebius_edge.pipeline import Inpainter
-from moebius_edge.training.evaluate import border_mean, held_out_cases, hole_psnr_db
+from moebius_edge.quality import hole_psnr_db
+from moebius_edge.training.evaluate import border_mean, held_out_cases
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

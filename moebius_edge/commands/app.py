@@ -13,6 +13,7 @@ from .download import download
 from .export import export
 from .inspect import inspect
 from .profile import profile
+from .report import report
 from .run import run
 from .train import train
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: a third of the time to print, and it can be searched
 )
-for command in (run, inspect, compare, profile, doctor, download, export, train):
+for command in (run, report, inspect, compare, profile, doctor, download, export, train):
     app.command()(command)
 
 Abort = typer.Abort

@@ -94,14 +94,14 @@ def _folders(images: Path, masks: Path, output: Path | None) -> list[Job]:
     check_writable(output / "any.png" if os.path.isdir(output) else output)
 
     shared = os.path.samefile(images, masks)
-    by_stem = _by_stem(images, masks_too=not shared)
-    candidates = _by_stem(masks, masks_too=True)
-    if not by_stem:
+    found = by_stem(images, masks_too=not shared)
+    candidates = by_stem(masks, masks_too=True)
+    if not found:
         raise UsageError(f"folder {images} holds no images: they end in {', '.join(SUFFIXES)}")
-    return [_job(stem, files, candidates, masks, output, shared) for stem, files in sorted(by_stem.items())]
+    return [_job(stem, files, candidates, masks, output, shared) for stem, files in sorted(found.items())]
 
 
-def _by_stem(folder: Path, masks_too: bool) -> dict[str, list[Path]]:
+def by_stem(folder: Path, masks_too: bool) -> dict[str, list[Path]]:
     """The pictures in ``folder`` itself by stem; without ``masks_too`` none that is another's mask."""
     from ..decoding import SUFFIXES  # a single file is read whatever its name
 
@@ -147,5 +147,5 @@ def unused_masks(jobs: list[Job], masks: Path) -> list[str]:
         return []
     fitting = {stem for job in jobs for stem in (job.image.stem, job.image.stem + MASK_ENDING)}
     return [
-        path.name for stem, paths in _by_stem(masks, True).items() if stem not in fitting for path in paths
+        path.name for stem, paths in by_stem(masks, True).items() if stem not in fitting for path in paths
     ]

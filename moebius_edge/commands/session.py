@@ -92,11 +92,7 @@ class Session:
         self.unusable = False
         self._inpainter = inpainter
         self.runtime_info = inpainter.runtime.report()
-        defaults = self.bundle.defaults
-        for key in ("steps", "guidance", "start"):  # what was not chosen is the bundle's
-            self._settings.setdefault(key, defaults[key])
-        if "strength" in defaults and self._settings["start"] == defaults["start"]:  # it suits no other start
-            self._settings.setdefault("strength", defaults["strength"])
+        self._settings = self.bundle.settings(**self._settings)
         return inpainter
 
 

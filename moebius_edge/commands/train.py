@@ -124,7 +124,8 @@ def _everything(output: Path, options: RunOptions, resume: bool) -> None:
 
 def _recipe(preset: str, stage: str, config: Path | None, settings: list[str]) -> Recipe:
     """The preset's recipe, then the file's values, then the flags'."""
-    from ..training.recipe import Recipe, parse_setting, read_recipe, with_values
+    from ..toml import read_toml
+    from ..training.recipe import Recipe, parse_setting, with_values
 
     if preset == "tiny":
         from ..training.tiny import stage_recipe
@@ -132,7 +133,7 @@ def _recipe(preset: str, stage: str, config: Path | None, settings: list[str]) -
         recipe = stage_recipe(stage)
     else:
         recipe = Recipe(stage=stage)
-    layers: list[Mapping[str, Any]] = [] if config is None else [read_recipe(config)]
+    layers: list[Mapping[str, Any]] = [] if config is None else [read_toml(config)]
     for values in (*layers, *map(parse_setting, settings)):
         recipe = with_values(recipe, values)
     if recipe.stage != stage:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..fidelity import ssim
+from ..classical import telea
 from ..files import atomic_write
 from ..manifest import resolved_components
 from ..masks import latent_mask
 from ..pipeline import Inpainter
+from ..quality import hole_psnr_db, hole_ssim, texture_ratio
 from ..runtimes.pytorch import TorchRuntime
 from ..sampling import denoise, initial_noise
 from ..scheduler import DDIM
@@ -63,27 +64,6 @@ def border_mean(image: np.ndarray, mask: np.ndarray, width: int = 8) -> np.ndarr
     return filled
 
 
-def telea(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """OpenCV's fast-marching inpainting (Telea 2004), radius 3; uint8."""
-    return cv2.inpaint(image, mask.astype(np.uint8), 3, cv2.INPAINT_TELEA)
-
-
-def hole_psnr_db(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:
-    """Peak signal-to-noise ratio over the masked pixels, in dB; uint8 images of 255 peak."""
-    error = (result[mask].astype(np.float64) - truth[mask]) ** 2
-    return float(10 * np.log10(255**2 / max(error.mean(), 1e-12)))
-
-
-def texture_ratio(result: np.ndarray, mask: np.ndarray, width: int = 16) -> float:
-    """Variance of the Laplacian inside the hole over that of a ring round it: 1 is equal texture, 0 is none."""
-    grey = cv2.cvtColor(result, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    laplacian = cv2.Laplacian(grey, cv2.CV_32F)
-    inside = cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)  # away from the seam
-    outer = cv2.dilate(mask.astype(np.uint8), np.ones((2 * width + 1,) * 2, np.uint8)).astype(bool)
-    ring = outer & ~cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
-    return float(laplacian[inside].var() / (laplacian[ring].var() + 1e-9))
-
-
 def fill(
     student: nn.Module, vae: Any, cases: Sequence[Case], steps: int = 20, guidance: float = 1.0
 ) -> list[np.ndarray]:
@@ -116,13 +96,10 @@ def figures(fills: Sequence[np.ndarray], cases: Sequence[Case]) -> dict[str, flo
     """
     rows = []
     for result, case in zip(fills, cases, strict=True):
-        ys, xs = np.nonzero(case.mask)
-        box = np.s_[max(ys.min() - 6, 0) : ys.max() + 7, max(xs.min() - 6, 0) : xs.max() + 7]  # SSIM's window is 11
         a, b = (to_network(i[None]) for i in (result, case.image))
-        boxes = [to_network(i[box][None])[0] for i in (result, case.image)]
         distance = texture_loss(torch.from_numpy(a), torch.from_numpy(b)).item()
         psnr, texture = hole_psnr_db(result, case.image, case.mask), texture_ratio(result, case.mask)
-        rows.append((psnr, ssim(*boxes), distance, texture))
+        rows.append((psnr, hole_ssim(a[0], b[0], case.mask), distance, texture))
     columns = np.array(rows).T
     return {
         "hole_psnr_db": float(columns[0].mean()),

@@ -7,17 +7,16 @@ mistake is reported at once. What does not change the result (where, how often s
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import MachineError, UsageError
+from ..errors import UsageError
 from ..model.config import StudentConfig, TeacherConfig
 from ..spec import LATENT_DOWNSCALE, NOISE_OFFSET
+from ..toml import parse_toml
 from .masks import PRESETS
 
 STAGES = ("teacher", "student", "guidance")
@@ -250,7 +249,7 @@ def parse_setting(text: str) -> dict[str, Any]:
         raise UsageError(f"--set {text!r} sets nothing: write section.name=value, such as optimiser.steps=2000")
     parsed: Any
     try:
-        parsed = _toml().loads(f"value = {value}")["value"]
+        parsed = parse_toml(f"value = {value}")["value"]
     except ValueError:
         parsed = value.strip()
     for part in reversed(name.strip().split(".")):
@@ -258,23 +257,8 @@ def parse_setting(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """What a TOML file says, for ``with_values``. Raises MachineError if unreadable, UsageError if no TOML."""
-    try:
-        return dict(_toml().loads(path.read_text("utf-8")))
-    except OSError as error:
-        raise MachineError(f"{path} cannot be read: {error.strerror}: name a TOML file") from error
-    except ValueError as error:  # also bytes that are no UTF-8
-        raise UsageError(f"{path} is no TOML: {error}") from error
-
-
 def recipe_toml(recipe: Recipe) -> str:
-    """``recipe`` as the TOML that ``read_recipe`` reads."""
+    """``recipe`` as the TOML that ``read_toml`` reads."""
     import tomli_w
 
     return tomli_w.dumps(dataclasses.asdict(recipe))
-
-
-def _toml() -> Any:
-    # Python 3.10 has not got it yet, and tomli is the same under another name.
-    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

@@ -1,0 +1,143 @@
+"""The pictures that every configuration gets: an image, its mask and, where there is one, the true picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ..errors import MachineError, UsageError
+from ..files import sha256_file
+from ..imaging import Picture, read_mask, read_picture, write_picture
+from ..masks import Mask
+from .results import PICTURES_FOLDER
+
+_HELD_BYTES = 128 << 20  # pictures that are kept in memory between passes; more are read again each time
+
+
+@dataclass(frozen=True)
+class Input:
+    """Where one image, its mask and its truth lie; ``truth`` may be the image itself."""
+
+    image: Path
+    mask: Path
+    truth: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    @property
+    def shown(self) -> str:
+        """The file name of its pictures in the report's folder."""
+        return f"{self.image.stem}.png"
+
+    def to_json(self) -> dict[str, str | None]:
+        return {key: None if path is None else str(path) for key, path in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Input:
+        truth = values["truth"]
+        return cls(Path(values["image"]), Path(values["mask"]), None if truth is None else Path(truth))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An input's pixels; ``truth`` is uint8 RGB (H, W, 3)."""
+
+    source: Input
+    picture: Picture
+    hole: Mask
+    truth: np.ndarray | None
+
+
+class Loader:
+    """Goes through the inputs again and again; those that fit into a little memory are read once."""
+
+    def __init__(self, inputs: Sequence[Input]) -> None:
+        self._inputs = list(inputs)
+        self._held: list[Loaded] = []
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for number, source in enumerate(self._inputs):
+            if number < len(self._held):
+                yield self._held[number]
+                continue
+            loaded = load_input(source)
+            self._bytes += loaded.picture.pixels.nbytes + loaded.hole.nbytes
+            if number == len(self._held) and self._bytes <= _HELD_BYTES:
+                self._held.append(loaded)
+            yield loaded
+
+
+def load_input(source: Input) -> Loaded:
+    """Read an input.
+
+    Raises:
+        UsageError, MachineError: as ``read_picture`` and ``read_mask``; an empty mask, or a truth of another size.
+    """
+    picture = read_picture(source.image)
+    hole = read_mask(source.mask, picture.size)
+    if not hole.any():
+        raise UsageError(f"mask {source.mask} is empty, nothing would be filled: give one with a white part")
+    truth = None
+    if source.truth is not None:
+        true = picture if source.truth == source.image else read_picture(source.truth)
+        if true.size != picture.size:
+            raise UsageError(f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}")
+        truth = rgb8(true)
+    return Loaded(source, picture, hole, truth)
+
+
+def describe_inputs(inputs: Sequence[Input], folder: Path) -> list[dict[str, Any]]:
+    """What ``results.json`` says of the inputs; their pictures are written into ``folder`` for the page."""
+    rows = []
+    for source in inputs:
+        loaded = load_input(source)
+        width, height = loaded.picture.size
+        shown = {"inputs": (source.shown, rgb8(loaded.picture))}
+        write_shown(folder, "inputs", f"{source.image.stem}_mask.png", loaded.hole.astype(np.uint8)[..., None] * 255)
+        if loaded.truth is not None:
+            shown["truth"] = (source.shown, loaded.truth)
+        for kind, (name, pixels) in shown.items():
+            write_shown(folder, kind, name, pixels)
+        rows.append(
+            {
+                "name": source.name,
+                "sha256": sha256_file(source.image),
+                "mask_sha256": sha256_file(source.mask),
+                "truth_sha256": None if source.truth is None else sha256_file(source.truth),
+                "width": width,
+                "height": height,
+                "hole_share": float(f"{loaded.hole.mean():.4g}"),
+                "truth": loaded.truth is not None,
+            }
+        )
+    return rows
+
+
+def write_shown(folder: Path, kind: str, name: str, pixels: np.ndarray) -> str:
+    """Write ``pictures/kind/name`` below ``folder`` and return that path."""
+    target = folder / PICTURES_FOLDER / kind / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"cannot make folder {target.parent} ({error.strerror}): name another output") from error
+    write_picture(target, Picture(pixels))
+    return f"{PICTURES_FOLDER}/{kind}/{name}"
+
+
+def rgb8(picture: Picture) -> np.ndarray:
+    """uint8 RGB (H, W, 3): what a page shows and a classical inpainter takes; alpha is left out."""
+    pixels = picture.pixels
+    if pixels.dtype == np.uint16:
+        pixels = np.rint(pixels / np.float32(257)).astype(np.uint8)
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)) if pixels.shape[2] == 1 else pixels

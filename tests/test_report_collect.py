@@ -1,0 +1,249 @@
+"""What is measured, what is kept, and what is measured again; the measuring itself is put aside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from reporting import rows, write_inputs
+from toy import make_toy_bundle
+
+from moebius_edge.bundle import Bundle
+from moebius_edge.errors import UsageError
+from moebius_edge.report import collect as module
+from moebius_edge.report.baseline_rows import baseline_rows
+from moebius_edge.report.collect import Plan, collect
+from moebius_edge.report.configurations import Choices, grid
+from moebius_edge.report.kept import claim
+from moebius_edge.report.references import with_references
+from moebius_edge.report.results import load, save
+
+STAGE = dict.fromkeys(("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"), 1.0) | {"count": 1}
+FIDELITY = {"hole_psnr_db": 30.0, "psnr_db": 40.0, "hole_ssim": 0.9, "ssim": 0.9, "images": 2}
+
+
+class Process:
+    """Stands for ``supervise``: answers with fixed figures, writes what a real one would, and says what was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.specs: dict[str, dict[str, Any]] = {}
+        self.fails: dict[str, dict[str, str]] = {}
+        self.interrupt_at = ""
+        self.peaks: dict[str, Any] = {}
+        monkeypatch.setattr(module, "supervise", self)
+        monkeypatch.setattr(module, "measures_peaks", lambda: bool(self.peaks))
+
+    def __call__(self, spec: dict[str, Any], progress: Any) -> dict[str, Any]:
+        spec = json.loads(json.dumps(spec))
+        if "configuration" not in spec:
+            self.asked.append(f"peak {spec['precision']}")
+            return self.peaks[spec["precision"]]
+        name = spec["configuration"]["id"]
+        if name == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.asked.append(name)
+        self.specs[name] = spec
+        progress("run 1 of 1", 0, 2)
+        if name in self.fails:
+            return self.fails[name]
+        pictures = {Path(i["image"]).name: f"pictures/{name}/{Path(i['image']).name}" for i in spec["inputs"]}
+        for path in pictures.values():
+            (Path(spec["folder"]) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(spec["folder"]) / path).touch()
+        if spec["record"]:
+            Path(spec["record"]).mkdir(exist_ok=True)
+            for number in range(len(spec["inputs"])):
+                (Path(spec["record"]) / f"{number:04d}.npz").touch()
+        reference = spec["reference"]
+        if reference:
+            assert (Path(reference["folder"]) / "0000.npz").is_file(), "the reference's traces are there in time"
+        against = reference and {
+            **FIDELITY,
+            "reference": reference["id"],
+            "worst_pixel_levels": 1.0,
+            "latent_rms_drift": [0.1],
+        }
+        return {
+            "status": "ok",
+            "reason": None,
+            "runtime": {"name": "onnxruntime", "version": "1", "device": "cpu"},
+            "latency": {"load_ms": 1.0, "warmup": 0, "runs": 1, "images_per_second": 1.0, "stages": {"total": STAGE}},
+            "memory": {"peak_host_bytes": 1, "peak_device_bytes": None, "reason": "cpu"},
+            "engine_bytes": 5,
+            "accuracy": {"against_reference": against, "against_truth": None},
+            "pictures": pictures,
+        }
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Process:
+    return Process(monkeypatch)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Two bundles of one checkpoint, the lower precision first, at two step counts; then Telea."""
+    half = make_toy_bundle(tmp_path / "half", name="half")
+    path = half / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "float16"}))
+    full = make_toy_bundle(tmp_path / "full", name="full")
+    made = rows(half, full, steps=(3, 5))
+    return Plan([*made, *baseline_rows(["telea"], [], Choices())], write_inputs(tmp_path), runs=1, warmup=0)
+
+
+def names(*parts: str) -> list[str]:
+    return [p if p == "telea" else f"{p[:-1]}_onnxruntime-cpu_ddim-{p[-1]}_g2_image" for p in parts]
+
+
+REFERENCES, OTHERS = names("full-float323", "full-float325"), names("half-float163", "half-float165", "telea")
+
+
+def run(plan: Plan, folder: Path) -> dict[str, Any]:
+    claim(folder)
+    return collect(plan, folder, lambda label: lambda *step: None)
+
+
+def test_references_go_first_and_rows_stay_in_order(plan: Plan, process: Process, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results = run(plan, out)
+    assert process.asked == REFERENCES + OTHERS
+    assert [row["id"] for row in results["configurations"]] == OTHERS[:2] + REFERENCES + ["telea"]
+    load(save(results, out))
+    assert results["conditions"] == {"seed": 0, "warmup": 0, "runs": 1, "reference": REFERENCES[0]}
+    first = results["configurations"][0]
+    assert first["accuracy"]["against_reference"]["reference"] == REFERENCES[0]
+    assert first["accuracy"]["truth_reason"] == "no true pictures were given: --truth"
+    assert first["bundle"]["engine_bytes"] == 5 and first["machine"] in results["machines"]
+    assert results["configurations"][-1]["accuracy"]["reference_reason"] == "a baseline has no reference"
+    assert [(i["name"], i["width"], i["height"], i["truth"]) for i in results["inputs"]] == [
+        ("a.png", 96, 80, True),
+        ("b.png", 96, 80, True),
+    ]
+    assert results["inputs"][0]["hole_share"] == pytest.approx(256 / (96 * 80), abs=1e-4)
+    for name in ("inputs/a.png", "inputs/b_mask.png", "truth/a.png"):
+        with Image.open(out / "pictures" / name) as picture:
+            assert picture.size == (96, 80)
+    assert not list((out / "measured").glob("*.traces")), "they are dropped once all were compared"
+
+
+def test_a_second_run_measures_nothing(plan: Plan, process: Process, tmp_path: Path) -> None:
+    first = run(plan, tmp_path / "out")
+    process.asked.clear()
+    again = run(plan, tmp_path / "out")
+    assert process.asked == []
+    assert again["configurations"] == first["configurations"] and again["inputs"] == first["inputs"]
+
+
+def test_an_interrupted_report_goes_on(plan: Plan, process: Process, tmp_path: Path) -> None:
+    process.interrupt_at = OTHERS[1]
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, tmp_path / "out")
+    assert process.asked == REFERENCES + OTHERS[:1]
+    process.interrupt_at, process.asked[:] = "", []
+    run(plan, tmp_path / "out")
+    assert process.asked == OTHERS[1:], "the references' traces were still there"
+
+
+def test_what_failed_is_tried_again(plan: Plan, process: Process, tmp_path: Path) -> None:
+    process.fails[OTHERS[0]] = {"status": "gated", "reason": "denoiser returned NaN"}
+    results = run(plan, tmp_path / "out")
+    row = results["configurations"][0]
+    assert (row["status"], row["reason"], row["latency"]) == ("gated", "denoiser returned NaN", None)
+    assert row["accuracy"]["reference_reason"] == "it was not measured" and row["pictures"] == {}
+    save(results, tmp_path / "out")
+    process.fails.clear()
+    process.asked.clear()
+    assert run(plan, tmp_path / "out")["configurations"][0]["status"] == "ok"
+    assert process.asked == OTHERS[:1], "not its reference, whose traces were kept for it"
+
+
+def test_a_reference_that_fails_leaves_its_reason_and_is_made_up_for(
+    plan: Plan, process: Process, tmp_path: Path
+) -> None:
+    process.fails[REFERENCES[0]] = {"status": "failed", "reason": "the process crashed with SIGSEGV"}
+    results = run(plan, tmp_path / "out")
+    first = results["configurations"][0]
+    assert first["status"] == "ok" and first["accuracy"]["against_reference"] is None
+    assert first["accuracy"]["reference_reason"] == (
+        f"its reference {REFERENCES[0]} was not measured: the process crashed with SIGSEGV"
+    )
+    process.fails.clear()
+    process.asked.clear()
+    assert run(plan, tmp_path / "out")["configurations"][0]["accuracy"]["against_reference"]
+    assert process.asked == [REFERENCES[0], OTHERS[0]]
+
+
+def test_a_new_configuration_needs_its_reference_once_more(plan: Plan, process: Process, tmp_path: Path) -> None:
+    fewer = Plan([c for c in plan.configurations if c.id != OTHERS[0]], plan.inputs, runs=1, warmup=0)
+    run(fewer, tmp_path / "out")
+    process.asked.clear()
+    run(plan, tmp_path / "out")
+    assert process.asked == [REFERENCES[0], OTHERS[0]]
+
+
+def test_what_the_figures_depend_on_is_measured_again(plan: Plan, process: Process, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(plan, out)
+    process.asked.clear()
+    more = Plan(plan.configurations, plan.inputs, runs=2, warmup=0)
+    run(more, out)
+    assert len(process.asked) == 5
+    picture = next((out / "pictures" / OTHERS[1]).iterdir())
+    picture.unlink()
+    process.asked.clear()
+    run(more, out)
+    assert process.asked == [REFERENCES[1], OTHERS[1]], "a picture was gone"
+    (out / "measured" / "telea.json").write_text("{")
+    process.asked.clear()
+    run(more, out)
+    assert process.asked == ["telea"]
+
+
+def test_another_bundle_of_the_same_name_is_another(process: Process, tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    for resolution in (64, 128):
+        folder = make_toy_bundle(tmp_path / str(resolution), resolution)
+        loaded = [Bundle.load(folder)]
+        run(Plan(with_references(grid(loaded, Choices(steps=(3,))), None), inputs), tmp_path / "out")
+    assert process.asked == names("toy-float323") * 2
+
+
+def test_a_report_on_other_pictures_is_not_written_over(plan: Plan, process: Process, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save(run(plan, out), out)
+    other = Plan(plan.configurations, write_inputs(tmp_path / "more", "c"), runs=1, warmup=0)
+    with pytest.raises(UsageError, match=r"out holds a report on other pictures \(a.png, b.png\): name another"):
+        run(other, out)
+    claim(out, force=True)
+    assert [i["name"] for i in run(other, out)["inputs"]] == ["c.png"]
+
+
+def test_a_peak_is_measured_once_for_each_precision_and_kept(plan: Plan, process: Process, tmp_path: Path) -> None:
+    peak = {"multiplications_per_second": 1e9, "bytes_per_second": None, "runtime": "x", "precision": "float16"}
+    process.peaks = {
+        "float16": {"status": "ok", "reason": None, "peaks": {**peak, "reason": "no copies"}},
+        "float32": {"status": "failed", "reason": "the process crashed with SIGILL"},
+    }
+    results = run(plan, tmp_path / "out")
+    load(save(results, tmp_path / "out"))
+    assert process.asked[-2:] == ["peak float16", "peak float32"]
+    (machine,) = results["machines"].values()
+    assert machine["peaks"] == {**peak, "reason": "no copies"}, "the first configuration's"
+    process.asked.clear()
+    run(plan, tmp_path / "out")
+    assert process.asked == ["peak float32"], "what failed is tried again"
+
+
+def test_other_folders_are_the_users(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    for force in (False, True):
+        with pytest.raises(UsageError, match="holds something else than a report: name another"):
+            claim(tmp_path, force)
+    with pytest.raises(UsageError, match=r"mine.txt is a file: name a folder"):
+        claim(tmp_path / "mine.txt")
+    claim(tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,0 +1,189 @@
+"""``moebius-edge report`` from the outside: real processes on toy bundles, and every input it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reporting import write_inputs
+from toy import flip_byte, make_toy_bundle
+
+from moebius_edge.cli import main
+from moebius_edge.report.results import load
+
+Captured = pytest.CaptureFixture[str]
+ID = "toy-float32_onnxruntime-cpu_ddim-{}_g2_image"
+
+
+@pytest.fixture(autouse=True)
+def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's peak takes seconds, and is tested with what measures it."""
+    monkeypatch.setattr("moebius_edge.report.collect.measures_peaks", lambda: False)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy_bundle(tmp_path / "toy")
+
+
+def arguments(folder: Path, *more: str | Path, output: str = "out") -> list[str]:
+    """A short report on two photographs below ``folder``."""
+    if not (folder / "images").exists():
+        write_inputs(folder)
+    places = ["--images", folder / "images", "--masks", folder / "masks", "--output", folder / output]
+    return ["report", *map(str, [*more, *places, "--runs", "1", "--warmup", "0"])]
+
+
+def test_a_report_from_bundles_to_results(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    damaged = make_toy_bundle(tmp_path / "damaged", name="damaged")
+    flip_byte(damaged / "vae_decoder.onnx")
+    asked = arguments(
+        tmp_path, toy, damaged, "--steps", "3", "--steps", "4,3", "--baseline", "telea", "--truth", "images"
+    )
+    assert main([*asked, "--max-memory", "2GB"]) == 6
+    out, err = capsys.readouterr()
+    results = load(tmp_path / "out")
+    by_id = {row["id"]: row for row in results["configurations"]}
+    statuses = [row["status"] for row in by_id.values()]
+    assert list(by_id)[:2] == [ID.format(3), ID.format(4)] and statuses == ["ok", "ok", "gated", "gated", "ok"]
+    assert by_id[ID.format(3)]["latency"]["stages"]["denoise"]["count"] == 4
+    assert by_id[ID.format(4)]["accuracy"]["against_reference"]["latent_rms_drift"] == [0.0] * 3
+    assert by_id["telea"]["accuracy"]["against_truth"]["images"] == 2
+    assert by_id["telea"]["memory"]["peak_host_bytes"] < by_id[ID.format(3)]["memory"]["peak_host_bytes"]
+    assert results["limits"] == {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": 2_000_000_000}
+    for row in by_id.values():
+        for path in row["pictures"].values():
+            assert (tmp_path / "out" / path).is_file()
+    lines = out.splitlines()
+    assert lines[0].split() == ["configuration", "ms", "images/s", "memory", "vs", "reference", "vs", "truth"]
+    assert lines[2].startswith(ID.format(3)) and "200.00" in lines[2] and "gated" in lines[4]
+    assert lines[-1] == f"saved {tmp_path / 'out' / 'results.json'}"
+    assert "was altered" in err and err.splitlines()[-1] == "error: 2 of 5 configurations were not measured"
+    assert f"[1/5] {ID.format(3)}: loading" in err.splitlines()
+
+
+def test_again_is_resumed_as_json(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    asked = arguments(tmp_path, toy, "--steps", "3")
+    assert main(asked) == 0
+    capsys.readouterr()
+    assert main([*asked, "--json"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document.pop("exit_code") == 0 and document == load(tmp_path / "out")
+    assert err == "", "nothing was measured"
+    assert main([*asked, "--force"]) == 0
+    assert f"[1/1] {ID.format(3)}: loading" in capsys.readouterr().err
+
+
+def test_an_explicit_reference_joins_the_grid(toy: Path, tmp_path: Path) -> None:
+    other = make_toy_bundle(tmp_path / "other", name="other", distilled_guidance=2.0)
+    assert main(arguments(tmp_path, toy, "--steps", "3", "--reference", other)) == 0
+    rows = load(tmp_path / "out")["configurations"]
+    assert [row["bundle"]["name"] for row in rows] == ["toy", "other"]
+    reference = rows[1]["id"]
+    assert {row["accuracy"]["against_reference"]["reference"] for row in rows} == {reference}
+    assert rows[0]["accuracy"]["against_reference"]["hole_psnr_db"] > 100, "the same fill, guided and distilled"
+
+
+def test_ctrl_c_keeps_what_is_finished(toy: Path, tmp_path: Path) -> None:
+    asked = arguments(tmp_path, toy, "--steps", "3,1000")
+    command = [sys.executable, "-m", "moebius_edge", *asked[:-4], "--runs", "500", "--warmup", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("[1/2]") and "run 1 of" in line:
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    expected = f"interrupted; what was measured is kept in {tmp_path / 'out'}: run the same command to go on"
+    assert err.splitlines()[-1] == expected
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def refused(capsys: Captured, code: int, message: str, *asked: str) -> None:
+    assert main(list(asked)) == code
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert out == "" and len(errors) == 1 and message in errors[0], err
+
+
+def test_bad_input(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    asked = arguments(tmp_path, toy)
+    images, output = str(tmp_path / "images"), str(tmp_path / "out")
+    refused(capsys, 2, "--images DIR is missing: a folder of photographs", "report", str(toy), "--output", output)
+    refused(capsys, 2, "is no folder: name one that holds photographs", *asked, "--images", f"{images}/a.png")
+    refused(
+        capsys,
+        2,
+        f"a.png has no mask: put a_mask.png into {images}, or name the masks' folder with --masks",
+        *("report", str(toy), "--output", output, "--images", images),
+    )
+    (tmp_path / "true").mkdir()
+    refused(capsys, 2, "a.png has no true picture: put a.png into", *asked, "--truth", str(tmp_path / "true"))
+    refused(capsys, 2, "--truth none is no folder", *asked, "--truth", "none")
+    refused(capsys, 4, "there is no bundle folder", *asked[:1], "none", *asked[1:])
+    refused(capsys, 2, "--steps 4,x is no list of whole numbers: write such as --steps 4,8", *asked, "--steps", "4,x")
+    refused(capsys, 2, "unknown start 'middle'", *asked, "--start", "middle")
+    refused(capsys, 2, "unknown baseline 'lama'", *asked, "--baseline", "lama")
+    refused(capsys, 2, "--max-memory much is no size: write such as 2GB", *asked, "--max-memory", "much")
+    refused(capsys, 2, "--output", "report", str(toy), "--images", images)
+    Path(output).mkdir()
+    (Path(output) / "mine").touch()
+    refused(capsys, 2, "holds something else than a report", *asked)
+    assert sorted(p.name for p in Path(output).iterdir()) == ["mine"]
+
+
+def renamed(folder: Path, name: str, change: dict[str, Any]) -> Path:
+    """A copy of a report's results as another machine would have written them, without pictures."""
+    text = (folder / "results.json").read_text()
+    document = json.loads(text)
+    (old,) = document["machines"]
+    document = json.loads(text.replace(f'"{old}"', f'"{name}"'))
+    document["conditions"] |= change
+    other = folder.with_name(name)
+    other.mkdir()
+    (other / "results.json").write_text(json.dumps(document))
+    return other / "results.json"
+
+
+def test_two_machines_are_merged(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert main(arguments(tmp_path, toy, "--steps", "3")) == 0
+    first = tmp_path / "out" / "results.json"
+    second = renamed(tmp_path / "out", "board", {})
+    capsys.readouterr()
+    both = str(tmp_path / "both")
+    assert main(["report", "merge", str(first), str(second), "--output", both, "--max-latency-ms", "9"]) == 0
+    out, err = capsys.readouterr()
+    merged = load(both)
+    assert [row["id"] for row in merged["configurations"]] == [ID.format(3), f"{ID.format(3)}_board"]
+    assert merged["limits"]["max_latency_ms"] == 9 and len(merged["machines"]) == 2
+    assert merged["configurations"][1]["pictures"] == {} and len(merged["configurations"][0]["pictures"]) == 2
+    assert (tmp_path / "both" / "pictures" / "inputs" / "a_mask.png").is_file()
+    assert "2 pictures not found beside their results" in err and out.splitlines()[-1] == f"saved {both}/results.json"
+    other = renamed(tmp_path / "out", "other", {"runs": 9})
+    refused(capsys, 2, "has runs 1 and", "report", "merge", str(first), str(other), "--output", str(tmp_path / "x"))
+    refused(capsys, 2, "merge needs two results.json or more", "report", "merge", str(first), "--output", both)
+    message = f"the output {first.parent} is one of the reports"
+    refused(capsys, 2, message, "report", "merge", str(first), str(second), "--output", str(first.parent))
+    refused(capsys, 3, "there is no none", "report", "merge", "none", str(first), "--output", both)
+
+
+def test_it_needs_no_pytorch(toy: Path, tmp_path: Path) -> None:
+    """Neither the command nor the process that measures, which finds the same blocked modules by a site file."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for name in ("torch", "onnx", "diffusers", "skimage"):
+        (blocked / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(blocked)}
+    command = [sys.executable, "-m", "moebius_edge", *arguments(tmp_path, toy, "--steps", "2", "--truth", "images")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,167 @@
+"""What a grid holds: every combination once, each with its own name, and those that cannot run with their reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy import make_toy_bundle
+
+from moebius_edge.bundle import Bundle
+from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.report.baseline_rows import baseline_rows
+from moebius_edge.report.configurations import Choices, grid
+from moebius_edge.report.configurations import Configuration as Row
+from moebius_edge.report.references import with_references
+
+
+def changed(folder: Path, **values: Any) -> Bundle:
+    """A toy bundle whose ``bundle.json`` says something else."""
+    path = make_toy_bundle(folder) / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return Bundle.load(folder, verify=False)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Bundle:
+    return Bundle.load(make_toy_bundle(tmp_path / "toy"))
+
+
+def test_without_choices_a_bundle_runs_as_it_would(tmp_path: Path) -> None:
+    own = {"steps": 6, "guidance": 1.0, "start": "prefill", "strength": 0.5}
+    (row,) = grid([changed(tmp_path / "toy", defaults=own)], Choices(seed=3))
+    assert row.id == "toy-float32_onnxruntime-cpu_ddim-6_g1_prefill"
+    assert row.label == "toy float32, ONNX Runtime CPU, 6 steps DDIM, guidance 1, start prefill"
+    assert row.settings == {
+        **own,
+        "steps_executed": 3,
+        "distilled_guidance": None,
+        "scheduler": "ddim",
+        "seed": 3,
+    }
+    assert row.bundle is not None and row.bundle["resolution"] == 64 and row.problem is None
+
+
+def test_every_combination_is_there_once(toy: Bundle) -> None:
+    choices = Choices(
+        runtimes=("onnxruntime", "auto"),
+        devices=("cpu",),
+        steps=(4, 8),
+        schedulers=("ddim", "dpm++2m"),
+        guidances=(1.0, 1.5),
+        starts=("image", "noise"),
+    )
+    rows = grid([toy], choices)
+    assert len(rows) == len({row.id for row in rows}) == 16
+    assert rows[0].id == "toy-float32_onnxruntime-cpu_ddim-4_g1_image"
+    assert rows[-1].id == "toy-float32_onnxruntime-cpu_dpm-2m-8_g1.5_noise"
+    assert {row.settings["strength"] for row in rows if row.settings} == {0.99, 1.0}
+
+
+def test_bundles_of_one_name_are_told_apart(toy: Bundle, tmp_path: Path) -> None:
+    other = Bundle.load(make_toy_bundle(tmp_path / "other", 128))
+    ids = [row.id for row in grid([toy, other], Choices())]
+    digits = [b.files["denoiser.onnx"]["sha256"][:6] for b in (toy, other)]
+    assert ids == [f"toy-float32-{d}_onnxruntime-cpu_ddim-20_g2_image" for d in digits]
+    assert len(grid([toy, toy], Choices())) == 1
+
+
+def test_what_a_model_cannot_take_is_a_row_with_its_reason(toy: Bundle, tmp_path: Path) -> None:
+    distilled = Bundle.load(make_toy_bundle(tmp_path / "distilled", name="distilled", distilled_guidance=1.5))
+    rows = grid([toy, distilled], Choices(guidances=(2.0,)))
+    assert [row.problem and row.problem[0] for row in rows] == [None, "gated"]
+    assert rows[1].problem is not None and "guidance 1.5 distilled" in rows[1].problem[1]
+    assert "guidance 2 (distilled)" in rows[1].label
+    with pytest.raises(UsageError, match=r"guidance is 2\.0, and the model has guidance 1\.5 distilled"):
+        grid([distilled], Choices(guidances=(2.0,)))
+
+
+def test_a_device_that_is_not_here_is_a_row(toy: Bundle) -> None:
+    rows = grid([toy], Choices(runtimes=("auto",), devices=("cpu", "cuda")))
+    assert [row.runtime["device"] for row in rows] == ["cpu", "cuda"]
+    assert rows[1].problem is not None and rows[1].problem[0] == "missing"
+    assert rows[1].problem[1].startswith("nothing works here on cuda; ")
+
+
+def test_pairs_that_do_not_exist_are_left_out(toy: Bundle) -> None:
+    rows = grid([toy], Choices(runtimes=("onnxruntime", "tensorrt"), devices=("cpu", "cuda")))
+    places = [(row.runtime["name"], row.runtime["device"]) for row in rows]
+    assert places == [("onnxruntime", "cpu"), ("onnxruntime", "cuda"), ("tensorrt", "cuda")]
+    with pytest.raises(UsageError, match="runtime tensorrt has no device cpu"):
+        grid([toy], Choices(runtimes=("tensorrt",), devices=("cpu",)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"runtimes": ("caffe",)}, "unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx, auto"),
+        ({"devices": ("tpu",)}, "unknown device 'tpu': choose one of cuda, tensorrt, cpu, auto"),
+        ({"schedulers": ("euler",)}, "unknown scheduler 'euler'"),
+        ({"starts": ("middle",)}, "unknown start 'middle': choose one of image, prefill, noise"),
+        ({"steps": (4, 0)}, "steps is 0: give a whole number from 1 to 1000"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_choices_that_do_not_exist(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Choices(**values)
+    assert message in str(caught.value)
+
+
+def references(rows: list[Row], reference: Bundle | str | None = None) -> list[str | None]:
+    return [row.reference for row in with_references(rows, reference)]
+
+
+def test_the_reference_is_float32_of_the_same_checkpoint_and_settings(toy: Bundle, tmp_path: Path) -> None:
+    half = changed(tmp_path / "half", precision="float16")
+    other = changed(tmp_path / "other", name="other", source={"toy": "1"})
+    other_half = changed(tmp_path / "other-half", name="other", source={"toy": "1"}, precision="float16")
+    rows = grid([half, toy, other, other_half], Choices(steps=(4, 8)))
+    full = [f"toy-float32_onnxruntime-cpu_ddim-{n}_g2_image" for n in (4, 8)]
+    others = [name.replace("toy", "other") for name in full]
+    assert references(rows) == full * 2 + others * 2
+    assert references(rows, other) == others * 4
+    alone = changed(tmp_path / "alone", name="alone", source={"toy": "2"}, precision="float16")
+    assert references(grid([toy, alone], Choices(steps=(4,)))) == [full[0]] * 2, "the first float32 bundle"
+    assert references(grid([half], Choices())) == [None]
+    large = Bundle.load(make_toy_bundle(tmp_path / "large", 128, name="large"))
+    assert references(grid([half, large], Choices(steps=(4,))))[0] is None, "another resolution crops elsewhere"
+
+
+def test_a_reference_on_the_cpu_goes_first(toy: Bundle) -> None:
+    rows = grid([toy], Choices(runtimes=("onnxruntime",), devices=("cuda", "cpu")))
+    assert set(references(rows)) == {"toy-float32_onnxruntime-cpu_ddim-20_g2_image"}
+
+
+def test_baselines_by_name(toy: Bundle) -> None:
+    rows = baseline_rows(["telea", "navier-stokes"], [toy], Choices())
+    assert [(row.id, row.kind, row.settings) for row in rows] == [
+        ("telea", "baseline", None),
+        ("navier-stokes", "baseline", None),
+    ]
+    assert references(rows) == [None, None]
+    with pytest.raises(UsageError, match="unknown baseline 'lama': choose one of telea, navier-stokes, torch, or name"):
+        baseline_rows(["lama"], [toy], Choices())
+    with pytest.raises(MachineError, match=r"none.toml cannot be read"):
+        baseline_rows(["none.toml"], [toy], Choices())
+
+
+def test_pytorch_needs_the_checkpoint_of_a_bundle(toy: Bundle, tmp_path: Path) -> None:
+    tiny = Bundle.load("tiny", verify=False)
+    rows = baseline_rows(["torch"], [toy, tiny], Choices(steps=(4, 8)))
+    assert [row.id for row in rows] == [f"torch-tiny_torch-cpu_ddim-{n}_g1_prefill" for n in (4, 8)]
+    assert rows[0].label.startswith("tiny float32, PyTorch CPU, 4 steps DDIM") and rows[0].kind == "torch"
+    with pytest.raises(UsageError, match=r"--baseline torch: no bundle here was made from that checkpoint"):
+        baseline_rows(["torch"], [toy], Choices())
+    description = tmp_path / "tiny.toml"
+    checkpoint = tiny.path / "checkpoint"
+    description.write_text(f'checkpoint = "{checkpoint / "student.safetensors"}"\nvae = "{checkpoint / "vae"}"\n')
+    (row,) = baseline_rows([str(description)], [tiny], Choices())
+    assert row.source["vae"] == str(checkpoint / "vae")
+    assert references([*grid([tiny], Choices()), row]) == ["tiny-float32_onnxruntime-cpu_ddim-20_g1_prefill"] * 2
+    assert references([*grid([tiny], Choices()), row], "torch") == [row.id] * 2
+    description.write_text('checkpoint = "student.safetensors"\n')
+    with pytest.raises(UsageError, match=r"tiny.toml should hold checkpoint and vae"):
+        baseline_rows([str(description)], [tiny], Choices())

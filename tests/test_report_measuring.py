@@ -1,0 +1,196 @@
+"""One configuration's figures, measured in this process on toy bundles whose results are known."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from reporting import rows, spec, write_inputs
+from toy import make_toy_bundle
+
+from moebius_edge import machine
+from moebius_edge.errors import BundleError, MachineError, QualityError, UsageError
+from moebius_edge.report import inputs as inputs_module
+from moebius_edge.report import measuring, subjects
+from moebius_edge.report.baseline_rows import baseline_rows
+from moebius_edge.report.configurations import Choices
+from moebius_edge.report.inputs import Loader
+from moebius_edge.report.measuring import measure
+from moebius_edge.report.worker import attempt
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy_bundle(tmp_path / "toy")
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def test_every_stage_of_every_run_counts_and_the_warm_up_does_not(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "open_meter", lambda device: None)
+    seen = []
+    (row,) = rows(toy)
+    wanted = spec(tmp_path / "out", row, write_inputs(tmp_path), runs=3, warmup=2)
+    figures = measure(wanted, lambda *step: seen.append(step))
+    stages = figures["latency"]["stages"]
+    counts = {name: stage["count"] for name, stage in stages.items()}
+    assert counts["total"] == 3 * 2 and counts["denoise"] == 3 * 2 * 2 and counts["vae_encode"] == 3 * 2 * 2
+    for stage in stages.values():
+        assert set(stage) == {"count", "first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"}
+        assert stage["median_ms"] <= stage["p95_ms"] <= stage["p99_ms"]
+    assert figures["latency"]["load_ms"] > 0 and figures["latency"]["images_per_second"] > 0
+    assert figures["memory"]["peak_host_bytes"] > 10**7 and figures["memory"]["peak_device_bytes"] is None
+    assert "CPU" in figures["memory"]["reason"] and figures["energy"]["reason"]
+    assert figures["runtime"]["name"] == "onnxruntime" and figures["sustained"] is None
+    assert [what for what, _, _ in seen][:2] == ["loading", "warm-up 1 of 2"] and seen[-1] == ("accuracy", 1, 2)
+
+
+def test_the_first_call_is_the_processes(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stage that takes 100 ms once and 1 ms from then on, the warm-up pays."""
+    calls = []
+
+    def fill(self: Any, loaded: Any, timer: Any, trace: Any = None) -> np.ndarray:
+        calls.append(trace)
+        if timer is not None:
+            timer.add("total", 100.0 if len(calls) == 1 else 1.0)
+        return inputs_module.rgb8(loaded.picture)
+
+    monkeypatch.setattr(subjects.Network, "fill", fill)
+    (row,) = rows(toy)
+    figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path, "a"), runs=4, warmup=1), quiet)
+    total = figures["latency"]["stages"]["total"]
+    assert (total["first_ms"], total["median_ms"], total["p99_ms"], total["count"]) == (100.0, 1.0, 1.0, 4)
+    assert figures["latency"]["images_per_second"] == pytest.approx(1000)
+    assert len(calls) == 6, "a warm-up, four runs, and one to look at what was made"
+
+
+def test_a_reference_keeps_its_traces_and_the_others_are_compared(toy: Path, tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path)
+    (row,) = rows(toy)
+    folder = tmp_path / "traces"
+    against = {"id": row.id, "folder": str(folder)}
+    own = measure(spec(tmp_path / "out", row, inputs, record=str(folder), reference=against), quiet)
+    assert [p.name for p in sorted(folder.iterdir())] == ["0000.npz", "0001.npz"]
+    figures = own["accuracy"]["against_reference"]
+    assert (figures["psnr_db"], figures["latent_rms_drift"], figures["images"]) == (200.0, [0.0, 0.0], 2)
+    (other,) = rows(toy, guidances=(1.0,))
+    compared = measure(spec(tmp_path / "out", other, inputs, reference=against), quiet)["accuracy"]
+    assert compared["against_reference"]["latent_rms_drift"][-1] > 0.001
+    assert compared["against_reference"]["hole_psnr_db"] < 100 and compared["against_truth"]["images"] == 2
+    assert sorted(own["pictures"]) == ["a.png", "b.png"]
+    for name, path in own["pictures"].items():
+        with Image.open(tmp_path / "out" / path) as result, Image.open(tmp_path / "images" / name) as image:
+            a, b = np.asarray(result), np.asarray(image)
+        assert (a != b).any() and np.array_equal(a[:20], b[:20])
+
+
+def test_a_baseline_has_one_stage_and_no_reference(tmp_path: Path) -> None:
+    (row,) = baseline_rows(["telea"], [], Choices())
+    figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path), runs=2), quiet)
+    assert list(figures["latency"]["stages"]) == ["total"] and figures["work"] is None
+    assert figures["accuracy"]["against_reference"] is None
+    assert figures["accuracy"]["against_truth"]["hole_psnr_db"] > 5
+    assert figures["runtime"]["name"] == "opencv"
+
+
+def test_memory_on_a_gpu_is_what_the_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["", f"{os.getpid()}, [N/A]\n", "1, 100\n", f"1, 100\n{os.getpid()}, 700\n{os.getpid()}, 24\n"]
+
+    def smi(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert "--query-compute-apps=pid,used_gpu_memory" in command
+        return subprocess.CompletedProcess(command, 0, answers.pop(), "")
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(machine.subprocess, "run", smi)
+    assert measuring.peak_device_memory("cuda") == {"peak_device_bytes": 724 << 20, "reason": None}
+    while answers:
+        expected = {"peak_device_bytes": None, "reason": "nvidia-smi does not list this process's GPU memory"}
+        assert measuring.peak_device_memory("cuda") == expected
+
+
+def test_sustained_is_the_last_minute_against_the_runs(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_MINUTE_S", 0.3)
+    (row,) = rows(toy)
+    figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path), sustained_minutes=2.5), quiet)
+    sustained = figures["sustained"]
+    assert 3 <= len(sustained["by_minute_ms"]) <= 4 and sustained["minutes"] == 2.5
+    assert sustained["soaked_median_ms"] == sustained["by_minute_ms"][-1]
+    assert sustained["cold_median_ms"] == figures["latency"]["stages"]["total"]["median_ms"]
+
+
+def test_without_a_truth_there_is_no_figure(toy: Path, tmp_path: Path) -> None:
+    inputs = [inputs_module.Input(i.image, i.mask) for i in write_inputs(tmp_path)]
+    (row,) = rows(toy)
+    accuracy = measure(spec(tmp_path / "out", row, inputs), quiet)["accuracy"]
+    assert accuracy == {"against_reference": None, "against_truth": None}
+
+
+def test_many_pictures_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = write_inputs(tmp_path, "a", "b", "c")
+    monkeypatch.setattr(inputs_module, "_HELD_BYTES", 96 * 80 * 4)  # one
+    loader = Loader(sources)
+    first, second = list(loader), list(loader)
+    assert [x.source.name for x in first] == [x.source.name for x in second] == ["a.png", "b.png", "c.png"]
+    assert [x is y for x, y in zip(first, second, strict=True)] == [True, False, False]
+
+
+def test_inputs_that_cannot_be_used(tmp_path: Path) -> None:
+    (source,) = write_inputs(tmp_path, "a")
+    Image.fromarray(np.zeros((80, 96), np.uint8)).save(source.mask)
+    with pytest.raises(UsageError, match=r"a.png is empty, nothing would be filled"):
+        inputs_module.load_input(source)
+    (source,) = write_inputs(tmp_path, "a")
+    (other,) = write_inputs(tmp_path / "other", "a", size=(80, 80))
+    with pytest.raises(UsageError, match=r"truth .* has \(80, 80\) pixels and .* \(96, 80\)"):
+        inputs_module.load_input(inputs_module.Input(source.image, source.mask, other.image))
+
+
+def test_grey_and_deep_pictures_are_shown_in_8_bits() -> None:
+    deep = inputs_module.Picture(np.array([[[0], [257], [65535]]], np.uint16))
+    np.testing.assert_array_equal(inputs_module.rgb8(deep), [[[0] * 3, [1] * 3, [255] * 3]])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (MemoryError(), "out of memory", "not enough memory"),
+        (MachineError("denoiser failed: not enough memory on cpu: close"), "out of memory", "denoiser failed: not"),
+        (MachineError("no GPU: buy one"), "missing", "no GPU: buy one"),
+        (BundleError("denoiser returned NaN"), "gated", "denoiser returned NaN"),
+        (QualityError("too far"), "gated", "too far"),
+        (KeyError("bug"), "failed", "KeyError: 'bug'"),
+        (RuntimeError("two\nlines"), "failed", "RuntimeError: two lines"),
+    ],
+)
+def test_what_is_raised_becomes_a_status(error: Exception, status: str, reason: str) -> None:
+    def fail() -> dict[str, Any]:
+        raise error
+
+    outcome = attempt(fail)
+    assert outcome["status"] == status and outcome["reason"].startswith(reason)
+    assert attempt(lambda: {"figure": 1}) == {"figure": 1, "status": "ok", "reason": None}
+
+
+def test_a_nan_and_a_damaged_bundle_are_gated(tmp_path: Path) -> None:
+    broken = make_toy_bundle(tmp_path / "nan", nan_in="denoiser")
+    (row,) = rows(broken)
+    inputs = write_inputs(tmp_path)
+    outcome = attempt(lambda: measure(spec(tmp_path / "out", row, inputs), quiet))
+    assert outcome["status"] == "gated" and outcome["reason"].startswith("denoiser returned NaN at step 1 of 2")
+    data = bytearray((broken / "vae_decoder.onnx").read_bytes())
+    data[-1] ^= 0xFF
+    (broken / "vae_decoder.onnx").write_bytes(data)
+    outcome = attempt(lambda: measure(spec(tmp_path / "out", row, inputs), quiet))
+    assert outcome["status"] == "gated" and "was altered" in outcome["reason"]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,182 @@
+"""results.json: what is refused and how it is named, and what merging keeps, renames and refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.report.results import copy_pictures, load, merge, save
+
+SAMPLE = Path(__file__).parent / "data" / "report"
+SERVER, BOARD = "sample-server-2-cores", "sample-board-8gb"
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    return load(SAMPLE)
+
+
+def only(results: dict[str, Any], machine: str) -> dict[str, Any]:
+    """The part of a document that one machine measured, as that machine wrote it."""
+    part = copy.deepcopy(results)
+    part["machines"] = {machine: part["machines"][machine]}
+    part["configurations"] = [row for row in part["configurations"] if row["machine"] == machine]
+    part["conditions"]["reference"] = None
+    return part
+
+
+def test_the_sample_has_every_status_and_survives_a_round(results: dict[str, Any], tmp_path: Path) -> None:
+    statuses = {row["status"] for row in results["configurations"]}
+    assert statuses == {"ok", "failed", "gated", "out of memory", "missing"}
+    assert {row["kind"] for row in results["configurations"]} == {"bundle", "baseline", "torch"}
+    assert load(save(results, tmp_path)) == results
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def changed(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A function that sets, or with ``...`` removes, the field at ``place`` (dots between keys)."""
+
+    def change(document: dict[str, Any]) -> None:
+        *parents, last = [int(p) if p.isdigit() else p for p in place.split(".")]
+        target: Any = document
+        for key in parents:
+            target = target[key]
+        if value is ...:
+            del target[last]
+        else:
+            target[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("schema_version", 2, "schema version 2 is unknown, this program reads 1"),
+        ("machines", ..., "'machines' is missing"),
+        ("conditions.runs", "5", "'conditions.runs' should be a whole number of 0 or more and is '5'"),
+        ("inputs.1.hole_share", True, "'inputs[1].hole_share' should be a number and is True"),
+        ("configurations.0.status", "fine", "'configurations[0].status' should be one of ok, failed, gated"),
+        (
+            "configurations.2.latency.stages.denoise.median_ms",
+            None,
+            "'configurations[2].latency.stages.denoise.median_ms' should be a number and is None",
+        ),
+        ("configurations.0.accuracy.against_truth.lpips", "low", "against_truth.lpips' should be a number"),
+        ("configurations.0.machine", "moon", "'configurations[0].machine' 'moon' is none of 'machines'"),
+        ("configurations.1.id", "telea", "'telea' is there twice"),
+        ("configurations.0.latency", None, "'configurations[0].latency' is missing, and its status is ok"),
+        ("configurations.5.reason", None, "'configurations[5].reason' should say why its status is gated"),
+        ("configurations", {}, "'configurations' should be a list and is {}"),
+    ],
+)
+def test_what_is_wrong_is_named(results: dict[str, Any], tmp_path: Path, place: str, value: Any, message: str) -> None:
+    changed(place, value)(results)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+    with pytest.raises(ValueError, match="these are no results"):
+        save(results, tmp_path / "other")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"there is no .*results.json: name a results.json that"):
+        load(tmp_path)
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(UsageError, match="is not valid JSON"):
+        load(tmp_path)
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(UsageError, match="should hold a JSON object"):
+        load(tmp_path)
+
+
+def test_a_nan_is_never_written(results: dict[str, Any], tmp_path: Path) -> None:
+    results["configurations"][0]["latency"]["load_ms"] = float("nan")
+    with pytest.raises(ValueError, match="load_ms' should be a number and is nan"):
+        save(results, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_machines_are_put_together(results: dict[str, Any]) -> None:
+    server, board = only(results, SERVER), only(results, BOARD)
+    server["conditions"]["reference"] = results["conditions"]["reference"]
+    shared = server["configurations"][0]["id"]
+    board["configurations"][0]["id"] = shared  # as it was called before it was merged
+    for row in board["configurations"]:
+        if row["accuracy"]["against_reference"]:
+            row["accuracy"]["against_reference"]["reference"] = shared
+    merged = merge([("a.json", server), ("b.json", board)])
+    assert list(merged["machines"]) == [SERVER, BOARD]
+    ids = [row["id"] for row in merged["configurations"]]
+    assert ids == [*(r["id"] for r in server["configurations"]), f"{shared}_{BOARD}", *ids[11:]]
+    assert merged["configurations"][10]["accuracy"]["against_reference"]["reference"] == f"{shared}_{BOARD}"
+    assert merged["conditions"]["reference"] == shared
+    assert server == only(results, SERVER) | {"conditions": results["conditions"]}, "its arguments stay"
+
+
+def test_another_machine_of_the_same_name_is_renamed(results: dict[str, Any]) -> None:
+    first, second = only(results, BOARD), only(results, BOARD)
+    second["machines"][BOARD]["info"]["memory_bytes"] = 1
+    merged = merge([("a", first), ("b", second)])
+    assert list(merged["machines"]) == [BOARD, f"{BOARD}-2"]
+    assert {row["machine"] for row in merged["configurations"][len(first["configurations"]) :]} == {f"{BOARD}-2"}
+    assert len({row["id"] for row in merged["configurations"]}) == 2 * len(first["configurations"])
+    with pytest.raises(UsageError, match="b holds sample-float32_.* of machine sample-board-8gb, and so does one"):
+        merge([("a", first), ("b", first)])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("conditions.seed", 1, "a has seed 0 and b has 1: merge reports made under one condition"),
+        ("conditions.runs", 3, "a has runs 5 and b has 3"),
+        ("inputs.0.name", "c.jpg", "a and b have different images (beach.jpg)"),
+        ("inputs.0.sha256", "0", "beach.jpg differs between a and b"),
+        ("inputs.1.mask_sha256", "0", "the mask of kitchen.jpg differs between a and b"),
+        ("inputs.2.truth_sha256", None, "the truth of street.jpg differs between a and b"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_merged(results: dict[str, Any], place: str, value: Any, message: str) -> None:
+    server, board = only(results, SERVER), only(results, BOARD)
+    changed(place, value)(board)
+    with pytest.raises(UsageError) as caught:
+        merge([("a", server), ("b", board)])
+    assert message in str(caught.value)
+
+
+def test_another_reference_is_refused(results: dict[str, Any]) -> None:
+    server, board = only(results, SERVER), only(results, BOARD)
+    for part in (server, board):
+        part["conditions"]["reference"] = part["configurations"][0]["id"]
+    merge([("a", server), ("b", board)])
+    board["configurations"][0]["bundle"]["denoiser_sha256"] = "e" * 64
+    with pytest.raises(UsageError, match="the reference of a is denoiser a1a1a1a1a1a1 and that of b eeeeeeeeeeee"):
+        merge([("a", server), ("b", board)])
+
+
+def test_pictures_follow_where_they_are(results: dict[str, Any], tmp_path: Path) -> None:
+    parts = [(tmp_path / name, only(results, machine)) for name, machine in (("a", SERVER), ("b", BOARD))]
+    for folder, part in parts:
+        for row in part["configurations"]:
+            for path in row["pictures"].values():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(f"{folder.name} {row['id']}")
+        (folder / "pictures" / "inputs").mkdir()
+        (folder / "pictures" / "inputs" / "beach.png").write_text("input")
+    shutil.rmtree(parts[1][0] / "pictures" / parts[1][1]["configurations"][0]["id"])
+    merged = merge([(folder.name, part) for folder, part in parts])
+    missing = copy_pictures(merged, parts, tmp_path / "out")
+    assert len(missing) == 3 and merged["configurations"][10]["pictures"] == {}
+    assert (tmp_path / "out" / "pictures" / "inputs" / "beach.png").read_text() == "input"
+    for row in merged["configurations"]:
+        for path in row["pictures"].values():
+            assert (tmp_path / "out" / path).read_text().endswith(row["id"])

@@ -8,6 +8,7 @@ another.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -33,16 +34,20 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
+        # Clear of 3 and 4, which they become in the browser.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_browser, from_browser)]
         flags = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe"
-        # The descriptors must be 3 and 4 in the browser; a shell moves them there, whatever they are here.
-        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
-        arguments = [*flags.split(), "--disable-dev-shm-usage", f"--user-data-dir={profile}", "about:blank"]
+        command = [program, *flags.split(), "--disable-dev-shm-usage", f"--user-data-dir={profile}", "about:blank"]
         with open(profile / "log", "wb") as log:
             self._process = subprocess.Popen(
-                ["sh", "-c", command, program, *arguments], pass_fds=(to_browser, from_browser), stdout=log, stderr=log
+                command,
+                stdout=log,
+                stderr=log,
+                pass_fds=(3, 4),
+                preexec_fn=lambda: [os.dup2(end, number) for number, end in enumerate(ends, start=3)],
             )
-        os.close(to_browser)
-        os.close(from_browser)
+        for end in (*ends, to_browser, from_browser):
+            os.close(end)
         self._number, self._rest, self._session = 0, b"", ""
         self.problems: list[str] = []
         self._loaded = False

@@ -113,7 +113,7 @@ def bars(drawn: Sequence[Bar], unit: str, digits: int, description: str, width: 
         parts.append(svg.element("rect", x=x_at, y=y_at - 9, width=10, height=10, class_=f"c{index % COLOURS}"))
         parts.append(svg.text(name, x_at + 14, y_at, "label"))
         x_at += 36 + svg.CHARACTER_PX * len(name)
-    longest = max((sum(bar.parts.values()) for bar in drawn), default=0.0) or 1.0
+    longest = max([1e-9, *(sum(bar.parts.values()) for bar in drawn)])
     room = width - 90
     for bar in drawn:
         y_at += 34
@@ -121,7 +121,7 @@ def bars(drawn: Sequence[Bar], unit: str, digits: int, description: str, width: 
         parts.append(svg.text(_shortened(f"{bar.number}  {bar.label}", width), 0, y_at - 5, "label"))
         left = 0.0
         for name, value in bar.parts.items():
-            length = room * value / longest
+            length = room * max(value, 0.0) / longest
             tip = svg.element("title", svg.html.escape(f"{name}: {value:.{digits}f} {unit}"))
             index = names.index(name) % COLOURS
             parts.append(svg.element("rect", tip, x=left, y=y_at, width=length, height=11, class_=f"c{index}"))

@@ -33,10 +33,10 @@ class Group(NamedTuple):
 
 
 def number(entry: Any, *path: str) -> float | None:
-    """The number at ``path``, or None; what is negative or beyond ``LARGEST`` is no measurement."""
+    """The number at ``path``, or None; what is beyond ``LARGEST`` is no measurement."""
     value = _at(entry, path)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and 0 <= value <= LARGEST else None
+    return value if is_number and abs(value) <= LARGEST else None
 
 
 def series(entry: Any, *path: str) -> list[float]:
@@ -79,7 +79,8 @@ def is_ok(configuration: Configuration) -> bool:
 
 def latency_ms(configuration: Configuration) -> float | None:
     """Median milliseconds of one picture, from pixels to pixels."""
-    return number(configuration, "latency", "stages", "total", "median_ms") or None  # no picture takes no time
+    median = number(configuration, "latency", "stages", "total", "median_ms")
+    return median if median is not None and median > 0 else None
 
 
 def memory_bytes(configuration: Configuration) -> float | None:
@@ -115,13 +116,13 @@ def stage_ms(configuration: Configuration) -> dict[str, float]:
     A stage may have several entries a picture (``denoise`` one a network call), so its median counts that often.
     """
     stages = _at(configuration, ("latency", "stages"))
-    total, pictures = number(stages, "total", "median_ms"), number(stages, "total", "count")
+    total, pictures = latency_ms(configuration), number(stages, "total", "count")
     if total is None or not pictures:
         return {}
     found = {}
     for name in stages:
         median, count = number(stages, name, "median_ms"), number(stages, name, "count")
-        if name != "total" and median is not None and count is not None:
+        if name != "total" and median is not None and count is not None and median >= 0:
             found[clean(name)] = median * count / pictures
     rest = total - sum(found.values())
     if not found:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..files import atomic_write
 from . import sections
-from .figures import Results
+from .figures import Results, clean
 
 PAGE_FILE = "report.html"
 TITLE = "Accuracy against latency, memory and energy"
@@ -39,7 +39,7 @@ def render(results: Results, folder: Path) -> str:
     fields = {
         "policy": escape(_policy([style], [script])),
         "title": TITLE,
-        "version": escape(str(results["version"])),
+        "version": escape(clean(results["version"])),
         "style": style,
         "script": script,
         "summary": escape(sections.summary(results)),

@@ -10,7 +10,7 @@ import base64
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -46,6 +46,13 @@ class Thumbnail:
     views: dict[str, str] = field(default_factory=dict)
     link: str | None = None
     problem: str | None = None
+
+
+class Part(NamedTuple):
+    """What is cut out of pictures of ``size`` (rows, columns)."""
+
+    size: tuple[int, ...]
+    around: tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -108,17 +115,25 @@ def _read(folder: Path, path: str) -> tuple[np.ndarray | None, str | None, str |
         picture = read_picture(safe_join(folder, path))
     except MoebiusError as error:
         return None, None, clean(str(error).replace(f"{folder}/", ""))
+    except UnicodeError:
+        return None, None, f"{clean(path)} is no name of a file"
     pixels = picture.pixels if picture.bits == 8 else (picture.pixels >> 8).astype(np.uint8)
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels, path, None
 
 
-def _part(mask: np.ndarray | None) -> tuple[slice, slice]:
-    """The rows and columns shown: the hole with as much again around it, or everything where there is no mask."""
+def _part(mask: np.ndarray | None) -> Part | None:
+    """The hole with as much again around it; None, everything, where there is no mask or it is empty."""
     if mask is None or (box := bounds(mask[..., 0] > 127)) is None:
-        return slice(None), slice(None)
+        return None
     top, left, bottom, right = box
     rows, columns = (bottom - top) // 2 + 8, (right - left) // 2 + 8
-    return slice(max(0, top - rows), bottom + rows), slice(max(0, left - columns), right + columns)
+    around = (slice(max(0, top - rows), bottom + rows), slice(max(0, left - columns), right + columns))
+    return Part(mask.shape[:2], around)
+
+
+def _cut(pixels: np.ndarray, part: Part | None) -> np.ndarray:
+    """The part, or all of a picture of another size than the mask's."""
+    return pixels[part.around] if part is not None and pixels.shape[:2] == part.size else pixels
 
 
 def _cell(
@@ -126,11 +141,11 @@ def _cell(
     pixels: np.ndarray | None,
     link: str | None,
     problem: str | None,
-    part: tuple[slice, slice],
+    part: Part | None,
     edge: int,
     configuration: Configuration | None = None,
 ) -> Thumbnail:
-    views = {} if pixels is None else {RESULT: _data_uri(pixels[part], edge)}
+    views = {} if pixels is None else {RESULT: _data_uri(_cut(pixels, part), edge)}
     return Thumbnail(caption, configuration, views, link, problem)
 
 
@@ -139,13 +154,13 @@ def _add_difference(
     view: str,
     result: np.ndarray | None,
     other: np.ndarray | None,
-    part: tuple[slice, slice],
+    part: Part | None,
     edge: int,
 ) -> None:
     """The absolute difference, times ``AMPLIFICATION`` and clipped, taken before scaling down."""
     if result is None or other is None or result.shape != other.shape:
         return
-    difference = cv2.absdiff(np.ascontiguousarray(result[part]), np.ascontiguousarray(other[part]))
+    difference = cv2.absdiff(*(np.ascontiguousarray(_cut(pixels, part)) for pixels in (result, other)))
     cell.views[view] = _data_uri(cv2.convertScaleAbs(difference, alpha=AMPLIFICATION), edge)
 
 

@@ -86,6 +86,15 @@ def test_labels_of_points_do_not_overlap() -> None:
     assert not any(svg.overlap(box, boxes[:i]) for i, box in enumerate(boxes))
 
 
+def test_the_chosen_point_is_ringed() -> None:
+    drawn = [charts.Point(10, 22, 1, "a", "frontier"), charts.Point(20, 23, 2, "b", "frontier", chosen=True)]
+    root = ET.fromstring(charts.scatter(drawn, "ms", "dB", "d"))
+    (ring,) = (c for c in root.iter("circle") if c.get("class") == "ring")
+    marks = {(c.get("cx"), c.get("cy")) for c in root.iter("circle") if c.get("class") == "point frontier"}
+    assert len(marks) == 2 and (ring.get("cx"), ring.get("cy")) in marks
+    assert [e.text for e in root.iter("text") if "chosen" in (e.get("class") or "")] == ["2  b"]
+
+
 def test_equal_points_go_to_the_top_and_leave_the_scale_alone() -> None:
     drawn = [charts.Point(10, 200.0, 1, "reference", "frontier"), charts.Point(5, 60.0, 2, "half", "frontier")]
     root = ET.fromstring(charts.scatter(drawn, "ms", "dB", "d"))

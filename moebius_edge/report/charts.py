@@ -19,13 +19,14 @@ _LEFT, _TOP, _BOTTOM = 44, 34, 44
 
 @dataclass(frozen=True)
 class Point:
-    """``kind`` is "frontier", "dominated" or "baseline"; ``number`` is that of the configuration's row."""
+    """``kind`` is "frontier", "dominated" or "baseline", ``number`` that of its row; the ``chosen`` one is ringed."""
 
     x: float
     y: float
     number: int
     label: str
     kind: str
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,18 @@ def _mark(point: Point, x: float, y: float) -> str:
     if point.kind == "baseline":
         corners = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y:.1f} {x:.1f},{y + 6:.1f} {x - 6:.1f},{y:.1f}"
         return svg.element("polygon", tip, points=corners, class_="point baseline")
-    return svg.element(
-        "circle", tip, cx=x, cy=y, r=5.0 if point.kind == "frontier" else 4.5, class_=f"point {point.kind}"
-    )
+    ring = svg.element("circle", cx=x, cy=y, r=9.0, class_="ring") if point.chosen else ""
+    return ring + svg.element("circle", tip, cx=x, cy=y, r=5.0, class_=f"point {point.kind}")
 
 
 def _point_label(point: Point, x: float, y: float, taken: list[svg.Box], width: int, height: int) -> str:
     """The label beside its point where there is room, else the number alone; ``taken`` gains its place."""
     wanted = [str(point.number)] if width <= NARROW else [f"{point.number}  {point.label}", str(point.number)]
-    places = [(10, 4, "start"), (-10, 4, "end"), (7, -7, "start"), (-7, -7, "end"), (0, -10, "middle")]
+    places = [(12, 4, "start"), (-12, 4, "end"), (7, -7, "start"), (-7, -7, "end"), (0, -10, "middle")]
     places += [(7, 16, "start"), (-7, 16, "end"), (0, 19, "middle")]
     far = [(s * 12, dy, "start" if s > 0 else "end") for dy in (-24, 32, -40, 48) for s in (1, -1)]
     own = (x - 6, y - 6, x + 6, y + 6)
+    class_ = f"label {point.kind}" + (" chosen" if point.chosen else "")
     for content in wanted:
         for dx, dy, anchor in [*places, *far]:
             box = svg.text_box(content, x + dx, y + dy, anchor)
@@ -154,8 +155,8 @@ def _point_label(point: Point, x: float, y: float, taken: list[svg.Box], width: 
             if inside and not svg.overlap(box, [t for t in taken if t != own]):
                 taken.append(box)
                 leader = svg.line(x, y, x + dx * 0.8, y + dy - 4, "leader") if abs(dy) > 20 else ""
-                return leader + svg.text(content, x + dx, y + dy, f"label {point.kind}", anchor)
-    return svg.text(wanted[-1], x + 9, y + 4, f"label {point.kind}")
+                return leader + svg.text(content, x + dx, y + dy, class_, anchor)
+    return svg.text(wanted[-1], x + 9, y + 4, class_)
 
 
 def _shortened(label: str, width: float) -> str:

@@ -153,7 +153,7 @@ def _group_of(configuration: Configuration, against: str | None) -> Group:
     alike = None
     if against == REFERENCE:
         steps, scheduler = settings["steps_executed"], clean(settings["scheduler"])
-        alike = f"{steps} steps executed, guidance {settings['guidance']:g}, {scheduler}"
+        alike = f"{counted(steps, 'step')} executed, guidance {settings['guidance']:g}, {scheduler}"
     return Group(machine, clean(settings["start"]), settings["seed"], alike)
 
 

@@ -28,27 +28,37 @@ from .figures import (
 )
 from .markup import figure, html_table, simple_table
 from .pareto import frontier_ids
+from .recommend import standings
 
 _KEY = (
     '<p class="note"><span class="key frontier"></span>on the frontier: nothing else is as fast and as accurate'
-    '<span class="key"></span>dominated<span class="key baseline"></span>baseline, not ranked with the others. '
+    '<span class="key recommended"></span>recommended<span class="key"></span>dominated'
+    '<span class="key baseline"></span>baseline, not ranked with the others. '
     "Better is up and to the left; the numbers are those of the table.</p>"
 )
 
 
 def frontier_plots(results: Results, numbers: Mapping[str, int]) -> str:
     """A plot for each group of at least two, against the truth and against the reference where these are known."""
-    parts = []
-    for against in AGAINST:
-        found = groups(results, against)
-        for group, members in found.items():
-            if group.start is None and any(g.start and g.machine == group.machine for g in found):
-                continue  # they stand beside the others
-            beside = _ranked(found.get(Group(group.machine, None, None), []), against) if group.start else []
-            ranked = _ranked(members, against)
-            if ranked and len(ranked) + len(beside) > 1:
-                parts.append(_frontier(results, group, ranked, beside, against, numbers))
+    to_truth, to_reference = (_frontiers(results, against, numbers) for against in AGAINST)
+    if len(to_reference) > 1 and to_truth:  # one for each set of settings: beside the others, not before them
+        inner = "\n".join(to_reference)
+        summary = f"Against the float32 reference, each set of settings by itself: {len(to_reference)} plots"
+        to_reference = [f"<details><summary>{summary}</summary>{inner}</details>"]
+    parts = to_truth + to_reference
     return _KEY + "\n".join(parts) if parts else ""
+
+
+def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> list[str]:
+    found, parts = groups(results, against), []
+    for group, members in found.items():
+        if group.start is None and any(g.start and g.machine == group.machine for g in found):
+            continue  # they stand beside the others
+        beside = _ranked(found.get(Group(group.machine, None, None), []), against) if group.start else []
+        ranked = _ranked(members, against)
+        if ranked and len(ranked) + len(beside) > 1:
+            parts.append(_frontier(results, group, ranked, beside, against, numbers))
+    return parts
 
 
 def _frontier(
@@ -62,8 +72,9 @@ def _frontier(
     best = frontier_ids(ranked, against)
     kinds = {c["id"]: "frontier" if c["id"] in best else "dominated" for c in ranked}
     shown = ranked + beside
+    chosen = [i for i, standing in standings(results).items() if standing == "recommended"]
     points = [
-        charts.Point(x, y, numbers[c["id"]], text, kinds.get(c["id"], "baseline"))
+        charts.Point(x, y, numbers[c["id"]], text, kinds.get(c["id"], "baseline"), c["id"] in chosen)
         for c, text in zip(shown, distinct_labels([label(c) for c in shown]), strict=True)
         if (x := latency_ms(c)) is not None and (y := hole_psnr_db(c, against)) is not None
     ]
@@ -129,8 +140,10 @@ def _sustained(results: Results, numbers: Mapping[str, int]) -> list[str]:
     if not shown:
         return []
     labels = distinct_labels([full_label(results, c) for c in shown])
-    minutes = [series(c, "sustained", "by_minute_ms") for c in shown]
-    lines = [charts.Line(numbers[c["id"]], *each) for c, *each in zip(shown, labels, minutes, strict=True)]
+    lines = [
+        charts.Line(numbers[c["id"]], text, series(c, "sustained", "by_minute_ms"))
+        for c, text in zip(shown, labels, strict=True)
+    ]
     draw = partial(charts.lines, lines, "minute", "median latency (ms)", "Latency by minute; see the table", log=False)
     rows = html_table(table.sustained_columns(), shown, numbers, results)
     return ["<h3>Under sustained load</h3>", figure("Median of each minute", draw), rows]

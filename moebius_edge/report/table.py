@@ -176,8 +176,10 @@ def failure(configuration: Configuration) -> str | None:
 def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """What is absent, why, and in which rows; rows that say the same are one entry."""
     found: dict[tuple[str, str], list[str]] = {}
-    for configuration in results["configurations"]:
+    for configuration in filter(is_ok, results["configurations"]):  # the others have one reason for everything
         for what, *path in (
+            ("difference to the reference", "accuracy", "reference_reason"),
+            ("difference to the truth", "accuracy", "truth_reason"),
             ("device memory", "memory", "reason"),
             ("energy", "energy", "reason"),
             ("share of peak", "work", "reason"),

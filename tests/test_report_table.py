@@ -76,8 +76,13 @@ def test_absent_figures_and_their_reasons() -> None:
     results = sample_results()
     numbers = {c["id"]: n for n, c in enumerate(results["configurations"], start=1)}
     found = table.absences(results, numbers)
-    assert ("energy", "no power sensor that this program can read", "1, 2, 3, 4, 5, 8, 9") in found
-    assert ("FID", "torchmetrics is not installed", "1, 2, 3, 4, 5, 8, 9, 11, 12, 13") in found
+    assert ("energy", "no power sensor that this program can read", "1 to 5, 8, 9") in found
+    assert ("FID", "torchmetrics is not installed", "1 to 5, 8, 9, 11 to 13") in found
+
+
+def test_ranges() -> None:
+    found = [table.ranges(rows) for rows in ([], [4], [1, 2], [1, 2, 3, 5, 7, 8])]
+    assert found == ["", "4", "1, 2", "1 to 3, 5, 7, 8"]
 
 
 def test_change_under_load() -> None:

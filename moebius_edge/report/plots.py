@@ -72,10 +72,11 @@ def _frontier(
     best = frontier_ids(ranked, against)
     kinds = {c["id"]: "frontier" if c["id"] in best else "dominated" for c in ranked}
     shown = ranked + beside
+    labels = distinct_labels([label(c) for c in ranked]) + [label(c) for c in beside]
     chosen = [i for i, standing in standings(results).items() if standing == "recommended"]
     points = [
         charts.Point(x, y, numbers[c["id"]], text, kinds.get(c["id"], "baseline"), c["id"] in chosen)
-        for c, text in zip(shown, distinct_labels([label(c) for c in shown]), strict=True)
+        for c, text in zip(shown, labels, strict=True)
         if (x := latency_ms(c)) is not None and (y := hole_psnr_db(c, against)) is not None
     ]
     names = "; ".join(f"{p.label}, {p.x:.4g} ms, {p.y:.1f} dB" for p in points if p.kind == "frontier")
@@ -96,7 +97,7 @@ def drift_plots(results: Results, numbers: Mapping[str, int]) -> str:
     for group, members in groups(results, None).items():
         known = [c for c in members if drift(c)]
         drawn = [c for c in known if any(drift(c))]
-        equal = ", ".join(str(numbers[c["id"]]) for c in known if not any(drift(c)))
+        equal = table.ranges([numbers[c["id"]] for c in known if not any(drift(c))])
         note = f"Equal to the reference at every step, so not drawn: {equal}." if equal else ""
         labels = distinct_labels([label(c) for c in drawn])
         lines = [charts.Line(numbers[c["id"]], text, drift(c)) for c, text in zip(drawn, labels, strict=True)]

@@ -74,7 +74,8 @@ def ranking_notes(results: Results) -> list[str]:
     if against == TRUTH and "image" in starts:
         notes.append(
             "Start image begins from the original with noise upon it, so its fills keep a trace of what is under the "
-            "mask: they compare conversions well, flatter the quality, and are never ranked with other starts."
+            "mask: they compare conversions well, but flatter the quality, and may flatter few steps more than many. "
+            "They are never ranked with other starts."
         )
     if against == REFERENCE:
         notes.append(

@@ -175,7 +175,7 @@ def failure(configuration: Configuration) -> str | None:
 
 def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """What is absent, why, and in which rows; rows that say the same are one entry."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for configuration in filter(is_ok, results["configurations"]):  # the others have one reason for everything
         for what, *path in (
             ("difference to the reference", "accuracy", "reference_reason"),
@@ -187,8 +187,19 @@ def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, st
             ("FID", "accuracy", "against_truth", "fid_reason"),
         ):
             if reason := words(configuration, *path):
-                found.setdefault((what, reason), []).append(str(numbers[configuration["id"]]))
-    return [(what, reason, ", ".join(rows)) for (what, reason), rows in found.items()]
+                found.setdefault((what, reason), []).append(numbers[configuration["id"]])
+    return [(what, reason, ranges(rows)) for (what, reason), rows in found.items()]
+
+
+def ranges(rows: Sequence[int]) -> str:
+    """Rising numbers with neighbours put together: 1 to 5, 8, 9."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def _throttled(configuration: Configuration) -> str | None:

@@ -68,7 +68,7 @@ def test_scatter_draws_and_names_every_point(count: int, width: int) -> None:
     marks = [e for e in root.iter() if e.tag in ("circle", "polygon")]
     labels = [e.text or "" for e in root.iter("text") if "label" in (e.get("class") or "")]
     assert len(marks) == len(labels) == count
-    assert {text.split()[0] for text in labels} == {str(n) for n in range(1, count + 1)}
+    assert {text.split(":")[0] for text in labels} == {str(n) for n in range(1, count + 1)}
     if width == charts.NARROW:
         assert all(text.isdigit() for text in labels)
     elif count <= 12:
@@ -92,7 +92,7 @@ def test_the_chosen_point_is_ringed() -> None:
     (ring,) = (c for c in root.iter("circle") if c.get("class") == "ring")
     marks = {(c.get("cx"), c.get("cy")) for c in root.iter("circle") if c.get("class") == "point frontier"}
     assert len(marks) == 2 and (ring.get("cx"), ring.get("cy")) in marks
-    assert [e.text for e in root.iter("text") if "chosen" in (e.get("class") or "")] == ["2  b"]
+    assert [e.text for e in root.iter("text") if "chosen" in (e.get("class") or "")] == ["2: b"]
 
 
 def test_equal_points_go_to_the_top_and_leave_the_scale_alone() -> None:
@@ -110,7 +110,7 @@ def test_lines_leave_out_zeros_of_a_logarithm() -> None:
     root = ET.fromstring(charts.lines(drawn, "step", "rms", "d"))
     paths = [p.get("d", "") for p in root.iter("path")]
     assert [path.count("L") for path in paths] == [1, 1]
-    assert [e.text for e in root.iter("text") if "label" in (e.get("class") or "")] == ["1  a", "2  b", "3  c"]
+    assert [e.text for e in root.iter("text") if "label" in (e.get("class") or "")] == ["1: a", "2: b", "3: c"]
 
 
 def test_many_lines_differ_in_dash() -> None:

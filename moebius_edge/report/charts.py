@@ -97,7 +97,7 @@ def lines(
     for index, (one, end, at) in enumerate(
         zip(drawn, ends, svg.spread([e[1] for e in ends], _TOP, height - 20), strict=True)
     ):
-        shown = f"{one.number}  {_shortened(one.label, gutter - 40)}" if width > NARROW else str(one.number)
+        shown = f"{one.number}: {_shortened(one.label, gutter - 40)}" if width > NARROW else str(one.number)
         if abs(at - end[1]) > 3 or end[0] < x.end - 3:
             parts.append(svg.line(end[0] + 3, end[1], x.end + 8, at, "leader"))
         parts.append(svg.text(shown, x.end + 11, at + 4, f"label t{index % COLOURS}"))
@@ -119,7 +119,7 @@ def bars(drawn: Sequence[Bar], unit: str, digits: int, description: str, width: 
     for bar in drawn:
         y_at += 34
         total = sum(bar.parts.values()) if bar.total is None else bar.total
-        parts.append(svg.text(_shortened(f"{bar.number}  {bar.label}", width), 0, y_at - 5, "label"))
+        parts.append(svg.text(_shortened(f"{bar.number}: {bar.label}", width), 0, y_at - 5, "label"))
         left = 0.0
         for name, value in bar.parts.items():
             length = room * max(value, 0.0) / longest
@@ -142,7 +142,7 @@ def _mark(point: Point, x: float, y: float) -> str:
 
 def _point_label(point: Point, x: float, y: float, taken: list[svg.Box], width: int, height: int) -> str:
     """The label beside its point where there is room, else the number alone; ``taken`` gains its place."""
-    wanted = [str(point.number)] if width <= NARROW else [f"{point.number}  {point.label}", str(point.number)]
+    wanted = [str(point.number)] if width <= NARROW else [f"{point.number}: {point.label}", str(point.number)]
     places = [(12, 4, "start"), (-12, 4, "end"), (7, -7, "start"), (-7, -7, "end"), (0, -10, "middle")]
     places += [(7, 16, "start"), (-7, 16, "end"), (0, 19, "middle")]
     far = [(s * 12, dy, "start" if s > 0 else "end") for dy in (-24, 32, -40, 48) for s in (1, -1)]

@@ -62,7 +62,7 @@ def _cell(cell: Thumbnail, name: str, results: Results, numbers: Mapping[str, in
             for view, what in _NAMES.items()
             if cell.views
         )
-        caption = f"{numbers[configuration['id']]}&ensp;{escape(full_label(results, configuration))}"
+        caption = f"{numbers[configuration['id']]}: {escape(full_label(results, configuration))}"
     if cell.problem:
         images = f'<span class="absent">{escape(cell.problem)}</span>'
     if cell.link:

@@ -68,7 +68,7 @@ def figure(caption: str, draw: Callable[..., str], note: str = "") -> str:
 def _heading(title: str, unit: str, numeric: bool) -> str:
     shown = f'<span class="name">{escape(title)}</span>'
     shown += f' <span class="unit">{escape(unit)}</span>' if unit else ""
-    return f'<th scope="col"{" class=" + chr(34) + "figure" + chr(34) if numeric else ""}>{shown}</th>'
+    return f'<th scope="col" class="{"figure" if numeric else "word"}">{shown}</th>'
 
 
 def _class(column: Column) -> str:

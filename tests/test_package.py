@@ -32,7 +32,8 @@ def sources() -> Iterator[tuple[Path, str]]:
         prefix = "" if folder == "moebius_edge" else "moebius_edge/"
         for path in sorted((ROOT / folder).rglob("*")):
             inside = path.relative_to(ROOT)
-            is_content = path.suffix == ".py" or path.name == "py.typed" or "assets" in inside.parts
+            is_data = not {"assets", "page"}.isdisjoint(inside.parts)
+            is_content = path.suffix == ".py" or path.name == "py.typed" or is_data
             if path.is_file() and is_content and "__pycache__" not in inside.parts:
                 yield path, prefix + inside.as_posix()
 

@@ -1,0 +1,213 @@
+"""The recommendation: the rule, the budget, why the others fell out, and what comes nearest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from report_sample import configuration, report_of, sample_results
+
+from moebius_edge.report.budget import Budget
+from moebius_edge.report.recommend import Recommendation, ranking_notes, recommend, standings
+
+
+def one(configurations: list[dict[str, Any]], budget: Budget | None = None) -> Recommendation:
+    (found,) = recommend(report_of(configurations), budget or Budget())
+    return found
+
+
+def reasons(found: Recommendation) -> dict[str, str]:
+    return {c["id"]: reason for c, reason in found.others}
+
+
+FOUR = [
+    configuration("slow", latency=1000, truth=28.0, memory=400e6),
+    configuration("middle", latency=400, truth=27.2, memory=300e6),
+    configuration("fast", latency=100, truth=24.0, memory=200e6),
+    configuration("broken", status="failed", reason="the process ended with signal 11"),
+]
+
+
+def test_without_a_budget_the_fastest_within_a_decibel_of_the_best() -> None:
+    found = one(FOUR)
+    assert found.chosen is not None and found.chosen["id"] == "middle"
+    assert found.sentences == [
+        "Take middle.",
+        "400 ms an image (median), hole PSNR 27.2 dB against the ground truth, 300 MB of memory.",
+        "It is the fastest within 1 dB of the best.",
+        "The most accurate, slow, has 28.0 dB and takes 1000 ms, 2.5 times as long.",
+    ]
+    assert reasons(found) == {
+        "slow": "slower: 1000 ms against 400 ms, with 28.0 dB in the hole",
+        "fast": "24.0 dB in the hole, under 27.0 dB",
+        "broken": "failed: the process ended with signal 11",
+    }
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [
+        (Budget(max_latency_ms=399), "fast"),
+        (Budget(max_latency_ms=400), "middle"),  # the limit itself fits
+        (Budget(min_psnr_db=27.5), "slow"),
+        (Budget(min_psnr_db=20), "fast"),
+        (Budget(max_memory_bytes=250e6), "fast"),
+        (Budget(max_latency_ms=500, min_psnr_db=25, max_memory_bytes=300e6), "middle"),
+    ],
+)
+def test_budget(budget: Budget, chosen: str) -> None:
+    found = one(FOUR, budget)
+    assert found.chosen is not None and found.chosen["id"] == chosen
+    assert "Of those within the budget it is" in " ".join(found.sentences)
+
+
+def test_a_floor_alone_decides_and_is_named() -> None:
+    found = one(FOUR, Budget(min_psnr_db=25))
+    assert reasons(found)["fast"] == "24.0 dB in the hole is under 25 dB"
+    assert found.sentences[2] == "Of those within the budget it is the fastest."
+
+
+def test_where_nothing_fits_the_nearest_is_named_with_what_it_misses() -> None:
+    found = one(FOUR, Budget(max_latency_ms=350, min_psnr_db=27.0))
+    assert found.chosen is None
+    assert found.nearest is not None and found.nearest["id"] == "middle"  # 14 % too slow; fast has 41 % more error
+    assert found.sentences == [
+        "No configuration fits the budget: at most 350 ms an image, at least 27 dB in the hole.",
+        "Nearest comes middle with 400 ms an image, hole PSNR 27.2 dB against the ground truth; "
+        "but 400 ms is over 350 ms.",
+    ]
+    assert reasons(found)["fast"] == "24.0 dB in the hole is under 27 dB"
+
+
+def test_several_limits_are_missed_at_once() -> None:
+    found = one(FOUR[:1], Budget(max_latency_ms=500, max_memory_bytes=100e6))
+    assert "1000 ms is over 500 ms; 400 MB of memory is over 100 MB" in found.sentences[1]
+
+
+def test_a_zero_is_a_limit() -> None:
+    found = one(FOUR, Budget(max_latency_ms=0, max_memory_bytes=0))
+    assert found.chosen is None and found.nearest is not None
+
+
+def test_memory_that_was_not_measured_fits_no_limit_on_it() -> None:
+    unknown = configuration("unknown", latency=10, truth=30.0, memory=None)
+    found = one([unknown, *FOUR], Budget(max_memory_bytes=350e6))
+    assert found.chosen is not None and found.chosen["id"] == "middle"
+    assert reasons(found)["unknown"] == "its memory was not measured"
+    free = one([unknown, *FOUR])
+    assert free.chosen is not None and free.chosen["id"] == "unknown"
+
+
+def test_memory_counts_the_device_too() -> None:
+    both = configuration("both", latency=10, truth=30.0, memory=200e6)
+    both["memory"]["peak_device_bytes"] = 200_000_000
+    assert one([both], Budget(max_memory_bytes=399e6)).chosen is None
+    assert one([both], Budget(max_memory_bytes=400e6)).chosen is not None
+
+
+def test_the_best_itself() -> None:
+    found = one([FOUR[0], FOUR[2]])
+    assert found.chosen is not None and found.chosen["id"] == "slow"
+    assert found.sentences[-1] == "It is the most accurate, and none within 1 dB of it is faster."
+
+
+def test_ties_go_to_accuracy_then_memory_then_name() -> None:
+    rows = [
+        configuration("b", latency=100, truth=27.0, memory=300e6),
+        configuration("a", latency=100, truth=27.0, memory=300e6),
+        configuration("lean", latency=100, truth=27.0, memory=200e6),
+        configuration("worse", latency=100, truth=26.5, memory=100e6),
+    ]
+    found = one(rows)
+    assert found.chosen is not None and found.chosen["id"] == "lean"
+    assert reasons(found)["a"] == "no faster: 100 ms too, with 27.0 dB in the hole"
+    chosen = one(rows[:2]).chosen
+    assert chosen is not None and chosen["id"] == "a"
+
+
+def test_beyond_what_is_seen_the_fastest_wins() -> None:
+    rows = [
+        configuration("exact", latency=900, reference=200.0),
+        configuration("half", latency=300, reference=62.0),
+        configuration("quarter", latency=200, reference=38.0),
+    ]
+    found = one(rows)
+    assert found.chosen is not None and found.chosen["id"] == "half"
+    assert "It is the fastest with 39 dB or more (under 3 of 255 levels RMS)." in found.sentences
+    assert "The most accurate, exact, has no difference and takes 900 ms, 3.0 times as long." in found.sentences
+    assert reasons(found)["quarter"] == "38.0 dB in the hole, under 39.0 dB"
+
+
+def test_without_truth_only_like_settings_are_ranked_and_it_is_said() -> None:
+    rows = [
+        configuration("twenty", latency=900, reference=200.0, steps=20),
+        configuration("four", latency=200, reference=200.0, steps=4, measured_against="four"),
+    ]
+    results = report_of(rows)
+    assert [r.chosen["id"] for r in recommend(results, Budget()) if r.chosen] == ["twenty", "four"]
+    assert ranking_notes(results)[0].startswith("Without ground truth only runs with the same settings are ranked")
+
+
+def test_another_reference_is_no_rank() -> None:
+    rows = [
+        configuration("one", latency=900, reference=60.0),
+        configuration("two", latency=100, reference=60.0, measured_against="another"),
+    ]
+    found = one(rows)
+    assert found.chosen is not None and found.chosen["id"] == "one"
+    assert reasons(found) == {"two": "measured against another reference"}
+
+
+def test_unlike_things_are_not_ranked_together() -> None:
+    rows = [
+        configuration("a", latency=900, truth=28.0),
+        configuration("b", latency=100, truth=28.0, start="noise"),
+        configuration("c", latency=100, truth=28.0, seed=1),
+        configuration("d", latency=100, truth=28.0, machine="other"),
+    ]
+    found = recommend(report_of(rows), Budget())
+    assert [(r.chosen or {}).get("id") for r in found] == ["a", "b", "c", "d"]
+    assert all(not r.others for r in found)
+
+
+def test_fewer_images_are_no_rank() -> None:
+    part = configuration("part", latency=10, truth=35.0)
+    part["accuracy"]["against_truth"]["images"] = 2
+    assert reasons(one([part, *FOUR]))["part"] == "measured on 2 of 3 images"
+
+
+def test_nothing_ran() -> None:
+    found = one(FOUR[3:])
+    assert (found.chosen, found.nearest) == (None, None)
+    assert found.sentences == ["Nothing to recommend: no configuration could be ranked."]
+    assert reasons(found) == {"broken": "failed: the process ended with signal 11"}
+
+
+def test_no_accuracy_at_all() -> None:
+    found = one([configuration("a", latency=90), configuration("b", latency=80)])
+    assert found.chosen is not None and found.chosen["id"] == "b"
+    assert found.sentences[-1] == "It is the fastest. No accuracy was measured, so this says nothing of its fills."
+    assert one([configuration("a", latency=90)], Budget(min_psnr_db=1)).chosen is None
+
+
+def test_baselines_stand_beside() -> None:
+    telea = configuration("telea", latency=5, truth=25.0)
+    telea["settings"] = None
+    found = one([telea, *FOUR])
+    assert found.sentences[-1] == (
+        "Beside it, not ranked: the best baseline, telea, reaches 25.0 dB in the hole in 5 ms."
+    )
+    assert standings(report_of([telea, *FOUR])) == {
+        "telea": "baseline",
+        "slow": "frontier",
+        "middle": "recommended",
+        "fast": "frontier",
+    }
+
+
+def test_the_document_states_the_budget() -> None:
+    results = sample_results()
+    assert Budget.of(results) == Budget(max_latency_ms=2000.0)
+    results["limits"] = {"max_latency_ms": None, "min_psnr_db": 0.0, "max_memory_bytes": 5_000_000}
+    assert Budget.of(results).text() == "at least 0 dB in the hole, at most 5 MB of memory"
+    assert Budget().text() == "none stated" and not Budget().stated

@@ -1,0 +1,85 @@
+"""The figures of a configuration: what counts as one, how text is cleaned, how stages add up to a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from report_sample import configuration, report_of, sample_results
+
+from moebius_edge.report import figures
+from moebius_edge.report.figures import REFERENCE, TRUTH
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, 0), (-3.5, -3.5), (None, None), (True, None), ("12", None), (float("inf"), None), (10**400, None)],
+)
+def test_number(value: Any, expected: float | None) -> None:
+    assert figures.number({"a": {"b": value}}, "a", "b") == expected
+    assert figures.number({"a": value}, "a", "b") is None
+
+
+def test_series_is_whole_or_absent() -> None:
+    assert figures.series({"a": [1, 2.5]}, "a") == [1, 2.5]
+    assert figures.series({"a": [1, float("nan")]}, "a") == []
+    assert figures.series({"a": None}, "a") == figures.series({}, "a") == []
+
+
+def test_text_cannot_hide_or_reorder_itself() -> None:
+    assert figures.clean(" tiny\n\tfp32 ") == "tiny fp32"
+    assert figures.clean("a\u202eb\u200bc\x1b[31md\ud800e") == "a\ufffdb\ufffdc\ufffd[31md\ufffde"
+    assert figures.clean("λ 中 é \N{GRINNING FACE}") == "λ 中 é \N{GRINNING FACE}"
+
+
+def test_stages_of_one_picture() -> None:
+    """``denoise`` has an entry a network call and ``vae_encode`` may have two a picture."""
+    row = configuration("a", latency=100.0)
+    stage = dict.fromkeys(("first_ms", "p95_ms", "p99_ms", "iqr_ms"), 0.0)
+    row["latency"]["stages"] = {
+        "vae_encode": {"count": 10, "median_ms": 6.0, **stage},
+        "denoise": {"count": 20, "median_ms": 20.0, **stage},
+        "total": {"count": 5, "median_ms": 100.0, **stage},
+    }
+    assert figures.stage_ms(row) == {"vae_encode": 12.0, "denoise": 80.0, "other": 8.0}
+    del row["latency"]["stages"]["denoise"], row["latency"]["stages"]["vae_encode"]
+    assert figures.stage_ms(row) == {"total": 100.0}
+    assert figures.stage_ms(configuration("b", status="failed", reason="r")) == {}
+
+
+def test_memory_of_host_and_device() -> None:
+    row = configuration("a", memory=300e6)
+    assert figures.memory_bytes(row) == 300e6
+    row["memory"]["peak_device_bytes"] = 50_000_000
+    assert figures.memory_bytes(row) == 350e6
+    row["memory"]["peak_host_bytes"] = None  # half of it would look like all of it
+    assert figures.memory_bytes(row) is None
+    row["memory"] = None
+    assert figures.memory_bytes(row) is None
+
+
+def test_truth_ranks_before_the_reference() -> None:
+    assert figures.against_of(sample_results()) == TRUTH
+    assert figures.against_of(report_of([configuration("a", reference=40.0)])) == REFERENCE
+    assert figures.against_of(report_of([configuration("a")])) is None
+
+
+def test_groups_put_baselines_last_on_their_machine() -> None:
+    telea = configuration("telea", truth=20.0)
+    telea["settings"] = None
+    rows = [telea, configuration("a", truth=1.0), configuration("b", truth=1.0, machine="other")]
+    results = report_of(rows)
+    found = figures.groups(results, TRUTH)
+    assert [figures.group_title(results, group) for group in found] == [
+        "here; start image, seed 0",
+        "here; baselines",
+        "other; start image, seed 0",
+    ]
+
+
+def test_labels_in_a_plot_say_what_differs() -> None:
+    labels = ["tiny float32, ONNX Runtime, 20 steps", "tiny float16, ONNX Runtime, 20 steps"]
+    assert figures.distinct_labels(labels) == ["tiny float32", "tiny float16"]
+    assert figures.distinct_labels(["a, b", "a, b"]) == ["a, b", "a, b"]
+    assert figures.distinct_labels(["a, b"]) == ["a, b"]
+    assert figures.distinct_labels([]) == []

@@ -1,0 +1,154 @@
+"""``report.html`` as a file: self-contained, within its policy, and deaf to what the document would make it do."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_sample import configuration, draw_pictures, hostile_results, report_of, sample_results
+
+from moebius_edge.report import page
+
+VOID = {"meta", "link", "img", "input"}
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and a check that they nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def all(self, tag: str) -> Iterator[dict[str, str]]:
+        return (attributes for name, attributes in self.found if name == tag)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("report")
+    draw_pictures(sample_results(), where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    path = page.write(sample_results(), folder)
+    assert path.name == "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_sections_in_the_order_of_use(text: str) -> None:
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        *("Recommendation", "Accuracy against latency", "All configurations", "Drift of the latent"),
+        *("Where the time goes", "Memory, energy and arithmetic", "Pictures", "Conditions"),
+    ]
+
+
+def test_nothing_is_loaded_from_elsewhere(text: str) -> None:
+    elements = Elements(text)
+    for tag, attributes in elements.found:
+        for name in ("src", "srcset", "action", "data", "poster", "xlink:href"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, name)
+        if "href" in attributes:
+            assert attributes["href"].startswith(("#", "pictures/", "data:,")), attributes["href"]
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket", text)
+    assert len(text) < 4_000_000
+
+
+def test_the_policy_allows_this_script_and_style_and_nothing_else(text: str) -> None:
+    (policy,) = (a["content"] for a in Elements(text).all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:; ") and "unsafe" not in policy
+    for kind, pattern in (("style", r"<style>(.*?)</style>"), ("script", r"<script>(.*?)</script>")):
+        (inline,) = re.findall(pattern, text, re.S)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    for tag, attributes in Elements(text).found:
+        assert not [name for name in attributes if name == "style" or name.startswith("on")], tag
+
+
+def test_the_figures_travel_with_the_page(text: str) -> None:
+    (data,) = re.findall(r'<script type="application/json" id="results">(.*?)</script>', text, re.S)
+    assert json.loads(data) == sample_results()
+    assert not set("<>&") & set(data)
+
+
+def test_figures_and_tables_are_accessible(text: str) -> None:
+    elements = Elements(text)
+    assert all(a.get("alt") for a in elements.all("img"))
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in elements.all("svg"))
+    assert all(a.get("scope") in ("col", "row") for a in elements.all("th"))
+    assert next(elements.all("html"))["lang"] == "en"
+    ids = [a["id"] for _, a in elements.found if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_failed_rows_are_there_with_their_reason(text: str) -> None:
+    shown = html.unescape(text)
+    for row in sample_results()["configurations"]:
+        if row["status"] != "ok":
+            assert f'<span class="reason bad">{row["reason"]}</span>' in shown
+
+
+def test_hostile_text_stays_text(folder: Path) -> None:
+    results = hostile_results()
+    rendered = page.render(results, folder)
+    elements = Elements(rendered)
+    assert [tag for tag, _ in elements.found].count("script") == 2
+    assert not {"iframe", "object", "base", "form"} & {tag for tag, _ in elements.found}
+    for tag, attributes in elements.found:
+        assert not [name for name in attributes if name.startswith("on")], tag
+    (data,) = re.findall(r'<script type="application/json" id="results">(.*?)</script>', rendered, re.S)
+    assert json.loads(data) == results
+    assert "\u202e" not in rendered and "{{script}}" in rendered  # braces in a name are no field of the template
+    rendered.encode("utf-8")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e308, 10**30])
+def test_absurd_figures_break_nothing(folder: Path, value: float) -> None:
+    def changed(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            kept = ("inputs", "conditions", "schema_version")
+            return {k: v if k in kept else changed(v) for k, v in entry.items()}
+        if isinstance(entry, list):
+            return [changed(v) for v in entry]
+        return value if isinstance(entry, (int, float)) and not isinstance(entry, bool) else entry
+
+    results = changed({**sample_results(), "configurations": sample_results()["configurations"]})
+    for row in results["configurations"]:
+        row["pictures"] = {}
+    rendered = page.render(results, folder)
+    Elements(rendered)
+    assert not re.search(r'="(nan|inf|-?inf|-[\d.]+)"', re.sub(r' data-value="[^"]*"', "", rendered))
+
+
+def test_nothing_measured_is_still_a_page(tmp_path: Path) -> None:
+    results = report_of([configuration("a", status="failed", reason="stopped")])
+    results["inputs"] = []
+    elements = Elements(page.write(results, tmp_path).read_text(encoding="utf-8"))
+    sections = [a["id"] for a in elements.all("section")]
+    assert sections == ["recommendation", "configurations", "conditions"]
+    Elements(page.render(report_of([]) | {"machines": {}}, tmp_path))
+
+
+def test_one_machine_is_not_repeated_in_every_row(tmp_path: Path) -> None:
+    text = page.render(report_of([configuration("a", truth=20.0)]), tmp_path)
+    assert '<th scope="row" data-value="a">a</th>' in text

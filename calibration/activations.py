@@ -74,7 +74,7 @@ def find_activations(model: onnx.ModelProto, rows: int, target: str = "tensorrt"
             axes.setdefault(first, set()).add(summed_axis(node) if weighted else None)
         if second not in constant:
             axes.setdefault(second, set()).add(None)
-    products = {node.name for node in model.graph.node if node.op_type in QUANTISABLE}
+    products = {node.name for node in model.graph.node if node.op_type in PRODUCTS}
     for name in rounded_outputs(model, products, target):
         axes.setdefault(name, set()).add(None)
     if not axes:

@@ -1,7 +1,7 @@
 """SiLU on what was dequantised, as the one node that ONNX Runtime has for it: for the target ``cpu`` alone.
 
-x · sigmoid(x) reads its input twice. ONNX Runtime gives every reader of a dequantised tensor a pair of its own, and then
-no longer sees that the two are one SiLU: it dequantises twice and multiplies in a pass of its own. Written as
+x · sigmoid(x) reads its input twice. ONNX Runtime gives every reader of a dequantised tensor a pair of its own, and
+then no longer sees that the two are one SiLU: it dequantises twice and multiplies in a pass of its own. Written as
 ``QuickGelu`` with alpha 1 (x · sigmoid(alpha x), in ONNX Runtime's domain), it stays one.
 """
 

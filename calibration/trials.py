@@ -82,7 +82,7 @@ class Trials:
         for i, case in enumerate(self.cases):
             made, wanted = self._run(runtime, i, label, progress), self._trajectories[i]
             figures = fill_figures(made.image[0], wanted.image[0], case.scene[1])
-            rounded = {key: round(value, 2 if key.endswith("db") else 4) for key, value in figures.items() if value is not None}
+            rounded = {k: round(v, 2 if k.endswith("db") else 4) for k, v in figures.items() if v is not None}
             found.append(Figures(case.name, **rounded, latent_rms_drift=compare(made, wanted)["latent_rms_drift"]))
         return found
 

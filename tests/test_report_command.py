@@ -134,6 +134,7 @@ def test_bad_input(toy: Path, tmp_path: Path, capsys: Captured) -> None:
     refused(capsys, 2, "--steps 4,x is no list of whole numbers: write such as --steps 4,8", *asked, "--steps", "4,x")
     refused(capsys, 2, "unknown start 'middle'", *asked, "--start", "middle")
     refused(capsys, 2, "unknown baseline 'lama'", *asked, "--baseline", "lama")
+    refused(capsys, 2, "--max-memory 1000 is no size: write such as 2GB or 500MB", *asked, "--max-memory", "1000")
     refused(capsys, 2, "--max-memory much is no size: write such as 2GB", *asked, "--max-memory", "much")
     refused(capsys, 2, "--output", "report", str(toy), "--images", images)
     Path(output).mkdir()

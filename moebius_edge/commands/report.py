@@ -208,10 +208,10 @@ def _several(name: str, given: Sequence[str] | None, kind: Callable[[str], T]) -
 
 
 def _bytes(text: str) -> int | None:
-    """Of 2GB, 500M or 1e9; None for nothing."""
+    """Of 2GB or 500M; None for nothing. A bare number might be meant as MB and read as bytes, so it is refused."""
     if not text:
         return None
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([KMG]?)B?", text, re.IGNORECASE)
+    found = re.fullmatch(r"([0-9.]+) *([KMG])B?", text, re.IGNORECASE)
     if found is None:
         raise UsageError(f"--max-memory {text} is no size: write such as 2GB or 500MB")
     try:

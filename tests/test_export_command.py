@@ -97,7 +97,7 @@ def test_distilled_guidance_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_an_unknown_precision_is_a_usage_error(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--precision", "fp8"]) == 2
-    assert capsys.readouterr().err == "error: there is no precision 'fp8': choose one of fp32, fp16\n"
+    assert capsys.readouterr().err == "error: there is no precision 'fp8': choose one of fp32, fp16, int8\n"
     assert exporter == []
 
 

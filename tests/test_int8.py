@@ -27,15 +27,19 @@ from moebius_edge.calibration.histogram import Histogram
 from moebius_edge.calibration.int8 import Int8Options, default_folder, quantise_bundle
 from moebius_edge.calibration.kernels import integer_kernels
 from moebius_edge.calibration.quantise import activations, quantised_nodes
-from moebius_edge.calibration.quantiser import Quantiser
+from moebius_edge.calibration.quantiser import SLOW, Quantiser
 from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.calibration.recorder import RecordingRuntime
 from moebius_edge.calibration.statistics import Statistics
 from moebius_edge.cli import main
 from moebius_edge.errors import QualityError, UsageError
+from moebius_edge.export.engine_target import EngineOptions, find_target
+from moebius_edge.export.engines import build_engines
+from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.imaging import Picture
 from moebius_edge.pipeline import Inpainter
 from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.training.photographs import HELD_OUT
 
 TINY = Bundle.load("tiny", verify=False)
 FEED_FORWARD, ATTENTION = "down_blocks.0.attentions.0.ff", "down_blocks.0.attentions.0.attn1"
@@ -182,7 +186,7 @@ def test_for_tensorrt_the_rest_is_fp16(tensorrt: SimpleNamespace) -> None:
     assert encoder["FLOAT16"] > 20 * encoder["FLOAT"] and decoder["FLOAT16"] == 0
     assert bundle.float32_islands["vae_decoder"] == "all"
     assert "LayerNormalization" in bundle.float32_islands["denoiser"]
-    assert bundle.summary()["total_bytes"] < 0.6 * TINY.summary()["total_bytes"]
+    assert bundle.files["denoiser.onnx"]["bytes"] < 0.55 * TINY.files["denoiser.onnx"]["bytes"]
     (note,) = OrtRuntime(bundle).notes
     assert note.startswith("this bundle is INT8 for tensorrt: on cpu it gives the same pictures slowly")
 
@@ -343,6 +347,7 @@ def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_module, "Quantiser", Small)
 
 
+@pytest.mark.slow
 def test_without_a_recipe_one_is_found(
     recorded: Path, pictures: Path, no_recording: None, few_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,3 +380,37 @@ def test_where_no_block_passes_nothing_is_saved(recorded: Path, pictures: Path, 
 
 def test_the_cache_lies_beside_the_output() -> None:
     assert default_folder(Path("a/b")) == Path("a/b.calibration")
+
+
+# --- as a user has it -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_standard_recipe_passes_on_the_bundled_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate of the bundled model in INT8 at its usual steps, and TensorRT for RTX builds what was saved."""
+    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 16)
+    monkeypatch.setattr(speed_module, "ROUNDS", 5)
+    every = blocks(onnx.load(TINY.component_path("denoiser")))
+    total = sum(block.multiplications for block in every)
+    standard = [b for b in every if not b.name.endswith(SLOW) and b.multiplications >= 0.002 * total]
+    recipe = Recipe({block.name: block in standard for block in every})
+    recipe.save(tmp_path / "standard.json")
+    options = Int8Options(tmp_path / "cache", recipe=tmp_path / "standard.json", steps=20)
+    notes: list[str] = []
+    bundle = quantise_bundle(TINY, tmp_path / "out", options, progress=silent, note=notes.append)
+    assert "calibrating on 12 photographs that come with packages" in notes[0] and bundle.int8 is not None
+    assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == set(HELD_OUT)
+    print(bundle.gate, bundle.int8["share_of_multiplications"], bundle.int8["speed"])
+    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 16
+    assert bundle.gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in bundle.int8["cases"]) >= 30
+    assert bundle.int8["share_of_multiplications"] >= 0.6
+    assert sorted(bundle.int8["nodes"]) == sorted(node for block in standard for node in block.nodes)
+
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    facts = network_facts(bundle.component_path("denoiser"))
+    assert sorted(facts["quantised"]) == sorted(bundle.int8["nodes"])
+    wanted = EngineOptions("tensorrt-rtx", compute_capabilities=("8.6",))
+    engine = build_engines(bundle, wanted, find_target(wanted)).engine
+    plan = engine.plans["denoiser"]
+    assert (plan["quantised_products"], plan["products_in_int8"]) == (len(bundle.int8["nodes"]), None)
+    assert "quantised_products" not in engine.plans["vae_encoder"] and plan["tensors"]["INT8"] > 0

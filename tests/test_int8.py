@@ -400,7 +400,6 @@ def test_the_standard_recipe_passes_on_the_bundled_photographs(tmp_path: Path, m
     bundle = quantise_bundle(TINY, tmp_path / "out", options, progress=silent, note=notes.append)
     assert "calibrating on 12 photographs that come with packages" in notes[0] and bundle.int8 is not None
     assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == set(HELD_OUT)
-    print(bundle.gate, bundle.int8["share_of_multiplications"], bundle.int8["speed"])
     assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 16
     assert bundle.gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in bundle.int8["cases"]) >= 30
     assert bundle.int8["share_of_multiplications"] >= 0.6

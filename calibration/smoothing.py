@@ -90,7 +90,7 @@ def _products(name: str, readers: Mapping[str, list[NodeProto]]) -> list[NodePro
             if behind is None:
                 return None
             found += behind
-        elif node.op_type == "MatMul" or (node.op_type == "Conv" and not _grouped(node)):
+        elif node.op_type in ("MatMul", "Conv"):
             found.append(node)
         else:
             return None
@@ -98,13 +98,9 @@ def _products(name: str, readers: Mapping[str, list[NodeProto]]) -> list[NodePro
 
 
 def _weighs(product: NodeProto, weight: TensorProto | None, gain: TensorProto) -> bool:
-    """Whether the weight is a constant with one row for each value of the norm's gain."""
+    """Whether the weight is a constant with a row for each value of the gain; a grouped convolution has fewer."""
     flat = product.op_type == "Conv" or (weight is not None and len(weight.dims) == 2)
     return weight is not None and flat and [weight.dims[_axis(product)]] == list(gain.dims)
-
-
-def _grouped(node: NodeProto) -> bool:
-    return any(a.name == "group" and a.i > 1 for a in node.attribute)
 
 
 def _axis(product: NodeProto) -> int:

@@ -169,6 +169,9 @@ EXACT = {
     "the same harm for each multiplication": [Part(f"b{i}", 100, 40.0) for i in range(6)],
     "large and harmless": [Part("a", 1000, 55), Part("b", 10, 36), Part("c", 500, 50), Part("d", 200, 38)],
     "the largest alone is below the floor": [Part("a", 100_000, 20), Part("b", 300, 45), Part("c", 20, 40)],
+    "one that brings much for its harm": [
+        *[Part("a", 1000, 34), Part("b", 10, 38), Part("c", 10, 38), Part("d", 10, 38), Part("e", 10, 60)]
+    ],
     "smoothed": [Part("a", 100, 30, 42), Part("b", 100, 36, 36.1), Part("c", 100, 28, 45), Part("d", 100, 25)],
     "no candidate": [Part("a", 100, 45), Part("b", 1000, 90, candidate=False), Part("c", 100, 36)],
 }

@@ -68,8 +68,8 @@ def toy(tmp_path: Path) -> Bundle:
 def test_the_ratio_is_of_medians_without_warm_ups(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = Clock(), list[str]()
     monkeypatch.setattr(speed_module, "time", clock)
-    fast = Timed(toy, clock, "int8", [10, 11, 9, 500, 10, 8, 12, 10, 10], calls)
-    slow = Timed(toy, clock, "other", [25, 25, 25, 24, 26, 25, 30, 900, 20], calls)
+    fast = Timed(toy, clock, "int8", [10, 11, 9, 500, 9, 8, 12, 12, 8], calls)
+    slow = Timed(toy, clock, "other", [25, 30, 20, 24, 26, 24, 30, 900, 20], calls)
     told: list[tuple[int, int]] = []
     with fast, slow:
         found = compare_speed(fast, slow, 2, lambda done, total: told.append((done, total)))

@@ -24,6 +24,7 @@ from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.trt_rules import problems
 from ..files import atomic_directory
 from ..runtimes.ort import OrtRuntime
+from .blocks import blocks
 from .cases import HELD_OUT_CASES, make_cases, part
 from .kernels import integer_kernels
 from .pictures import open_calibration
@@ -82,7 +83,7 @@ def quantise_bundle(
 
     Raises:
         UsageError: an option or the pictures are unusable, or ``output`` may not be replaced; a recipe names blocks
-            that the model does not have; a range is zero or not finite.
+            that the model does not have, or none that the target computes in INT8; a range is zero or not finite.
         MachineError: a package or a file is missing, or something cannot be written.
         BundleError: the reference is not in float32, or something it computes is not finite.
         QualityError: the gate was missed; nothing was saved.
@@ -92,7 +93,8 @@ def quantise_bundle(
     check_target(options.target)
     if options.ranges not in METHODS:
         raise UsageError(f"unknown range method {options.ranges!r}: choose one of {', '.join(METHODS)}")
-    given = None if options.recipe is None else Recipe.load(options.recipe)
+    _refuse_loss(Path(output), reference, options)
+    given = None if options.recipe is None else _load_recipe(options.recipe, reference)
     pictures, notes = open_calibration(options.data, options.masks)
     recorded, held_out = part(pictures)
     for text in notes:
@@ -103,8 +105,6 @@ def quantise_bundle(
         statistics = record(reference, recorded, settings, options.folder / "recorded", _bar(progress))
         progress("read the denoiser", None)
         quantiser = Quantiser(reference.component_path("denoiser"), statistics, options.ranges, options.target)
-        if given is not None:
-            given.check(block.name for block in quantiser.blocks)
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
 
         def sensitivity(names: Sequence[str]) -> Sensitivity:
@@ -117,9 +117,7 @@ def quantise_bundle(
         if recipe is None:
             known = sensitivity([block.name for block in quantiser.blocks])
             with Trials(reference, cases, steps, options.guidance) as trials:
-                recipe = choose_recipe(
-                    quantiser, known, trials, options.min_psnr_db, options.folder, _bar(progress)
-                )
+                recipe = choose_recipe(quantiser, known, trials, options.min_psnr_db, options.folder, _bar(progress))
         recipe.save(options.folder / RECIPE_FILE)
         progress("quantise", None)
         card = _write(folder, reference, quantiser, recipe, options, name)
@@ -129,10 +127,10 @@ def quantise_bundle(
         device = fastest_device(options.target)
         with Trials(reference, cases, steps, options.guidance) as trials, OrtRuntime(candidate, device) as runtime:
             figures = trials.runtime(runtime, "gate, held-out pictures", _bar(progress))
-        if min(f.hole_psnr_db for f in figures) < options.min_psnr_db:
+        if not min(f.hole_psnr_db for f in figures) >= options.min_psnr_db:  # a floor that is NaN is missed too
             known = known or sensitivity(sorted(recipe.chosen))
             raise missed(figures, recipe, known, options.min_psnr_db, options.folder / RECIPE_FILE)
-        card["int8"]["blocks"] = block_table(quantiser, recipe, known)
+        card["int8"]["blocks"] = block_table(quantiser, recipe, card["int8"]["nodes"], known)
         card["int8"]["cases"] = [{k: v for k, v in asdict(f).items() if k != "latent_rms_drift"} for f in figures]
         card["int8"]["speed"] = measure_speed(reference, candidate, options.target, _bar(progress))
         for text in advice(card["int8"]["speed"], options.target):
@@ -162,6 +160,10 @@ def _write(
             if half and component.name not in FLOAT32_COMPONENTS:
                 islands[component.name] = to_float16(file)
     products = quantised_nodes(model)
+    if not products:
+        raise UsageError(
+            f"the recipe leaves nothing in INT8 for {options.target}: set a block to true that it computes in INT8"
+        )
     _check(folder / reference.components["denoiser"].file, model, options.target)
     recipe.save(folder / RECIPE_FILE)
     share = sum(quantiser.share(b) for b in quantiser.blocks if set(b.nodes) & set(products))
@@ -193,6 +195,23 @@ def _write(
     }  # fmt: skip
 
 
+def _load_recipe(path: Path, reference: Bundle) -> Recipe:
+    """A recipe that fits the model: told before anything is recorded."""
+    recipe = Recipe.load(path)
+    recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path("denoiser")))))
+    if not recipe.chosen:
+        raise UsageError(f"recipe {path} quantises nothing: set a block to true")
+    return recipe
+
+
+def _refuse_loss(output: Path, reference: Bundle, options: Int8Options) -> None:
+    """Replacing a folder deletes what lies in it, and that must not be what this reads or keeps."""
+    inside = output.resolve()
+    for path in (reference.path, options.folder, options.data, options.masks):
+        if path is not None and Path(path).resolve().is_relative_to(inside):
+            raise UsageError(f"output folder {output} holds {path}, which is used or kept: name another output")
+
+
 def _check(file: Path, model: onnx.ModelProto, target: str) -> None:
     """The target's own rules: TensorRT's, or that every quantised product has a kernel in integers."""
     if target == "cpu":
@@ -209,4 +228,3 @@ def default_folder(output: str | os.PathLike[str]) -> Path:
     """Beside the output: what was recorded outlives an export that failed."""
     target = Path(output)
     return target.with_name(f"{target.name}.calibration")
-

@@ -75,36 +75,40 @@ def choose_recipe(
 ) -> Recipe:
     """The recipe with the most quantised multiplications whose worst case stays ``MARGIN_DB`` above the floor.
 
+    A block that is below that alone takes no part, however much it brings: with others it can only be worse.
+
     Raises:
         QualityError: not one block may be quantised.
     """
     least = min_psnr_db + MARGIN_DB
+    able = [block for block in quantiser.candidates if sensitivity.best(block.name) >= least]
 
     def cost(name: str, multiplications: int) -> float:
         return float(10 ** (-sensitivity.best(name) / 10) / multiplications)
 
-    order = [b.name for b in sorted(quantiser.candidates, key=lambda b: cost(b.name, b.multiplications))]
+    order = [b.name for b in sorted(able, key=lambda b: cost(b.name, b.multiplications))]
     smoothed = tuple(name for name in order if sensitivity.helps(name))
 
     def recipe(number: int) -> Recipe:
         chosen = set(order[:number])
         return Recipe({b.name: b.name in chosen for b in quantiser.blocks}, tuple(s for s in smoothed if s in chosen))
 
-    tried = 0
+    worst: dict[int, float] = {}  # by number of blocks
 
     def passes(number: int) -> bool:
-        nonlocal tried
-        tried += 1
-        label = f"recipe {tried}, {number} of {len(order)} blocks"
+        label = f"recipe {len(worst) + 1}, {number} of {len(order)} blocks"
         figures = try_recipe(quantiser, trials, recipe(number), folder, label, progress)
-        return min(f.hole_psnr_db for f in figures) >= least
+        worst[number] = min(f.hole_psnr_db for f in figures)
+        return worst[number] >= least
 
     number = _most(len(order), passes)
     if number == 0:
-        first = f"{order[0]} alone {sensitivity.best(order[0]):.2f} dB" if order else "there is no block to quantise"
+        alone = {order[0]: worst[1]} if order else {b.name: sensitivity.best(b.name) for b in quantiser.candidates}
+        best = max(alone, key=alone.__getitem__, default=None)
+        found = "there is no block to quantise" if best is None else f"{best} alone has {alone[best]:.2f}"
         raise QualityError(
             f"no block can be quantised: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "
-            f"{MARGIN_DB:g}), {first}; nothing was saved: lower --min-psnr, or use --precision fp16"
+            f"{MARGIN_DB:g}), {found}; nothing was saved: lower --min-psnr, or use --precision fp16"
         )
     return recipe(number)
 

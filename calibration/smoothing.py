@@ -33,17 +33,18 @@ class Norm:
 
 def norms(model: ModelProto) -> list[Norm]:
     """The layer norms whose outliers can be migrated, in the order of the network."""
-    weights = {t.name for t in model.graph.initializer}
+    weights = {t.name: t for t in model.graph.initializer}
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     found = []
     for node in model.graph.node:
-        if node.op_type != "LayerNormalization" or not weights.issuperset(node.input[1:3]):
+        if node.op_type != "LayerNormalization" or not weights.keys() >= {*node.input[1:3]}:
             continue
         products = _products(node.output[0], readers)
-        if products is None or any(p.input[1] not in weights for p in products):
+        gain = weights[node.input[1]]
+        if products is None or not all(_weighs(p, weights.get(p.input[1]), gain) for p in products):
             continue
         names = {block_of(p) for p in products}
         own = [*node.input[1:3], *(p.input[1] for p in products)]  # weights that nothing else reads
@@ -89,15 +90,17 @@ def _products(name: str, readers: Mapping[str, list[NodeProto]]) -> list[NodePro
             if behind is None:
                 return None
             found += behind
-        elif node.op_type == "MatMul" or (node.op_type == "Conv" and not _grouped(node)):
+        elif node.op_type in ("MatMul", "Conv"):
             found.append(node)
         else:
             return None
     return found or None
 
 
-def _grouped(node: NodeProto) -> bool:
-    return any(a.name == "group" and a.i > 1 for a in node.attribute)
+def _weighs(product: NodeProto, weight: TensorProto | None, gain: TensorProto) -> bool:
+    """Whether the weight is a constant with a row for each value of the gain; a grouped convolution has fewer."""
+    flat = product.op_type == "Conv" or (weight is not None and len(weight.dims) == 2)
+    return weight is not None and flat and [weight.dims[_axis(product)]] == list(gain.dims)
 
 
 def _axis(product: NodeProto) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..bundle import Bundle, write_bundle
 from ..export.precision import to_float16
+from ..files import scratch_directory
 from ..runtimes import Runtime
 from ..runtimes.base import batched
 from ..runtimes.ort import OrtRuntime
@@ -73,7 +74,7 @@ def measure_speed(
     device = fastest_device(target)
     rows = 1 if reference.distilled_guidance is not None else 2
     with (
-        _alternative(reference, candidate.path.parent, device) as other,
+        _alternative(reference, candidate.path, device) as other,
         DenoiserRuntime(candidate, device) as quantised,
         DenoiserRuntime(other, device) as plain,
     ):
@@ -101,10 +102,7 @@ def _alternative(reference: Bundle, beside: Path, device: str) -> Iterator[Bundl
     if device == "cpu":
         yield reference
         return
-    folder = beside / f".{reference.name}-fp16"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
+    with scratch_directory(beside) as folder:
         for component in reference.components.values():
             shutil.copyfile(reference.component_path(component.name), folder / component.file)
         to_float16(folder / reference.components["denoiser"].file)
@@ -117,5 +115,3 @@ def _alternative(reference: Bundle, beside: Path, device: str) -> Iterator[Bundl
             gate={},
         )
         yield Bundle.load(folder, verify=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

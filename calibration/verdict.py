@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .trials import Figures, mean_hole_psnr_db
 
 
 def gate_figures(figures: Sequence[Figures], floor: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """The worst case's figures, and the mean in the hole."""
+    """The worst figures of all cases, and the mean in the hole."""
     worst = min(figures, key=lambda f: f.hole_psnr_db)
     drift = [max(values) for values in zip(*(f.latent_rms_drift for f in figures), strict=True)]
     return {
@@ -25,7 +25,7 @@ def gate_figures(figures: Sequence[Figures], floor: float, settings: dict[str, A
         "ssim": min(f.ssim for f in figures),
         "latent_rms_drift": drift,
         "min_psnr_db": floor,
-        "pictures": len(figures),
+        "cases": len(figures),
         "start": "image",
         **settings,
     }
@@ -46,8 +46,13 @@ def missed(
     )
 
 
-def block_table(quantiser: Quantiser, recipe: Recipe, known: Sensitivity | None) -> list[dict[str, Any]]:
-    """Each block: PSNR alone (None where it was not measured), share of the multiplications, whether quantised."""
+def block_table(
+    quantiser: Quantiser, recipe: Recipe, products: Collection[str], known: Sensitivity | None
+) -> list[dict[str, Any]]:
+    """Each block: PSNR alone (None where it was not measured), share of the multiplications, whether quantised.
+
+    ``products`` are the nodes that really are: a recipe may name blocks that the target computes in floating point.
+    """
     rows = []
     for block in quantiser.blocks:
         row: dict[str, Any] = {"name": block.name, "psnr_db": None, "share": round(quantiser.share(block), 5)}
@@ -55,7 +60,7 @@ def block_table(quantiser: Quantiser, recipe: Recipe, known: Sensitivity | None)
             row["psnr_db"] = known.plain[block.name]
             if block.name in known.smoothed:
                 row["smoothed_psnr_db"] = known.smoothed[block.name]
-        row["quantised"] = block.name in recipe.chosen
+        row["quantised"] = not set(products).isdisjoint(block.nodes)
         if row["quantised"] and block.name in recipe.smoothed:
             row["smoothed"] = True
         rows.append(row)

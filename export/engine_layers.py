@@ -27,18 +27,24 @@ def products_in_int8(information: str, products: Iterable[str]) -> list[str]:
     layers = json.loads(information).get("Layers", [])
     if not layers or not all(isinstance(layer, dict) for layer in layers):
         raise ValueError("the engine's layers have no details")
-    integer = [_sources(layer) for layer in layers if _INT8.search(json.dumps(layer.get("Inputs", [])))]
+    integer = [_sources(layer) for layer in layers if _reads_int8(layer)]
     return [name for name in products if any(name in sources for sources in integer)]
 
 
-def engine_information(package: Any, logger: Any, plan: bytes) -> str:
-    """The inspector's JSON for a plan of this GPU. Raises ``ValueError`` where the plan cannot be loaded."""
+def engine_information(package: Any, logger: Any, plan: Any) -> str:
+    """The inspector's JSON for a plan, a buffer, of this GPU. Raises ``ValueError`` where the plan cannot be loaded."""
     runtime = package.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ValueError("the plan cannot be loaded here")
     text: str = engine.create_engine_inspector().get_engine_information(package.LayerInformationFormat.JSON)
     return text
+
+
+def _reads_int8(layer: dict[str, Any]) -> bool:
+    """Whether an input is INT8 by its format or type; its name is a name and says nothing."""
+    inputs = [i for i in layer.get("Inputs", []) if isinstance(i, dict)]
+    return any(_INT8.search(json.dumps([v for k, v in i.items() if k != "Name"])) for i in inputs)
 
 
 def _sources(layer: dict[str, Any]) -> set[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..bundle import Bundle, write_bundle
 from ..errors import MachineError, UsageError
-from ..files import atomic_directory
+from ..files import atomic_directory, check_replaceable, scratch_directory
 from ..guidance import choose_guidance
 from ..manifest import resolved_components
 from ..spec import LATENT_DOWNSCALE
@@ -101,18 +100,27 @@ def export_bundle(
 def float32_bundle(
     source: str | os.PathLike[str],
     vae: str | os.PathLike[str] | None,
-    beside: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    force: bool = False,
     **options: Any,
 ) -> Iterator[Bundle]:
     """SOURCE as a float32 bundle: itself where it is one, else exported to a folder that is gone afterwards.
 
-    That folder lies beside ``beside``; ``options`` are ``export_bundle``'s. Raises as it does.
+    That folder lies beside ``output``, which is where the result of the caller's work is to be; ``options`` are
+    ``export_bundle``'s. Raises as it does.
     """
     if is_bundle(source):
+        if (vae, options.get("config"), options.get("distilled_guidance")) != (None, None, None):
+            raise UsageError(
+                f"{source} is a bundle, complete as it is: leave --vae, --config and --distilled-guidance out"
+            )
         yield Bundle.load(source)
         return
-    with tempfile.TemporaryDirectory(prefix=".moebius-", dir=Path(beside).resolve().parent) as folder:
-        yield export_bundle(source, vae, Path(folder) / Path(beside).name, **options)
+    check_replaceable(output, force)  # before an export that may take minutes
+    found = find_source(source, vae, options.get("config"), options.get("distilled_guidance"))
+    _refuse_loss(Path(output), found)
+    with scratch_directory(output) as folder:
+        yield export_bundle(source, vae, folder / Path(output).resolve().name, **options)
 
 
 def _fill(

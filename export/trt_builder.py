@@ -182,7 +182,7 @@ class TrtBuilder:
         if not self._flavour.needs_gpu:
             return None  # TensorRT for RTX chooses its kernels when the engine is loaded
         try:
-            found = products_in_int8(engine_information(self.package, self._logger, bytes(plan)), products)
+            found = products_in_int8(engine_information(self.package, self._logger, plan), products)
         except Exception as error:  # the engine is built and good; that its layers cannot be listed takes nothing away
             tell("note", text=f"which products of the engine run in INT8 could not be read ({error})")
             return None

@@ -71,6 +71,14 @@ def atomic_directory(
         UsageError: ``path`` exists and may not be replaced.
         MachineError: the parent folder is missing, read-only or full.
     """
+    check_replaceable(path, overwrite, marker)
+    with scratch_directory(path) as temporary:
+        yield temporary
+        _replace_directory(temporary, Path(os.path.realpath(path)))
+
+
+def check_replaceable(path: str | os.PathLike[str], overwrite: bool = False, marker: str = "bundle.json") -> None:
+    """Raise ``UsageError`` where ``atomic_directory`` would: before long work whose result is to lie there."""
     shown, target = Path(path), Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isdir(target):
         raise UsageError(f"output {shown} is a file: name a folder")
@@ -79,11 +87,20 @@ def atomic_directory(
             raise UsageError(f"output folder {shown} exists and is not empty: remove it or name another")
         if not os.path.isfile(target / marker):
             raise UsageError(f"output folder {shown} is not overwritten, it holds no {marker}: name another")
+
+
+@contextmanager
+def scratch_directory(beside: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside the path ``beside``, which need not exist; it is gone afterwards.
+
+    Raises:
+        MachineError: the parent folder is missing, read-only or full.
+    """
+    shown, target = Path(beside), Path(os.path.realpath(beside))
     temporary = _temporary(target, ".part")
     try:
         temporary.mkdir()
         yield temporary
-        _replace_directory(temporary, target)
     except OSError as error:
         if (problem := _problem(error, shown, target.parent, temporary)) is None:
             raise

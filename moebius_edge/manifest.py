@@ -39,7 +39,10 @@ SCHEDULER: dict[str, Any] = {
     "noise_offset": NOISE_OFFSET,
 }
 
-_KINDS: dict[str, Any] = {"a text": str, "a whole number": int, "a number": (int, float), "an object": dict}
+_KINDS: dict[str, Any] = {
+    **{"a text": str, "a whole number": int, "a number": (int, float)},
+    **{"an object": dict, "a list": list},
+}
 _FIELDS = {
     "schema_version": "a whole number",
     "name": "a text",
@@ -57,6 +60,17 @@ _FIELDS = {
     "source": "an object",
     "tools": "an object",
     "files": "an object",
+}
+
+# Of ``int8``, which bundles of that precision have: what is computed with or shown.
+_INT8_FIELDS = {
+    "target": "a text",
+    "rest": "a text",
+    "ranges": "a text",
+    "quantised_products": "a whole number",
+    "products": "a whole number",
+    "share_of_multiplications": "a number",
+    "nodes": "a list",
 }
 
 
@@ -147,11 +161,11 @@ def _check(data: Any, folder: Path) -> None:
     _check_components(data["components"], resolution)
 
 
-def _check_kind(data: dict[str, Any], key: str, kind: str) -> None:
+def _check_kind(data: dict[str, Any], key: str, kind: str, within: str = "") -> None:
     value = data.get(key)
     if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):  # True would pass for a number
         found = f"{value!r:.60}" if key in data else "missing"
-        raise _Problem(f"'{key}' should be {kind} and is {found}")
+        raise _Problem(f"'{within}{key}' should be {kind} and is {found}")
 
 
 def _check_guidance(version: int, distilled: Any, default: Any) -> None:
@@ -168,10 +182,14 @@ def _check_guidance(version: int, distilled: Any, default: Any) -> None:
 def _check_int8(int8: Any, precision: str) -> None:
     if int8 is None:
         return
-    nodes = int8.get("nodes") if isinstance(int8, dict) else None
-    good = isinstance(nodes, list) and all(isinstance(node, str) for node in nodes)
-    if not good or not isinstance(int8.get("target"), str) or precision != "int8":
-        raise _Problem("'int8' should hold a 'target' and the names of 'nodes', in a bundle of precision int8")
+    if precision != "int8":
+        raise _Problem(f"'int8' does not go with the precision {precision!r:.60}")
+    if not isinstance(int8, dict):
+        raise _Problem(f"'int8' should be an object and is {int8!r:.60}")
+    for key, kind in _INT8_FIELDS.items():
+        _check_kind(int8, key, kind, "int8.")
+    if wrong := [node for node in int8["nodes"] if not isinstance(node, str)]:
+        raise _Problem(f"'int8.nodes' should hold names of nodes and has {wrong[0]!r:.60}")
 
 
 def _check_files(files: dict[str, Any], folder: Path) -> None:

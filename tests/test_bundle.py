@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy import INT8
 
 from moebius_edge import bundle as bundle_module
 from moebius_edge.bundle import Bundle, resolve_bundle, write_bundle
@@ -185,6 +186,32 @@ def test_a_distilled_guidance_that_does_not_fit_is_refused(
 ) -> None:
     edit(make(tmp_path / "b", distilled_guidance=2.0), lambda data: data.update(change))
     with pytest.raises(BundleError, match=message):
+        Bundle.load(tmp_path / "b")
+
+
+def test_an_int8_bundle_says_how_it_was_quantised(tmp_path: Path) -> None:
+    bundle = Bundle.load(make(tmp_path / "b", precision="int8", int8=INT8))
+    assert bundle.int8 == INT8 == bundle.summary()["int8"]
+    assert Bundle.load(make(tmp_path / "plain")).int8 is None
+    assert '"int8"' not in (tmp_path / "plain" / "bundle.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "float16"}, "'int8' does not go with the precision 'float16'"),
+        ({"int8": []}, r"'int8' should be an object and is \[\]"),
+        ({"int8": {}}, "'int8.target' should be a text and is missing"),
+        ({"int8": {**INT8, "target": 8}}, "'int8.target' should be a text and is 8"),
+        ({"int8": {**INT8, "nodes": "a"}}, "'int8.nodes' should be a list and is 'a'"),
+        ({"int8": {**INT8, "nodes": ["a", 1]}}, "'int8.nodes' should hold names of nodes and has 1"),
+        ({"int8": {**INT8, "products": True}}, "'int8.products' should be a whole number and is True"),
+        ({"int8": {**INT8, "share_of_multiplications": None}}, "'int8.share_of_.* should be a number and is None"),
+    ],
+)
+def test_an_int8_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    edit(make(tmp_path / "b", precision="int8", int8=INT8), lambda data: data.update(change))
+    with pytest.raises(BundleError, match=f"{message}: copy or download"):
         Bundle.load(tmp_path / "b")
 
 

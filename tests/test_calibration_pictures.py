@@ -32,7 +32,10 @@ def folder_of(tmp_path: Path, number: int) -> Path:
 
 def test_a_folder_of_pictures_gets_drawn_holes_of_every_size(tmp_path: Path) -> None:
     pictures, notes = open_calibration(folder_of(tmp_path, 6))
-    assert notes == ["6 calibration pictures are few: ranges may be too narrow for others, 16 are better"]
+    assert notes == [
+        "6 calibration pictures are few: ranges may be too narrow for others, 16 are better",
+        "6 of 6 calibration pictures have no mask: holes are drawn for them",
+    ]
     sizes = []
     for i in range(6):
         pixels, hole = picture_and_hole(pictures, i, 64, seed=3)
@@ -51,7 +54,8 @@ def test_holes_follow_the_seed() -> None:
 def test_a_mask_beside_its_picture_is_no_picture(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, 4)
     write(folder / "2_mask.png", 0, hole=True)
-    pictures, _ = open_calibration(folder)
+    pictures, notes = open_calibration(folder)
+    assert notes[1] == "3 of 4 calibration pictures have no mask: holes are drawn for them"
     assert [pictures.name(i) for i in range(len(pictures))] == ["0.png", "1.png", "2.png", "3.png"]
     pixels, hole = picture_and_hole(pictures, 2, 64, seed=0)
     assert pixels.shape == (20, 30, 3) and hole.sum() == 25, "with a mask of its own, a picture is left as it is"
@@ -90,7 +94,4 @@ def test_without_pictures_photographs_are_used_and_it_is_said() -> None:
 
 
 def test_fingerprints_tell_pictures_apart() -> None:
-    class Two(Photographs):
-        names = ("china", "flower")
-
-    assert Two().fingerprint() != Photographs().fingerprint()
+    assert Photographs(("china", "flower")).fingerprint() != Photographs().fingerprint()

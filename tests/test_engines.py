@@ -22,12 +22,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
-from toy import flip_byte, make_toy_bundle
+from toy import INT8, call_int8, flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.export import build_engine, engine_process, engine_target, engines
+from moebius_edge.export import build_engine, engine_process, engine_target, engines, trt_builder
 from moebius_edge.export.build_progress import Fraction, make_monitor
 from moebius_edge.export.engine_target import EngineOptions, Target, find_target
 from moebius_edge.export.engines import build_engines, place_bundle
@@ -191,6 +191,7 @@ def test_the_update_builds_for_many_rows_and_other_sizes(tmp_path: Path, capabil
         "component": "update",
         "precision": "float32",
         "onnx": None,
+        "quantised": [],
         "plan": str(tmp_path / "update.plan"),
         "flavour": "tensorrt-rtx",
         "gpu": "any",
@@ -537,6 +538,7 @@ def test_options_reach_the_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "component": "vae_decoder",
         "precision": "float32",
         "onnx": str(toy.component_path("vae_decoder")),
+        "quantised": [],
         "plan": str(tmp_path / "x.plan"),
         "flavour": "tensorrt-rtx",
         "gpu": "any",
@@ -590,3 +592,127 @@ def test_profiles_fix_all_but_the_batch(toy: Bundle) -> None:
         "timestep": [[1], [2], [6]],
         "branch": [[1], [2], [6]],
     }
+
+
+# --- INT8 ------------------------------------------------------------------------------------------------
+
+
+def int8_model(path: Path, names: tuple[str, ...] = ("first", "second")) -> Path:
+    """x -> MatMul ``first`` -> MatMul ``second`` -> y, both inputs of each through pairs."""
+    constants = {"s": np.float32(0.5), "z": np.int8(0), "w": np.eye(4, dtype=np.int8), "ws": np.ones(4, np.float32)}
+    nodes, read = [], "x"
+    for index, name in enumerate(names):
+        q, d, w, made = (f"{kind}{index}" for kind in "qdwm")
+        nodes += [
+            helper.make_node("QuantizeLinear", [read, "s", "z"], [q]),
+            helper.make_node("DequantizeLinear", [q, "s", "z"], [d]),
+            helper.make_node("DequantizeLinear", ["w", "ws"], [f"{w}_d"], axis=1),
+            helper.make_node("MatMul", [d, f"{w}_d"], [made], name),
+        ]
+        read = made
+    nodes.append(helper.make_node("Relu", [read], ["y"]))
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in "xy"]
+    weights = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def int8_request(folder: Path, quantised: list[str]) -> dict[str, Any]:
+    return {
+        "component": "denoiser",
+        "precision": "int8",
+        "onnx": str(int8_model(folder / "int8.onnx")),
+        "quantised": quantised,
+        "plan": str(folder / "int8.plan"),
+        "flavour": "tensorrt-rtx",
+        "gpu": "any",
+        "compute_capabilities": ["8.6"],
+        "profile": {"x": [[1, 4], [2, 4], [2, 4]]},
+        "workspace_bytes": None,
+        "opt_level": None,
+        "timing_cache": None,
+    }
+
+
+def test_an_int8_plan_says_how_many_products_are_quantised(tmp_path: Path) -> None:
+    record = build_engine.build(int8_request(tmp_path, ["second", "first"]), lambda event, **values: None)
+    assert (record["quantised_products"], record["products_in_int8"]) == (2, None)
+    assert record["tensors"]["INT8"] > 0
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (["first", "second", "third"], "denoiser: TensorRT does not see third as quantised: export the bundle again"),
+        (["first"], r"denoiser: second is quantised, and bundle\.json does not list it: export it again"),
+        ([], "denoiser: first is quantised, and"),
+    ],
+)
+def test_products_that_are_not_those_of_the_bundle_are_refused(
+    tmp_path: Path, listed: list[str], message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        build_engine.build(int8_request(tmp_path, listed), lambda event, **values: None)
+    assert not (tmp_path / "int8.plan").exists()
+
+
+def test_a_bundle_for_the_cpu_is_refused(toy: Bundle, target: Target) -> None:
+    bundle = Bundle.load(call_int8(toy.path, target="cpu"))
+    with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):
+        build_engines(bundle, OPTIONS, target)
+    assert leftovers(bundle) == []
+
+
+def test_the_denoisers_request_has_its_products(
+    toy: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, asked = Bundle.load(call_int8(toy.path)), {}
+
+    def run_build(request: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        assert set(request) == build_engine.REQUEST
+        asked[request["component"]] = (request["precision"], request["quantised"])
+        if request["component"] == "update":
+            raise BundleError("enough")
+        return {}
+
+    monkeypatch.setattr(engines, "run_build", run_build)
+    with pytest.raises(BundleError, match="enough"):
+        build_engines(bundle, OPTIONS, target)
+    assert asked == {
+        "vae_encoder": ("int8", []),
+        "denoiser": ("int8", INT8["nodes"]),
+        "vae_decoder": ("int8", []),
+        "update": ("float32", []),
+    }
+
+
+def on_a_jetson(monkeypatch: pytest.MonkeyPatch, answer: Any) -> tuple[int | None, list[str]]:
+    """What is found and said of two products' kernels where TensorRT chooses them as it builds."""
+    import types
+
+    def information(*arguments: Any) -> str:
+        if isinstance(answer, Exception):
+            raise answer
+        return json.dumps({"Layers": [
+            {"Name": name, "Inputs": [{"Name": "t", "Format/Datatype": kind}]} for name, kind in answer.items()
+        ]})  # fmt: skip
+
+    package = types.SimpleNamespace(__version__="10.3.0")
+    package.Logger = package.Builder = lambda *arguments: None
+    monkeypatch.setattr(trt_builder, "load_package", lambda flavour: package)
+    monkeypatch.setattr(trt_builder, "make_logger", lambda *arguments: None)
+    monkeypatch.setattr(trt_builder, "engine_information", information)
+    told: list[str] = []
+    builder = TrtBuilder("tensorrt")
+    return builder.products_in_int8(b"", ["a", "b"], lambda event, text: told.append(f"{event}: {text}")), told
+
+
+def test_kernels_in_int8_are_counted_where_tensorrt_has_chosen_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_a_jetson(monkeypatch, {"a": "Int8", "b": "Row major INT8 format"}) == (2, [])
+    found, (note,) = on_a_jetson(monkeypatch, {"a": "Int8", "b": "Half"})
+    assert found == 1
+    assert note == "note: TensorRT 10.3.0 computes 1 of the 2 quantised products in INT8, not b: measure it beside FP16"
+    found, (note,) = on_a_jetson(monkeypatch, RuntimeError("no inspector"))
+    assert found is None
+    assert note == "note: which products of the engine run in INT8 could not be read (no inspector)"

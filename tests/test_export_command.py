@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from toy import make_toy_bundle
+from toy import INT8, call_int8, make_toy_bundle
 
 from moebius_edge import export as export_package
 from moebius_edge.bundle import Bundle
+from moebius_edge.calibration import int8
+from moebius_edge.calibration.int8 import Int8Options
+from moebius_edge.calibration.quantise import TARGETS
+from moebius_edge.calibration.ranges import METHODS
 from moebius_edge.cli import main
+from moebius_edge.commands import export as command_module
 from moebius_edge.errors import QualityError
 from moebius_edge.export import engine_target, engines, export_bundle
+from moebius_edge.export import exporter as exporter_module
 from moebius_edge.export.engine_target import EngineOptions, Target
 from moebius_edge.export.engines import Built
 from moebius_edge.runtimes.engine_files import Engine, EngineKey
@@ -97,7 +105,7 @@ def test_distilled_guidance_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_an_unknown_precision_is_a_usage_error(exporter: list, tmp_path: Path, capsys: Captured) -> None:
     assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--precision", "fp8"]) == 2
-    assert capsys.readouterr().err == "error: there is no precision 'fp8': choose one of fp32, fp16\n"
+    assert capsys.readouterr().err == "error: there is no precision 'fp8': choose one of fp32, fp16, int8\n"
     assert exporter == []
 
 
@@ -240,9 +248,169 @@ def test_a_bundle_without_engine_is_no_checkpoint(tmp_path: Path, capsys: Captur
 
 
 def test_bad_paths_are_told_without_pytorch(tmp_path: Path, capsys: Captured) -> None:
-    assert (
-        main(["export", str(tmp_path / "none.bin"), "--vae", str(tmp_path), "-o", str(tmp_path / "b")]) == 3
-    )
+    assert main(["export", str(tmp_path / "none.bin"), "--vae", str(tmp_path), "-o", str(tmp_path / "b")]) == 3
     assert "there is no checkpoint" in capsys.readouterr().err
     assert main(["export", "tiny"]) == 2
     assert "Missing option '--output'" in capsys.readouterr().err
+
+
+# --- INT8 ------------------------------------------------------------------------------------------------
+
+
+class Quantiser:
+    """Replaces ``quantise_bundle`` by one that writes a toy that says it is INT8; holds its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Bundle, Path, Int8Options, dict[str, Any]]] = []
+
+    def quantise_bundle(self, reference: Bundle, output: Path, options: Int8Options, **rest: Any) -> Bundle:
+        rest.pop("progress")("record 0.png, 1 of 4", 0.25)
+        rest.pop("note")("a note on the pictures")
+        self.calls.append((reference, output, options, rest))
+        return Bundle.load(call_int8(make_toy_bundle(output)))
+
+
+@pytest.fixture
+def quantiser(monkeypatch: pytest.MonkeyPatch) -> Quantiser:
+    made = Quantiser()
+    monkeypatch.setattr(int8, "quantise_bundle", made.quantise_bundle)
+    return made
+
+
+def test_int8_options_reach_the_quantiser(quantiser: Quantiser, tmp_path: Path, capsys: Captured) -> None:
+    toy, out = make_toy_bundle(tmp_path / "toy"), tmp_path / "out"
+    options = ["--calibration-data", "photos", "--calibration-masks", "masks", "--target", "cpu", "--ranges", "entropy"]
+    options += ["--int8-recipe", "r.json", "--calibration-cache", "kept", "--min-psnr", "33", "--force"]
+    command = ["export", str(toy), "--precision", "int8", "-o", str(out)]
+    assert main([*command, *options, "--steps", "6", "--guidance", "0"]) == 0
+    ((reference, output, found, rest),) = quantiser.calls
+    assert reference.path == toy and output == out and rest == {"name": "out", "force": True}
+    assert found == Int8Options(Path("kept"), "photos", "masks", "cpu", Path("r.json"), "entropy", 33.0, 6, 0.0, 0)
+    stdout, stderr = capsys.readouterr()
+    lines = stdout.splitlines()
+    assert lines[0].startswith(f"saved {out} (64x64, int8, ")
+    assert lines[1:6] == [
+        "  for tensorrt, 3 of 5 products, 75.0% of the multiplications, the rest float16, ranges mse",
+        "  costs most: b, 33.5 dB alone, 25.00% of the multiplications",
+        "  costs most: a, 45.0 dB alone, 50.00% of the multiplications",
+        "  a call on cpu (onnxruntime 1.23.0): INT8 20 ms, float32 15 ms, 0.75 times as fast",
+        "  psnr_db 99",
+    ]
+    assert lines[-1] == f"next: moebius-edge run IMAGE MASK --bundle {out}"
+    assert stderr.splitlines() == ["record 0.png, 1 of 4: 25 of 100", "note: a note on the pictures"]
+
+
+def test_int8_defaults_and_json(quantiser: Quantiser, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main(["export", "tiny", "--precision", "int8", "-o", str(out), "--json"]) == 0
+    ((reference, _, found, rest),) = quantiser.calls
+    assert reference.files == Bundle.load("tiny", verify=False).files, "the name means the bundled bundle"
+    assert found == Int8Options(tmp_path / "out.calibration", steps=20) and rest["force"] is False
+    assert (found.min_psnr_db, found.target, found.ranges) == (30.0, "tensorrt", "mse")
+    document = json.loads(capsys.readouterr().out)
+    assert document["int8"] == INT8 and document["output"] == str(out) and document["exit_code"] == 0
+
+
+def test_a_checkpoint_is_exported_in_float32_first(
+    quantiser: Quantiser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def exported(*paths: Any, **options: Any) -> Bundle:
+        calls.append((paths, options))
+        return Bundle.load(make_toy_bundle(Path(paths[2])))
+
+    weights = tmp_path / "weights" / "w.bin"
+    source = SimpleNamespace(checkpoint=weights, vae=tmp_path / "vae", config=None)
+    monkeypatch.setattr(exporter_module, "find_source", lambda *paths: source)
+    monkeypatch.setattr(exporter_module, "export_bundle", exported)
+    out = tmp_path / "out"
+    command = ["export", str(weights), "--vae", "vae", "--precision", "int8", "--steps", "5", "--min-psnr", "33"]
+    assert main([*command, "-o", str(out), "--distilled-guidance", "3"]) == 0
+    (((given, vae, folder), options),) = calls
+    assert (given, vae) == (str(weights), Path("vae")) and folder.name == "out" and folder != out
+    options.pop("progress")
+    assert options == {"config": None, "steps": 5, "guidance": None, "distilled_guidance": 3.0}, "its own floor"
+    assert quantiser.calls[0][0].path == folder
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"], "the float32 bundle is gone"
+
+    calls.clear()
+    assert main([*command, "-o", str(out)]) == 2, "it is there already"
+    assert main([*command, "-o", str(tmp_path / "missing" / "out")]) == 3
+    source.checkpoint = out / "w.bin"
+    assert main([*command, "-o", str(out), "--force"]) == 2, "it holds what is exported"
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--calibration-data", "x"],
+        ["--calibration-masks", "x"],
+        ["--target", "cpu"],
+        ["--int8-recipe", "x"],
+        ["--ranges", "mse"],
+        ["--calibration-cache", "x"],
+    ],
+)
+@pytest.mark.parametrize("precision", [[], ["--precision", "fp16"]])
+def test_int8_options_in_another_precision_are_refused(
+    exporter: list, tmp_path: Path, capsys: Captured, option: list[str], precision: list[str]
+) -> None:
+    assert main(["export", "tiny", "-o", str(tmp_path / "b"), *precision, *option]) == 2
+    assert "--ranges and --calibration-cache are for INT8: add --precision int8" in capsys.readouterr().err
+    assert exporter == []
+
+
+def test_int8_refuses_what_it_cannot_use(
+    quantiser: Quantiser, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured
+) -> None:
+    toy, command = make_toy_bundle(tmp_path / "toy"), ["export", "tiny", "--precision", "int8"]
+    out = ["-o", str(tmp_path / "out")]
+
+    def refused(*arguments: str, code: int = 2) -> str:
+        assert main([*command, *arguments]) == code
+        return capsys.readouterr().err
+
+    assert "Missing option '--output'" in refused()
+    assert "--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it: leave --engine out" in refused(
+        *out, "--target", "cpu", "--engine", "tensorrt"
+    )
+    for option in (["--vae", "x"], ["--config", "x"], ["--distilled-guidance", "2"]):
+        assert "tiny is a bundle, complete as it is: leave --vae, --config and --distilled-g" in refused(*out, *option)
+    command[1] = str(toy)
+    assert "toy is a bundle, complete as it is" in refused(*out, "--vae", "x")
+    assert "'gpu' is not one of" in refused(*out, "--target", "gpu")
+    monkeypatch.setitem(sys.modules, "moebius_edge.calibration.int8", None)
+    assert "INT8 needs the package moebius_edge.calibration.int8" in refused(*out, code=3)
+    assert quantiser.calls == [] and builder.builds == []
+
+
+def test_engines_of_an_int8_bundle_are_built_from_it(
+    quantiser: Quantiser, builder: EngineBuilder, tmp_path: Path, capsys: Captured
+) -> None:
+    toy, out = make_toy_bundle(tmp_path / "toy"), tmp_path / "out"
+    assert main(["export", str(toy), "--precision", "int8", "-o", str(out), "--engine", "tensorrt"]) == 0
+    assert quantiser.calls[0][0].path == toy
+    assert [(bundle.path, bundle.precision) for bundle, _ in builder.builds] == [(out, "int8")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"saved {out} (64x64, int8, ") and lines[-1].endswith("--runtime tensorrt")
+
+
+def test_ctrl_c_says_where_the_work_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured) -> None:
+    def interrupted(*paths: Any, **options: Any) -> Bundle:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(int8, "quantise_bundle", interrupted)
+    command = ["export", "tiny", "--precision", "int8", "-o", str(tmp_path / "out")]
+    assert main(command) == 130
+    assert capsys.readouterr().err == "interrupted, nothing written\n"
+    (tmp_path / "out.calibration").mkdir()
+    assert main(command) == 130
+    kept = f"interrupted, nothing written but {tmp_path}/out.calibration: the same command goes on with it\n"
+    assert capsys.readouterr().err == kept
+
+
+def test_the_choices_of_the_command_are_those_of_the_quantiser() -> None:
+    assert [t.value for t in command_module.Target] == list(TARGETS)
+    assert [r.value for r in command_module.Ranges] == list(METHODS)

@@ -7,12 +7,20 @@ import hashlib
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.files import atomic_directory, atomic_write, safe_join, sha256_file
+from moebius_edge.files import (
+    atomic_directory,
+    atomic_write,
+    check_replaceable,
+    safe_join,
+    scratch_directory,
+    sha256_file,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -216,6 +224,33 @@ def test_directory_refuses_a_file_and_a_missing_parent(tmp_path: Path) -> None:
         pytest.fail("the block must not run")
     with pytest.raises(MachineError, match="mkdir -p"), atomic_directory(tmp_path / "no" / "bundle"):
         pytest.fail("the block must not run")
+
+
+def test_what_may_not_be_replaced_is_told_before_the_work(tmp_path: Path) -> None:
+    check_replaceable(tmp_path / "new")
+    (tmp_path / "mine").mkdir()
+    check_replaceable(tmp_path / "mine")
+    (tmp_path / "mine" / "photo.png").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        check_replaceable(tmp_path / "mine")
+    with pytest.raises(UsageError, match=r"it holds no bundle\.json"):
+        check_replaceable(tmp_path / "mine", overwrite=True)
+    with pytest.raises(UsageError, match=r"photo\.png is a file: name a folder"):
+        check_replaceable(tmp_path / "mine" / "photo.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("boom"), KeyboardInterrupt()])
+def test_a_scratch_folder_lies_beside_and_is_gone_afterwards(tmp_path: Path, error: BaseException | None) -> None:
+    with suppress(ValueError, KeyboardInterrupt), scratch_directory(tmp_path / "out") as folder:
+        assert folder.parent == tmp_path and folder.is_dir() and folder.name.startswith(".moebius-")
+        (folder / "file").write_text("x")
+        if error is not None:
+            raise error
+    assert list(tmp_path.iterdir()) == []
+    missing = tmp_path / "missing" / "out"
+    with pytest.raises(MachineError, match="missing does not exist: run `mkdir -p"), scratch_directory(missing):
+        pass
 
 
 @pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, (4 << 20) + 7])

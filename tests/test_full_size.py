@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,14 @@ def count_operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
 
 
-def build_plan(folder: Path, name: str, precision: str) -> dict[str, Any]:
+def build_plan(folder: Path, name: str, precision: str, quantised: Sequence[str] = ()) -> dict[str, Any]:
     """Parse, check and build for one GPU generation; what ``engine.json`` would record."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install moebius-edge[rtx]")
     request = {
         "component": "denoiser",
         "precision": precision,
         "onnx": str(folder / name),
+        "quantised": list(quantised),
         "plan": str(folder / "denoiser.plan"),
         "flavour": "tensorrt-rtx",
         "gpu": "any",
@@ -110,5 +111,6 @@ def test_tensorrt_for_rtx_builds_it_in_int8(folder: Path) -> None:
     del model, quantised
     assert (folder / "int8.onnx").stat().st_size < 1.4 * 226e6
     assert sorted(network_facts(folder / "int8.onnx")["quantised"]) == sorted(wanted)
-    record = build_plan(folder, "int8.onnx", "int8")
+    record = build_plan(folder, "int8.onnx", "int8", wanted)
+    assert (record["quantised_products"], record["products_in_int8"]) == (len(wanted), None)
     assert record["tensors"]["INT8"] > len(wanted) and record["bytes"] < 2.5 * 226e6

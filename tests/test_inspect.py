@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_trt import write_engine
-from toy import flip_byte, make_toy_bundle
+from toy import INT8, call_int8, flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import Bundle
 from moebius_edge.cli import main
@@ -48,6 +48,26 @@ def test_what_stayed_float32_is_counted(toy: Path, capsys: Captured) -> None:
     assert "in float32  denoiser: 2 Softmax, 1 Sin; vae_decoder: all" in out
     assert main(["inspect", str(toy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["float32_islands"] == islands
+
+
+def test_an_int8_bundle_is_shown_block_by_block(toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["inspect", str(toy)]) == 0
+    assert "multiplications" not in capsys.readouterr().out
+    call_int8(toy)
+    assert main(["inspect", str(toy)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = "int8         for tensorrt, 3 of 5 products, 75.0% of the multiplications, the rest float16, ranges mse"
+    assert " ".join(said.split()) in [" ".join(line.split()) for line in lines]
+    rows = [line.split() for line in lines[-3:]]
+    assert rows == [["a", "45.0", "50.00%", "yes"], ["b", "33.5", "41.0", "25.00%", "smoothed"], ["c", "25.00%", "no"]]
+    assert main(["inspect", str(toy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["int8"] == INT8
+    content = {key: value for key, value in INT8.items() if key != "blocks"}
+    (toy / "bundle.json").write_text(
+        json.dumps({**json.loads((toy / "bundle.json").read_text()), "precision": "int8", "int8": content})
+    )
+    assert main(["inspect", str(toy)]) == 0, "a table is not what a bundle is made of"
 
 
 def test_distilled_guidance_is_shown(toy: Path, tmp_path: Path, capsys: Captured) -> None:

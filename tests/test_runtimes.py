@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
-from toy import decode, encode, expected_latent, flip_byte, make_toy_bundle
+from toy import call_int8, decode, encode, expected_latent, flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import Bundle
 from moebius_edge.errors import BundleError, MachineError, UsageError
@@ -342,6 +342,24 @@ def test_engines_that_must_be_built_first_are_announced(bundle: Bundle, monkeypa
     (note,) = create_runtime("onnxruntime", bundle, "tensorrt").notes
     assert "TensorRT builds engines for vae_encoder, denoiser, vae_decoder first" in note
     assert str(bundle.path / "engines") in note
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "said"),
+    [
+        ("tensorrt", "cpu", "INT8 for tensorrt: on cpu it gives the same pictures slowly; export with --target cpu"),
+        ("cpu", "cuda", "INT8 for cpu: on cuda it gives the same pictures slowly; export with --target tensorrt"),
+        ("tensorrt", "cuda", None),
+        ("cpu", "cpu", None),
+    ],
+)
+def test_an_int8_file_that_is_made_for_something_else_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, device: str, said: str | None
+) -> None:
+    FakeGpu(monkeypatch)
+    quantised = Bundle.load(call_int8(make_toy_bundle(tmp_path / "toy"), target=target))
+    notes = create_runtime("onnxruntime", quantised, device).notes
+    assert len(notes) == (said is not None) and (said is None or said in notes[0])
 
 
 def test_a_gpu_that_is_given_nothing_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

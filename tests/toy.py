@@ -8,6 +8,7 @@ number of steps; one that is wrong does not. Everything here needs numpy and onn
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,34 @@ def make_toy_bundle(
         defaults={"steps": 20, "guidance": distilled_guidance or 2.0, "start": "image"},
         distilled_guidance=distilled_guidance,
     )
+    return folder
+
+
+INT8 = {
+    "target": "tensorrt",
+    "rest": "float16",
+    "quantised_products": 3,
+    "products": 5,
+    "share_of_multiplications": 0.75,
+    "ranges": "mse",
+    "calibration": {"pictures": "5:00", "steps": 20, "seed": 0},
+    "nodes": ["a/1", "a/2", "b/1"],
+    "blocks": [
+        {"name": "a", "psnr_db": 45.04, "share": 0.5, "quantised": True},
+        {"name": "b", "psnr_db": 33.5, "share": 0.25, "smoothed_psnr_db": 41.0, "quantised": True, "smoothed": True},
+        {"name": "c", "psnr_db": None, "share": 0.25, "quantised": False},
+    ],
+    "cases": [{"name": "china", "hole_psnr_db": 34.5}],
+    "speed": {"other": "float32", "device": "cpu", "runtime": "onnxruntime 1.23.0", "threads": 2, "int8_ms": 20.0,
+              "other_ms": 15.0, "speedup": 0.75, "rows": 2},
+}  # fmt: skip
+
+
+def call_int8(folder: Path, **changes: object) -> Path:
+    """Let a toy's ``bundle.json`` say that it is INT8, as ``INT8`` with ``changes`` does; its files stay."""
+    path = folder / "bundle.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "precision": "int8", "int8": {**INT8, **changes}}))
     return folder
 
 

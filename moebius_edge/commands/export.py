@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import MachineError, UsageError
 from . import console
 from .engines import EngineName, make_engines, prepare_engines
 
@@ -167,6 +167,7 @@ def export(
         raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
 
     notes: list[str] = []
+    cache: Path | None = None  # what INT8 keeps of its work
     with console.progress() as update:
 
         def tell(stage: str, fraction: float | None) -> None:
@@ -186,10 +187,14 @@ def export(
                     source, vae, output, **common, precision=precision_name, min_psnr_db=min_psnr, force=force
                 )
             else:
-                from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
-
+                try:
+                    from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
+                except ModuleNotFoundError as error:
+                    install = 'run `pip install "moebius-edge[export]"`'
+                    raise MachineError(f"INT8 needs the package {error.name}: {install}") from None
+                cache = calibration_cache or default_folder(output)
                 options = Int8Options(
-                    folder=calibration_cache or default_folder(output),
+                    folder=cache,
                     data=None if calibration_data is None else str(calibration_data),
                     masks=None if calibration_masks is None else str(calibration_masks),
                     target=(target or Target.tensorrt).value,
@@ -199,13 +204,14 @@ def export(
                     steps=steps,
                     guidance=guidance,
                 )
-                with float32_bundle(source, vae, output, **common) as reference:
+                with float32_bundle(source, vae, output, force, **common) as reference:
                     bundle = quantise_bundle(
                         reference, output, options, name=output.resolve().name, progress=tell, note=notes.append,
                         force=force,
                     )  # fmt: skip
         except KeyboardInterrupt:
-            raise console.Interrupted("interrupted, nothing written") from None
+            kept = f" but {cache}: the same command goes on with it" if cache is not None and cache.is_dir() else ""
+            raise console.Interrupted(f"interrupted, nothing written{kept}") from None
     for text in notes:
         console.note(text)
     if as_json and job is None:

@@ -37,7 +37,7 @@ def inspect(
     _print_tensors(loaded)
     _print_engines(engines)
     if loaded.int8 is not None:
-        _print_blocks(loaded.int8["blocks"])
+        _print_blocks(loaded.int8.get("blocks", []))
 
 
 def _engines(bundle: Bundle, verify: bool) -> list[dict[str, Any]]:

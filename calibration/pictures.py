@@ -96,17 +96,17 @@ def open_calibration(
                 wanted = PurePosixPath(pictures.name(i)).with_suffix(".png")
                 lacking = f"picture {pictures.name(i)} has no mask in {masks}: put {wanted} there"
                 raise UsageError(f"{lacking}, or name no masks, and holes are drawn")
-    notes = check_number(pictures)
+    notes = check_number(pictures, FEWEST + 1)  # one is held out
     if bare := sum(mask is None for mask in pictures.masks):
         notes.append(f"{bare} of {len(pictures)} calibration pictures have no mask: holes are drawn for them")
     return pictures, notes
 
 
-def check_number(pictures: CalibrationPictures) -> list[str]:
-    """A note where there are fewer than ``ADVISED``. Raises UsageError for fewer than ``FEWEST``."""
+def check_number(pictures: CalibrationPictures, least: int = FEWEST) -> list[str]:
+    """A note where there are fewer than ``ADVISED``. Raises UsageError for fewer than ``least``."""
     number = len(pictures)
-    if number < FEWEST:
-        raise UsageError(f"too few calibration pictures, {number}: give at least {FEWEST}, better {ADVISED} or more")
+    if number < least:
+        raise UsageError(f"too few calibration pictures, {number}: give at least {least}, better {ADVISED} or more")
     if number < ADVISED:
         return [f"{number} calibration pictures are few: ranges may be too narrow for others, {ADVISED} are better"]
     return []

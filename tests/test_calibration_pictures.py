@@ -52,11 +52,11 @@ def test_holes_follow_the_seed() -> None:
 
 
 def test_a_mask_beside_its_picture_is_no_picture(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, 4)
+    folder = folder_of(tmp_path, 5)
     write(folder / "2_mask.png", 0, hole=True)
     pictures, notes = open_calibration(folder)
-    assert notes[1] == "3 of 4 calibration pictures have no mask: holes are drawn for them"
-    assert [pictures.name(i) for i in range(len(pictures))] == ["0.png", "1.png", "2.png", "3.png"]
+    assert notes[1] == "4 of 5 calibration pictures have no mask: holes are drawn for them"
+    assert [pictures.name(i) for i in range(len(pictures))] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     pixels, hole = picture_and_hole(pictures, 2, 64, seed=0)
     assert pixels.shape == (20, 30, 3) and hole.sum() == 25, "with a mask of its own, a picture is left as it is"
 
@@ -73,7 +73,7 @@ def test_masks_of_a_folder_belong_to_their_pictures(tmp_path: Path) -> None:
 
 
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="too few calibration pictures, 3: give at least 4"):
+    with pytest.raises(UsageError, match="too few calibration pictures, 3: give at least 5"):
         open_calibration(folder_of(tmp_path, 3))
 
 

@@ -156,7 +156,9 @@ def _stage(recipe: Recipe, preset: str, output: Path, options: RunOptions, resum
 
     claim(output, recipe, resume)
     from ..training.material import UNREADABLE, open_material
+    from ..training.trainer import make_accelerator
 
+    make_accelerator(options.device, options.fsdp)  # what it refuses is said before pictures are encoded
     material = open_material(recipe, preset, inputs, output, options.device)
     try:
         return train_stage(recipe, material, output, options, resume)

@@ -194,12 +194,17 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(tea
     assert all(torch.equal(tensor, ours[name]) for name, tensor in whole_weights.items())
 
 
-def launch(call: dict[str, Any], **environment: str) -> None:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--num_machines", "1")
+ACCELERATE += ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def launch(call: dict[str, Any], launcher: tuple[str, ...] = TORCHRUN) -> None:
     """The training of ``call`` on two CPU processes."""
     script = Path(__file__).with_name("training_process.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    two = subprocess.run([*command, json.dumps(call)], capture_output=True, env=variables)
+    command = [sys.executable, "-m", *launcher, str(script), json.dumps(call)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    two = subprocess.run(command, capture_output=True, env=variables)
     assert two.returncode == 0, two.stderr.decode()[-3000:]
 
 
@@ -242,13 +247,15 @@ def sharded(call: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(call: dict[str, Any], alone: Path, tmp_path: Path) -> None:
     launch({**call, "output": str(tmp_path)})
-    records = [json.loads((path / "train.json").read_text()) for path in (alone, tmp_path)]
-    assert [r["processes"] for r in records] == [1, 2] and [r["micro_batch"] for r in records] == [4, 2]
+    for path, layout in ((alone, (1, 4, False)), (tmp_path, (2, 2, False))):
+        record = json.loads((path / "train.json").read_text())
+        assert (record["processes"], record["micro_batch"], record["sharded"]) == layout
     assert_same_training(alone, tmp_path)
 
 
 @pytest.mark.slow
 def test_two_processes_with_shards_train_as_one(alone: Path, sharded: Path) -> None:
+    assert json.loads((sharded / "train.json").read_text())["sharded"]
     assert_same_training(alone, sharded)
     states = [torch.load(checkpoint_files(path)[-1], weights_only=True) for path in (alone, sharded)]
     for part in ("network", "average"):
@@ -281,13 +288,13 @@ def test_a_checkpoint_of_shards_goes_on_with_shards_and_in_one_process(
 def test_shards_as_accelerate_s_launcher_asks_with_micro_batches_and_checkpointing(
     call: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Without --fsdp; Accelerate's state is the one it has on GPUs."""
+    """Without ``fsdp`` among the options."""
     call = {**call, "recipe": {"optimiser": {"batch_norm": "running", "steps": 3, "batch": 8}}}
     one = start({**call, "output": str(tmp_path / "one"), "options": {"micro_batch": 4}})
     assert one.wait() == 0
     options = {"micro_batch": 2, "gradient_checkpointing": True}
-    call = {**call, "output": str(tmp_path / "two"), "options": options, "accelerate_says_fsdp": True}
-    launch(call, ACCELERATE_USE_FSDP="true")
+    launch({**call, "output": str(tmp_path / "two"), "options": options}, ACCELERATE)
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["sharded"]
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 

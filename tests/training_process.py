@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import PartialState
 from training_toys import OPTIONS, RECIPE, FlatLatents, material
 
 from moebius_edge.training import stage
@@ -22,15 +20,6 @@ if __name__ == "__main__":
         torch.set_default_dtype(torch.float64)
         load = stage.load_teacher
         stage.load_teacher = lambda path, device: load(path, device).double()
-    if call.get("accelerate_says_fsdp"):  # as it does on GPUs, and never on CPUs
-        made = stage.make_accelerator
-
-        def make_accelerator(device: str, fsdp: bool = False) -> Accelerator:
-            accelerator = made(device, fsdp)
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            return accelerator
-
-        stage.make_accelerator = make_accelerator
     options = replace(OPTIONS, **call.get("options", {}))
     recipe = with_values(RECIPE, call.get("recipe", {}))
     ours = replace(material(teacher=Path(call["teacher"])), source=FlatLatents(torch.get_default_dtype()))

@@ -8,6 +8,8 @@ optimiser's parameters, of which Muon's are views. So the same code runs on CPUs
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..errors import UsageError
 from ..model.unet import Block
 
+_REQUEST = "ACCELERATE_USE_FSDP"
+
 
 def launcher_asks() -> bool:
     """Whether ``accelerate launch --use_fsdp`` started this process.
@@ -29,11 +33,22 @@ def launcher_asks() -> bool:
     def on(name: str) -> bool:
         return os.environ.get(name, "false").lower() in ("1", "true")
 
-    if not on("ACCELERATE_USE_FSDP"):
+    if not on(_REQUEST):
         return False
     if on("FSDP_OFFLOAD_PARAMS"):
         raise UsageError("the launcher asks for fsdp_offload_params, which is not supported: set it to false")
     return True
+
+
+@contextmanager
+def request_hidden() -> Iterator[None]:
+    """Accelerate, made inside, does not hear the launcher ask: it would prepare its own FSDP, and fail on a CPU."""
+    request = os.environ.pop(_REQUEST, None)
+    try:
+        yield
+    finally:
+        if request is not None:
+            os.environ[_REQUEST] = request
 
 
 def shard(network: nn.Module, device: torch.device) -> None:

@@ -220,6 +220,7 @@ def _record(
         "perceptual_distance": distance,
         "processes": trainer.accelerator.num_processes,
         "micro_batch": trainer.micro_batch,
+        "sharded": trainer.sharded,
         "machine": {**machine_info(), "device": str(trainer.device), "threads": torch.get_num_threads()},
         "versions": {name: found[1] for name in _PACKAGES if (found := package_version(name))},
     }

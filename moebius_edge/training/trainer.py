@@ -31,7 +31,7 @@ from .noising import Batch, Noising, draw_noise, prompt_ids
 from .objectives import Figures, Objective, autocast
 from .optimiser import MuonAdamW
 from .recipe import Recipe, RunOptions
-from .sharding import launcher_asks, load_whole, local, shard, whole, whole_state
+from .sharding import launcher_asks, load_whole, local, request_hidden, shard, whole, whole_state
 
 _SETTLE_BATCHES = 60
 
@@ -55,13 +55,14 @@ def make_accelerator(device: str, fsdp: bool = False) -> Accelerator:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms are averaged by us
-    )
+    with request_hidden():
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms are averaged by us
+        )
     kind = str(accelerator.distributed_type.value)
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise UsageError(f"the launcher asks for {kind}, which is not supported: launch with --multi_gpu or --use_fsdp")
     if (fsdp or launcher_asks()) and accelerator.num_processes == 1:
         raise UsageError(

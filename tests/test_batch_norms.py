@@ -62,7 +62,7 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(passes:
     for student in (plain, frugal):
         loss = student(sample, timestep, ids).noise.square().mean()
         for _ in range(passes - 1):  # as the adaptive weights do
-            torch.autograd.grad(loss, student.coarse_weight, retain_graph=True)
+            torch.autograd.grad(loss, student.coarse_layer.weight, retain_graph=True)
         loss.backward()
         gradients.append([p.grad for p in student.parameters()])
     for ours, theirs in zip(*gradients, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moebius_edge.errors import UsageError
 from moebius_edge.model import Student, StudentConfig, Teacher, TeacherConfig, build_student, build_teacher
+from moebius_edge.training.layer_gradient import LayerGradient
 from moebius_edge.training.losses import (
     Coefficients,
     Losses,
@@ -83,6 +84,10 @@ def line(weight: Tensor, *gradient: float) -> Tensor:
     return (weight * weight.new_tensor(gradient)).sum()
 
 
+def at(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda loss: torch.autograd.grad(loss, weight, retain_graph=True)[0]
+
+
 @pytest.fixture
 def output() -> nn.Parameter:
     return nn.Parameter(torch.ones(2, dtype=torch.double))
@@ -100,7 +105,7 @@ def test_adaptive_weights_by_hand(output: nn.Parameter, inner: nn.Parameter) -> 
         coarse=line(inner, 3, 0),
         perceptual=line(output, 0.6, 0.8),
     )
-    weights = adaptive_weights(losses, output, inner)
+    weights = adaptive_weights(losses, at(output), at(inner))
     assert weights.out.item() == pytest.approx(5 / (2 + 1e-6), rel=1e-12)
     assert weights.perceptual.item() == pytest.approx(5 / (1 + 1e-6), rel=1e-12)
     assert weights.cross.item() == pytest.approx(3 / (10 + 1e-4), rel=1e-12)
@@ -113,21 +118,21 @@ def test_adaptive_weights_by_hand(output: nn.Parameter, inner: nn.Parameter) -> 
 def test_adaptive_weights_are_clamped(output: nn.Parameter, inner: nn.Parameter) -> None:
     task = line(output, 3, 4) + line(inner, 0, 0)
     losses = Losses(task, fine=line(output, 0, 0), coarse=line(inner, 30, 40), perceptual=line(output, 1e-7, 0))
-    weights = adaptive_weights(losses, output, inner)
+    weights = adaptive_weights(losses, at(output), at(inner))
     assert (weights.out.item(), weights.perceptual.item(), weights.cross.item()) == (1e6, 1e6, 1e4)
 
 
 def test_a_gradient_that_is_not_finite_is_not_clamped_away(output: nn.Parameter, inner: nn.Parameter) -> None:
     losses = Losses(line(output, math.inf, 1) + line(inner, 1, 1), line(output, 1, 1), line(inner, math.inf, 1))
-    weights = adaptive_weights(losses, output, inner)
+    weights = adaptive_weights(losses, at(output), at(inner))
     assert weights.out.isnan() and weights.cross.isnan()
     losses = dataclasses.replace(losses, task=line(output, 1, 1) + line(inner, 1, 1), fine=line(output, math.inf, 1))
-    assert adaptive_weights(losses, output, inner).out.isnan()
+    assert adaptive_weights(losses, at(output), at(inner)).out.isnan()
 
 
 def test_weights_of_terms_that_are_off(output: nn.Parameter, inner: nn.Parameter) -> None:
     task = line(output, 3, 4) + line(inner, 8, 6)
-    weights = adaptive_weights(Losses(task), output, inner)
+    weights = adaptive_weights(Losses(task), at(output), at(inner))
     assert [w.item() for w in (weights.out, weights.perceptual, weights.cross)] == [0, 0, 1]
     assert total_loss(Losses(task), weights, Coefficients()).item() == pytest.approx(0.5 * 21)
 
@@ -140,15 +145,15 @@ def test_the_length_is_that_of_the_reduced_gradient(output: nn.Parameter, inner:
     ]
     sent: list[list[Tensor]] = [[], []]
     for shard, gradients in zip(shards, sent, strict=True):
-        adaptive_weights(shard, output, inner, reduce=lambda g, to=gradients: to.append(g.clone()) or g)
+        adaptive_weights(shard, at(output), at(inner), reduce=lambda g, to=gradients: to.append(g.clone()) or g)
     pairs = zip(*sent, strict=True)  # both processes ask in the same order
-    weights = adaptive_weights(shards[0], output, inner, reduce=lambda _: torch.stack(next(pairs)).mean(0))
+    weights = adaptive_weights(shards[0], at(output), at(inner), reduce=lambda _: torch.stack(next(pairs)).mean(0))
     assert next(pairs, None) is None
     assert weights.out.item() == pytest.approx(3 / (2**0.5 + 1e-6))
     assert weights.cross.item() == pytest.approx(1 / (5 + 1e-4))
     mean = [(shards[0].task + shards[1].task) / 2, (shards[0].fine + shards[1].fine) / 2]
     mean.append((shards[0].coarse + shards[1].coarse) / 2)
-    whole = adaptive_weights(Losses(*mean), output, inner)
+    whole = adaptive_weights(Losses(*mean), at(output), at(inner))
     assert (weights.out, weights.cross) == (whole.out, whole.cross)
 
 
@@ -157,8 +162,8 @@ def test_scaling_saves_what_half_precision_loses() -> None:
     output, inner = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1))
     noise = output.half().float()
     losses = Losses(1e-8 * noise.sum(), 2e-8 * noise.sum())
-    assert adaptive_weights(losses, output, inner).out.item() == 0
-    scaled = adaptive_weights(losses, output, inner, scale=2.0**16).out.item()
+    assert adaptive_weights(losses, at(output), at(inner)).out.item() == 0
+    scaled = adaptive_weights(losses, at(output), at(inner), scale=2.0**16).out.item()
     assert scaled == pytest.approx(2e-8 / (4e-8 + 1e-6), rel=1e-3)
 
 
@@ -200,6 +205,8 @@ class Pair:
         torch.manual_seed(0)
         self.student: Student = build_student(STUDENT).double()  # in training mode: batch statistics
         self.teacher: Teacher = build_teacher(TEACHER).double()
+        self.at_output = LayerGradient(self.student.output_layer)
+        self.at_coarse = LayerGradient(self.student.coarse_layer)
         self.distance = TeacherFeatures(self.teacher)
         self.clean, self.noise, self.masked = torch.randn(3, 2, 4, 8, 8, dtype=torch.double)
         self.mask = (torch.rand(2, 1, 8, 8) > 0.5).double()
@@ -210,7 +217,8 @@ class Pair:
     def losses(self) -> Losses:
         inputs = torch.cat([self.noisy, self.mask, self.masked], 1), torch.tensor([120, 640]), torch.arange(10)[None]
         inputs = (*inputs[:2], inputs[2].expand(2, -1))
-        ours = self.student(*inputs)
+        with self.at_output, self.at_coarse:
+            ours = self.student(*inputs)
         with torch.no_grad():
             theirs = self.teacher(*inputs)
         guess = predicted_clean(self.noisy, ours.noise, self.alpha_bar)
@@ -251,8 +259,8 @@ def finite_lengths(losses: Callable[[], Losses], weight: nn.Parameter, names: tu
 
 def test_the_weights_are_those_of_finite_differences() -> None:
     pair = Pair()
-    output, inner = pair.student.output_weight, pair.student.coarse_weight
-    weights = adaptive_weights(pair.losses(), output, inner)
+    output, inner = pair.student.output_layer.weight, pair.student.coarse_layer.weight
+    weights = adaptive_weights(pair.losses(), pair.at_output, pair.at_coarse)
     at_output = finite_lengths(pair.losses, output, ("task", "fine", "perceptual"))
     at_inner = finite_lengths(pair.losses, inner, ("task", "coarse"))
     assert weights.out.item() == pytest.approx(at_output["task"] / (at_output["fine"] + 1e-6), rel=1e-6)
@@ -265,7 +273,7 @@ def test_the_weights_are_those_of_finite_differences() -> None:
 def test_the_total_teaches_every_weight_of_the_student_and_none_of_the_teacher() -> None:
     pair = Pair()
     losses = pair.losses()
-    weights = adaptive_weights(losses, pair.student.output_weight, pair.student.coarse_weight)
+    weights = adaptive_weights(losses, pair.at_output, pair.at_coarse)
     total_loss(losses, weights, Coefficients()).backward()
     assert [name for name, p in pair.student.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for p in pair.teacher.parameters())

@@ -85,7 +85,7 @@ def test_terms_that_are_off_leave_no_trace(terms: tuple[str, ...]) -> None:
     }
     torch.testing.assert_close(total.detach(), torch.stack([parts[name] for name in terms]).sum())
     total.backward()
-    output = student.output_weight.grad
+    output = student.output_layer.weight.grad
     assert output is not None and (bool(output.any()) == (terms != ("coarse",)))
 
 

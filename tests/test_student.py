@@ -88,13 +88,12 @@ def test_output_is_the_noise_and_every_blocks_output():
     ("config", "level"),
     [(NARROW, 1), (SMALL, 2), (dataclasses.replace(SMALL, block_out_channels=(32, 64, 64, 96)), 3)],
 )
-def test_coarse_feature_and_weight_end_the_last_down_block(config, level):
+def test_coarse_feature_and_layer_end_the_last_down_block(config, level):
     student = build_student(config)
-    names = {id(p): name for name, p in student.named_parameters()}
+    names = {id(module): name for name, module in student.named_modules()}
     last = config.layers_per_block - 1
-    assert names[id(student.output_weight)] == "diff_model.conv_out.conv_pw.weight"
-    expected = f"diff_model.down_blocks.{level}.attentions.{last}.proj_out.weight"
-    assert names[id(student.coarse_weight)] == expected
+    assert names[id(student.output_layer)] == "diff_model.conv_out.conv_pw"
+    assert names[id(student.coarse_layer)] == f"diff_model.down_blocks.{level}.attentions.{last}.proj_out"
     seen = []
     student.diff_model.down_blocks[level].register_forward_hook(lambda m, i, output: seen.append(output[0]))
     size = config.latent_size
@@ -103,13 +102,13 @@ def test_coarse_feature_and_weight_end_the_last_down_block(config, level):
     assert seen[0].shape == (1, config.block_out_channels[-1], size >> level, size >> level)
 
 
-def test_published_coarse_feature_and_weight():
+def test_published_coarse_feature_and_layer():
     with torch.device("meta"):
         student = build_student()
         out = student(torch.zeros(2, 9, 64, 64), torch.zeros(2), torch.zeros(2, 10, dtype=torch.int64))
     assert student.coarse_feature(out).shape == (2, 1280, 16, 16)
-    names = [name for name, p in student.named_parameters() if p is student.coarse_weight]
-    assert names == ["diff_model.down_blocks.2.attentions.1.proj_out.weight"]
+    names = [name for name, module in student.named_modules() if module is student.coarse_layer]
+    assert names == ["diff_model.down_blocks.2.attentions.1.proj_out"]
 
 
 def test_timestep_embedding_is_cosines_then_sines():

@@ -89,6 +89,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         (("--preset", "moebius"), "there is nothing to train on: add --images SOURCE, or --latents DIR"),
         (("--stage", "student", "--set", "stage=teacher"), "--set 'stage=teacher' changes the stage: add --stage"),
         (("--keep", "0"), "keep is 0: give 1 or more"),
+        (("--device", "cpu", "--fsdp"), "FSDP shards a network over processes, and there is one: leave it out"),
+        (("--device", "cpu", "--fsdp", "--stage", "student"), "FSDP shards a network over processes"),
     ],
 )
 def test_mistakes_are_usage_errors(

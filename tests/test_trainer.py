@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,32 +194,108 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(tea
     assert all(torch.equal(tensor, ours[name]) for name, tensor in whole_weights.items())
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--num_machines", "1")
+ACCELERATE += ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+def launch(call: dict[str, Any], launcher: tuple[str, ...] = TORCHRUN) -> None:
+    """The training of ``call`` on two CPU processes."""
+    script = Path(__file__).with_name("training_process.py")
+    command = [sys.executable, "-m", *launcher, str(script), json.dumps(call)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    two = subprocess.run(command, capture_output=True, env=variables)
+    assert two.returncode == 0, two.stderr.decode()[-3000:]
+
+
+def assert_same_training(one: Path, two: Path) -> None:
+    figures = [json.loads((path / "train.json").read_text())["result"]["last_figures"] for path in (one, two)]
+    for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5), name
+    assert_same_weights(one, two)
+
+
+def assert_same_weights(one: Path, two: Path) -> None:
+    ours = load_file(two / "student.safetensors")
+    for name, tensor in load_file(one / "student.safetensors").items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def call(teacher: Path) -> dict[str, Any]:
     """All loss terms with their adaptive weights; batch norms by their running statistics.
 
     In double precision: in single, AdamW makes whole steps of gradients that are zero but for rounding.
     """
-    recipe = {"optimiser": {"batch_norm": "running", "steps": 4}}
-    call = {"teacher": str(teacher), "recipe": recipe, "double": True}
-    one = start({**call, "output": str(tmp_path / "one")})
+    return {"teacher": str(teacher), "recipe": {"optimiser": {"batch_norm": "running", "steps": 4}}, "double": True}
+
+
+@pytest.fixture(scope="module")
+def alone(call: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    assert start({**call, "output": str(output)}).wait() == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def sharded(call: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("sharded")
+    launch({**call, "output": str(output), "options": {"fsdp": True}})
+    return output
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_whole_batch(call: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    launch({**call, "output": str(tmp_path)})
+    for path, layout in ((alone, (1, 4, False)), (tmp_path, (2, 2, False))):
+        record = json.loads((path / "train.json").read_text())
+        assert (record["processes"], record["micro_batch"], record["sharded"]) == layout
+    assert_same_training(alone, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_train_as_one(alone: Path, sharded: Path) -> None:
+    assert json.loads((sharded / "train.json").read_text())["sharded"]
+    assert_same_training(alone, sharded)
+    states = [torch.load(checkpoint_files(path)[-1], weights_only=True) for path in (alone, sharded)]
+    for part in ("network", "average"):
+        assert states[0][part].keys() == states[1][part].keys()
+    for kind in ("muon", "adamw"):
+        one, two = (state["optimiser"][kind] for state in states)
+        assert one["param_groups"] == two["param_groups"] and one["state"].keys() == two["state"].keys()
+        for number, values in one["state"].items():
+            for name, tensor in values.items():
+                torch.testing.assert_close(two["state"][number][name], tensor, rtol=0, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shards_goes_on_with_shards_and_in_one_process(
+    call: dict[str, Any], alone: Path, sharded: Path, tmp_path: Path
+) -> None:
+    for name in ("two", "one"):
+        shutil.copytree(sharded, tmp_path / name)
+        checkpoint_files(tmp_path / name)[-1].unlink()
+        (tmp_path / name / "student.safetensors").unlink()
+        assert checkpoint_files(tmp_path / name)[-1].name == "step-000000002.pt"
+    launch({**call, "output": str(tmp_path / "two"), "options": {"fsdp": True}, "resume": True})
+    weights, resumed = (load_file(path / "student.safetensors") for path in (sharded, tmp_path / "two"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+    assert start({**call, "output": str(tmp_path / "one"), "resume": True}).wait() == 0
+    assert_same_weights(alone, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_shards_as_accelerate_s_launcher_asks_with_micro_batches_and_checkpointing(
+    call: dict[str, Any], tmp_path: Path
+) -> None:
+    """Without ``fsdp`` among the options."""
+    call = {**call, "recipe": {"optimiser": {"batch_norm": "running", "steps": 3, "batch": 8}}}
+    one = start({**call, "output": str(tmp_path / "one"), "options": {"micro_batch": 4}})
     assert one.wait() == 0
-    script = Path(__file__).with_name("training_process.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = subprocess.run(
-        [*launch, str(script), json.dumps({**call, "output": str(tmp_path / "two")})],
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert two.returncode == 0, two.stderr.decode()[-3000:]
-    records = [json.loads((tmp_path / name / "train.json").read_text()) for name in ("one", "two")]
-    assert [r["processes"] for r in records] == [1, 2] and [r["micro_batch"] for r in records] == [4, 2]
-    figures = [r["result"]["last_figures"] for r in records]
-    for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
-        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5), name
-    weights = [load_file(tmp_path / name / "student.safetensors") for name in ("one", "two")]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5, msg=name)
+    options = {"micro_batch": 2, "gradient_checkpointing": True}
+    launch({**call, "output": str(tmp_path / "two"), "options": options}, ACCELERATE)
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["sharded"]
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_finished_run_is_returned_at_once_and_another_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -240,6 +317,18 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MachineError, match="PyTorch finds no CUDA GPU here"):
         make_accelerator("cuda")
+
+
+def test_shards_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "FSDP shards a network over processes, and there is one: leave it out, or start several"
+    with pytest.raises(UsageError, match=text):
+        make_accelerator("cpu", fsdp=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=text):
+        make_accelerator("cpu")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UsageError, match="fsdp_offload_params, which is not supported: set it to false"):
+        make_accelerator("cpu")
 
 
 @pytest.mark.gpu

@@ -47,6 +47,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to train.")] = "auto",
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Several processes: each holds a share of the weights, not all.")
+    ] = False,
     micro_batch: Annotated[
         int, typer.Option(metavar="N", help="Samples at a time; gradients add up to the whole batch. 0: all.")
     ] = 0,
@@ -72,7 +75,14 @@ def train(
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     options = RunOptions(
-        micro_batch, gradient_checkpointing, save_every, keep, sample_every=sample_every, workers=workers, device=device
+        micro_batch,
+        gradient_checkpointing,
+        save_every,
+        keep,
+        sample_every=sample_every,
+        workers=workers,
+        device=device,
+        fsdp=fsdp,
     )
     inputs = Inputs(images, masks, latents, vae, teacher, student)
     try:
@@ -147,7 +157,9 @@ def _stage(recipe: Recipe, preset: str, output: Path, options: RunOptions, resum
 
     claim(output, recipe, resume)
     from ..training.material import UNREADABLE, open_material
+    from ..training.trainer import make_accelerator
 
+    make_accelerator(options.device, options.fsdp)  # what it refuses is said before pictures are encoded
     material = open_material(recipe, preset, inputs, output, options.device)
     try:
         return train_stage(recipe, material, output, options, resume)

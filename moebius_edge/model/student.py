@@ -123,15 +123,15 @@ class Student(nn.Module):
         return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
 
     @property
-    def output_weight(self) -> nn.Parameter:
-        """The last convolution's pointwise weight (4, C, 1, 1): all that decides the noise alone passes here."""
-        return cast(nn.Parameter, cast(SeparableConv, self.diff_model.conv_out).conv_pw.weight)
+    def output_layer(self) -> nn.Conv2d:
+        """The last convolution's 1x1 part, C to 4 channels: all that decides the noise alone passes here."""
+        return cast(SeparableConv, self.diff_model.conv_out).conv_pw
 
     @property
-    def coarse_weight(self) -> nn.Parameter:
-        """The weight (C, C, 1, 1) that ends the last down block, so the last one before ``coarse_feature``."""
+    def coarse_layer(self) -> nn.Conv2d:
+        """The 1x1 convolution, C to C, that ends the last down block: the last one before ``coarse_feature``."""
         attention = cast(Block, self.diff_model.down_blocks[-1]).attentions[-1]
-        return cast(nn.Parameter, cast(SpatialTransformer, attention).proj_out.weight)
+        return cast(SpatialTransformer, attention).proj_out
 
     def coarse_feature(self, denoised: Denoised) -> Tensor:
         """The last down block's output (N, C, h, w), the coarsest: (N, 1280, 16, 16) in the published network."""

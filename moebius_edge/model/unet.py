@@ -111,9 +111,9 @@ class UpBlock(Block):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([Upsample(sampler)] if sampler else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, prompts: Tensor) -> Tensor:
-        for index in range(len(self.resnets)):
-            x = self.layer(index, torch.cat([x, skips.pop()], dim=1), time, prompts)
+    def forward(self, x: Tensor, skips: Sequence[Tensor], time: Tensor, prompts: Tensor) -> Tensor:
+        for index, skip in enumerate(reversed(skips)):
+            x = self.layer(index, torch.cat([x, skip], dim=1), time, prompts)
         for upsampler in self.upsamplers:
             x = upsampler(x)
         return x
@@ -186,7 +186,9 @@ class UNet(nn.Module):
         blocks, skips = self._encode(sample, time, prompts)
         x = blocks[-1]
         for block in self.up_blocks:
-            x = block(x, skips, time, prompts)
+            layers = len(cast(UpBlock, block).resnets)
+            skips, own = skips[:-layers], skips[-layers:]
+            x = block(x, own, time, prompts)
             blocks.append(x)
         return Denoised(self.conv_out(F.silu(self.conv_norm_out(x))), blocks)
 

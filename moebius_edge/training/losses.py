@@ -10,9 +10,11 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UsageError
+
+Gradient = Callable[[Tensor], Tensor]  # of a loss, a scalar with its graph, at one layer's weight
 
 OUTPUT_EPSILON, OUTPUT_LIMIT = 1e-6, 1e6  # of w_out and w_perc
 COARSE_EPSILON, COARSE_LIMIT = 1e-4, 1e4  # of w_cross
@@ -84,17 +86,18 @@ def identity(gradient: Tensor) -> Tensor:
 
 def adaptive_weights(
     losses: Losses,
-    output_weight: nn.Parameter,
-    coarse_weight: nn.Parameter,
+    at_output: Gradient,
+    at_coarse: Gradient,
     reduce: Callable[[Tensor], Tensor] = identity,
     scale: float = 1.0,
 ) -> Weights:
     """The factors that bring every term's gradient to the task's length, and the task's to the coarse term's.
 
-    At ``Student.output_weight`` w_out = |g task| / (|g fine| + 1e-6) and w_perc likewise, at most 1e6; at
-    ``Student.coarse_weight`` w_cross = |g coarse| / (|g task| + 1e-4), at most 1e4. The weight of a term that is
-    not measured is 0; w_cross is then 1, for there is nothing to balance against. NaN when a gradient is not
-    finite, so that the step is noticed rather than clamped.
+    At the weight of ``Student.output_layer`` w_out = |g task| / (|g fine| + 1e-6) and w_perc likewise, at most 1e6;
+    at that of ``Student.coarse_layer`` w_cross = |g coarse| / (|g task| + 1e-4), at most 1e4. ``at_output`` and
+    ``at_coarse`` give the gradients g, see ``layer_gradient``. The weight of a term that is not measured is 0;
+    w_cross is then 1, for there is nothing to balance against. NaN when a gradient is not finite, so that the step
+    is noticed rather than clamped.
 
     ``reduce`` averages a gradient over processes before its length is taken, so that N processes find what one
     finds with the whole batch (batch norms apart: they need SyncBatchNorm for that). ``scale`` is GradScaler's
@@ -103,21 +106,20 @@ def adaptive_weights(
     The graphs are kept for the backward pass, and no ``grad`` is written to.
     """
 
-    def length(loss: Tensor, weight: nn.Parameter) -> Tensor:
-        (gradient,) = torch.autograd.grad(loss * scale, weight, retain_graph=True)
-        return torch.linalg.vector_norm(reduce(gradient)) / scale
+    def length(loss: Tensor, gradient: Gradient) -> Tensor:
+        return torch.linalg.vector_norm(reduce(gradient(loss * scale))) / scale
 
-    def at_output(loss: Tensor | None) -> Tensor:
+    def of_output(loss: Tensor | None) -> Tensor:
         if loss is None:
             return losses.task.new_zeros(())
-        task = length(losses.task, output_weight)
-        return _ratio(task, length(loss, output_weight), OUTPUT_EPSILON, OUTPUT_LIMIT)
+        task = length(losses.task, at_output)
+        return _ratio(task, length(loss, at_output), OUTPUT_EPSILON, OUTPUT_LIMIT)
 
     cross = losses.task.new_ones(())
     if losses.coarse is not None:
-        coarse = length(losses.coarse, coarse_weight)
-        cross = _ratio(coarse, length(losses.task, coarse_weight), COARSE_EPSILON, COARSE_LIMIT)
-    return Weights(out=at_output(losses.fine), perceptual=at_output(losses.perceptual), cross=cross)
+        coarse = length(losses.coarse, at_coarse)
+        cross = _ratio(coarse, length(losses.task, at_coarse), COARSE_EPSILON, COARSE_LIMIT)
+    return Weights(out=of_output(losses.fine), perceptual=of_output(losses.perceptual), cross=cross)
 
 
 def total_loss(losses: Losses, weights: Weights, coefficients: Coefficients, terms: Set[str] | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..model.student import Student
 from ..model.teacher import Teacher
 from ..model.unet import Denoised
+from .layer_gradient import LayerGradient
 from .losses import Coefficients, Losses, adaptive_weights, coarse_loss, noise_loss, predicted_clean, total_loss
 from .noising import Batch, prompt_ids
 from .perceptual import LatentDistance
@@ -87,10 +88,12 @@ class Distillation:
 
     def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
         student, teacher, terms = self._student, self._teacher, self._terms
+        at_output, at_coarse = LayerGradient(student.output_layer), LayerGradient(student.coarse_layer)
         with autocast(batch.sample.device, self._precision):
-            ours: Denoised = model(
-                batch.sample, batch.timestep, prompt_ids(student.config.num_prompts, batch.unconditional)
-            )
+            with at_output, at_coarse:
+                ours: Denoised = model(
+                    batch.sample, batch.timestep, prompt_ids(student.config.num_prompts, batch.unconditional)
+                )
             theirs = None
             if terms & {"fine", "coarse"}:
                 with torch.no_grad():
@@ -107,7 +110,7 @@ class Distillation:
             with autocast(batch.sample.device, self._precision):
                 perceptual = self._distance(clean, batch.clean, batch.mask, batch.masked).float()
         losses = Losses(noise_loss(ours.noise, batch.noise, weight), fine, coarse, perceptual)
-        weights = adaptive_weights(losses, student.output_weight, student.coarse_weight, self._mean, scale)
+        weights = adaptive_weights(losses, at_output, at_coarse, self._mean, scale)
         total = total_loss(losses, weights, self._coefficients, self._terms)
         if terms == {"coarse"}:  # several processes wait for a gradient of every parameter
             total = total + 0 * ours.noise.float().sum()

@@ -164,7 +164,7 @@ class RunOptions:
 
     ``micro_batch`` samples go through the network at a time in each process; 0: as many as there are for it.
     ``workers`` processes draw samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures.
-    ``device`` ``auto`` is the GPU if there is one.
+    ``device`` ``auto`` is the GPU if there is one. ``fsdp`` shards the network over the processes.
     """
 
     micro_batch: int = 0
@@ -175,6 +175,7 @@ class RunOptions:
     sample_every: int = 1000
     workers: int = 1
     device: str = "auto"
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         _among("device", self.device, ("auto", "cpu", "cuda"))

@@ -59,7 +59,7 @@ def train_stage(
     claim(output, recipe, resume)
     if result.exists():
         return result
-    accelerator = make_accelerator(options.device)
+    accelerator = make_accelerator(options.device, options.fsdp)
     torch.manual_seed(recipe.seed)
     network, average, objective = _networks(recipe, material, accelerator)
     if options.gradient_checkpointing:
@@ -68,7 +68,8 @@ def train_stage(
     trainer.resume()
     if not accelerator.is_main_process:
         for _ in trainer.run():
-            pass
+            if _draws(trainer, material, options):
+                trainer.whole_average()  # the first process waits for this one's shards
         trainer.settle_batch_norms()
         return result
     distance = objective.distance if isinstance(objective, Distillation) else None
@@ -81,7 +82,7 @@ def train_stage(
     started = time.monotonic()
     last = _watch(trainer, material, output, options)
     trainer.settle_batch_norms()
-    _finish(average, recipe, result)
+    _finish(trainer.average, recipe, result)
     record["result"] = {"file": result.name, "sha256": sha256_file(result), "last_figures": last}
     record["seconds"] = round(time.monotonic() - started, 1)
     atomic_save(record, output / RECORD)
@@ -154,6 +155,13 @@ def _fresh(network: _Network, recipe: Recipe) -> _Network:
     return network
 
 
+def _draws(trainer: Trainer, material: Material, options: RunOptions) -> bool:
+    """Whether pictures are drawn after the step just done."""
+    if material.vae is None or not options.sample_every or trainer.recipe.stage == "teacher":
+        return False
+    return trainer.done % options.sample_every == 0 or trainer.done == trainer.recipe.optimiser.steps
+
+
 def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptions) -> dict[str, float]:
     """Runs ``trainer`` to its end and shows it; returns the last running means."""
     recipe = trainer.recipe
@@ -176,8 +184,8 @@ def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptio
                 shown = time.monotonic()
                 report(step, monitor.shown())
                 monitor.write(step)
-            if grid is not None and (step % options.sample_every == 0 or step == recipe.optimiser.steps):
-                monitor.picture(step, grid.draw(trainer.average))
+            if grid is not None and _draws(trainer, material, options):
+                monitor.picture(step, grid.draw(trainer.whole_average()))
         return monitor.shown()
 
 
@@ -212,6 +220,7 @@ def _record(
         "perceptual_distance": distance,
         "processes": trainer.accelerator.num_processes,
         "micro_batch": trainer.micro_batch,
+        "sharded": trainer.sharded,
         "machine": {**machine_info(), "device": str(trainer.device), "threads": torch.get_num_threads()},
         "versions": {name: found[1] for name in _PACKAGES if (found := package_version(name))},
     }

@@ -102,7 +102,7 @@ def train_tiny(output: Path, recipe: TinyRecipe, options: RunOptions | None = No
         BundleError: a file of the run is damaged, or a loss became infinite.
     """
     options = options or RunOptions()
-    accelerator = make_accelerator(options.device)
+    accelerator = make_accelerator(options.device, options.fsdp)
     if accelerator.num_processes > 1:
         raise UsageError("stage all runs in one process: launch several for one stage, such as --stage student")
     device = str(accelerator.device)

@@ -8,6 +8,7 @@ Accelerate fixes it once a process.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
@@ -30,6 +31,7 @@ from .noising import Batch, Noising, draw_noise, prompt_ids
 from .objectives import Figures, Objective, autocast
 from .optimiser import MuonAdamW
 from .recipe import Recipe, RunOptions
+from .sharding import launcher_asks, load_whole, local, request_hidden, shard, whole, whole_state
 
 _SETTLE_BATCHES = 60
 
@@ -44,24 +46,28 @@ class Source(Protocol):
         """Clean and masked latents (N, 4, h, w) and the mask (N, 1, h, w), float32."""
 
 
-def make_accelerator(device: str) -> Accelerator:
+def make_accelerator(device: str, fsdp: bool = False) -> Accelerator:
     """Accelerate's engine for ``auto``, ``cpu`` or ``cuda``, in one process or as the launcher says.
 
     Raises:
-        MachineError: CUDA was asked for and is not there. UsageError: a launcher asks for what is not supported.
+        MachineError: CUDA was asked for and is not there. UsageError: a launcher asks for what is not supported, or
+            ``fsdp`` or the launcher for shards in one process.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms are averaged by us
-    )
+    with request_hidden():
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms are averaged by us
+        )
     kind = str(accelerator.distributed_type.value)
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise UsageError(f"the launcher asks for {kind}, which is not supported: launch with --multi_gpu or --use_fsdp")
+    if (fsdp or launcher_asks()) and accelerator.num_processes == 1:
         raise UsageError(
-            f"the launcher asks for {kind}: the adaptive weights need whole layers in each process, and the student "
-            "fits every GPU; launch with --multi_gpu instead"
+            "FSDP shards a network over processes, and there is one: leave it out, or start several, such as "
+            "torchrun --nproc-per-node 4 -m moebius_edge train --fsdp ..."
         )
     return accelerator
 
@@ -77,6 +83,7 @@ def mean_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
 class Trainer:
     """Trains ``network`` on ``objective``; ``average``, of the same shape, follows it slowly and is the result.
 
+    With ``options.fsdp`` or such a launcher both are sharded, in place: ``whole_average`` is for use.
     Raises UsageError if the recipe's batch does not divide into processes and micro-batches.
     """
 
@@ -99,9 +106,16 @@ class Trainer:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         spread_momentum(network, self.micro_batches)
         self.network = network
-        self.model = accelerator.prepare_model(network)
-        self.average = average.to(self.device).requires_grad_(False).eval()
-        self.average.load_state_dict(network.state_dict())
+        self.sharded = options.fsdp or launcher_asks()
+        self.average = average.to("meta" if self.sharded else self.device).requires_grad_(False).eval()
+        if self.sharded:
+            self._shape = copy.deepcopy(average)
+            shard(network, self.device)
+            self.model = network
+            self.average.load_state_dict({n: t.clone() for n, t in network.state_dict().items()}, assign=True)
+        else:
+            self.model = accelerator.prepare_model(network)
+            self.average.load_state_dict(network.state_dict())
         self.optimiser = MuonAdamW(network, recipe.optimiser.learning_rate, recipe.optimiser.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.optimiser.precision == "fp16")
         self.noising = Noising(self.device)
@@ -153,15 +167,16 @@ class Trainer:
         sums: Figures = {}
         for number, drawn in enumerate(micro_batches, start=1):
             batch = self.batch(drawn)
-            last = number == len(micro_batches)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            # In shards the gradients of micro-batches are added up in shards: else each process held them whole.
+            together = self.sharded or number == len(micro_batches)
+            with nullcontext() if together else self.accelerator.no_sync(self.model):
                 total, figures = self.objective(self.model, batch, scale)
                 self._check(total, figures, batch)
                 self.scaler.scale(total / len(micro_batches)).backward()
             for name, value in {"loss": total.detach(), **figures}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.float() / len(micro_batches)
         self.scaler.unscale_(self.optimiser)  # type: ignore[arg-type]  # it reads the parameter groups alone
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), recipe.max_grad_norm))
         if not self.scaler.is_enabled():  # a scaler skips such a step and lowers its scale
             self._check(norm, {"gradient_norm": norm.detach()}, batch)
         self.scaler.step(self.optimiser)  # type: ignore[arg-type]
@@ -184,7 +199,7 @@ class Trainer:
             "figures": {name: str(v.item()) for name, v in figures.items()},  # JSON has no NaN
             "timesteps": batch.timestep.tolist(),
             "clean_is_finite": batch.clean.isfinite().flatten(1).all(1).tolist(),
-            "weights_are_finite": all(bool(p.isfinite().all()) for p in self.network.parameters()),
+            "weights_are_finite": all(bool(local(p).isfinite().all()) for p in self.network.parameters()),
         }
         path = self.output / f"diagnostics-step-{self.done}.json"
         atomic_save(diagnostics, path)
@@ -194,11 +209,20 @@ class Trainer:
             "the last checkpoint is kept, and --resume starts from it"
         )
 
+    def whole_average(self) -> nn.Module:
+        """``average``, gathered if it is sharded: every process has to call it, and has it whole."""
+        if not self.sharded:
+            return self.average
+        average = copy.deepcopy(self._shape)
+        average.load_state_dict(whole_state(self.average.state_dict()), assign=True)
+        return average.to(self.device)
+
     def settle_batch_norms(self, batches: int = _SETTLE_BATCHES) -> None:
         """Measures the batch norms' statistics anew with the averaged weights; every process does the same.
 
-        On at most as many batches as it was trained on.
+        On at most as many batches as it was trained on. The end of a training: ``average`` is whole from here on.
         """
+        self.average = self.whole_average()
         batches = min(batches, self.recipe.optimiser.steps)
         prompts = self.recipe.student.num_prompts
 
@@ -220,19 +244,27 @@ class Trainer:
         return self.draw(int(rng.integers(1 << 31)), self.recipe.seed + 1)
 
     def save(self) -> None:
-        """Writes the checkpoint that ``resume`` reads; the batch norms' statistics become the processes' mean."""
+        """Writes the checkpoint that ``resume`` reads; the batch norms' statistics become the processes' mean.
+
+        Its tensors are whole, so that it resumes on any number of processes, with shards or without.
+        """
         if self.accelerator.num_processes > 1:
             average_statistics(self.network, self.mean)
             average_statistics(self.average, self.mean)
-        if self.accelerator.is_main_process:
+        parts = {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        main = self.accelerator.is_main_process
+        parts = whole_state(parts, keep=main)
+        if main:
             save_checkpoint(
                 self.output,
                 asdict(self.recipe),
                 self.done,
                 self.options.keep,
-                network=self.network.state_dict(),
-                average=self.average.state_dict(),
-                optimiser=self.optimiser.state_dict(),
+                **parts,
                 scaler=self.scaler.state_dict(),
             )
         self.accelerator.wait_for_everyone()
@@ -242,11 +274,12 @@ class Trainer:
 
         Raises as ``loop.load_state``: UsageError if it is of another recipe, BundleError if it is damaged.
         """
-        state = load_newest(self.output, asdict(self.recipe), str(self.device))
+        where = "cpu" if self.sharded else str(self.device)  # whole, it need not fit the GPU
+        state = load_newest(self.output, asdict(self.recipe), where)
         if state is None:
             return False
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
+        load_whole(self.network, state["network"])
+        load_whole(self.average, state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]

@@ -46,7 +46,10 @@ def psnr_db(image: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ssim(image: np.ndarray, reference: np.ndarray) -> float:
-    """Mean structural similarity of (..., H, W) arrays, at most 1; every H x W plane counts alike.
+    """Mean structural similarity of (..., H, W) arrays in [-1, 1], at most 1; every H x W plane counts alike.
+
+    It is taken of brightness from 0 up, x + 1, for its luminance term compares means by their ratio and has no meaning
+    round 0, where mid-grey lies in [-1, 1].
 
     Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", eq. 13: local
     means, variances and covariance under an 11x11 Gaussian of σ = 1.5, K1 = 0.01 and K2 = 0.03, averaged over
@@ -57,7 +60,7 @@ def ssim(image: np.ndarray, reference: np.ndarray) -> float:
     """
     if image.shape != reference.shape or min(image.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs two arrays of one shape, {SSIM_WINDOW} or more each way, got {image.shape}")
-    planes = [a.astype(np.float64).reshape(-1, *a.shape[-2:]) for a in (image, reference)]
+    planes = [a.astype(np.float64).reshape(-1, *a.shape[-2:]) + 1 for a in (image, reference)]
     return float(np.mean([_plane_ssim(a, b) for a, b in zip(*planes, strict=True)]))
 
 

@@ -24,16 +24,14 @@ def planes(image: np.ndarray) -> np.ndarray:
 def fill_figures(image: np.ndarray, reference: np.ndarray, hole: Mask) -> dict[str, float | None]:
     """PSNR in dB and SSIM of ``image`` against ``reference``, float (C, H, W) in [-1, 1], in the hole and whole.
 
-    SSIM is None for a picture smaller than its window. It is taken of brightness from 0 up, as Wang et al. define it:
-    its luminance term has no meaning for values round 0, where mid-grey lies in [-1, 1].
+    SSIM is None for a picture smaller than its window.
     """
     large_enough = min(hole.shape) >= SSIM_WINDOW
-    bright, reference_bright = image + np.float32(1), reference + np.float32(1)
     return {
         "hole_psnr_db": psnr_db(image[:, hole], reference[:, hole]),
         "psnr_db": psnr_db(image, reference),
-        "hole_ssim": hole_ssim(bright, reference_bright, hole) if large_enough else None,
-        "ssim": ssim(bright, reference_bright) if large_enough else None,
+        "hole_ssim": hole_ssim(image, reference, hole) if large_enough else None,
+        "ssim": ssim(image, reference) if large_enough else None,
     }
 
 
@@ -43,7 +41,7 @@ def hole_psnr_db(result: np.ndarray, truth: np.ndarray, mask: Mask) -> float:
 
 
 def hole_ssim(image: np.ndarray, reference: np.ndarray, hole: Mask) -> float:
-    """Mean SSIM of the hole's bounding box with a margin of half a window; float (C, H, W) over a range of 2.
+    """Mean SSIM of the hole's bounding box with a margin of half a window; float (C, H, W) in [-1, 1].
 
     Raises:
         ValueError: the pictures are smaller than the window, or the hole is empty.

@@ -19,7 +19,8 @@ def test_figures_of_a_known_difference() -> None:
     assert figures["latent_drift"] == [0.0, 0.25] and figures["latent_max_difference"] == 0.25
     assert figures["latent_rms_drift"] == [0.0, 0.25]
     assert figures["encoded_max_difference"] == 0.5 and figures["steps_executed"] == 2
-    assert figures["ssim"] == pytest.approx(0.0004 / (0.02**2 + 0.0004), abs=1e-6)  # flat: the luminance term alone
+    luminance = (2 * 1.02 + 0.0004) / (1 + 1.02**2 + 0.0004)  # flat: this term alone, of brightness from 0 to 2
+    assert figures["ssim"] == pytest.approx(luminance, abs=1e-6)
     assert psnr_db(zeros, zeros) == 200.0
 
 
@@ -44,7 +45,7 @@ def test_ssim_is_scikit_images(shape: tuple[int, ...], kind: str) -> None:
         "contrast": 0.6 * reference + 0.1,
         "equal": reference,
     }[kind].astype(np.float32)
-    planes = [a.reshape(3, height, width) for a in (changed, reference)]
+    planes = [a.reshape(3, height, width) + 1 for a in (changed, reference)]
     expected = structural_similarity(
         *planes, channel_axis=0, data_range=2.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )

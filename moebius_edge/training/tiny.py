@@ -27,7 +27,7 @@ from .latent_sources import CachedLatents
 from .latents import LatentCache
 from .loop import atomic_save, make_folder, plain
 from .material import Material, describe_latents
-from .recipe import Inputs, LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
+from .recipe import DataRecipe, Inputs, LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
 from .stage import train_stage
 from .trainer import make_accelerator
 
@@ -92,9 +92,10 @@ def stage_recipe(stage: str) -> Recipe:
     if stage == "student":
         return replace(tiny.student, losses=_LOSSES)
     if stage == "int8":
-        recipe = _stage(stage, _LOSSES, 32, steps=400, learning_rate=2e-4, ema_decay=0.98, identity_start=False,
-                        warmup=20, precision="fp32", batch_norm="running")  # fmt: skip
-        return replace(recipe, noise=replace(_NOISE, prompt_dropout=0.3))  # guidance needs both branches near
+        recipe = _stage(stage, _LOSSES, 32, steps=240, batch=6, learning_rate=5e-4, warmup=20, ema_decay=0.95,
+                        precision="fp32", batch_norm="running", identity_start=False)  # fmt: skip
+        noise = replace(_NOISE, prompt_dropout=0.3)  # guidance amplifies the error of both branches
+        return replace(recipe, noise=noise, data=DataRecipe(pictures=300, masks_per_picture=3))
     return _stage("guidance", _LOSSES, 32, steps=500, learning_rate=5e-4, identity_start=False)
 
 

@@ -175,7 +175,7 @@ def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
     chosen = set(blocks)
     network = student.diff_model
     places = list(_products(network))
-    QuantisationRecipe(dict.fromkeys(chosen, True)).check(_block_names(network))
+    QuantisationRecipe(dict.fromkeys(sorted(chosen), True)).check(_block_names(network))
     products = []
     for path, block in places:
         if block not in chosen:

@@ -92,7 +92,7 @@ def stage_recipe(stage: str) -> Recipe:
     if stage == "student":
         return replace(tiny.student, losses=_LOSSES)
     if stage == "int8":
-        recipe = _stage(stage, _LOSSES, 32, steps=240, batch=6, learning_rate=5e-4, warmup=20, ema_decay=0.95,
+        recipe = _stage(stage, _LOSSES, 32, steps=240, batch=6, learning_rate=2e-4, warmup=20, ema_decay=0.95,
                         precision="fp32", batch_norm="running", identity_start=False)  # fmt: skip
         noise = replace(_NOISE, prompt_dropout=0.3)  # guidance amplifies the error of both branches
         return replace(recipe, noise=noise, data=DataRecipe(pictures=300, masks_per_picture=3))

@@ -8,7 +8,7 @@ stands in ``docs/rewrites.md`` with its figures. The lambda operators' own order
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -74,26 +74,34 @@ class QuarteredUpsample(nn.Module):
 
     def __init__(self, plain: Upsample) -> None:
         super().__init__()
-        weight = plain.conv.weight  # (C, C, 3, 3)
-        sums = ([(0,), (1, 2)], [(0, 1), (2,)])  # for an even and an odd place: which taps fall on the same source
-        self.phases = nn.ModuleList()
-        for rows in sums:
-            for columns in sums:
-                kernel = torch.stack(
-                    [torch.stack([sum_taps(weight, r, c) for c in columns], -1) for r in rows], -2
-                )  # (C, C, 2, 2)
-                self.phases.append(convolution(kernel, plain.conv.bias))
+        kernels = phase_kernels(plain.conv.weight)
+        self.phases = nn.ModuleList(convolution(kernel, plain.conv.bias) for kernel in kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, h, w) -> (N, C, 2h, 2w)."""
-        padded = F.pad(x, (1, 1, 1, 1))
-        height, width = x.shape[2:]
-        parts = []
-        for index, phase in enumerate(self.phases):
-            row, column = divmod(index, 2)
-            parts.append(phase(padded[:, :, row : row + height + 1, column : column + width + 1]))
-        stacked = torch.stack(parts, 2)  # (N, C, 4, h, w)
-        return F.pixel_shuffle(stacked.flatten(1, 2), 2)
+        return phases_together(x, self.phases)
+
+
+def phase_kernels(weight: Tensor) -> list[Tensor]:
+    """The 2x2 kernels (C, C, 2, 2) of the four places in a doubled pixel, row-major, from a 3x3 one (C, C, 3, 3)."""
+    sums = ([(0,), (1, 2)], [(0, 1), (2,)])  # for an even and an odd place: which taps fall on the same source
+    return [
+        torch.stack([torch.stack([sum_taps(weight, r, c) for c in columns], -1) for r in rows], -2)
+        for rows in sums
+        for columns in sums
+    ]
+
+
+def phases_together(x: Tensor, phases: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
+    """The four convolutions ``phases`` on x (N, C, h, w), interleaved: (N, C, 2h, 2w)."""
+    padded = F.pad(x, (1, 1, 1, 1))
+    height, width = x.shape[2:]
+    parts = []
+    for index, phase in enumerate(phases):
+        row, column = divmod(index, 2)
+        parts.append(phase(padded[:, :, row : row + height + 1, column : column + width + 1]))
+    stacked = torch.stack(parts, 2)  # (N, C, 4, h, w)
+    return F.pixel_shuffle(stacked.flatten(1, 2), 2)
 
 
 def sum_taps(weight: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:

@@ -43,11 +43,11 @@ UP_TO_PIPELINE = {name for name in DEVICE if name != "report"}
 WORKSTATION: dict[str, set[str]] = {
     "model": {"errors", "spec", "files"},
     "export": UP_TO_PIPELINE | {"model"},
-    "training": UP_TO_PIPELINE | {"model", "export"},
+    "training": UP_TO_PIPELINE | {"model", "export", "calibration"},
     "calibration": UP_TO_PIPELINE | {"model", "export", "training"},
 }
-# Of training, calibration takes what finds and draws its pictures, which is free of PyTorch; training may one day
-# simulate what calibration has found.
+# Of training, calibration takes what finds and draws its pictures, which is free of PyTorch; training
+# simulates what calibration has found.
 CALIBRATION_SHARES = {f"training.{name}" for name in ("masks", "photographs", "pictures", "sources")}
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
 TORCH_REFERENCE = "report.pytorch"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from golden import fill_golden
 from torch import Tensor
 from training_toys import RECIPE, STUDENT, TEACHER
 
-from moebius_edge.model import build_student, build_teacher
+from moebius_edge.model import Student, build_student, build_teacher
+from moebius_edge.training.fake_quantise import simulate
 from moebius_edge.training.noising import Batch, Noising, prompt_ids
-from moebius_edge.training.objectives import Distillation, Guidance, Task, noise_weight
+from moebius_edge.training.objectives import Distillation, Guidance, QuantisationAware, Task, noise_weight
 from moebius_edge.training.perceptual import choose_distance
 from moebius_edge.training.recipe import LossRecipe
 
@@ -107,3 +109,40 @@ def test_guidance_is_learnt_by_the_conditional_branch() -> None:
     table = student.embedding_layer.weight.grad
     assert table is not None and table[: STUDENT.num_prompts].any() and not table[STUDENT.num_prompts :].any()
     assert RECIPE.losses.guidance == 2.0
+
+
+def test_the_rounded_student_learns_its_float_copy() -> None:
+    """On one batch by plain gradient steps: the straight-through gradient leads down, in both branches."""
+    frozen, student = (fill_golden(build_student(STUDENT)) for _ in range(2))
+    assert isinstance(frozen, Student) and isinstance(student, Student)
+    blocks = [f"{level}.attentions.0.proj_out" for level in ("down_blocks.0", "down_blocks.1", "up_blocks.2")]
+    simulation = simulate(student, ["conv_in", "conv_out", *blocks])
+    given = batch(unconditional=1)
+    ids = prompt_ids(STUDENT.num_prompts, given.unconditional)
+    simulation.calibrate([lambda: student(given.sample, given.timestep, ids)], "minmax")
+    objective = QuantisationAware(replace(LOSSES, hole_weight=5.0), frozen, simulation, "fp32", one_branch=False)
+    loss, figures = objective(student, given)
+    error = student(given.sample, given.timestep, ids).noise - frozen(given.sample, given.timestep, ids).noise
+    weight = (1 - given.alpha_bar)[:, None, None, None] * (1 + 4 * given.mask)
+    torch.testing.assert_close(loss, (error.square() * weight).mean())
+    assert loss > 0 and figures["int8"] == loss and figures["task"] > loss
+    losses = [float(loss.detach())]
+    for _ in range(12):
+        student.zero_grad()
+        objective(student, given)[0].backward()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        losses.append(float(objective(student, given)[0].detach()))
+    assert max(losses[-3:]) < 0.5 * losses[0]
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_student_with_distilled_guidance_learns_its_one_branch() -> None:
+    student, frozen = (build_student(STUDENT).eval() for _ in range(2))
+    simulation = simulate(student, ["conv_in"])
+    objective = QuantisationAware(LOSSES, frozen, simulation, "fp32", one_branch=True)
+    objective(student, batch(unconditional=1))[0].backward()
+    table = student.embedding_layer.weight.grad
+    assert table is not None and table[: STUDENT.num_prompts].any() and not table[STUDENT.num_prompts :].any()

@@ -65,3 +65,16 @@ def test_the_bundled_checkpoint_exports_again(tmp_path: Path) -> None:
     from moebius_edge.export import export_bundle
 
     assert export_bundle("tiny", None, tmp_path / "again").gate["psnr_db"] >= 60
+
+
+def test_int8_starts_from_the_bundled_student_unless_one_is_named() -> None:
+    from moebius_edge.training.recipe import Inputs
+    from moebius_edge.training.tiny import stage_recipe, with_bundled
+
+    checkpoint = ASSETS / "tiny" / "checkpoint"
+    found = with_bundled(Inputs(images="photos"))
+    assert found == Inputs("photos", student=checkpoint / "student.safetensors", vae=checkpoint / "vae")
+    assert found.student is not None and found.student.is_file()
+    own = Inputs(student=Path("other.safetensors"))
+    assert with_bundled(own) == own  # an autoencoder that is not its own would be wrong
+    assert stage_recipe("int8").optimiser.batch_norm == "running"

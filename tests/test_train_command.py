@@ -16,6 +16,7 @@ from training_toys import RECIPE as STAGE
 from training_toys import STUDENT, TEACHER
 
 from moebius_edge import training
+from moebius_edge.calibration.recipe import Recipe as QuantisationRecipe
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
@@ -80,7 +81,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     ("arguments", "message"),
     [
         (("--preset", "huge"), "there is no preset 'huge': use tiny, moebius"),
-        (("--stage", "dream"), "there is no stage 'dream': use all, teacher, student, guidance"),
+        (("--stage", "dream"), "there is no stage 'dream': use all, teacher, student, guidance, int8"),
         (("--device", "tpu"), "device is 'tpu': use auto, cpu, cuda"),
         (("--preset", "moebius", "--stage", "all"), "stage all is preset tiny's: train moebius stage by stage"),
         (("--vae", "somewhere"), "--vae does not go with stage all: name a stage, such as --stage student"),
@@ -91,6 +92,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         (("--keep", "0"), "keep is 0: give 1 or more"),
         (("--device", "cpu", "--fsdp"), "FSDP shards a network over processes, and there is one: leave it out"),
         (("--device", "cpu", "--fsdp", "--stage", "student"), "FSDP shards a network over processes"),
+        (("--stage", "int8"), "stage int8 has to know which blocks will be quantised: add --int8-recipe FILE.json"),
+        (("--stage", "student", "--int8-recipe", "r.json"), "--int8-recipe goes with stage int8: add --stage int8"),
     ],
 )
 def test_mistakes_are_usage_errors(
@@ -232,6 +235,20 @@ def test_the_stages_on_a_folder_of_pictures(
     assert online_record["made_from"]["vae"] == made_from["vae"] and online_record["number"] == 6
     assert find_guidance(tmp_path / "g" / "student.safetensors", None) == 3.0
     assert find_guidance(student, None) is None
+
+    quantised = {"conv_in": True, "up_blocks.1.upsamplers.0.phases": True, "conv_out": False}
+    QuantisationRecipe(quantised).save(tmp_path / "int8.json")
+    settings = ("--set", "optimiser.batch_norm=running", "--set", "optimiser.precision=fp32")
+    chosen = ("--stage", "int8", "--int8-recipe", tmp_path / "int8.json", *settings)
+    code, out, err = run(capsys, "-o", tmp_path / "q", *chosen, "--student", student, *given)
+    assert code == 0, err
+    assert out.endswith(f"next: moebius-edge export {tmp_path}/q/student.safetensors --vae {vae} --precision int8 "
+                        "--output BUNDLE\n")  # fmt: skip
+    blocks = json.loads((tmp_path / "q" / "train.json").read_text())["recipe"]["int8"]["blocks"]
+    assert blocks == ["conv_in", "up_blocks.1.upsamplers.0.phases"]
+    QuantisationRecipe({"conv_9": False}).save(tmp_path / "int8.json")
+    code, _, err = run(capsys, "-o", tmp_path / "q2", *chosen, "--student", student, *given)
+    assert code == 2 and "names blocks that the model does not have: conv_9" in err and not (tmp_path / "q2").exists()
 
     code, _, err = run(capsys, "-o", tmp_path / "s", "--stage", "student", *given)
     assert code == 2 and "holds a run already: add --resume to go on with it" in err

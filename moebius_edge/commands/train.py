@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..training.recipe import Inputs, Recipe, RunOptions
 
 PRESETS = ("tiny", "moebius")
-STAGES = ("all", "teacher", "student", "guidance")
+STAGES = ("all", "teacher", "student", "guidance", "int8")
 
 
 def train(
@@ -25,7 +25,7 @@ def train(
     preset: Annotated[str, typer.Option(metavar="tiny|moebius", help="The bundled model, or the published.")] = "tiny",
     stage: Annotated[
         str,
-        typer.Option(metavar="NAME", help="all (tiny: everything), teacher, student (distilled), guidance."),
+        typer.Option(metavar="NAME", help="all (tiny: everything), teacher, student (distilled), guidance, int8."),
     ] = "",
     images: Annotated[
         str, typer.Option(metavar="SOURCE", help="Pictures: a folder, a .jsonl list, or WebDataset .tar shards.")
@@ -40,6 +40,9 @@ def train(
     ] = None,
     student: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The student to start from; without, a fresh one.")
+    ] = None,
+    int8_recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Stage int8: which blocks will be quantised.")
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="A recipe in place of the preset's.")] = None,
     settings: Annotated[
@@ -63,13 +66,16 @@ def train(
 ) -> None:
     """Train a model: the paper's distillation and its stages.
 
-    Stages: a teacher, the student distilled from it, guidance made part of the student. Without --images the bundled
-    model's own pictures are used: photographs that come with scikit-image and scikit-learn, and synthetic scenes. On
-    several GPUs: accelerate launch -m moebius_edge train ... Needs: pip install "moebius-edge[train]"
+    Stages: a teacher, the student distilled from it, guidance made part of the student, a student used to INT8.
+    Without --images the bundled model's own pictures are used: photographs that come with scikit-image and
+    scikit-learn, and synthetic scenes. On several GPUs: accelerate launch -m moebius_edge train ... Needs: pip install
+    "moebius-edge[train]"
     """
     _check_choice("preset", preset, PRESETS)
     stage = stage or ("all" if preset == "tiny" else "student")
     _check_choice("stage", stage, STAGES)
+    if int8_recipe is not None and stage != "int8":
+        raise UsageError("--int8-recipe goes with stage int8: add --stage int8, or leave it out")
     try:
         from ..training.recipe import Inputs, RunOptions
     except ModuleNotFoundError as error:
@@ -90,7 +96,11 @@ def train(
             _check_all(preset, inputs, config, settings)
             _everything(output, options, resume)
             return
-        recipe = _recipe(preset, stage, config, settings or [])
+        recipe = _recipe(preset, stage, config, settings or [], int8_recipe)
+        if stage == "int8" and preset == "tiny":
+            from ..training.tiny import with_bundled
+
+            inputs = with_bundled(inputs)
         result = _stage(recipe, preset, output, options, resume, inputs)
     except ModuleNotFoundError as error:
         raise _missing(error) from error
@@ -100,8 +110,9 @@ def train(
         return
     print(f"saved {result}")
     if stage != "teacher":
-        shown = vae or "DIR"
-        print(f"next: moebius-edge export {result} --vae {shown} --output BUNDLE")
+        shown = inputs.vae or "DIR"
+        precision = " --precision int8" if stage == "int8" else ""
+        print(f"next: moebius-edge export {result} --vae {shown}{precision} --output BUNDLE")
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -132,23 +143,29 @@ def _everything(output: Path, options: RunOptions, resume: bool) -> None:
     print(f"next: moebius-edge export {checkpoint / 'student.safetensors'} --vae {checkpoint / 'vae'} --output BUNDLE")
 
 
-def _recipe(preset: str, stage: str, config: Path | None, settings: list[str]) -> Recipe:
-    """The preset's recipe, then the file's values, then the flags'."""
+def _recipe(preset: str, stage: str, config: Path | None, settings: list[str], int8_recipe: Path | None) -> Recipe:
+    """The preset's recipe, then the file's values, then the flags', then the blocks of ``int8_recipe``."""
     from ..toml import read_toml
-    from ..training.recipe import Recipe, parse_setting, with_values
+    from ..training.recipe import parse_setting, published_recipe, with_values
 
     if preset == "tiny":
         from ..training.tiny import stage_recipe
 
         recipe = stage_recipe(stage)
     else:
-        recipe = Recipe(stage=stage)
+        recipe = published_recipe(stage)
     layers: list[Mapping[str, Any]] = [] if config is None else [read_toml(config)]
     for values in (*layers, *map(parse_setting, settings)):
         recipe = with_values(recipe, values)
     if recipe.stage != stage:
         culprit = next((f"--set {s!r}" for s in settings if s.startswith("stage=")), config)
         raise UsageError(f"{culprit} changes the stage: add --stage {recipe.stage} instead")
+    if int8_recipe is not None:
+        from ..training.fake_quantise import read_blocks
+
+        recipe = with_values(recipe, {"int8": {"blocks": read_blocks(int8_recipe, recipe.student)}})
+    if stage == "int8" and not recipe.int8.blocks:
+        raise UsageError("stage int8 has to know which blocks will be quantised: add --int8-recipe FILE.json")
     return recipe
 
 

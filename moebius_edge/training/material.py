@@ -25,9 +25,9 @@ from .unreadable import Unreadable
 class Material:
     """What a stage works on. ``source`` gives samples, ``origin`` says for the record where they come from.
 
-    ``teacher`` and ``student`` are checkpoint files. Stage ``guidance`` starts from the student's; stages ``student``
-    and ``teacher`` start from their own if it is given, else afresh. ``vae`` is the autoencoder that samples are shown
-    with, None for no pictures. ``unreadable`` lists the pictures that were passed over.
+    ``teacher`` and ``student`` are checkpoint files. Stages ``guidance`` and ``int8`` start from the student's; stages
+    ``student`` and ``teacher`` start from their own if it is given, else afresh. ``vae`` is the autoencoder that
+    samples are shown with, None for no pictures. ``unreadable`` lists the pictures that were passed over.
     """
 
     source: Source

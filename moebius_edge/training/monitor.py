@@ -59,7 +59,7 @@ class Monitor:
         """Running means for the bar: losses, weights, images a second."""
         latest = ("step", "images_per_s")
         hidden = ("gradient_norm", "learning_rate")
-        order = ("step", "images_per_s", "loss", "task", "fine", "coarse", "perceptual", "guided", *_WEIGHTS)
+        order = ("step", "images_per_s", "loss", "task", "fine", "coarse", "perceptual", "guided", "int8", *_WEIGHTS)
         names = [n for n in order if n in self._recent] + [n for n in self._recent if n not in (*order, *hidden)]
         return {n: self._recent[n][-1] if n in latest else float(np.mean(self._recent[n])) for n in names}
 

@@ -1,4 +1,4 @@
-"""What a step minimises: the task alone, the paper's distillation, or guidance distilled into one call.
+"""What a step minimises: the task alone, the paper's distillation, guidance distilled into one call, or INT8's error.
 
 An objective is called with the network being trained (perhaps wrapped for several processes) and a batch, and
 returns the total loss and the figures to show. It owns its frozen teacher and updates nothing.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..model.student import Student
 from ..model.teacher import Teacher
 from ..model.unet import Denoised
+from .fake_quantise import Simulation
 from .layer_gradient import LayerGradient
 from .losses import Coefficients, Losses, adaptive_weights, coarse_loss, noise_loss, predicted_clean, total_loss
 from .noising import Batch, prompt_ids
@@ -144,3 +145,32 @@ class Guidance:
         weight = noise_weight(batch, self._recipe)
         loss = noise_loss(predicted, target, weight)
         return loss, {"guided": loss.detach(), "task": noise_loss(predicted, batch.noise, weight).detach()}
+
+
+class QuantisationAware:
+    """The prediction of a frozen copy of the student, learnt by the student whose products are rounded to INT8.
+
+    The total is the mean squared error to it, weighted by ``noise_weight`` and by 1 - alpha-bar, the noise's share of
+    what the network sees: near t = 0 rounding the input hides the noise, which no weights can mend and no picture
+    shows. ``task``, the error to the true noise under the same weights, is shown beside it. With ``one_branch``, for
+    a student with distilled guidance, the unconditional branch plays no part.
+    """
+
+    def __init__(
+        self, recipe: LossRecipe, frozen: Student, simulation: Simulation, precision: str, one_branch: bool
+    ) -> None:
+        self._recipe, self._frozen, self._precision = recipe, frozen.eval().requires_grad_(False), precision
+        self._one_branch, self.simulation = one_branch, simulation
+
+    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
+        branch = torch.zeros_like(batch.unconditional) if self._one_branch else batch.unconditional
+        ids = prompt_ids(self._frozen.config.num_prompts, branch)
+        with autocast(batch.sample.device, self._precision):
+            with torch.no_grad():
+                target = self._frozen(batch.sample, batch.timestep, ids).noise.float()
+            predicted = model(batch.sample, batch.timestep, ids).noise
+        weight = (1 - batch.alpha_bar)[:, None, None, None]
+        if (more := noise_weight(batch, self._recipe)) is not None:
+            weight = weight * more
+        loss = noise_loss(predicted, target, weight)
+        return loss, {"int8": loss.detach(), "task": noise_loss(predicted, batch.noise, weight).detach()}

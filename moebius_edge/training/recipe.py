@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..calibration.ranges import METHODS
 from ..errors import UsageError
 from ..model.config import StudentConfig, TeacherConfig
 from ..spec import LATENT_DOWNSCALE, NOISE_OFFSET
 from ..toml import parse_toml
 from .masks import PRESETS
 
-STAGES = ("teacher", "student", "guidance")
+STAGES = ("teacher", "student", "guidance", "int8")
 TERMS = ("coarse", "fine", "task", "perceptual")
 
 _T = TypeVar("_T")
@@ -96,6 +97,16 @@ class OptimiserRecipe:
 
 
 @dataclass(frozen=True)
+class Int8Recipe:
+    """Stage ``int8``: the ``blocks`` that are rounded, by the names of ``calibration.blocks``. The ranges of their
+    inputs are found by a method of ``calibration.ranges`` on ``range_batches`` batches, before the first step."""
+
+    blocks: tuple[str, ...] = ()
+    ranges: str = "mse"
+    range_batches: int = 16
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of one stage. Raises UsageError for values that make no training."""
 
@@ -107,6 +118,7 @@ class Recipe:
     noise: NoiseRecipe = field(default_factory=NoiseRecipe)
     losses: LossRecipe = field(default_factory=LossRecipe)
     optimiser: OptimiserRecipe = field(default_factory=OptimiserRecipe)
+    int8: Int8Recipe = field(default_factory=Int8Recipe)
 
     def __post_init__(self) -> None:
         o, n, d, losses = self.optimiser, self.noise, self.data, self.losses
@@ -115,6 +127,7 @@ class Recipe:
         _among("optimiser.precision", o.precision, ("fp32", "bf16", "fp16"))
         _among("optimiser.batch_norm", o.batch_norm, ("batch", "running"))
         _among("losses.distance", losses.distance, ("auto", "teacher", "elatentlpips"))
+        _among("int8.ranges", self.int8.ranges, tuple(METHODS))
         for term in losses.terms:
             _among("losses.terms", term, TERMS)
         for preset in d.masks:
@@ -128,6 +141,7 @@ class Recipe:
             ("optimiser.warmup", o.warmup, 0),
             ("data.pictures", d.pictures, 0),
             ("data.masks_per_picture", d.masks_per_picture, 1),
+            ("int8.range_batches", self.int8.range_batches, 1),
         ):
             if value < least:
                 raise UsageError(f"{name} is {value}: give {least} or more")
@@ -151,11 +165,28 @@ class Recipe:
                 raise UsageError(f"{name} is {number}: give a number above 0")
         if self.stage == "guidance" and not (math.isfinite(losses.guidance) and losses.guidance > 1):
             raise UsageError(f"losses.guidance is {losses.guidance}: there is nothing to distil unless it is above 1")
+        if self.stage == "int8":
+            if o.batch_norm != "running":
+                raise UsageError(
+                    "optimiser.batch_norm is 'batch': stage int8 trains what export folds, so use 'running'"
+                )
+            if o.precision == "bf16":
+                raise UsageError("optimiser.precision is 'bf16', too coarse to tell INT8 steps: use fp32 or fp16")
 
     @property
     def resolution(self) -> int:
         """Side of the pictures, in pixels."""
         return LATENT_DOWNSCALE * self.student.latent_size
+
+
+def published_recipe(stage: str) -> Recipe:
+    """What a stage of the published network starts from; a trained student needs little to get used to INT8."""
+    if stage != "int8":
+        return Recipe(stage)
+    gentle = OptimiserRecipe(
+        steps=2000, learning_rate=2e-5, warmup=100, ema_decay=0.99, precision="fp32", batch_norm="running"
+    )
+    return Recipe(stage, optimiser=gentle)
 
 
 @dataclass(frozen=True)
@@ -229,7 +260,7 @@ def with_values(recipe: _T, values: Mapping[str, Any], where: str = "") -> _T:
 
 def _like(shown: str, old: Any, value: Any) -> Any:
     if isinstance(old, tuple) and isinstance(value, (list, tuple)):
-        return tuple(_like(shown, old[0], v) for v in value)
+        return tuple(_like(shown, old[0] if old else "", v) for v in value)  # an empty one is a list of names
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(old):

@@ -1,4 +1,4 @@
-"""One stage of training from files to files: a teacher, a student distilled from it, or guidance made part of it.
+"""One stage of training from files to files: a teacher, a student distilled from it, guidance or INT8 made part of it.
 
 ``output`` holds ``train.json`` (all that is needed to do it again), ``recipe.toml``, ``checkpoints/``,
 ``tensorboard/``, ``samples/`` and, at the end, the averaged weights with their configuration.
@@ -22,18 +22,20 @@ from torch import nn
 
 from .. import __version__
 from ..errors import BundleError, MachineError, UsageError
-from ..export.weights_metadata import guidance_metadata
+from ..export.weights_metadata import find_guidance, guidance_metadata
 from ..files import atomic_write, sha256_file
 from ..machine import machine_info, package_version
 from ..model import build_student, build_teacher
 from .checkpoints import checkpoint_files
+from .fake_quantise import Simulation, simulate
 from .loop import atomic_save, make_folder, plain, progress_bar
 from .material import Material
 from .monitor import Monitor, SampleGrid
 from .networks import identity_start, load_student, load_teacher
-from .objectives import Distillation, Guidance, Objective, Task
+from .objectives import Distillation, Guidance, Objective, QuantisationAware, Task
 from .perceptual import choose_distance
 from .recipe import Recipe, RunOptions, recipe_toml
+from .sharding import launcher_asks
 from .trainer import Trainer, make_accelerator, mean_over_processes
 
 RECORD = "train.json"
@@ -60,11 +62,16 @@ def train_stage(
     if result.exists():
         return result
     accelerator = make_accelerator(options.device, options.fsdp)
+    if recipe.stage == "int8" and (options.fsdp or launcher_asks()):
+        raise UsageError("stage int8 has not been tried in shards: leave FSDP out, the student fits every process whole")
     torch.manual_seed(recipe.seed)
     network, average, objective = _networks(recipe, material, accelerator)
     if options.gradient_checkpointing:
         network.diff_model.checkpoint_gradients()
     trainer = Trainer(recipe, network, average, objective, material.source, output, options, accelerator)
+    if isinstance(objective, QuantisationAware):  # before any step, and after a resumption the same again
+        network.eval()
+        objective.simulation.calibrate(trainer.passes(network, recipe.int8.range_batches), recipe.int8.ranges)
     trainer.resume()
     if not accelerator.is_main_process:
         for _ in trainer.run():
@@ -74,6 +81,8 @@ def train_stage(
         return result
     distance = objective.distance if isinstance(objective, Distillation) else None
     record = _record(recipe, material, options, trainer, distance)
+    if isinstance(objective, QuantisationAware):
+        record["int8"] = _described(objective.simulation)
     atomic_save(record, output / RECORD)
     with atomic_write(output / "recipe.toml") as temporary:
         temporary.write_text(recipe_toml(recipe), "utf-8")
@@ -82,7 +91,7 @@ def train_stage(
     started = time.monotonic()
     last = _watch(trainer, material, output, options)
     trainer.settle_batch_norms()
-    _finish(trainer.average, recipe, result)
+    _finish(trainer.average, recipe, result, _guidance(recipe, material))
     record["result"] = {"file": result.name, "sha256": sha256_file(result), "last_figures": last}
     record["seconds"] = round(time.monotonic() - started, 1)
     atomic_save(record, output / RECORD)
@@ -133,11 +142,15 @@ def _networks(recipe: Recipe, material: Material, accelerator: Accelerator) -> t
     start = material.student
     student = _fresh(build_student(recipe.student), recipe) if start is None else load_student(start, recipe.student)
     student, average = student.to(device), build_student(recipe.student)
-    if recipe.stage == "guidance":
+    if recipe.stage in ("guidance", "int8"):
         if start is None:
-            raise UsageError("stage guidance starts from a trained student: add --student FILE")
+            raise UsageError(f"stage {recipe.stage} starts from a trained student: add --student FILE")
         frozen = load_student(start, recipe.student).to(device)
-        return student, average, Guidance(losses, frozen, precision)
+        if recipe.stage == "guidance":
+            return student, average, Guidance(losses, frozen, precision)
+        one_branch = find_guidance(start, None) is not None
+        simulation = simulate(student, recipe.int8.blocks)
+        return student, average, QuantisationAware(losses, frozen, simulation, precision, one_branch)
     if set(losses.terms) == {"task"}:
         return student, average, Task(losses, recipe.student.num_prompts, precision)
     if material.teacher is None:
@@ -189,12 +202,30 @@ def _watch(trainer: Trainer, material: Material, output: Path, options: RunOptio
         return monitor.shown()
 
 
-def _finish(average: nn.Module, recipe: Recipe, result: Path) -> None:
+def _guidance(recipe: Recipe, material: Material) -> float | None:
+    """The guidance that the result has distilled: what this stage distils, or what its student had."""
+    if recipe.stage == "guidance":
+        return recipe.losses.guidance
+    return find_guidance(material.student, None) if recipe.stage == "int8" and material.student is not None else None
+
+
+def _described(simulation: Simulation) -> dict[str, Any]:
+    """For the record; what is left out is said to the user, too."""
+    if simulation.left:
+        print(
+            f"{len(simulation.left)} blocks of the recipe train in floating point, for training does not simulate the "
+            f"products inside lambda operators: {', '.join(simulation.left)}",
+            file=sys.stderr,
+        )
+    return {"left_in_floating_point": simulation.left, "scales": simulation.scales}
+
+
+def _finish(average: nn.Module, recipe: Recipe, result: Path, guidance: float | None) -> None:
     """The averaged weights with their configuration beside them; the weights last, since they mean finished."""
     config = recipe.teacher if recipe.stage == "teacher" else recipe.student
     atomic_save(config.to_dict(), result.with_suffix(".json"))
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in average.state_dict().items()}
-    note = guidance_metadata(recipe.losses.guidance) if recipe.stage == "guidance" else None
+    note = None if guidance is None else guidance_metadata(guidance)
     with atomic_write(result) as temporary:
         temporary.write_bytes(save(weights, note))
 

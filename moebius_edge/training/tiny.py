@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save
 
+from ..bundle import ASSETS
 from ..errors import BundleError, UsageError
 from ..files import atomic_write
 from ..model import StudentConfig, TeacherConfig
@@ -26,7 +27,7 @@ from .latent_sources import CachedLatents
 from .latents import LatentCache
 from .loop import atomic_save, make_folder, plain
 from .material import Material, describe_latents
-from .recipe import LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
+from .recipe import DataRecipe, Inputs, LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
 from .stage import train_stage
 from .trainer import make_accelerator
 
@@ -84,13 +85,26 @@ class TinyRecipe:
 
 
 def stage_recipe(stage: str) -> Recipe:
-    """One stage of ``tiny`` by itself: ``teacher``, ``student`` (a fresh one, distilled) or ``guidance``."""
+    """One stage of ``tiny`` by itself: ``teacher``, ``student`` (a fresh one, distilled), ``guidance`` or ``int8``."""
     tiny = TinyRecipe()
     if stage == "teacher":
         return tiny.teacher_full
     if stage == "student":
         return replace(tiny.student, losses=_LOSSES)
+    if stage == "int8":
+        recipe = _stage(stage, _LOSSES, 32, steps=240, batch=6, learning_rate=2e-4, warmup=20, ema_decay=0.95,
+                        precision="fp32", batch_norm="running", identity_start=False)  # fmt: skip
+        noise = replace(_NOISE, prompt_dropout=0.3)  # guidance amplifies the error of both branches
+        return replace(recipe, noise=noise, data=DataRecipe(pictures=300, masks_per_picture=3))
     return _stage("guidance", _LOSSES, 32, steps=500, learning_rate=5e-4, identity_start=False)
+
+
+def with_bundled(inputs: Inputs) -> Inputs:
+    """``inputs`` with the bundled model's student, and its autoencoder unless one is named, where no student is."""
+    if inputs.student is not None:
+        return inputs
+    folder = ASSETS / "tiny" / "checkpoint"
+    return replace(inputs, student=folder / "student.safetensors", vae=inputs.vae or folder / "vae")
 
 
 def train_tiny(output: Path, recipe: TinyRecipe, options: RunOptions | None = None, resume: bool = False) -> Path:

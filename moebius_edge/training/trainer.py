@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -220,25 +220,26 @@ class Trainer:
     def settle_batch_norms(self, batches: int = _SETTLE_BATCHES) -> None:
         """Measures the batch norms' statistics anew with the averaged weights; every process does the same.
 
-        On at most as many batches as it was trained on. The end of a training: ``average`` is whole from here on.
+        On at most as many batches as it was trained on, and not where the stored statistics were used as they are. The
+        end of a training: ``average`` is whole from here on.
         """
         self.average = self.whole_average()
-        batches = min(batches, self.recipe.optimiser.steps)
+        if self.recipe.optimiser.batch_norm == "batch":
+            settle(self.average, self.passes(self.average, min(batches, self.recipe.optimiser.steps)))
+
+    def passes(self, network: nn.Module, batches: int) -> Iterator[Callable[[], object]]:
+        """Forward passes of ``network`` on whole batches that no step trains on, the same in every process."""
         prompts = self.recipe.student.num_prompts
+        loader = Loader(self._settling, self.recipe.optimiser.batch, self.recipe.seed + 1)
+        with closing(iter(loader)) as drawn:
+            for arrays in islice(drawn, batches):
+                batch = self.batch(arrays)
 
-        def passes() -> Iterator[Any]:
-            loader = Loader(self._settling, self.recipe.optimiser.batch, self.recipe.seed + 1)
-            with closing(iter(loader)) as drawn:
-                for arrays in islice(drawn, batches):
-                    batch = self.batch(arrays)
+                def forward(batch: Batch = batch) -> None:
+                    with autocast(self.device, self.recipe.optimiser.precision):
+                        network(batch.sample, batch.timestep, prompt_ids(prompts, batch.unconditional))
 
-                    def forward(batch: Batch = batch) -> None:
-                        with autocast(self.device, self.recipe.optimiser.precision):
-                            self.average(batch.sample, batch.timestep, prompt_ids(prompts, batch.unconditional))
-
-                    yield forward
-
-        settle(self.average, passes())
+                yield forward
 
     def _settling(self, rng: np.random.Generator) -> tuple[Any, ...]:
         return self.draw(int(rng.integers(1 << 31)), self.recipe.seed + 1)

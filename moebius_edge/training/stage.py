@@ -63,7 +63,7 @@ def train_stage(
         return result
     accelerator = make_accelerator(options.device, options.fsdp)
     if recipe.stage == "int8" and (options.fsdp or launcher_asks()):
-        raise UsageError("stage int8 has not been tried in shards: leave FSDP out, the student fits every process whole")
+        raise UsageError("stage int8 has not been tried in shards: leave FSDP out, the student fits any process whole")
     torch.manual_seed(recipe.seed)
     network, average, objective = _networks(recipe, material, accelerator)
     if options.gradient_checkpointing:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import UsageError
-from .guidance import choose_guidance
+from .guidance import Interval, check_interval, choose_guidance, guidance_at
 from .imaging import Picture
 from .masks import Mask, latent_mask, threshold
 from .regions import Region, extract, extract_mask, plan_regions, prefill
@@ -109,6 +109,7 @@ class Inpainter:
         feather: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         timer: StageTimer | None = None,
+        guidance_interval: Interval | None = None,
         on_region: Callable[[Region, Floats], None] | None = None,
     ) -> Result:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
@@ -132,6 +133,8 @@ class Inpainter:
             on_step: called after each network call of the denoiser; with several regions in the picture,
                 index and total count through all of them.
             timer: collects the stages' latencies.
+            guidance_interval: (low, high), guidance at the timesteps low <= t < high alone, of 0 to 1000; the others
+                need half the work. Absent, at all. A model with distilled guidance takes none.
             on_region: called with each region and what the network made of it, RGB (resolution, resolution, 3),
                 about [0, 1] and not clipped.
 
@@ -144,6 +147,7 @@ class Inpainter:
             hole = _checked_mask(mask, picture)
             strength = _checked_strength(start, strength)
             guide = choose_guidance(guidance, self.bundle.distilled_guidance)
+            check_interval(guidance_interval, self.bundle.distilled_guidance)
             _check_numbers(seed, feather)
             if scheduler not in SCHEDULERS:
                 raise UsageError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
@@ -152,6 +156,7 @@ class Inpainter:
                 regions = plan_regions(hole, self.bundle.resolution)
                 canvas = picture.pixels.copy() if regions else picture.pixels
             notes = [*picture.notes, *_mask_notes(hole)]
+            notes += _interval_notes(guidance_interval, guide.sampled, sampler)
             feathers = [default_feather(r) if feather is None else feather for r in regions]
             if regions:
                 self._open()
@@ -163,7 +168,9 @@ class Inpainter:
                         on_step(replace(step, index=done + step.index, total=len(regions) * calls))
 
                 noise = initial_noise(seed, number, self._latent_shape())
-                made = self._fill(picture.pixels, hole, region, start, noise, sampler, guide.sampled, report, timer)
+                made = self._fill(
+                    picture.pixels, hole, region, start, noise, sampler, guide.sampled, guidance_interval, report, timer
+                )
                 if on_region is not None:
                     on_region(region, made)
                 with measured(timer, "stitch"):
@@ -173,6 +180,7 @@ class Inpainter:
                 "steps": steps,
                 "steps_executed": calls if regions else 0,
                 "guidance": guide.scale,
+                "guidance_interval": None if guidance_interval is None else list(guidance_interval),
                 "distilled_guidance": self.bundle.distilled_guidance,
                 "strength": strength,
                 "scheduler": scheduler,
@@ -195,6 +203,7 @@ class Inpainter:
         noise: Floats,
         sampler: Scheduler,
         guidance: float,
+        interval: Interval | None,
         report: Callable[[Step], None],
         timer: StageTimer | None,
     ) -> Floats:
@@ -208,7 +217,7 @@ class Inpainter:
         latent = noise
         if start != "noise":
             latent = sampler.add_noise(self._encode(_to_network(first), timer, "the start"), noise)
-        for step in denoise(self.runtime, latent, cells, masked, sampler, guidance, timer):
+        for step in denoise(self.runtime, latent, cells, masked, sampler, guidance, timer, interval):
             report(step)
         latent = step.latent
         with measured(timer, "vae_decode"):
@@ -246,6 +255,19 @@ def _mask_notes(hole: Mask) -> list[str]:
         return ["mask is empty: image returned unchanged"]
     if share > LARGE_SHARE:
         return [f"mask covers {share:.0%} of the image: little is left to guide the fill; is it inverted?"]
+    return []
+
+
+def _interval_notes(interval: Interval | None, guidance: float, sampler: Scheduler) -> list[str]:
+    """An interval that changes nothing, or leaves no guidance at all, may not be what was meant."""
+    if interval is None:
+        return []
+    chosen = f"guidance interval {interval[0]},{interval[1]}"
+    if guidance == 1:
+        return [f"{chosen} changes nothing: guidance is 1"]
+    if all(guidance_at(t, guidance, interval) == 1 for t in sampler.timesteps):
+        first, last = sampler.timesteps[0], sampler.timesteps[-1]
+        return [f"{chosen} holds none of the timesteps, {first} to {last}: no guidance was applied"]
     return []
 
 

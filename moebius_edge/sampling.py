@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BundleError
+from .guidance import Interval, guidance_at
 from .runtimes import Runtime
 from .runtimes.base import DeviceLatents
 from .scheduler import Scheduler
@@ -55,28 +56,28 @@ def denoise(
     scheduler: Scheduler,
     guidance: float,
     timer: StageTimer | None = None,
+    interval: Interval | None = None,
 ) -> Iterator[Step]:
     """The sampling loop: yield a ``Step`` after each call of the denoiser on an active ``runtime``.
 
     A call has 2B rows, the unconditional branch of all B first, then the conditional: e = eu + g (ec - eu).
-    At guidance 1, where that is ec, it has the B conditional rows alone.
+    At guidance 1, where that is ec, and at timesteps outside of ``interval``, it has the B conditional rows alone.
 
     Args:
         latents: (B, 4, h, w), noised for the scheduler's first timestep.
         mask: (B, 1, h, w), 1 in the hole.
         masked: (B, 4, h, w), latents of the images without their holes.
+        interval: the timesteps with guidance; absent, all.
 
     Raises:
         BundleError: the predicted noise is not finite.
     """
     batch = len(latents)
-    branches = [_CONDITIONAL] if guidance == 1 else [_UNCONDITIONAL, _CONDITIONAL]
-    branch = np.repeat(np.array(branches, np.int64), batch)
-    rows = len(branches)
-    total = len(scheduler.timesteps)
+    scales = [guidance_at(t, guidance, interval) for t in scheduler.timesteps]
+    total = len(scales)
 
-    def joined() -> Floats:
-        return np.tile(np.concatenate([latents, mask, masked], axis=1), (rows, 1, 1, 1))
+    def joined(rows: int) -> Floats:
+        return np.tile(np.concatenate([latents, mask, masked], axis=1), (rows // batch, 1, 1, 1))
 
     kept: DeviceLatents | None = None
     reached = 0  # the step whose latents the device has
@@ -86,19 +87,22 @@ def denoise(
             raise RuntimeError(f"the latent of step {index} is gone: read it before the next step")
         return device.read()
 
-    for index, t in enumerate(scheduler.timesteps, start=1):
+    for index, (t, scale) in enumerate(zip(scheduler.timesteps, scales, strict=True), start=1):
         where = f" at step {index} of {total} (t={t})"
         read: Callable[[], Floats]
         with measured(timer, "denoise"):
+            branch = _branches(scale, batch)
             if index == 1:
-                kept = runtime.keep_latents(joined(), branch, guidance)
+                kept = runtime.keep_latents(joined(len(branch)), branch, scale)
+            elif kept is not None and scale != scales[index - 2]:
+                kept.guide(branch, scale)
             if kept is None:
-                timesteps = np.full(rows * batch, t, np.float32)
-                feeds: dict[str, np.ndarray] = {"sample": joined(), "timestep": timesteps, "branch": branch}
+                timesteps = np.full(len(branch), t, np.float32)
+                feeds: dict[str, np.ndarray] = {"sample": joined(len(branch)), "timestep": timesteps, "branch": branch}
                 noise = runtime.run("denoiser", feeds)["noise"]
                 check_finite(noise, "denoiser", where)
-                if rows == 2:
-                    noise = noise[:batch] + np.float32(guidance) * (noise[batch:] - noise[:batch])
+                if len(branch) > batch:
+                    noise = noise[:batch] + np.float32(scale) * (noise[batch:] - noise[:batch])
                 latents = scheduler.step(noise, t, latents)
                 read = partial(np.asarray, latents)
             else:
@@ -108,6 +112,12 @@ def denoise(
                 if index == total:
                     read = partial(np.asarray, kept.read())
         yield Step(index, total, t, read)
+
+
+def _branches(guidance: float, batch: int) -> npt.NDArray[np.int64]:
+    """The branch of every row of a call."""
+    branches = [_CONDITIONAL] if guidance == 1 else [_UNCONDITIONAL, _CONDITIONAL]
+    return np.repeat(np.array(branches, np.int64), batch)
 
 
 def initial_noise(seed: int, region_index: int, shape: tuple[int, int, int, int]) -> Floats:

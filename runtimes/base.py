@@ -31,6 +31,9 @@ class DeviceLatents(Protocol):
         Returns Σ|noise| of each row: NaN or infinite where the predicted noise is, before guidance.
         """
 
+    def guide(self, branch: np.ndarray, guidance: float) -> None:
+        """Call the denoiser with other rows from the next step on: 2B, or at guidance 1 B; as in ``keep_latents``."""
+
     def read(self) -> np.ndarray:
         """The latents (B, 4, h, w) after the last step, in memory of the caller's own."""
 

@@ -6,7 +6,8 @@ one number a row.
 
 The first step at a number of rows is launched piece by piece, for TensorRT prepares itself then; the second is recorded
 with its copies as a CUDA graph, and from then on a step is one launch, also in the next picture. Another number of rows
-starts afresh.
+starts afresh, also where guidance begins or ends on the way: a picture's rows are alike, so those that stay, stay where
+they are, and those that come are copied within the device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class LatentLoop:
     """Joins the executors of ``denoiser`` and ``update``, which shares the former's buffers named in ``SHARED``.
 
     With ``record`` steps become a CUDA graph; where recording fails they go on without, and ``graph_problem`` says why.
-    ``told(what)`` is a context that turns a ``LaunchError`` or ``CudaError`` into the user's.
+    ``told(what)`` is a context that turns a ``LaunchError`` or ``CudaError`` into the user's; ``check_rows(rows)``
+    raises an error of the user's where that many are too many.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class LatentLoop:
         update: Executor,
         record: bool,
         told: Callable[[str], AbstractContextManager[None]],
+        check_rows: Callable[[int], None],
     ) -> None:
         self._cuda, self._stream = cuda, stream
         self._denoiser, self._update = denoiser, update
         self._record = record
-        self.told = told
+        self.told, self._check_rows = told, check_rows
         self.current: LoopLatents | None = None  # whose batch lies in the buffers
         self._shapes = (0, 0)  # both executors' ``shapes_set`` at the first step
         self._graph = 0
@@ -65,19 +68,37 @@ class LatentLoop:
 
     def start(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> LoopLatents:
         """Upload what stays as long as a batch is sampled; see ``Runtime.keep_latents``."""
-        rows = len(sample)
-        batch = rows if guidance == 1 else rows // 2
+        batch = len(sample) if guidance == 1 else len(sample) // 2
+        self._check_rows(len(sample))
         self.forget()
         with self.told("start sampling"):
-            self._denoiser.set_rows(rows)
-            self._update.set_rows(rows)
-            self._denoiser.put({"sample": sample, "branch": branch})
-            self._update.put({"clean": np.float32(0), **guidance_rows(rows, batch)})
-            self._denoiser.upload(("sample", "branch"))
-            self._update.upload(("clean", "unconditional", "conditional"))
+            self._set_branches(branch, batch)
+            self._denoiser.put({"sample": sample})
+            self._update.put({"clean": np.float32(0)})
+            self._denoiser.upload(("sample",))
+            self._update.upload(("clean",))
             self._cuda.synchronise(self._stream)
         self.current = LoopLatents(self, batch, guidance)
         return self.current
+
+    def change_branches(self, branch: np.ndarray, batch: int) -> None:
+        """Go on with a row or two a picture; a second one is a copy of the first, but for the branch."""
+        self._check_rows(len(branch))
+        self._set_branches(branch, batch)
+        if len(branch) > batch:
+            for executor, name in ((self._denoiser, "sample"), (self._update, "clean")):
+                first, half = executor.address(name), executor.size(name) // 2
+                self._cuda.copy(first + half, first, half, self._stream)
+        self._cuda.synchronise(self._stream)
+
+    def _set_branches(self, branch: np.ndarray, batch: int) -> None:
+        rows = len(branch)
+        self._denoiser.set_rows(rows)
+        self._update.set_rows(rows)
+        self._denoiser.put({"branch": branch})
+        self._update.put(guidance_rows(rows, batch))
+        self._denoiser.upload(("branch",))
+        self._update.upload(("unconditional", "conditional"))
 
     def step(self, t: int, coefficients: np.ndarray) -> np.ndarray:
         self._denoiser.put({"timestep": np.float32(t)})
@@ -139,6 +160,12 @@ class LoopLatents:
         self._check()
         with self._loop.told("run denoiser"):
             return self._loop.step(t, np.array([self._guidance, *coefficients], np.float32))
+
+    def guide(self, branch: np.ndarray, guidance: float) -> None:
+        self._check()
+        with self._loop.told("run denoiser"):
+            self._loop.change_branches(branch, self._batch)
+        self._guidance = guidance
 
     def read(self) -> np.ndarray:
         self._check()

@@ -104,7 +104,7 @@ class TrtRuntime(Runtime):
             update = update_component(self._bundle.latent_size)
             self._load(update, runtime, {name: denoiser.address(name) for name in SHARED})
             pair = (denoiser, self._executors[UPDATE])
-            self._loop = LatentLoop(self._cuda, self._stream, *pair, self._records, self._told)
+            self._loop = LatentLoop(self._cuda, self._stream, *pair, self._records, self._told, self._check_loop_rows)
         except (CudaError, LaunchError) as error:
             raise self._problem("load the engines", error) from error
 
@@ -170,9 +170,11 @@ class TrtRuntime(Runtime):
     def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents:
         self._check_active("keep_latents")
         assert self._loop is not None
-        for name in (_DENOISER, UPDATE):
-            self._check_rows(name, len(sample))
         return self._loop.start(sample, branch, guidance)
+
+    def _check_loop_rows(self, rows: int) -> None:
+        for name in (_DENOISER, UPDATE):
+            self._check_rows(name, rows)
 
     def _check_rows(self, component: str, rows: int) -> None:
         most = self._executors[component].max_rows

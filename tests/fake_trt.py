@@ -74,8 +74,8 @@ class FakeCuda:
 
     def allocate(self, size: int) -> int:
         self._enter("allocate")
-        self._next += size
         address = self._handle()
+        self._next += size  # so that no two allocations overlap
         self.memory[address] = bytearray(b"\xff" * size)  # NaN, as it may be
         return address
 
@@ -115,12 +115,19 @@ class FakeCuda:
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         self._enter("copy")
-        assert target != source and size <= len(self.memory[target]) and size <= len(self.memory[source])
+        there, here = self._bytes(target, size), self._bytes(source, size)
+        assert target + size <= source or source + size <= target, "the two overlap"
 
         def copy() -> None:
-            self.memory[target][:size] = self.memory[source][:size]
+            there[:] = here
 
         self.queue(stream, copy)
+
+    def _bytes(self, address: int, size: int) -> memoryview:
+        """What lies from ``address`` on, which may be within an allocation; all of it must be in one."""
+        start = max(first for first in self.memory if first <= address)
+        assert address + size <= start + len(self.memory[start]), "beyond the end of an allocation"
+        return memoryview(self.memory[start])[address - start : address - start + size]
 
     def create_stream(self) -> int:
         self._enter("create_stream")

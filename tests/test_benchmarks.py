@@ -44,6 +44,35 @@ def test_every_rewrite_beside_its_twin(tmp_path: Path) -> None:
     assert all(row["bytes"]["rewritten"] > 0 for row in rows)
 
 
+def test_fewer_steps_are_compared_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    only = ("--per-photograph", "1", "--regimes", "defaults", "--only", "DDIM, 4", "up 2.1")
+    chosen = (*only, "--results", str(results))
+    first = run("few_steps.py", "tiny", *chosen, "--json", str(tmp_path / "f.json"))
+    rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| D")]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        ("| DDIM, 20", "8", "8"),
+        ("| DDIM, 4", "1", "1"),
+        ("| DDIM, 20, up 2.1 every 2", "8", "8"),
+        ("| DDIM, 15, up 2.1 every 2", "6", "6"),
+    ]
+    figures = json.loads((tmp_path / "f.json").read_text())["defaults"]
+    assert figures["DDIM, 20"]["within"] and figures["DDIM, 20"]["hole_psnr_gain_db"] == 0
+    assert figures["DDIM, 4"]["time_of_reference"] < figures["DDIM, 20, up 2.1 every 2"]["time_of_reference"] < 1
+    lines = results.read_text().split("\n")[1:-1]
+    assert len(lines) == 4 * 4
+    results.write_text("\n".join([*lines[:-1], lines[-1][:20]]))  # killed while it wrote
+    again = run("few_steps.py", "tiny", *chosen)
+    quality = [[column for number, column in enumerate(row) if number != 3] for row in rows]
+    assert quality == [
+        [column for number, column in enumerate(line.split(" | ")) if number != 3]
+        for line in again.splitlines()
+        if line.startswith("| D")
+    ]
+    whole = [line for line in results.read_text().splitlines() if line.endswith("}")]
+    assert whole[:-1] == lines[:-1] and json.loads(whole[-1])["key"] == json.loads(lines[-1])["key"]
+
+
 def test_the_islands_of_fp16() -> None:
     """The decoder, which is not exported in FP16, may leave its range; nothing else does."""
     lines = run("precision.py", "tiny", "--steps", "2").splitlines()

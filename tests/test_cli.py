@@ -18,8 +18,9 @@ from moebius_edge import errors
 from moebius_edge.cli import main
 from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
-from moebius_edge.commands.run import Sampler, Start
+from moebius_edge.commands.run import Preset, Sampler, Start
 from moebius_edge.pipeline import STARTS
+from moebius_edge.presets import PRESETS
 from moebius_edge.scheduler import SCHEDULERS
 
 COMMANDS = ("run", "inspect", "compare", "profile", "doctor", "download", "export", "train")
@@ -88,6 +89,11 @@ def test_python_m_and_the_version() -> None:
         (["run", "a", "b", "--steps", "0"], "Invalid value for '--steps': "),
         (["run", "a", "b", "--guidance", "-1"], "Invalid value for '--guidance': "),
         (["run", "a", "b", "--guidance", "nan"], "Invalid value for '--guidance': "),
+        *(
+            (["run", "a", "b", "--guidance-interval", x], f"guidance-interval': '{x}' is not two whole numbers such as")
+            for x in ("200", "a,b", "1,2,3", "0.2,0.8", "")
+        ),
+        (["run", "a", "b", "--preset", "slow"], "Invalid value for '--preset': 'slow' is not one of 'fast'"),
         (
             ["run", "a", "b", "--start", "x"],
             "Invalid value for '--start': 'x' is not one of 'image', 'prefill'",
@@ -110,6 +116,7 @@ def test_usage_errors_are_one_line_and_exit_2(
 def test_choices_are_those_of_the_modules_not_imported() -> None:
     assert tuple(s.value for s in Start) == STARTS
     assert {s.value for s in Sampler} == set(SCHEDULERS)
+    assert {s.value for s in Preset} == set(PRESETS)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moebius_edge.errors import UsageError
-from moebius_edge.guidance import choose_guidance, is_distillable
+from moebius_edge.guidance import Interval, check_interval, choose_guidance, guidance_at, is_distillable
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,27 @@ def test_another_guidance_than_the_distilled_is_refused(chosen: float) -> None:
 def test_what_is_no_guidance_is_refused(chosen: float, distilled: float | None) -> None:
     with pytest.raises(UsageError, match=rf"guidance is {chosen}: give a number of 0 or more, such as 2.0"):
         choose_guidance(chosen, distilled)
+
+
+@pytest.mark.parametrize("interval", [(-1, 5), (800, 200), (0, 1001)])
+def test_what_is_no_interval_is_refused(interval: Interval) -> None:
+    low, high = interval
+    with pytest.raises(UsageError, match=rf"interval is {low},{high}: give LOW,HIGH with 0 <= .* <= 1000, such"):
+        check_interval(interval, None)
+
+
+def test_distilled_guidance_has_no_interval() -> None:
+    for interval in ((0, 1000), (200, 800)):
+        check_interval(interval, None)
+        with pytest.raises(UsageError, match=r"is \d+,\d+, and the model has guidance 3.0 dist.*: leave it out"):
+            check_interval(interval, 3.0)
+    check_interval(None, 3.0)
+
+
+def test_guidance_holds_from_low_to_below_high() -> None:
+    assert [guidance_at(t, 3.0, (200, 800)) for t in (0, 199, 200, 799, 800, 999)] == [1, 1, 3, 3, 1, 1]
+    assert guidance_at(0, 3.0, None) == guidance_at(999, 3.0, (0, 1000)) == 3
+    assert guidance_at(500, 3.0, (500, 500)) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from toy import expected_latent, make_toy_bundle
 
 from moebius_edge.bundle import Bundle
 from moebius_edge.errors import BundleError, MachineError
+from moebius_edge.guidance import Interval
 from moebius_edge.latency import StageTimer
 from moebius_edge.pipeline import denoise
 from moebius_edge.runtimes.ort import OrtRuntime
@@ -44,8 +45,10 @@ def start(batch: int, seed: int = 0, size: int = 8) -> tuple[np.ndarray, np.ndar
     return latents, mask, masked * (1 - mask)
 
 
-def latents_of(runtime: Any, given: tuple[Any, ...], scheduler: Scheduler, guidance: float) -> list[np.ndarray]:
-    return [step.latent for step in denoise(runtime, *given, scheduler, guidance)]
+def latents_of(
+    runtime: Any, given: tuple[Any, ...], scheduler: Scheduler, guidance: float, interval: Interval | None = None
+) -> list[np.ndarray]:
+    return [step.latent for step in denoise(runtime, *given, scheduler, guidance, interval=interval)]
 
 
 def spoil(package: FakeTensorRT, call: int, value: float) -> None:
@@ -81,6 +84,19 @@ def test_every_latent_is_numpys_at_any_batch_guidance_and_sampler(bundle: Bundle
                 made = latents_of(runtime, given, sampler(7, 0.9), guidance)
                 wanted = latents_of(reference, given, sampler(7, 0.9), guidance)
                 assert len(made) == 6
+                np.testing.assert_allclose(made, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_guidance_on_an_interval_is_numpys_too(bundle: Bundle, flavour: str) -> None:
+    """Rows come and go on the way, with all that the sampler remembers; the next picture starts as it should."""
+    intervals = [(0, 500), (500, 1000), (200, 800), (0, 0), (0, 1000), (300, 301), (500, 1000)]
+    with runtime_on(bundle, FakeCuda(), flavour=flavour)[0] as runtime, OrtRuntime(bundle, threads=1) as reference:
+        for name, tolerance in (("ddim", 0.0), ("dpm++2m", 2e-5)):
+            for seed, interval in enumerate(intervals):
+                given, sampler = start(1 + seed % 3, seed), SCHEDULERS[name]
+                made = latents_of(runtime, given, sampler(10), 3.0, interval)
+                wanted = latents_of(reference, given, sampler(10), 3.0, interval)
                 np.testing.assert_allclose(made, wanted, rtol=0, atol=tolerance)
 
 
@@ -150,6 +166,23 @@ def test_a_step_becomes_one_launch(bundle: Bundle) -> None:
         assert cuda.calls["begin_capture"] == 2 and cuda.calls["destroy_graph"] == 1
         latents_of(runtime, start(1), DDIM(1), 2.0)
         assert cuda.calls["destroy_graph"] == 2 and runtime.info["cuda_graph"] == "not recorded"
+    assert cuda.left() == []
+
+
+@pytest.mark.parametrize(("interval", "rows"), [((500, 1000), (2, 1)), ((0, 500), (1, 2))])
+def test_where_guidance_begins_or_ends_no_latent_travels(
+    bundle: Bundle, interval: Interval, rows: tuple[int, int]
+) -> None:
+    """Branches and row numbers go up once, and each part of the trajectory is recorded for itself."""
+    cuda, seen = FakeCuda(), []
+    with runtime_on(bundle, cuda)[0] as runtime:
+        for _ in denoise(runtime, *start(1), DDIM(10), 2.0, interval=interval):
+            seen.append((cuda.bytes_up, cuda.bytes_down, cuda.calls.get("launch_graph", 0)))
+        assert cuda.calls["begin_capture"] == 2 and cuda.calls["destroy_graph"] == 1
+    changes = np.diff(seen[:-1], axis=0).tolist()
+    step = [[28 * n, 4 * n, 1] for n in rows]
+    first = [step[1][0] + 16 * rows[1], step[1][1], 0]
+    assert changes == [step[0]] * 4 + [first] + [step[1]] * 3
     assert cuda.left() == []
 
 
@@ -239,12 +272,13 @@ def test_two_batches_at_a_time_are_refused(bundle: Bundle) -> None:
         next(denoise(runtime, *start(1), DDIM(3), 2.0))
 
 
-def test_more_pictures_than_the_engine_takes_names_the_option(bundle: Bundle) -> None:
-    with (
-        runtime_on(bundle, FakeCuda(), max_batch=1)[0] as runtime,
-        pytest.raises(BundleError, match=r"denoiser takes 2 rows and this call has 6: run .* --max-batch 3"),
-    ):
-        latents_of(runtime, start(3), DDIM(3), 2.0)
+@pytest.mark.parametrize(("max_batch", "interval"), [(1, None), (2, (0, 500))])  # three rows at first fit the second
+def test_more_pictures_than_the_engine_takes_names_the_option(
+    bundle: Bundle, max_batch: int, interval: Interval | None
+) -> None:
+    most = rf"denoiser takes {2 * max_batch} rows and this call has 6: run .* --max-batch 3"
+    with runtime_on(bundle, FakeCuda(), max_batch)[0] as runtime, pytest.raises(BundleError, match=most):
+        latents_of(runtime, start(3), DDIM(4), 2.0, interval)
 
 
 @pytest.mark.parametrize(("call", "first"), [("copy", 0), ("upload", 0), ("synchronise", 2), ("launch_graph", 2)])

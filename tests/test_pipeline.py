@@ -12,12 +12,13 @@ import pytest
 
 from moebius_edge.bundle import SCHEDULER, Bundle
 from moebius_edge.errors import BundleError, UsageError
+from moebius_edge.guidance import Interval
 from moebius_edge.imaging import Picture
 from moebius_edge.latency import StageTimer
 from moebius_edge.masks import distance_outside
 from moebius_edge.pipeline import Inpainter, Result, Step, denoise, initial_noise
 from moebius_edge.runtimes import Runtime
-from moebius_edge.scheduler import DDIM, DPMSolverPP2M
+from moebius_edge.scheduler import DDIM, DPMSolverPP2M, Scheduler
 from moebius_edge.spec import COMPONENTS, LATENT_DOWNSCALE, NOISE_OFFSET, Component
 
 R = 64
@@ -216,6 +217,37 @@ def test_guidance_mixes_the_branches_and_at_one_runs_half(photo: np.ndarray, hol
         assert runtime.called("denoiser")[0]["branch"].tolist() == ([0] if rows == 1 else [1, 0])
 
 
+def test_guidance_on_an_interval_runs_half_beside_it(photo: np.ndarray, hole: np.ndarray) -> None:
+    def predict(x: np.ndarray, mask: np.ndarray, masked: np.ndarray, t: int, branch: np.ndarray) -> np.ndarray:
+        return np.clip(x * (0.9 if t > 400 else 0.5), -1, 1) * np.where(branch == 0, 1.0, 0.7)[:, None, None, None]
+
+    def run(guidance: float, interval: Interval | None) -> tuple[Result, list[int], FakeRuntime]:
+        runtime = FakeRuntime(predict)
+        result = inpaint(photo, hole, runtime, steps=10, guidance=guidance, guidance_interval=interval)
+        return result, [len(feeds["branch"]) for feeds in runtime.called("denoiser")], runtime
+
+    whole, rows, _ = run(3.0, None)
+    assert rows == [2] * 9 and whole.settings["guidance_interval"] is None
+    everywhere, rows, _ = run(3.0, (0, 1000))
+    assert rows == [2] * 9 and everywhere.settings["guidance_interval"] == [0, 1000] and everywhere.notes == []
+    np.testing.assert_array_equal(everywhere.image, whole.image)
+    middle, rows, runtime = run(3.0, (300, 600))  # the timesteps are 800, 700, .. 0
+    assert rows == [1, 1, 1, 2, 2, 2, 1, 1, 1] and middle.notes == []
+    assert [f["branch"].tolist() for f in runtime.called("denoiser")][2:4] == [[0], [1, 0]]
+    assert not np.array_equal(middle.image, whole.image)
+
+    plain, rows, _ = run(1.0, None)
+    assert rows == [1] * 9 and not np.array_equal(plain.image, middle.image)
+    for empty in ((500, 500), (301, 400)):
+        none, rows, _ = run(3.0, empty)
+        assert rows == [1] * 9 and none.settings["guidance"] == 3.0
+        np.testing.assert_array_equal(none.image, plain.image)
+        assert none.notes == [
+            f"guidance interval {empty[0]},{empty[1]} holds none of the timesteps, 800 to 0: no guidance was applied"
+        ]
+    assert run(1.0, (300, 600))[0].notes == ["guidance interval 300,600 changes nothing: guidance is 1"]
+
+
 def test_distilled_guidance_runs_one_branch_and_is_stated(photo: np.ndarray, hole: np.ndarray) -> None:
     runtime = FakeRuntime()
     with Inpainter(replace(BUNDLE, distilled_guidance=3.0), runtime) as inpainter:
@@ -226,6 +258,8 @@ def test_distilled_guidance_runs_one_branch_and_is_stated(photo: np.ndarray, hol
         for other in (1, 2.0):
             with pytest.raises(UsageError, match="has guidance 3.0 distilled into it and takes no other"):
                 inpainter.inpaint(photo, hole, steps=4, guidance=other)
+        with pytest.raises(UsageError, match="guidance interval is 0,500, and the model has guidance 3.0 distilled"):
+            inpainter.inpaint(photo, hole, steps=4, guidance_interval=(0, 500))
 
 
 def test_denoise_on_a_batch_without_pictures() -> None:
@@ -242,6 +276,20 @@ def test_denoise_on_a_batch_without_pictures() -> None:
     np.testing.assert_array_equal(runtime.called("denoiser")[3]["sample"][:3, :4], steps[2].latent)
     np.testing.assert_array_equal(runtime.called("denoiser")[3]["sample"][3:, :4], steps[2].latent)
     assert steps[-1].latent.dtype == np.float32
+    np.testing.assert_allclose(steps[-1].latent, np.where(mask > 0, 0.5, masked), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DDIM, DPMSolverPP2M])
+def test_denoise_keeps_each_picture_where_rows_come_and_go(kind: type[Scheduler]) -> None:
+    rng = np.random.default_rng(0)
+    latents, masked = rng.standard_normal((2, 3, 4, LATENT, LATENT), np.float32)
+    mask = (rng.random((3, 1, LATENT, LATENT)) < 0.5).astype(np.float32)
+    with FakeRuntime() as runtime:
+        steps = list(denoise(runtime, latents, mask, masked, kind(10), 2.0, interval=(300, 700)))
+    guided = [300 <= step.timestep < 700 for step in steps]
+    assert True in guided and False in guided
+    branches = [f["branch"].tolist() for f in runtime.called("denoiser")]
+    assert branches == [[1, 1, 1, 0, 0, 0] if g else [0, 0, 0] for g in guided]
     np.testing.assert_allclose(steps[-1].latent, np.where(mask > 0, 0.5, masked), atol=1e-4)
 
 
@@ -310,12 +358,14 @@ def test_each_region_is_handed_over_before_it_is_stitched(hole: np.ndarray) -> N
 
 
 def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
-    result = inpaint(photo, hole, seed=7, guidance=1.5, steps=10, strength=0.5, scheduler="dpm++2m", feather=6)
+    options = {"steps": 10, "strength": 0.5, "scheduler": "dpm++2m", "feather": 6}
+    result = inpaint(photo, hole, seed=7, guidance=1.5, guidance_interval=(200, 800), **options)
     assert result.settings == {
         "start": "image",
         "steps": 10,
         "steps_executed": 5,
         "guidance": 1.5,
+        "guidance_interval": [200, 800],
         "distilled_guidance": None,
         "strength": 0.5,
         "scheduler": "dpm++2m",
@@ -399,6 +449,7 @@ def test_what_is_not_finite_ends_the_run(
         ),
         ({"guidance": float("nan")}, "guidance is nan: give a number of 0 or more"),
         ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"guidance_interval": (500, 200)}, "interval is 500,200: give LOW,HIGH with 0 <= LOW <= HIGH <= 1000"),
         ({"seed": -1}, "seed is -1"),
         ({"feather": -2}, "feather is -2: give 0 or more pixels"),
         ({"feather": float("inf")}, "feather is inf"),

@@ -19,6 +19,7 @@ from PIL import Image
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.cli import main
+from moebius_edge.presets import PRESETS
 
 Captured = pytest.CaptureFixture[str]
 
@@ -144,6 +145,54 @@ def test_what_is_not_chosen_is_the_bundles(here: Path, tmp_path: Path, capsys: C
     assert (settings["steps"], settings["guidance"], settings["start"]) == (6, 0.0, "prefill"), (
         "0 is a choice"
     )
+
+
+def test_guidance_on_an_interval_is_named_and_reported(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    chosen = ("--guidance-interval", "200,800", "--latency-report", "report.json")
+    assert run(toy, "photo.png", "photo_mask.png", *chosen) == 0
+    assert ", guidance 2 at timesteps 200 to below 800, strength 0.99" in capsys.readouterr().out
+    assert json.loads((here / "report.json").read_text())["settings"]["guidance_interval"] == [200, 800]
+    assert run(toy, "photo.png", "photo_mask.png", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)["results"]
+    assert entry["settings"]["guidance_interval"] is None and entry["settings"]["preset"] is None
+
+
+def test_an_interval_out_of_range_or_beside_distilled_guidance(
+    here: Path, toy: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    write_pair(here)
+    message = "guidance interval is 800,200: give LOW,HIGH with 0 <= LOW <= HIGH <= 1000, such as 200,800"
+    refused(2, message, here, toy, capsys, "photo.png", "photo_mask.png", "--guidance-interval", "800,200")
+    distilled = make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.5)
+    message = "guidance interval is 0,500, and the model has guidance 2.5 distilled into it"
+    refused(2, message, here, distilled, capsys, "photo.png", "photo_mask.png", "--guidance-interval", "0,500")
+
+
+def test_a_preset_takes_the_place_of_the_bundles_settings(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    assert run(toy, "photo.png", "photo_mask.png", "--preset", "fast", "--latency-report", "report.json") == 0
+    out, err = capsys.readouterr()
+    assert "\npreset fast, start image, " in out and "was chosen" not in err
+    settings = json.loads((here / "report.json").read_text())["settings"]
+    for name, value in PRESETS["fast"].items():
+        assert settings[name] == (list(value) if isinstance(value, tuple) else value)
+    assert settings["preset"] == "fast"
+    assert (settings["start"], settings["strength"], settings["guidance"], settings["seed"]) == ("image", 0.99, 2.0, 0)
+
+
+def test_what_is_chosen_beside_a_preset_holds_and_is_said(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    options = "--preset fast --steps 7 --guidance-interval 0,1000 --scheduler dpm++2m --start noise --json"
+    assert run(toy, "photo.png", "photo_mask.png", *options.split()) == 0
+    out, err = capsys.readouterr()
+    settings = json.loads(out)["results"][0]["settings"]
+    assert (settings["steps"], settings["guidance_interval"], settings["start"]) == (7, [0, 1000], "noise")
+    fast = PRESETS["fast"]
+    low, high = fast["guidance_interval"]
+    assert f"note: preset fast has steps {fast['steps']}, and 7 was chosen\n" in err
+    assert f"preset fast has guidance interval {low},{high}, and 0,1000 was chosen\n" in err
+    assert err.count("was chosen") == 2 + (fast["scheduler"] != "dpm++2m")
 
 
 def test_distilled_guidance_costs_one_row_and_is_named(here: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -37,6 +37,20 @@ class Sampler(str, Enum):
     dpm = "dpm++2m"
 
 
+class Preset(str, Enum):
+    """``presets.PRESETS``."""
+
+    fast = "fast"
+
+
+def _interval(text: str) -> tuple[int, int]:
+    try:
+        low, high = map(int, text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not two whole numbers such as 200,800") from None
+    return low, high
+
+
 def run(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph, or a folder of them.")],
     mask: Annotated[Path, typer.Argument(metavar="MASK", help="Its mask, or a folder: white is filled.")],
@@ -52,6 +66,10 @@ def run(
         float | None,
         typer.Option(min=0.0, metavar="X", help="Guidance, 1 halves the time; default the bundle's."),
     ] = None,
+    guidance_interval: Annotated[
+        Any,
+        typer.Option(parser=_interval, metavar="LOW,HIGH", help="Guidance at timesteps from LOW to below HIGH alone."),
+    ] = None,
     start: Annotated[
         Start | None,
         typer.Option(help="Sample from the image, from a prefill (removes objects), or from noise."),
@@ -59,7 +77,10 @@ def run(
     strength: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, metavar="X", help="Share of the steps that is executed.")
     ] = None,
-    scheduler: Annotated[Sampler, typer.Option(help="dpm++2m needs fewer steps.")] = Sampler.ddim,
+    scheduler: Annotated[Sampler | None, typer.Option(help="dpm++2m needs fewer steps; default ddim.")] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="fast: fewer steps, less guidance; other options override it.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same result.")] = 0,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Fill black instead of white.")] = False,
     mask_dilate: Annotated[
@@ -91,9 +112,10 @@ def run(
     chosen = {
         "steps": steps,
         "guidance": guidance,
+        "guidance_interval": guidance_interval,
         "start": None if start is None else start.value,
         "strength": strength,
-        "scheduler": scheduler.value,
+        "scheduler": None if scheduler is None else scheduler.value,
         "seed": seed,
         "feather": feather,
     }
@@ -105,6 +127,7 @@ def run(
         device,
         settings={name: value for name, value in chosen.items() if value is not None},
         mask_options={"invert": invert_mask, "dilate": mask_dilate},
+        preset=None if preset is None else preset.value,
     )
     batch = image.is_dir()
     if batch and (unused := unused_masks(jobs, mask)):

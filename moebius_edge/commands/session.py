@@ -16,19 +16,26 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """Use as a context manager. ``settings`` go to ``Inpainter.inpaint``, ``mask_options`` to ``read_mask``.
+    """Use as a context manager. ``settings`` go to ``Inpainter.inpaint``, ``mask_options`` to ``read_mask``. What is
+    not in ``settings`` is the ``preset``'s, and what is not in that the bundle's.
 
     ``timer`` collects the latencies of all pictures. ``bundle`` and ``runtime_info`` are known once the first
     picture was read; ``unusable`` says that the model could not be opened, for which no picture is to blame.
     """
 
     def __init__(
-        self, bundle: str, runtime: str, device: str, settings: dict[str, Any], mask_options: dict[str, Any]
+        self,
+        bundle: str,
+        runtime: str,
+        device: str,
+        settings: dict[str, Any],
+        mask_options: dict[str, Any],
+        preset: str | None = None,
     ) -> None:
         from ..latency import StageTimer
 
         self._wanted = (bundle, runtime, device)
-        self._settings, self._mask_options = settings, mask_options
+        self._settings, self._mask_options, self._preset = settings, mask_options, preset
         self._stack = ExitStack()
         self._inpainter: Inpainter | None = None
         self.bundle: Bundle | None = None
@@ -71,20 +78,23 @@ class Session:
             "image": str(job.image),
             "mask": str(job.mask),
             "output": str(job.output),
-            "settings": result.settings,
+            "settings": {"preset": self._preset, **result.settings},
             "notes": [*result.notes, *written],
         }
 
     def _open(self) -> Inpainter:
         from ..bundle import Bundle
-        from ..guidance import choose_guidance
+        from ..guidance import check_interval, choose_guidance
         from ..pipeline import Inpainter
+        from ..presets import overridden, preset_settings
 
         name, runtime, device = self._wanted
         self.unusable = True
         with self.timer.measure("load"):
             self.bundle = Bundle.load(name)
-            choose_guidance(self._settings.get("guidance"), self.bundle.distilled_guidance)  # before a long loading
+            distilled = self.bundle.distilled_guidance
+            choose_guidance(self._settings.get("guidance"), distilled)  # before a long loading
+            check_interval(self._settings.get("guidance_interval"), distilled)
             made = Inpainter(self.bundle, runtime, device)
             for text in made.runtime.notes:  # before it is opened: an engine may have to be built, for minutes
                 console.note(text)
@@ -92,6 +102,10 @@ class Session:
         self.unusable = False
         self._inpainter = inpainter
         self.runtime_info = inpainter.runtime.report()
+        if self._preset is not None:
+            for text in overridden(self._preset, self._settings):
+                console.note(text)
+            self._settings |= preset_settings(self._preset, self._settings, self.bundle.defaults, distilled)
         self._settings = self.bundle.settings(**self._settings)
         return inpainter
 

@@ -51,9 +51,12 @@ def _settings_line(report: Mapping[str, Any]) -> str:
     settings, runtime, bundle = report["settings"], report["runtime"], report["bundle"]
     distilled = settings.get("distilled_guidance") is not None
     guidance = f"{settings['guidance']:g}{' (distilled, one call a step)' if distilled else ''}"
+    if (interval := settings.get("guidance_interval")) is not None:
+        guidance += f" at timesteps {interval[0]} to below {interval[1]}"
+    preset = f"preset {settings['preset']}, " if settings.get("preset") else ""
     executed = f"{settings['steps_executed']} of " if "steps_executed" in settings else ""
     return (
-        f"start {settings['start']}, {executed}{settings['steps']} steps, guidance {guidance}, "
+        f"{preset}start {settings['start']}, {executed}{settings['steps']} steps, guidance {guidance}, "
         f"strength {settings['strength']:g}, {settings['scheduler']}, seed {settings['seed']}\n"
         f"bundle {bundle['name']} ({bundle['precision']}), "
         f"{runtime['name']} {runtime['version']} on {runtime['device']}"

@@ -11,6 +11,7 @@ from toy import make_toy_bundle
 
 from moebius_edge.bundle import Bundle
 from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.presets import preset_settings
 from moebius_edge.report.baseline_rows import baseline_rows
 from moebius_edge.report.configurations import Choices, grid
 from moebius_edge.report.configurations import Configuration as Row
@@ -39,6 +40,8 @@ def test_without_choices_a_bundle_runs_as_it_would(tmp_path: Path) -> None:
         "steps_executed": 3,
         "distilled_guidance": None,
         "scheduler": "ddim",
+        "guidance_interval": None,
+        "preset": None,
         "seed": 3,
     }
     assert row.bundle is not None and row.bundle["resolution"] == 64 and row.problem is None
@@ -58,6 +61,22 @@ def test_every_combination_is_there_once(toy: Bundle) -> None:
     assert rows[0].id == "toy-float32_onnxruntime-cpu_ddim-4_g1_image"
     assert rows[-1].id == "toy-float32_onnxruntime-cpu_dpm-2m-8_g1.5_noise"
     assert {row.settings["strength"] for row in rows if row.settings} == {0.99, 1.0}
+
+
+def test_a_preset_stands_beside_the_grid(toy: Bundle) -> None:
+    rows = grid([toy], Choices(steps=(20,), guidances=(1.5,), starts=("noise",), presets=("fast",)))
+    plain, fast = rows
+    fitting = preset_settings("fast", {"start": "noise", "guidance": 1.5}, toy.defaults, None)
+    assert fitting["steps"] < 20 and fast.settings is not None and plain.settings is not None
+    assert {key: fast.settings[key] for key in ("scheduler", "steps")} == {
+        key: fitting.get(key, "ddim") for key in ("scheduler", "steps")
+    }
+    low, high = fast.settings["guidance_interval"]
+    assert (low, high) == fitting["guidance_interval"] and plain.settings["guidance_interval"] is None
+    assert fast.id.endswith(f"_g1.5-{low}-{high}_noise") and fast.label.endswith(", start noise, preset fast")
+    assert [row.reference for row in with_references(rows, None)] == [plain.id, fast.id], "each its own settings"
+    with pytest.raises(UsageError, match="unknown preset 'faster': choose one of fast"):
+        Choices(presets=("faster",))
 
 
 def test_bundles_of_one_name_are_told_apart(toy: Bundle, tmp_path: Path) -> None:

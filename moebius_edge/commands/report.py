@@ -50,6 +50,7 @@ def report(
     start: Annotated[
         Several, typer.Option(metavar="NAME,...", help="image, prefill, noise; default the bundle's.")
     ] = None,
+    preset: Annotated[Several, typer.Option(metavar="NAME,...", help="Presets of run beside them: fast.")] = None,
     baseline: Annotated[
         Several,
         typer.Option(metavar="NAME,...", help="telea, navier-stokes, torch, or a .toml file of an ONNX model."),
@@ -86,6 +87,7 @@ def report(
         "schedulers": _several("scheduler", scheduler, str),
         "guidances": _several("guidance", guidance, float),
         "starts": _several("start", start, str),
+        "presets": _several("preset", preset, str),
     }
     inputs = _inputs(images, masks, truth, output)
     from ..report.collect import Plan, collect

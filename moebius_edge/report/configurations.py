@@ -17,6 +17,7 @@ from ..bundle import Bundle
 from ..errors import MachineError, UsageError
 from ..guidance import choose_guidance
 from ..pipeline import STARTS, STRENGTH
+from ..presets import PRESETS, preset_settings
 from ..runtimes import AUTO, RUNTIMES
 from ..runtimes.auto import CANDIDATES, select
 from ..scheduler import SCHEDULERS
@@ -60,6 +61,7 @@ class Choices:
     schedulers: tuple[str, ...] = ()
     guidances: tuple[float, ...] = ()
     starts: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class Choices:
             "runtime": (self.runtimes, (*RUNTIMES, AUTO)),
             "scheduler": (self.schedulers, tuple(SCHEDULERS)),
             "start": (self.starts, STARTS),
+            "preset": (self.presets, tuple(PRESETS)),
             "device": (self.devices, (*dict.fromkeys(c.device for c in CANDIDATES), AUTO)),
         }
         for name, (values, allowed) in known.items():
@@ -78,7 +81,7 @@ class Choices:
             raise UsageError(f"seed is {self.seed}: give a whole number of 0 or more")
 
     def settings(self, bundle: Bundle) -> Iterator[dict[str, Any]]:
-        """Every combination for ``bundle``, with its own values where none were chosen."""
+        """Every combination for ``bundle``, with its own values where none were chosen, and each preset beside them."""
         axes: dict[str, tuple[Any, ...]] = {
             "start": self.starts,
             "scheduler": self.schedulers or ("ddim",),
@@ -88,6 +91,10 @@ class Choices:
         chosen = {name: values for name, values in axes.items() if values}
         for values in product(*chosen.values()):
             yield {**bundle.settings(**dict(zip(chosen, values, strict=True))), "seed": self.seed}
+        for name, start, guidance in product(self.presets, self.starts or (None,), self.guidances or (None,)):
+            given = {k: v for k, v in (("start", start), ("guidance", guidance)) if v is not None}
+            preset = preset_settings(name, given, bundle.defaults, bundle.distilled_guidance)
+            yield {"scheduler": "ddim", **bundle.settings(**given, **preset), "seed": self.seed, "preset": name}
 
 
 def grid(bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
@@ -115,6 +122,7 @@ def configuration(
 ) -> Configuration:
     start, steps, scheduler = settings["start"], settings["steps"], settings["scheduler"]
     strength = settings.get("strength", 1.0 if start == "noise" else STRENGTH)
+    interval = None if settings.get("guidance_interval") is None else list(settings["guidance_interval"])
     problem, executed = None, 0
     try:
         choose_guidance(settings["guidance"], bundle.distilled_guidance)
@@ -129,16 +137,21 @@ def configuration(
         "distilled_guidance": bundle.distilled_guidance,
         "strength": strength,
         "scheduler": scheduler,
+        "guidance_interval": interval,
+        "preset": settings.get("preset"),
         "seed": settings["seed"],
     }
     guidance = f"{full['guidance']:g}"
+    limited = "" if interval is None else "-{}-{}".format(*interval)
+    said = "" if interval is None else " from t {} to {}".format(*interval)
+    named = f", preset {full['preset']}" if full["preset"] else ""
     title = name.replace(f"-{bundle.precision}", "", 1)
     distilled = " (distilled)" if bundle.distilled_guidance is not None else ""
     return Configuration(
-        id=slug(f"{name}_{runtime}-{device}_{scheduler}-{steps}_g{guidance}_{start}"),
+        id=slug(f"{name}_{runtime}-{device}_{scheduler}-{steps}_g{guidance}{limited}_{start}"),
         label=(
             f"{title} {bundle.precision}, {_TITLES[runtime]} {device.upper()}, {steps} steps {scheduler.upper()}, "
-            f"guidance {guidance}{distilled}, start {start}"
+            f"guidance {guidance}{distilled}{said}, start {start}{named}"
         ),
         kind=kind,
         source={"bundle": str(bundle.path), "origin": bundle.source},

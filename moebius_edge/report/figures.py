@@ -153,7 +153,9 @@ def _group_of(configuration: Configuration, against: str | None) -> Group:
     alike = None
     if against == REFERENCE:
         steps, scheduler = settings["steps_executed"], clean(settings["scheduler"])
-        alike = f"{counted(steps, 'step')} executed, guidance {settings['guidance']:g}, {scheduler}"
+        interval = settings.get("guidance_interval")
+        limited = "" if interval is None else f" from t {interval[0]} to {interval[1]}"
+        alike = f"{counted(steps, 'step')} executed, guidance {settings['guidance']:g}{limited}, {scheduler}"
     return Group(machine, clean(settings["start"]), settings["seed"], alike)
 
 

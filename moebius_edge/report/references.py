@@ -30,8 +30,8 @@ def with_references(rows: Sequence[Configuration], reference: Bundle | str | Non
 
     def alike(a: Configuration, b: Configuration) -> bool:
         assert a.bundle and b.bundle and a.settings and b.settings
-        keys = ("start", "steps", "guidance", "strength", "scheduler", "seed")
-        same = all(a.settings[key] == b.settings[key] for key in keys)
+        keys = ("start", "steps", "guidance", "guidance_interval", "strength", "scheduler", "seed")
+        same = all(a.settings.get(key) == b.settings.get(key) for key in keys)
         return same and a.bundle["resolution"] == b.bundle["resolution"] and b.problem is None
 
     made = []

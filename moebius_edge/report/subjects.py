@@ -51,7 +51,10 @@ class Network:
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
         self._configuration = configuration
-        self._settings: dict[str, Any] = {key: configuration["settings"][key] for key in _PASSED}
+        settings = configuration["settings"]
+        self._settings: dict[str, Any] = {key: settings[key] for key in _PASSED}
+        if settings.get("guidance_interval") is not None:
+            self._settings["guidance_interval"] = tuple(settings["guidance_interval"])
         self._inpainter: Inpainter | None = None
 
     def __enter__(self) -> Network:

@@ -104,7 +104,7 @@ class Session:
         self.runtime_info = inpainter.runtime.report()
         defaults = self.bundle.defaults
         if self._preset is not None:
-            for text in overridden(self._preset, self._settings):
+            for text in overridden(self._preset, self._settings, defaults):
                 console.note(text)
             self._settings |= preset_settings(self._preset, self._settings, defaults, distilled)
         for key in ("steps", "guidance", "start"):  # what was not chosen is the bundle's

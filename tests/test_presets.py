@@ -7,37 +7,40 @@ from typing import Any
 
 import pytest
 
-from moebius_edge.pipeline import Inpainter
+from moebius_edge.pipeline import STARTS, Inpainter
 from moebius_edge.presets import PRESETS, overridden, preset_settings
 from moebius_edge.scheduler import SCHEDULERS
 
 DEFAULTS = {"steps": 20, "guidance": 2.0, "start": "prefill", "strength": 0.4}
-FAST = PRESETS["fast"]
+FAST = PRESETS["fast"]["prefill"]
+FROM_NOISE = PRESETS["fast"]["noise"]
 
 
 def test_presets_are_settings_of_the_pipeline_and_leave_the_picture_alone() -> None:
     for preset in PRESETS.values():
-        assert preset.keys() <= inspect.signature(Inpainter.inpaint).parameters.keys()
-        assert not preset.keys() & {"start", "strength", "guidance", "seed"}
-        assert preset["scheduler"] in SCHEDULERS
+        assert tuple(preset) == STARTS
+        for settings in preset.values():
+            assert settings.keys() <= inspect.signature(Inpainter.inpaint).parameters.keys()
+            assert not settings.keys() & {"start", "strength", "guidance", "seed"}
+            assert settings["scheduler"] in SCHEDULERS
 
 
-def test_nothing_chosen_is_the_whole_preset() -> None:
+def test_nothing_chosen_is_the_presets_for_the_start() -> None:
     assert preset_settings("fast", {}, DEFAULTS, None) == FAST
-    assert preset_settings("fast", {"seed": 3, "start": "noise"}, DEFAULTS, None) == FAST
+    assert preset_settings("fast", {"seed": 3, "start": "noise"}, DEFAULTS, None) == FROM_NOISE != FAST
+    assert preset_settings("fast", {}, {**DEFAULTS, "start": "noise"}, None) == FROM_NOISE
 
 
 def test_what_is_chosen_stays() -> None:
-    assert preset_settings("fast", {"steps": 50, "scheduler": "ddim"}, DEFAULTS, None) == {
-        "guidance_interval": FAST["guidance_interval"]
-    }
-    chosen = {"steps": 50, "guidance_interval": (0, 1000), "scheduler": FAST["scheduler"], "seed": 1}
+    chosen: dict[str, Any] = {"steps": 50, "scheduler": FAST["scheduler"]}
+    assert preset_settings("fast", chosen, DEFAULTS, None) == {"guidance_interval": FAST["guidance_interval"]}
+    chosen |= {"guidance_interval": (0, 1000), "seed": 1}
     low, high = FAST["guidance_interval"]
-    assert overridden("fast", chosen) == [
+    assert overridden("fast", chosen, DEFAULTS) == [
         f"preset fast has steps {FAST['steps']}, and 50 was chosen",
         f"preset fast has guidance interval {low},{high}, and 0,1000 was chosen",
     ]
-    assert overridden("fast", {"guidance": 3.0, "start": "noise"}) == []
+    assert overridden("fast", {"guidance": 3.0, "steps": FROM_NOISE["steps"], "start": "noise"}, DEFAULTS) == []
 
 
 def test_a_bundle_of_fewer_steps_keeps_them() -> None:

@@ -175,7 +175,7 @@ def test_a_preset_takes_the_place_of_the_bundles_settings(here: Path, toy: Path,
     out, err = capsys.readouterr()
     assert "\npreset fast, start image, " in out and "was chosen" not in err
     settings = json.loads((here / "report.json").read_text())["settings"]
-    for name, value in PRESETS["fast"].items():
+    for name, value in PRESETS["fast"]["image"].items():
         assert settings[name] == (list(value) if isinstance(value, tuple) else value)
     assert settings["preset"] == "fast"
     assert (settings["start"], settings["strength"], settings["guidance"], settings["seed"]) == ("image", 0.99, 2.0, 0)
@@ -188,7 +188,7 @@ def test_what_is_chosen_beside_a_preset_holds_and_is_said(here: Path, toy: Path,
     out, err = capsys.readouterr()
     settings = json.loads(out)["results"][0]["settings"]
     assert (settings["steps"], settings["guidance_interval"], settings["start"]) == (7, [0, 1000], "noise")
-    fast = PRESETS["fast"]
+    fast = PRESETS["fast"]["noise"]
     low, high = fast["guidance_interval"]
     assert f"note: preset fast has steps {fast['steps']}, and 7 was chosen\n" in err
     assert f"preset fast has guidance interval {low},{high}, and 0,1000 was chosen\n" in err

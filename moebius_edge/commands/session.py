@@ -103,7 +103,7 @@ class Session:
         self._inpainter = inpainter
         self.runtime_info = inpainter.runtime.report()
         if self._preset is not None:
-            for text in overridden(self._preset, self._settings):
+            for text in overridden(self._preset, self._settings, self.bundle.defaults):
                 console.note(text)
             self._settings |= preset_settings(self._preset, self._settings, self.bundle.defaults, distilled)
         self._settings = self.bundle.settings(**self._settings)

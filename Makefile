@@ -22,8 +22,9 @@ demo: $(DEMO)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu"
 
+SLOW ?= slow and not gpu
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q --timeout 900 -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -q --timeout 900 -m "$(SLOW)"
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.benchmark]
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--channels", "32", "64", "--latent-size", "16", "--threads", "1", "--rounds", "1")
 

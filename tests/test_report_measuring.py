@@ -21,6 +21,7 @@ from moebius_edge.report.baseline_rows import baseline_rows
 from moebius_edge.report.configurations import Choices
 from moebius_edge.report.inputs import Loader
 from moebius_edge.report.measuring import measure
+from moebius_edge.report.power import open_meter
 from moebius_edge.report.worker import attempt
 
 
@@ -36,7 +37,8 @@ def quiet(what: str, done: int, total: int) -> None:
 def test_every_stage_of_every_run_counts_and_the_warm_up_does_not(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "open_meter", lambda device: None)
+    absent = open_meter("cuda", tmp_path)  # whatever this machine has
+    monkeypatch.setattr(measuring, "open_meter", lambda device: absent)
     seen = []
     (row,) = rows(toy)
     wanted = spec(tmp_path / "out", row, write_inputs(tmp_path), runs=3, warmup=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,10 @@ _NUMBERS = ("ms", "images/s", "memory", "vs reference", "vs truth")
 
 def present(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write ``report.md`` and ``report.html``, and return what was written; ``results.json`` is there already."""
-    written = []
-    for name in ("markdown", "page"):  # ---- markdown.py and page.py come in here ----
-        try:
-            module = importlib.import_module(f"moebius_edge.report.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"moebius_edge.report.{name}":
-                raise
-            continue
-        written.append(Path(module.write(results, folder)))
+    from ..report import markdown, page
     from ..report.results import RESULTS_FILE
 
-    return [*written, folder / RESULTS_FILE]
+    return [markdown.write(results, folder), page.write(results, folder), folder / RESULTS_FILE]
 
 
 def print_results(results: Mapping[str, Any], written: Sequence[Path]) -> None:

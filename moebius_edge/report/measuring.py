@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..latency import StageTimer
 from ..machine import gpu_memory_in_use, peak_memory_bytes
 from .accuracy import AgainstReference, AgainstTruth, Trace
 from .inputs import Input, Loader, write_shown
-from .instruments import energy_figures, open_meter
+from .power import open_meter
 from .subjects import Subject, open_subject
 
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
@@ -39,8 +39,7 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         for number in range(warmup):
             _pass(subject, loader, cold, progress, f"warm-up {number + 1} of {warmup}")
         device = configuration["runtime"]["device"]
-        meter = open_meter(device)
-        with meter if meter is not None else nullcontext():
+        with open_meter(device) as meter:
             for number in range(runs):
                 _pass(subject, loader, timer, progress, f"run {number + 1} of {runs}")
         runtime = subject.runtime()
@@ -48,7 +47,7 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             "runtime": runtime,
             "latency": _latency(cold, timer, warmup, runs),
             "memory": {"peak_host_bytes": peak_memory_bytes(), **peak_device_memory(device)},
-            "energy": energy_figures(meter, runs * len(loader)),
+            "energy": meter.energy().to_dict(runs * len(loader)),
             "sustained": _sustained(subject, loader, timer, spec["sustained_minutes"], progress),
             "engine_bytes": subject.engine_bytes(),
         }

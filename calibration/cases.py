@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UsageError
-from ..regions import extract, extract_mask, plan_regions
+from ..regions import plan_regions
 from ..training.photographs import HELD_OUT
-from ..trajectory import Scene
+from ..trajectory import Scene, cut_scene
 from .pictures import CalibrationPictures, Photographs, draw_hole, square
 
 HELD_OUT_CASES = 16
@@ -79,12 +79,5 @@ def make_cases(pictures: CalibrationPictures, number: int, resolution: int, seed
         if hole is None or turn:
             pixels, hole = square(pixels, resolution), draw_hole(seed, k, resolution)
         name = pictures.name(i) if not turn else f"{pictures.name(i)}, hole {turn + 1}"
-        cases.append(Case(name, _scene(pixels, hole, resolution)))
+        cases.append(Case(name, cut_scene(pixels, hole, plan_regions(hole, resolution), resolution)))
     return cases
-
-
-def _scene(pixels: np.ndarray, hole: np.ndarray, resolution: int) -> Scene:
-    """The part of the picture with the largest hole, as the network sees it."""
-    region = max(plan_regions(hole, resolution), key=lambda r: (r.hole[2] - r.hole[0]) * (r.hole[3] - r.hole[1]))
-    image = extract(pixels, region, resolution).transpose(2, 0, 1)[None]
-    return image * np.float32(2) - np.float32(1), extract_mask(hole, region, resolution)

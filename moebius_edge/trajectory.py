@@ -8,14 +8,15 @@ so that it is the same everywhere without a file, or is given. How far two traje
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
-from .masks import latent_mask
+from .masks import Mask, latent_mask
 from .pipeline import STRENGTH, check_finite, denoise, initial_noise
+from .regions import Region, extract, extract_mask
 from .runtimes import Runtime
 from .scheduler import DDIM
 
@@ -61,6 +62,17 @@ def draw_scene(resolution: int, seed: int = SEED) -> Scene:
     ellipse = ((x - 0.42) / 0.22) ** 2 + ((y - 0.45) / 0.16) ** 2 < 1
     box = (abs(x - 0.7) < 0.12) & (abs(y - 0.68) < 0.1)
     return image[None].astype(np.float32), ellipse | box
+
+
+def cut_scene(pixels: np.ndarray, hole: Mask, regions: Sequence[Region], resolution: int) -> Scene:
+    """The part of a picture with the largest hole, as the network sees it.
+
+    ``pixels`` and ``hole`` as for ``regions.extract`` and ``extract_mask``; ``regions`` are those of the hole, one or
+    more.
+    """
+    region = max(regions, key=lambda r: (r.hole[2] - r.hole[0]) * (r.hole[3] - r.hole[1]))
+    image = extract(pixels, region, resolution).transpose(2, 0, 1)[None]
+    return image * np.float32(2) - np.float32(1), extract_mask(hole, region, resolution)
 
 
 def run_trajectory(

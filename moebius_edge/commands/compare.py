@@ -108,22 +108,19 @@ def _guides(bundles: tuple[Bundle, Bundle], chosen: float | None) -> list[Guidan
 
 def _scene(image: Path, mask: Path, resolution: int) -> tuple[Scene, list[str]]:
     """The picture's part with the largest hole as the network sees it, and what the user should know."""
-    import numpy as np
-
     from ..imaging import read_mask, read_picture
-    from ..regions import extract, extract_mask, plan_regions
+    from ..regions import plan_regions
+    from ..trajectory import cut_scene
 
     picture = read_picture(image)
     hole = read_mask(mask, picture.size)
     regions = plan_regions(hole, resolution)
     if not regions:
         raise UsageError(f"mask {mask} is empty, nothing would be filled: white must mark the hole")
-    region = max(regions, key=lambda r: (r.hole[2] - r.hole[0]) * (r.hole[3] - r.hole[1]))
     notes = list(picture.notes)
     if len(regions) > 1:
         notes.append(f"{mask} has {len(regions)} holes far apart: the part of the picture with the largest is compared")
-    pixels = extract(picture.pixels, region, resolution).transpose(2, 0, 1)[None]
-    return (pixels * np.float32(2) - np.float32(1), extract_mask(hole, region, resolution)), notes
+    return cut_scene(picture.pixels, hole, regions, resolution), notes
 
 
 def _run(

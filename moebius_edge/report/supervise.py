@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import available_memory_bytes, oom_kills
+from .processes import end
 
 WORKER = (sys.executable, "-m", "moebius_edge.report.worker")
 _GRACE_S = 10.0  # how long an interrupted process may tidy up
@@ -67,12 +68,7 @@ def _follow(process: subprocess.Popen[str], on_progress: Callable[[str, int, int
 def _end(process: subprocess.Popen[str]) -> None:
     """Nothing of it is left running, and nothing it had opened."""
     if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, _GRACE_S)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             stream.close()

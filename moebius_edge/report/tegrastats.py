@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..jetson import Board
 from .meter import Sample, Source, SourceError
+from .processes import end
 from .rails import Throttling, power_mode, total_watts
 
 _MILLIWATTS = re.compile(r"\b([A-Z][A-Z0-9_]*) (\d+)mW(?:/\d+mW)*(?!\w)|\b([A-Z][A-Z0-9_]*) (\d+)/\d+(?!\w)")
@@ -99,12 +100,7 @@ class TegrastatsSource(Source):
         if self._process is None:
             return
         process, self._process = self._process, None
-        process.terminate()
-        try:
-            process.wait(_SILENCE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, _SILENCE_S)
         with self._reading:
             if process.stdout is not None:
                 process.stdout.close()

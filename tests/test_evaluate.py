@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pictures import noise, square
 from training_toys import STUDENT
 
 from moebius_edge.errors import MachineError
@@ -24,17 +25,6 @@ from moebius_edge.training.evaluate import (
     held_out_cases,
 )
 from moebius_edge.training.photographs import HELD_OUT, TRAINING
-
-
-def square(size: int = 64, low: int = 20, high: int = 44) -> np.ndarray:
-    mask = np.zeros((size, size), bool)
-    mask[low:high, low:high] = True
-    return mask
-
-
-def noise(size: int = 64, spread: float = 40.0) -> np.ndarray:
-    values = 128 + spread * np.random.default_rng(0).standard_normal((size, size, 1))
-    return np.clip(values, 0, 255).astype(np.uint8).repeat(3, 2)
 
 
 def test_the_border_mean_is_that_of_the_ring() -> None:

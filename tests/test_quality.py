@@ -6,20 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from pictures import noise, square
 
 from moebius_edge.fidelity import ssim
 from moebius_edge.quality import fill_figures, hole_psnr_db, hole_ssim, planes, texture_ratio
-
-
-def square(size: int = 64, low: int = 20, high: int = 44) -> np.ndarray:
-    mask = np.zeros((size, size), bool)
-    mask[low:high, low:high] = True
-    return mask
-
-
-def noise(size: int = 64, spread: float = 40.0) -> np.ndarray:
-    values = 128 + spread * np.random.default_rng(0).standard_normal((size, size, 1))
-    return np.clip(values, 0, 255).astype(np.uint8).repeat(3, 2)
 
 
 def flat(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

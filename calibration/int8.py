@@ -22,7 +22,7 @@ from ..bundle import Bundle, write_bundle
 from ..errors import BundleError, UsageError
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.trt_rules import problems
-from ..files import atomic_directory
+from ..files import atomic_directory, refuse_loss
 from ..runtimes.ort import OrtRuntime
 from .blocks import blocks
 from .cases import HELD_OUT_CASES, make_cases, part
@@ -93,7 +93,7 @@ def quantise_bundle(
     check_target(options.target)
     if options.ranges not in METHODS:
         raise UsageError(f"unknown range method {options.ranges!r}: choose one of {', '.join(METHODS)}")
-    _refuse_loss(Path(output), reference, options)
+    refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
     given = None if options.recipe is None else _load_recipe(options.recipe, reference)
     pictures, notes = open_calibration(options.data, options.masks)
     recorded, held_out = part(pictures)
@@ -202,14 +202,6 @@ def _load_recipe(path: Path, reference: Bundle) -> Recipe:
     if not recipe.chosen:
         raise UsageError(f"recipe {path} quantises nothing: set a block to true")
     return recipe
-
-
-def _refuse_loss(output: Path, reference: Bundle, options: Int8Options) -> None:
-    """Replacing a folder deletes what lies in it, and that must not be what this reads or keeps."""
-    inside = output.resolve()
-    for path in (reference.path, options.folder, options.data, options.masks):
-        if path is not None and Path(path).resolve().is_relative_to(inside):
-            raise UsageError(f"output folder {output} holds {path}, which is used or kept: name another output")
 
 
 def _check(file: Path, model: onnx.ModelProto, target: str) -> None:

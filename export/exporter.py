@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..bundle import Bundle, write_bundle
 from ..errors import MachineError, UsageError
-from ..files import atomic_directory, check_replaceable, scratch_directory
+from ..files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from ..guidance import choose_guidance
 from ..manifest import resolved_components
 from ..spec import LATENT_DOWNSCALE
@@ -77,7 +77,7 @@ def export_bundle(
         raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(MIN_PSNR_DB)}")
     floor = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
     found = find_source(source, vae, config, distilled_guidance)
-    _refuse_loss(Path(output), found)
+    refuse_loss(output, (found.checkpoint, found.vae, found.config), "which is being exported")
     given = {"name": name, "description": description, "licence": licence}
     card: dict[str, Any] = {
         **_default_card(found, Path(output)),
@@ -118,7 +118,7 @@ def float32_bundle(
         return
     check_replaceable(output, force)  # before an export that may take minutes
     found = find_source(source, vae, options.get("config"), options.get("distilled_guidance"))
-    _refuse_loss(Path(output), found)
+    refuse_loss(output, (found.checkpoint, found.vae, found.config), "which is being exported")
     with scratch_directory(output) as folder:
         yield export_bundle(source, vae, folder / Path(output).resolve().name, **options)
 
@@ -198,14 +198,6 @@ def _default_card(found: Source, output: Path) -> dict[str, Any]:
         "description": description,
         "licence": "that of the checkpoint (not stated)",
     }
-
-
-def _refuse_loss(output: Path, found: Source) -> None:
-    """Replacing a folder deletes what lies in it, and that must not be what is being exported."""
-    inside = output.resolve()
-    for path in (found.checkpoint, found.vae, found.config):
-        if path is not None and path.resolve().is_relative_to(inside):
-            raise UsageError(f"output folder {output} holds {path}, which is being exported: name another output")
 
 
 def _tools() -> dict[str, str]:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -22,6 +22,19 @@ _CHUNK = 4 << 20  # bytes read at a time when hashing; larger is no faster
 
 # These can only come from writing, so they concern the output wherever in the caller's block they arise.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def refuse_loss(
+    output: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str] | None], what: str
+) -> None:
+    """Raise ``UsageError`` where one of ``paths`` lies in the folder ``output``: replacing it would delete that.
+
+    ``what`` ends the message, such as "which is being exported".
+    """
+    inside = Path(output).resolve()
+    for path in paths:
+        if path is not None and Path(path).resolve().is_relative_to(inside):
+            raise UsageError(f"output folder {output} holds {path}, {what}: name another output")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``build_engines``: a bundle's three ONNX files, and ``update`` -> ``BUNDLE/engines/<key>/``, or nothing at all.
+"""``build_engines``: a bundle's ONNX files, and ``update`` -> ``BUNDLE/engines/<key>/``, or nothing at all.
 
 What to build, for which machine, whether it is there already, and whether memory and disk allow it. TensorRT works in
 a process a component (``engine_process``); neither PyTorch nor the onnx package is needed.
@@ -30,17 +30,17 @@ from ..runtimes.engine_files import (
 )
 from ..runtimes.flavours import FLAVOURS
 from ..runtimes.update import UPDATE, update_component
-from ..spec import Component
+from ..spec import DENOISER, SHALLOW, Component
 from .engine_process import run_build
 from .engine_target import EngineOptions, Target
 
 Progress = Callable[[str, float | None], None]
 
 TIMING_CACHE = "timing.cache"  # in the bundle's engines folder
+_QUANTISED = {DENOISER: "nodes", SHALLOW: "shallow_nodes"}  # of ``int8`` in bundle.json
 # Bytes needed for each byte of ONNX, and besides; docs/engines.md has the measurements.
 MEMORY_FACTOR, MEMORY_BASE_BYTES = 4, 800_000_000
 DISK_FACTOR, DISK_BASE_BYTES = 1.2, 50_000_000
-_DENOISER = "denoiser"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def build_engines(
                 "component": name,
                 "precision": "float32" if ours else bundle.precision,
                 "onnx": None if ours else os.path.abspath(bundle.component_path(name)),
-                "quantised": bundle.int8["nodes"] if bundle.int8 and name == _DENOISER else [],
+                "quantised": (bundle.int8 or {}).get(_QUANTISED.get(name), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": target.flavour,
                 "gpu": target.gpu,
@@ -157,7 +157,7 @@ def build_engines(
 
 def rows(component: str, max_batch: int) -> list[int]:
     """Least, best and most rows: guidance doubles the denoiser's, the autoencoder takes a picture at a time."""
-    return [1, 2, 2 * max_batch] if component in (_DENOISER, UPDATE) else [1, 1, max_batch]
+    return [1, 2, 2 * max_batch] if component in (DENOISER, SHALLOW, UPDATE) else [1, 1, max_batch]
 
 
 def profile(component: Component, batches: list[int]) -> dict[str, list[list[int]]]:

@@ -20,7 +20,7 @@ from ..errors import MachineError, UsageError
 from ..files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from ..guidance import choose_guidance
 from ..manifest import resolved_components
-from ..spec import LATENT_DOWNSCALE
+from ..spec import DENOISER, LATENT_DOWNSCALE, SHALLOW
 from .engines import is_bundle
 from .source import Source, find_source, load_config, load_student, load_vae
 
@@ -140,25 +140,31 @@ def _fill(
     from ..fidelity import compare
     from ..runtimes.ort import OrtRuntime
     from ..runtimes.pytorch import TorchRuntime
-    from .gate import CONDITIONS, judge
+    from .gate import CONDITIONS, judge, judge_shallow, shallow_difference
     from .graphs import build_graphs
     from .onnx_file import OPSET, check_onnx, write_onnx
     from .operators import TRANSLATIONS, function_bodies
     from .precision import FLOAT32_COMPONENTS, to_float16
+    from .shallow import write_shallow
 
     tell(f"load weights, VAE scaling factor {found.scaling_factor:g}", None)
     config = load_config(found)
     card["model"] = config.to_dict()
     card["resolution"] = config.latent_size * LATENT_DOWNSCALE
     card["source"] = found.provenance()
-    components = resolved_components(card["resolution"])
+    card["deep_channels"] = config.deep_channels
+    components = resolved_components(card["resolution"], config.deep_channels)
     half = card["precision"] == "float16"
     card["float32_islands"] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
     student, vae = load_student(found, config), load_vae(found)
     graphs = build_graphs(student, vae)
     for index, (name, component) in enumerate(components.items()):
         tell(f"export {name}", index / len(components))
-        bodies = function_bodies(config, OPSET) if name == "denoiser" else ()
+        if name == SHALLOW:
+            write_shallow(folder / components[DENOISER].file, folder / component.file)
+            check_onnx(folder / component.file, component)
+            continue
+        bodies = function_bodies(config, OPSET) if name == DENOISER else ()
         write_onnx(graphs[name], component, folder / component.file, TRANSLATIONS, bodies)
         if half and name not in FLOAT32_COMPONENTS:
             card["float32_islands"][name] = to_float16(folder / component.file)
@@ -172,6 +178,9 @@ def _fill(
     candidate = _run(runtime, steps, guidance, "gate, ONNX Runtime", tell)
     figures = compare(candidate, reference)
     judge(figures, min_psnr_db)
+    with runtime:
+        figures["shallow_difference"] = shallow_difference(runtime)
+    judge_shallow(figures["shallow_difference"], card["precision"])
     tell("write bundle.json", None)
     write_bundle(folder, gate={**figures, "min_psnr_db": min_psnr_db, **trajectory, **CONDITIONS}, **card)
 

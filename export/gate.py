@@ -4,14 +4,22 @@ Both sides encode the same drawn scene, take the same steps from the same noise 
 the decoded image; what is recorded also says where a difference grew. One trajectory on one scene proves the
 conversion, not the model: how good the pictures are is the report's affair. The trajectory is ``..trajectory``'s
 and the figures ``..fidelity``'s, which ``moebius-edge compare`` uses as well; here is the verdict.
+
+The part of the denoiser that reuses a deep feature is judged by one call: given the feature of the same call, it must
+give the whole denoiser's noise. What reuse costs over a trajectory is a setting's affair, not the conversion's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..errors import QualityError
 from ..pipeline import STRENGTH
+from ..runtimes import Runtime
+from ..runtimes.base import batched
+from ..spec import DEEP, DENOISER, SHALLOW
 from ..trajectory import SEED
 
 CONDITIONS = {"seed": SEED, "strength": STRENGTH, "scheduler": "ddim"}
@@ -28,3 +36,33 @@ def judge(figures: dict[str, Any], min_psnr_db: float) -> None:
         f"the latent by {drift[0]:.1e} after step 1 and {drift[-1]:.1e} after step {len(drift)}; nothing was "
         "saved: try another onnxruntime version, or lower --min-psnr to accept the difference"
     )
+
+
+# Of the noise's largest value: only the order of sums may differ, and roundings where the types are shorter.
+SHALLOW_DIFFERENCE = {"float32": 1e-4, "float16": 1e-2, "int8": 1e-2}
+
+
+def shallow_difference(runtime: Runtime) -> float:
+    """The largest difference between the noise of the whole denoiser and of its shallow part, over the largest noise.
+
+    One call with a row of each branch, on an active ``runtime``.
+    """
+    generator = np.random.default_rng(SEED)
+    feeds: dict[str, np.ndarray] = {}
+    for tensor in runtime.components[DENOISER].inputs:
+        shape = batched(tensor, 2)
+        values = {"timestep": np.full(shape, 500), "branch": np.arange(2)}.get(tensor.name)
+        feeds[tensor.name] = (generator.standard_normal(shape) if values is None else values).astype(tensor.dtype)
+    whole = runtime.run(DENOISER, feeds)
+    noise = runtime.run(SHALLOW, {**feeds, DEEP: whole[DEEP]})["noise"]
+    return float(f"{np.abs(noise - whole['noise']).max() / np.abs(whole['noise']).max():.3g}")
+
+
+def judge_shallow(difference: float, precision: str) -> None:
+    """Raise ``QualityError`` unless a ``shallow_difference`` is one of rounding alone."""
+    if not difference <= SHALLOW_DIFFERENCE[precision]:
+        raise QualityError(
+            f"quality gate missed: the shallow part of the denoiser differs from the whole by {difference:.1e} of the "
+            f"largest noise, {SHALLOW_DIFFERENCE[precision]:g} is allowed; nothing was saved: try another onnxruntime "
+            "version"
+        )

@@ -1,8 +1,8 @@
 """The three networks as the tensors-only modules that become ONNX files, in the bundle's names and scales.
 
-Each ``forward`` takes and returns exactly the tensors of one component in ``spec.COMPONENTS``, in that order:
-this file is where a checkpoint's conventions (prompt ids, unscaled latents, a posterior) end. It exports
-nothing, and the reference back-end does not use it, so that the gate also sees a mistake made here.
+Each ``forward`` takes and returns exactly the tensors of one component in ``spec.COMPONENTS``, in that order, and the
+denoiser its deep feature too: this file is where a checkpoint's conventions (prompt ids, unscaled latents, a posterior)
+end. It exports nothing, and the reference back-end does not use it, so that the gate also sees a mistake made here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
 
 
 def build_graphs(student: Student, vae: Any) -> dict[str, nn.Module]:
-    """The module of every component, by component name, in evaluation mode."""
+    """The modules by component name, in evaluation mode."""
     graphs = {"vae_encoder": Encoder(vae), "denoiser": specialise(student), "vae_decoder": Decoder(vae)}
     if set(graphs) != set(COMPONENTS):
         raise AssertionError(f"graphs {sorted(graphs)} are not the components {sorted(COMPONENTS)}")

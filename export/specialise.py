@@ -212,14 +212,17 @@ class SpecialBlock(nn.Module):
 
 
 class SpecialDenoiser(nn.Module):
-    """The bundle's denoiser: ``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w)."""
+    """The bundle's denoiser: ``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w) and
+    ``deep`` (N, C, h, w), what enters the last up block.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> Tensor:
-        return cast(Tensor, self.network(sample, timestep, branch).noise)
+    def forward(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        denoised = self.network(sample, timestep, branch)
+        return denoised.noise, denoised.blocks[-2]
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ class Bundle:
     float32_islands: dict[str, Any] = field(default_factory=dict)
     distilled_guidance: float | None = None  # what the conditional branch predicts by itself; see ``guidance``
     int8: dict[str, Any] | None = None  # how it was quantised, see docs/int8.md; None in other precisions
+    deep_channels: int | None = None  # of the feature that calls may reuse, see ``deep_cache``; None: they cannot
 
     @classmethod
     def load(cls, path_or_name: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -81,12 +82,13 @@ class Bundle:
             float32_islands=data.get("float32_islands", {}),
             distilled_guidance=data.get("distilled_guidance"),
             int8=data.get("int8"),
+            deep_channels=data.get("deep_channels"),
             files=data["files"],
-            components=resolved_components(data["resolution"]),
+            components=resolved_components(data["resolution"], data.get("deep_channels")),
         )
 
     def component_path(self, name: str) -> Path:
-        """The ONNX file of a component: ``vae_encoder``, ``denoiser`` or ``vae_decoder``."""
+        """The ONNX file of a component."""
         return self.path / self.components[name].file
 
     def settings(self, **chosen: Any) -> dict[str, Any]:
@@ -103,10 +105,11 @@ class Bundle:
             "path": str(self.path),
             "description": self.description,
             "licence": self.licence,
-            "schema_version": schema_version(self.distilled_guidance),
+            "schema_version": schema_version(self.distilled_guidance, self.deep_channels),
             "precision": self.precision,
             "float32_islands": self.float32_islands,
             "distilled_guidance": self.distilled_guidance,
+            "deep_channels": self.deep_channels,
             "int8": self.int8,
             "resolution": self.resolution,
             "latent_size": self.latent_size,
@@ -162,12 +165,14 @@ def write_bundle(
     float32_islands: dict[str, Any] | None = None,
     distilled_guidance: float | None = None,
     int8: dict[str, Any] | None = None,
+    deep_channels: int | None = None,
 ) -> None:
     """Write ``bundle.json`` for the ONNX files that lie in ``folder``, hashing every file there.
 
     ``float32_islands`` lists what stayed float32 in a file of lower precision: component, operator type, node names.
     ``distilled_guidance`` is the guidance that the conditional branch predicts by itself; it must be the default too.
-    ``int8`` says how an INT8 bundle was quantised.
+    ``int8`` says how an INT8 bundle was quantised; ``deep_channels`` that the denoiser gives a deep feature of so many
+    channels, and that ``denoiser_shallow`` is there.
     All values must be plain JSON; a NaN or an infinity is a ``ValueError``, for no gate passes with one.
 
     Raises:
@@ -176,13 +181,14 @@ def write_bundle(
     """
     root = Path(folder)
     content = {
-        "schema_version": schema_version(distilled_guidance),
+        "schema_version": schema_version(distilled_guidance, deep_channels),
         "name": name,
         "description": description,
         "licence": licence,
         "precision": precision,
         "float32_islands": float32_islands or {},
         **({} if distilled_guidance is None else {"distilled_guidance": distilled_guidance}),
+        **({} if deep_channels is None else {"deep_channels": deep_channels}),
         **({} if int8 is None else {"int8": int8}),
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
@@ -190,7 +196,7 @@ def write_bundle(
         "defaults": defaults,
         "scheduler": SCHEDULER,
         "model": model,
-        "components": {n: component_table(c) for n, c in resolved_components(resolution).items()},
+        "components": {n: component_table(c) for n, c in resolved_components(resolution, deep_channels).items()},
         "gate": gate,
         "source": source,
         "tools": tools,

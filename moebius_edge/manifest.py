@@ -16,7 +16,7 @@ from .guidance import is_distillable
 from .spec import (
     BETA_END,
     BETA_START,
-    COMPONENTS,
+    DEEP_SCHEMA_VERSION,
     DISTILLED_SCHEMA_VERSION,
     LATENT_DOWNSCALE,
     NOISE_OFFSET,
@@ -24,6 +24,7 @@ from .spec import (
     SCHEMA_VERSION,
     Component,
     Tensor,
+    components,
 )
 
 # What the samplers compute with. Recorded in each bundle, and compared on loading: a model trained with other
@@ -94,20 +95,22 @@ def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     return data
 
 
-def schema_version(distilled_guidance: float | None) -> int:
-    """The schema of a bundle: raised with distilled guidance alone, so that older programs read all others."""
+def schema_version(distilled_guidance: float | None, deep_channels: int | None = None) -> int:
+    """The schema of a bundle: the lowest that says all of it, so that older programs read what they can run."""
+    if deep_channels is not None:
+        return DEEP_SCHEMA_VERSION
     return SCHEMA_VERSION if distilled_guidance is None else DISTILLED_SCHEMA_VERSION
 
 
-def resolved_components(resolution: int) -> dict[str, Component]:
-    """The components of ``spec`` with all sizes but the batch filled in."""
+def resolved_components(resolution: int, deep_channels: int | None = None) -> dict[str, Component]:
+    """``spec.components`` with all sizes but the batch filled in."""
     return {
         name: Component(
             name,
             tuple(t.resolved(resolution) for t in component.inputs),
             tuple(t.resolved(resolution) for t in component.outputs),
         )
-        for name, component in COMPONENTS.items()
+        for name, component in components(deep_channels).items()
     }
 
 
@@ -135,10 +138,10 @@ def _check(data: Any, folder: Path) -> None:
         raise _Problem("should hold a JSON object")
     _check_kind(data, "schema_version", "a whole number")  # first: another schema may have other fields
     version = data["schema_version"]
-    if version not in (SCHEMA_VERSION, DISTILLED_SCHEMA_VERSION):
+    if not SCHEMA_VERSION <= version <= DEEP_SCHEMA_VERSION:
         raise _Problem(
-            f"schema version {version} is unknown, this program reads {SCHEMA_VERSION} and {DISTILLED_SCHEMA_VERSION}",
-            "run `pip install --upgrade moebius-edge`" if version > DISTILLED_SCHEMA_VERSION else "",
+            f"schema version {version} is unknown, this program reads {SCHEMA_VERSION} to {DEEP_SCHEMA_VERSION}",
+            "run `pip install --upgrade moebius-edge`" if version > DEEP_SCHEMA_VERSION else "",
         )
     for key, kind in _FIELDS.items():
         _check_kind(data, key, kind)
@@ -155,10 +158,13 @@ def _check(data: Any, folder: Path) -> None:
     for key in ("steps", "guidance", "start"):
         if key not in data["defaults"]:
             raise _Problem(f"'defaults' lacks '{key}'")
-    _check_guidance(version, data.get("distilled_guidance"), data["defaults"]["guidance"])
+    deep = data.get("deep_channels")
+    _check_version(version, data.get("distilled_guidance"), deep)
+    _check_guidance(data.get("distilled_guidance"), data["defaults"]["guidance"])
     _check_int8(data.get("int8"), data["precision"])
-    _check_files(data["files"], folder)
-    _check_components(data["components"], resolution)
+    expected = resolved_components(resolution, deep)
+    _check_files(data["files"], folder, expected)
+    _check_components(data["components"], expected)
 
 
 def _check_kind(data: dict[str, Any], key: str, kind: str, within: str = "") -> None:
@@ -168,9 +174,15 @@ def _check_kind(data: dict[str, Any], key: str, kind: str, within: str = "") -> 
         raise _Problem(f"'{within}{key}' should be {kind} and is {found}")
 
 
-def _check_guidance(version: int, distilled: Any, default: Any) -> None:
-    if version != schema_version(distilled):
-        raise _Problem(f"schema version {version} does not go with 'distilled_guidance' {distilled!r:.60}")
+def _check_version(version: int, distilled: Any, deep: Any) -> None:
+    if deep is not None and (type(deep) is not int or deep < 1):
+        raise _Problem(f"'deep_channels' should be a whole number of 1 or more and is {deep!r:.60}")
+    if version != schema_version(distilled, deep):
+        given = f"'distilled_guidance' {distilled!r:.60} and 'deep_channels' {deep}"
+        raise _Problem(f"schema version {version} does not go with {given}")
+
+
+def _check_guidance(distilled: Any, default: Any) -> None:
     if distilled is None:
         return
     if not is_distillable(distilled):
@@ -192,20 +204,19 @@ def _check_int8(int8: Any, precision: str) -> None:
         raise _Problem(f"'int8.nodes' should hold names of nodes and has {wrong[0]!r:.60}")
 
 
-def _check_files(files: dict[str, Any], folder: Path) -> None:
+def _check_files(files: dict[str, Any], folder: Path, expected: dict[str, Component]) -> None:
     for name, record in files.items():
         safe_join(folder, name)
         good = isinstance(record, dict) and isinstance(record.get("sha256"), str)
         if not good or type(record.get("bytes")) is not int:
             raise _Problem(f"the record of file '{name}' should hold 'sha256' and 'bytes'")
-    for component in COMPONENTS.values():
+    for component in expected.values():
         if component.file not in files:
             raise _Problem(f"'files' lacks '{component.file}'")
 
 
-def _check_components(tables: dict[str, Any], resolution: int) -> None:
+def _check_components(tables: dict[str, Any], expected: dict[str, Component]) -> None:
     """The table must be the one of ``spec``: the pipeline feeds exactly those tensors."""
-    expected = resolved_components(resolution)
     for name, component in expected.items():
         wanted = component_table(component)
         if tables.get(name) != wanted:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .deep_cache import whole_calls
 from .errors import BundleError
 from .guidance import Interval, guidance_at
 from .runtimes import Runtime
 from .runtimes.base import DeviceLatents
 from .scheduler import Scheduler
-from .spec import NOISE_OFFSET
+from .spec import DEEP, DENOISER, NOISE_OFFSET, SHALLOW
 
 if TYPE_CHECKING:
     from .latency import StageTimer
@@ -57,6 +58,7 @@ def denoise(
     guidance: float,
     timer: StageTimer | None = None,
     interval: Interval | None = None,
+    cache_interval: int = 1,
 ) -> Iterator[Step]:
     """The sampling loop: yield a ``Step`` after each call of the denoiser on an active ``runtime``.
 
@@ -68,12 +70,15 @@ def denoise(
         mask: (B, 1, h, w), 1 in the hole.
         masked: (B, 4, h, w), latents of the images without their holes.
         interval: the timesteps with guidance; absent, all.
+        cache_interval: one call in so many computes the whole denoiser (``deep_cache``); 1, each does.
 
     Raises:
         BundleError: the predicted noise is not finite.
     """
     batch = len(latents)
     scales = [guidance_at(t, guidance, interval) for t in scheduler.timesteps]
+    branches = [_branches(scale, batch) for scale in scales]
+    whole = whole_calls([len(b) for b in branches], cache_interval)
     total = len(scales)
 
     def joined(rows: int) -> Floats:
@@ -81,6 +86,7 @@ def denoise(
 
     kept: DeviceLatents | None = None
     reached = 0  # the step whose latents the device has
+    deep = np.zeros(0, np.float32)
 
     def read_from(device: DeviceLatents, index: int) -> Floats:
         if index != reached:
@@ -91,7 +97,7 @@ def denoise(
         where = f" at step {index} of {total} (t={t})"
         read: Callable[[], Floats]
         with measured(timer, "denoise"):
-            branch = _branches(scale, batch)
+            branch = branches[index - 1]
             if index == 1:
                 kept = runtime.keep_latents(joined(len(branch)), branch, scale)
             elif kept is not None and scale != scales[index - 2]:
@@ -99,7 +105,12 @@ def denoise(
             if kept is None:
                 timesteps = np.full(len(branch), t, np.float32)
                 feeds: dict[str, np.ndarray] = {"sample": joined(len(branch)), "timestep": timesteps, "branch": branch}
-                noise = runtime.run("denoiser", feeds)["noise"]
+                if whole[index - 1]:
+                    made = runtime.run(DENOISER, feeds)
+                    deep = made.get(DEEP, deep)
+                else:
+                    made = runtime.run(SHALLOW, {**feeds, DEEP: deep})
+                noise = made["noise"]
                 check_finite(noise, "denoiser", where)
                 if len(branch) > batch:
                     noise = noise[:batch] + np.float32(scale) * (noise[batch:] - noise[:batch])
@@ -107,7 +118,7 @@ def denoise(
                 read = partial(np.asarray, latents)
             else:
                 reached = index
-                check_finite(kept.step(t, scheduler.linear_step(index - 1)), "denoiser", where)
+                check_finite(kept.step(t, scheduler.linear_step(index - 1), whole[index - 1]), "denoiser", where)
                 read = partial(read_from, kept, index)
                 if index == total:
                     read = partial(np.asarray, kept.read())

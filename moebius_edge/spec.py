@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 SCHEMA_VERSION = 1
 DISTILLED_SCHEMA_VERSION = 2  # of a bundle with distilled guidance alone: version 1 would guide it a second time
+DEEP_SCHEMA_VERSION = 3  # of a bundle whose denoiser also gives its deep feature: another number of outputs and files
 LATENT_CHANNELS = 4
 LATENT_DOWNSCALE = 8  # image pixels per latent position, each way
 NUM_PROMPTS = 10  # prompt ids 0..9 condition, 10..19 are the unconditional branch
@@ -76,3 +77,22 @@ COMPONENTS: dict[str, Component] = {
         ),
     )
 }
+
+DENOISER, SHALLOW, DEEP = "denoiser", "denoiser_shallow", "deep"
+
+
+def components(deep_channels: int | None) -> dict[str, Component]:
+    """``COMPONENTS``; with the deep feature's channels those of a bundle that can reuse it (``deep_cache``).
+
+    Its denoiser also returns ``deep``, and ``denoiser_shallow`` is given one beside the denoiser's inputs.
+    """
+    if deep_channels is None:
+        return dict(COMPONENTS)
+    deep = Tensor(DEEP, "float32", ("N", deep_channels, "h", "w"))
+    found = {}
+    for name, component in COMPONENTS.items():
+        found[name] = component
+        if name == DENOISER:
+            found[name] = Component(name, component.inputs, (*component.outputs, deep))
+            found[SHALLOW] = Component(SHALLOW, (*component.inputs, deep), component.outputs)
+    return found

@@ -25,8 +25,10 @@ _Self = TypeVar("_Self", bound="Runtime")  # typing.Self needs Python 3.11
 class DeviceLatents(Protocol):
     """One batch of latents that stays on the device while it is sampled."""
 
-    def step(self, t: int, coefficients: LinearStep) -> np.ndarray:
+    def step(self, t: int, coefficients: LinearStep, whole: bool = True) -> np.ndarray:
         """Call the denoiser at timestep ``t``, apply guidance and the sampler's step.
+
+        Unless ``whole`` is true ``denoiser_shallow`` is called, with the deep feature of the last whole call.
 
         Returns Σ|noise| of each row: NaN or infinite where the predicted noise is, before guidance.
         """

@@ -1,7 +1,7 @@
 """One engine's buffers and launches: fixed addresses, one stream. ``latent_loop`` joins two of them.
 
 Buffers hold the most rows the engine takes, so that an address never changes, and a tensor may lie in another
-executor's buffer. Whatever is queued happens in order; ``run`` and ``latent_loop`` wait for it.
+executor's buffers. Whatever is queued happens in order; ``run`` and ``latent_loop`` wait for it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class LaunchError(Exception):
 class Executor:
     """Runs ``component`` on ``context`` with at most ``max_rows`` rows.
 
-    ``context`` is TensorRT's ``IExecutionContext``, ``cuda`` is open and ``stream`` its stream. ``shared`` are the
-    addresses of tensors that somebody else allocates, large enough for ``max_rows``; those have no host memory here.
+    ``context`` is TensorRT's ``IExecutionContext``, ``cuda`` is open and ``stream`` its stream. ``shared`` are tensors
+    that lie in the buffers of another executor with ``max_rows`` or more, on the device and on the host.
 
     Methods raise ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
     """
@@ -36,7 +36,7 @@ class Executor:
         context: Any,
         component: Component,
         max_rows: int,
-        shared: Mapping[str, int] | None = None,
+        shared: Mapping[str, Executor] | None = None,
     ) -> None:
         self._cuda, self._stream, self._context = cuda, stream, context
         self._inputs = {t.name: t for t in component.inputs}
@@ -56,6 +56,8 @@ class Executor:
                 size = _bytes(tensor, self.max_rows)
                 self._device[name] = self._cuda.allocate(size)
                 self._host[name] = self._cuda.allocate_host(size)
+            else:
+                self._host[name] = self._shared[name]._host[name]
             if not self._context.set_tensor_address(name, self.address(name)):
                 raise LaunchError(f"no address for {name}")
 
@@ -63,7 +65,9 @@ class Executor:
         while self._device:
             self._cuda.free(self._device.popitem()[1])
         while self._host:
-            self._cuda.free_host(self._host.popitem()[1])
+            name, memory = self._host.popitem()
+            if name not in self._shared:
+                self._cuda.free_host(memory)
 
     def run(self, feeds: Arrays) -> Arrays:
         """Outputs by name, in memory of the caller's own."""
@@ -76,7 +80,7 @@ class Executor:
         return {name: self.get(name) for name in self._outputs}
 
     def address(self, name: str) -> int:
-        return self._shared[name] if name in self._shared else self._device[name]
+        return self._shared[name].address(name) if name in self._shared else self._device[name]
 
     def size(self, name: str) -> int:
         """Bytes of a tensor at the present number of rows."""

@@ -1,18 +1,21 @@
 """Sampling with the latents on the device: the denoiser, then ``update``, which writes the denoiser's next input.
 
+In a call that reuses the deep feature of an earlier one ``denoiser_shallow`` takes the denoiser's place. All its
+tensors lie in the denoiser's buffers, the feature too, which stays where the last whole call has written it.
+
 The denoiser's ``noise`` is read where it lies. ``update`` may not write what it reads, so its results are copied within
 the device to where they are read next. From the host comes the timestep and a row of coefficients, to the host goes
 one number a row.
 
 The first step at a number of rows is launched piece by piece, for TensorRT prepares itself then; the second is recorded
-with its copies as a CUDA graph, and from then on a step is one launch, also in the next picture. Another number of rows
-starts afresh, also where guidance begins or ends on the way: a picture's rows are alike, so those that stay, stay where
-they are, and those that come are copied within the device.
+with its copies as a CUDA graph, and from then on a step is one launch, also in the next picture. Whole and shallow
+calls have a graph each. Another number of rows starts afresh, also where guidance begins or ends on the way: a
+picture's rows are alike, so those that stay, stay where they are, and those that come are copied within the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -28,7 +31,8 @@ _MOVES = {"next_sample": "sample", "next_clean": "clean"}
 
 
 class LatentLoop:
-    """Joins the executors of ``denoiser`` and ``update``, which shares the former's buffers named in ``SHARED``.
+    """Joins executors: ``networks``, which are the denoiser and where there is one its shallow part, all of whose
+    buffers are the denoiser's; and ``update``, which shares those named in ``SHARED``.
 
     With ``record`` steps become a CUDA graph; where recording fails they go on without, and ``graph_problem`` says why.
     ``told(what)`` is a context that turns a ``LaunchError`` or ``CudaError`` into the user's; ``check_rows(rows)``
@@ -39,24 +43,25 @@ class LatentLoop:
         self,
         cuda: Cuda,
         stream: int,
-        denoiser: Executor,
+        networks: Sequence[Executor],
         update: Executor,
         record: bool,
         told: Callable[[str], AbstractContextManager[None]],
         check_rows: Callable[[int], None],
     ) -> None:
         self._cuda, self._stream = cuda, stream
-        self._denoiser, self._update = denoiser, update
+        self._denoiser, self._networks, self._update = networks[0], list(networks), update
         self._record = record
         self.told, self._check_rows = told, check_rows
         self.current: LoopLatents | None = None  # whose batch lies in the buffers
-        self._shapes = (0, 0)  # both executors' ``shapes_set`` at the first step
-        self._graph = 0
+        # By network: ``shapes_set`` of it and of the update at its first step, and its recorded step.
+        self._shapes: dict[Executor, tuple[int, int]] = {}
+        self._graphs: dict[Executor, int] = {}
         self.graph_problem = ""
 
     @property
     def recorded(self) -> bool:
-        return bool(self._graph)
+        return bool(self._graphs)
 
     def forget(self) -> None:
         """Something else is about to use the denoiser's buffers."""
@@ -64,7 +69,8 @@ class LatentLoop:
 
     def close(self) -> None:
         self.forget()
-        self._destroy_graph()
+        for network in self._networks:
+            self._destroy_graph(network)
 
     def start(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> LoopLatents:
         """Upload what stays as long as a batch is sampled; see ``Runtime.keep_latents``."""
@@ -93,27 +99,28 @@ class LatentLoop:
 
     def _set_branches(self, branch: np.ndarray, batch: int) -> None:
         rows = len(branch)
-        self._denoiser.set_rows(rows)
-        self._update.set_rows(rows)
+        for executor in (*self._networks, self._update):
+            executor.set_rows(rows)
         self._denoiser.put({"branch": branch})
         self._update.put(guidance_rows(rows, batch))
         self._denoiser.upload(("branch",))
         self._update.upload(("unconditional", "conditional"))
 
-    def step(self, t: int, coefficients: np.ndarray) -> np.ndarray:
+    def step(self, t: int, coefficients: np.ndarray, whole: bool) -> np.ndarray:
+        network = self._networks[0 if whole else 1]
         self._denoiser.put({"timestep": np.float32(t)})
         self._update.put({"coefficients": coefficients[:, None, None]})
-        shapes = (self._denoiser.shapes_set, self._update.shapes_set)
-        if shapes != self._shapes:
-            self._destroy_graph()
-        elif self._record and not self._graph:
-            self._record_graph()
-        if self._graph:
-            self._cuda.launch_graph(self._graph, self._stream)
+        shapes = (network.shapes_set, self._update.shapes_set)
+        if shapes != self._shapes.get(network):
+            self._destroy_graph(network)
+        elif self._record and network not in self._graphs:
+            self._record_graph(network)
+        if network in self._graphs:
+            self._cuda.launch_graph(self._graphs[network], self._stream)
         else:
-            self._enqueue()
+            self._enqueue(network)
         self._cuda.synchronise(self._stream)
-        self._shapes = shapes
+        self._shapes[network] = shapes
         return self._update.get("magnitude").reshape(-1)
 
     def sample(self) -> np.ndarray:
@@ -122,31 +129,30 @@ class LatentLoop:
         self._cuda.synchronise(self._stream)
         return self._denoiser.get("sample")
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, network: Executor) -> None:
         self._denoiser.upload(("timestep",))
         self._update.upload(("coefficients",))
-        self._denoiser.launch()
+        network.launch()
         self._update.launch()
         for made, read in _MOVES.items():
             update = self._update
             self._cuda.copy(update.address(read), update.address(made), update.size(made), self._stream)
         self._update.download(("magnitude",))
 
-    def _record_graph(self) -> None:
+    def _record_graph(self, network: Executor) -> None:
         self._cuda.begin_capture(self._stream)
         try:
             try:
-                self._enqueue()
+                self._enqueue(network)
             finally:  # a stream that is left recording takes no more work
-                self._graph = self._cuda.end_capture(self._stream)
+                self._graphs[network] = self._cuda.end_capture(self._stream)
         except (CudaError, LaunchError) as error:
-            self._destroy_graph()
+            self._destroy_graph(network)
             self._record = False
             self.graph_problem = str(error)
 
-    def _destroy_graph(self) -> None:
-        if self._graph:
-            graph, self._graph = self._graph, 0
+    def _destroy_graph(self, network: Executor) -> None:
+        if (graph := self._graphs.pop(network, 0)) != 0:
             self._cuda.destroy_graph(graph)
 
 
@@ -156,10 +162,10 @@ class LoopLatents:
     def __init__(self, loop: LatentLoop, batch: int, guidance: float) -> None:
         self._loop, self._batch, self._guidance = loop, batch, guidance
 
-    def step(self, t: int, coefficients: LinearStep) -> np.ndarray:
+    def step(self, t: int, coefficients: LinearStep, whole: bool = True) -> np.ndarray:
         self._check()
         with self._loop.told("run denoiser"):
-            return self._loop.step(t, np.array([self._guidance, *coefficients], np.float32))
+            return self._loop.step(t, np.array([self._guidance, *coefficients], np.float32), whole)
 
     def guide(self, branch: np.ndarray, guidance: float) -> None:
         self._check()

@@ -22,14 +22,15 @@ import numpy as np
 from ..bundle import ASSETS, ENGINES_FOLDER
 from ..errors import MachineError
 from ..machine import gpu_name, package_version
-from ..spec import Component
+from ..spec import DENOISER, SHALLOW, Component
 from .base import batched
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-MAX_BATCH = {"denoiser": 2}  # rows an engine is built for: guidance needs two; the autoencoder sees one picture
+# Rows an engine is built for: guidance needs two; the autoencoder sees one picture.
+MAX_BATCH = {DENOISER: 2, SHALLOW: 2}
 
 # y = x + x on two floats, opset 13: the least graph a device has to execute. tests/test_providers.py reads it.
 PROBE = bytes.fromhex(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import Component
+from ..spec import DENOISER, SHALLOW, Component
 from .base import Arrays, Runtime
 
 
@@ -28,9 +28,10 @@ class TorchRuntime(Runtime):
     def __init__(self, student: Any, vae: Any, components: Mapping[str, Component]) -> None:
         super().__init__(components)
         self._student, self._vae = student, vae
-        self._methods: dict[str, Callable[..., Tensor]] = {
+        self._methods: dict[str, Callable[..., tuple[Tensor, ...]]] = {
             "vae_encoder": self._encode,
-            "denoiser": self._denoise,
+            DENOISER: self._denoise,
+            SHALLOW: self._denoise_shallow,
             "vae_decoder": self._decode,
         }
 
@@ -54,28 +55,34 @@ class TorchRuntime(Runtime):
         """Nothing was taken: the modules belong to the caller."""
 
     def _run(self, component: str, feeds: Arrays) -> Arrays:
-        output = self.components[component].outputs[0].name
+        names = [t.name for t in self.components[component].outputs]
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array).to(self._device) for name, array in feeds.items()}
-            result = self._methods[component](**tensors)
-        return {output: np.ascontiguousarray(result.cpu().numpy())}
+            results = self._methods[component](**tensors)
+        # A bundle whose denoiser gives no deep feature has one output fewer.
+        return {n: np.ascontiguousarray(r.cpu().numpy()) for n, r in zip(names, results, strict=False)}
 
     @property
     def _device(self) -> torch.device:
         device: torch.device = next(self._student.parameters()).device
         return device
 
-    def _encode(self, image: Tensor) -> Tensor:
+    def _encode(self, image: Tensor) -> tuple[Tensor]:
         moments = self._vae.encode(image).latent_dist
         scaled: Tensor = self._vae.config.scaling_factor * moments.mean
-        return scaled
+        return (scaled,)
 
-    def _denoise(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> Tensor:
+    def _denoise(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        denoised = self._student(sample, timestep, self._prompts(branch))
+        return denoised.noise, denoised.blocks[-2]
+
+    def _denoise_shallow(self, sample: Tensor, timestep: Tensor, branch: Tensor, deep: Tensor) -> tuple[Tensor]:
+        return (self._student.shallow(sample, timestep, self._prompts(branch), deep),)
+
+    def _prompts(self, branch: Tensor) -> Tensor:
         prompts = torch.arange(self._student.embedding_layer.num_embeddings, device=self._device)
-        halves = prompts.reshape(2, -1)  # row 0 conditions, row 1 does not
-        noise: Tensor = self._student(sample, timestep, halves[branch]).noise
-        return noise
+        return prompts.reshape(2, -1)[branch]  # row 0 conditions, row 1 does not
 
-    def _decode(self, latent: Tensor) -> Tensor:
+    def _decode(self, latent: Tensor) -> tuple[Tensor]:
         image: Tensor = self._vae.decode(latent / self._vae.config.scaling_factor).sample
-        return image
+        return (image,)

@@ -8,7 +8,7 @@ An engine is never built here, for that takes minutes. Use a runtime on the thre
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BundleError, MachineError, UsageError
-from ..spec import Component
+from ..spec import DENOISER, SHALLOW, Component
 from .base import Arrays, DeviceLatents, Runtime
 from .cuda import Cuda, CudaError, Gpu
 from .engine_files import Engine, build_command, choose_engine
@@ -28,7 +28,6 @@ from .update import UPDATE, update_component
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-_DENOISER = "denoiser"
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
 _loggers: dict[str, Any] = {}  # by flavour: TensorRT keeps the first logger it is given as long as it lives
 _said: list[str] = []  # errors that TensorRT logged since the last call
@@ -99,12 +98,20 @@ class TrtRuntime(Runtime):
             runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, self._logger())
             self._kept.append(runtime)
             for component in self.components.values():
-                self._load(component, runtime)
-            denoiser = self._executors[_DENOISER]
-            update = update_component(self._bundle.latent_size)
-            self._load(update, runtime, {name: denoiser.address(name) for name in SHARED})
-            pair = (denoiser, self._executors[UPDATE])
-            self._loop = LatentLoop(self._cuda, self._stream, *pair, self._records, self._told, self._check_loop_rows)
+                # All that the shallow part reads and writes is the denoiser's too.
+                shared = [t.name for t in (*component.inputs, *component.outputs)] if component.name == SHALLOW else ()
+                self._load(component, runtime, shared)
+            self._load(update_component(self._bundle.latent_size), runtime, SHARED)
+            networks = [self._executors[name] for name in (DENOISER, SHALLOW) if name in self._executors]
+            self._loop = LatentLoop(
+                self._cuda,
+                self._stream,
+                networks,
+                self._executors[UPDATE],
+                self._records,
+                self._told,
+                self._check_loop_rows,
+            )
         except (CudaError, LaunchError) as error:
             raise self._problem("load the engines", error) from error
 
@@ -125,13 +132,15 @@ class TrtRuntime(Runtime):
         with suppress(CudaError):
             self._cuda.close()
 
-    def _load(self, component: Component, runtime: Any, shared: Mapping[str, int] | None = None) -> None:
-        """Make the executor of ``component``, and take its buffers but for those at the addresses in ``shared``."""
+    def _load(self, component: Component, runtime: Any, shared: Iterable[str]) -> None:
+        """Make the executor of ``component``, and take its buffers but for those it ``shared`` with the denoiser."""
         assert self._engine is not None
         name, path = component.name, self._engine.plan_path(component.name)
         engine = self._call(f"load {path}", runtime.deserialize_cuda_engine, path.read_bytes())
         self._kept.append(engine)
         max_rows = self._check_contract(component, engine)
+        owners = {tensor: self._executors[DENOISER] for tensor in shared}
+        max_rows = min(max_rows, *(owner.max_rows for owner in owners.values())) if owners else max_rows
         arguments = []
         if not self._records:
             config = engine.create_runtime_config()
@@ -139,7 +148,7 @@ class TrtRuntime(Runtime):
             arguments.append(config)
         context = self._call(f"prepare {path}", engine.create_execution_context, *arguments)
         self._kept.append(context)
-        self._executors[name] = Executor(self._cuda, self._stream, context, component, max_rows, shared)
+        self._executors[name] = Executor(self._cuda, self._stream, context, component, max_rows, owners)
         self._executors[name].allocate()
 
     def _check_contract(self, component: Component, engine: Any) -> int:
@@ -162,7 +171,7 @@ class TrtRuntime(Runtime):
 
     def _run(self, component: str, feeds: Arrays) -> Arrays:
         self._check_rows(component, len(next(iter(feeds.values()))))
-        if component == _DENOISER and self._loop is not None:
+        if component in (DENOISER, SHALLOW) and self._loop is not None:
             self._loop.forget()
         with self._told(f"run {component}"):
             return self._executors[component].run(feeds)
@@ -173,13 +182,14 @@ class TrtRuntime(Runtime):
         return self._loop.start(sample, branch, guidance)
 
     def _check_loop_rows(self, rows: int) -> None:
-        for name in (_DENOISER, UPDATE):
-            self._check_rows(name, rows)
+        for name in (DENOISER, SHALLOW, UPDATE):
+            if name in self._executors:
+                self._check_rows(name, rows)
 
     def _check_rows(self, component: str, rows: int) -> None:
         most = self._executors[component].max_rows
         if rows > most:
-            pictures = rows // 2 if component in (_DENOISER, UPDATE) else rows
+            pictures = rows // 2 if component in (DENOISER, SHALLOW, UPDATE) else rows
             raise BundleError(
                 f"the engine of {component} takes {most} rows and this call has {rows}: "
                 f"{self._remedy()} --max-batch {pictures}"

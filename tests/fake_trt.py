@@ -23,6 +23,7 @@ from moebius_edge.files import sha256_file
 from moebius_edge.runtimes.cuda import CudaError, Gpu
 from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
 from moebius_edge.runtimes.update import UPDATE, update_component
+from moebius_edge.spec import DENOISER, SHALLOW
 
 ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
 VERSION = "10.3.0"
@@ -396,7 +397,7 @@ def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
     plans, profiles = {}, {}
     for name in (*bundle.components, UPDATE):
         path = folder / f"{name}.plan"
-        repeated = name in ("denoiser", UPDATE)
+        repeated = name in (DENOISER, SHALLOW, UPDATE)
         profiles[name] = [1, 2, 2 * max_batch] if repeated else [1, 1, max_batch]
         made = {"update": bundle.latent_size} if name == UPDATE else {"onnx": str(bundle.component_path(name))}
         path.write_text(json.dumps({**made, "rows": profiles[name]}))

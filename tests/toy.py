@@ -18,18 +18,20 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle import write_bundle
+from moebius_edge.export.shallow import write_shallow
 from moebius_edge.spec import (
     BETA_END,
     BETA_START,
-    COMPONENTS,
     LATENT_DOWNSCALE,
     NUM_TRAIN_TIMESTEPS,
     Component,
+    components,
 )
 
 TO_LATENT = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2], [0.5, 0, 0.5]], np.float32)  # (4 latent, 3 RGB)
 TO_IMAGE = np.linalg.pinv(TO_LATENT).astype(np.float32)
 UNCONDITIONAL = 0.9  # the unconditional branch guesses x̂ times this
+DEEP_CHANNELS = 4  # of the deep feature, where there is one
 _EPSILON = 1e-3  # keeps the mean of an empty surrounding finite
 
 
@@ -40,17 +42,23 @@ def make_toy_bundle(
     name: str = "toy",
     nan_in: str | None = None,
     distilled_guidance: float | None = None,
+    deep: bool = False,
 ) -> Path:
     """Write a toy bundle to ``folder`` and return it. ``nan_in`` names a component whose weights are NaN.
 
-    With ``distilled_guidance`` the conditional branch is guided already, and the unconditional one returns NaN.
+    With ``distilled_guidance`` the conditional branch is guided already, and the unconditional one returns NaN. With
+    ``deep`` the guess, plus a thousandth of the timestep, is a deep feature, from which the shallow part takes its own
+    timestep's share: one that is d timesteps older makes the guess too large by d / 1000.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    denoiser = partial(_denoiser, distilled_guidance=distilled_guidance)
+    denoiser = partial(_denoiser, distilled_guidance=distilled_guidance, deep=deep)
+    contract = components(DEEP_CHANNELS if deep else None)
     graphs = {"vae_encoder": _encoder, "denoiser": denoiser, "vae_decoder": _decoder}
     for component, build in graphs.items():
         weight = np.float32(np.nan) if component == nan_in else np.float32(1)
-        onnx.save(build(COMPONENTS[component], resolution, weight), os.fspath(folder / f"{component}.onnx"))
+        onnx.save(build(contract[component], resolution, weight), os.fspath(folder / f"{component}.onnx"))
+    if deep:
+        write_shallow(folder / "denoiser.onnx", folder / "denoiser_shallow.onnx")
     write_bundle(
         folder,
         name=name,
@@ -65,6 +73,7 @@ def make_toy_bundle(
         tools={"onnx": onnx.__version__},
         defaults={"steps": 20, "guidance": distilled_guidance or 2.0, "start": "image"},
         distilled_guidance=distilled_guidance,
+        deep_channels=DEEP_CHANNELS if deep else None,
     )
     return folder
 
@@ -168,7 +177,7 @@ def _decoder(component: Component, resolution: int, weight: np.float32) -> onnx.
 
 
 def _denoiser(
-    component: Component, resolution: int, weight: np.float32, distilled_guidance: float | None
+    component: Component, resolution: int, weight: np.float32, distilled_guidance: float | None, deep: bool
 ) -> onnx.ModelProto:
     alpha = alpha_bars()
     scales = [1, UNCONDITIONAL]
@@ -188,7 +197,7 @@ def _denoiser(
         # the branch scales it
         op("Gather", ["branch_scales", "branch"], ["scale"]),
         op("Unsqueeze", ["scale", "axes"], ["scale4"]),
-        op("Mul", ["conditional", "scale4"], ["clean"]),
+        op("Mul", ["conditional", "scale4"], ["guess" if deep else "clean"]),
         # ε = x_t / √(1-ᾱ) - x̂ √ᾱ / √(1-ᾱ)
         op("Cast", ["timestep"], ["index"], to=TensorProto.INT64),
         op("Gather", ["over_noise", "index"], ["a"]),
@@ -200,7 +209,16 @@ def _denoiser(
         op("Sub", ["x", "y"], ["exact"]),
         op("Mul", ["exact", "weight"], ["noise"]),
     ]
+    if deep:
+        at = next(i for i, node in enumerate(nodes) if node.output[0] == "guess") + 1
+        nodes[at:at] = [
+            op("Mul", ["timestep", "thousandth"], ["age"]),
+            op("Unsqueeze", ["age", "axes"], ["age4"]),
+            op("Add", ["guess", "age4"], ["deep"]),
+            op("Sub", ["deep", "age4"], ["clean"]),
+        ]
     constants = {
+        "thousandth": np.float32(1e-3),
         "parts": np.array([4, 1, 4], np.int64),
         "one": np.float32(1),
         "epsilon": np.float32(_EPSILON),

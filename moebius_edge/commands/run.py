@@ -70,6 +70,10 @@ def run(
         Any,
         typer.Option(parser=_interval, metavar="LOW,HIGH", help="Guidance at timesteps from LOW to below HIGH alone."),
     ] = None,
+    cache_interval: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Compute deep features in every Nth call, and reuse them between."),
+    ] = None,
     start: Annotated[
         Start | None,
         typer.Option(help="Sample from the image, from a prefill (removes objects), or from noise."),
@@ -79,13 +83,11 @@ def run(
     ] = None,
     scheduler: Annotated[Sampler | None, typer.Option(help="dpm++2m needs fewer steps; default ddim.")] = None,
     preset: Annotated[
-        Preset | None, typer.Option(help="fast: fewer steps, less guidance; other options override it.")
+        Preset | None, typer.Option(help="fast: fewer and cheaper steps; other options override it.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same result.")] = 0,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Fill black instead of white.")] = False,
-    mask_dilate: Annotated[
-        float, typer.Option(min=0.0, metavar="PX", help="Grow the mask by PX pixels.")
-    ] = 0,
+    mask_dilate: Annotated[float, typer.Option(min=0.0, metavar="PX", help="Grow the mask by PX pixels.")] = 0,
     feather: Annotated[
         float | None, typer.Option(min=0.0, metavar="PX", help="Width of the seam round the mask.")
     ] = None,
@@ -113,6 +115,7 @@ def run(
         "steps": steps,
         "guidance": guidance,
         "guidance_interval": guidance_interval,
+        "cache_interval": cache_interval,
         "start": None if start is None else start.value,
         "strength": strength,
         "scheduler": None if scheduler is None else scheduler.value,

@@ -84,9 +84,10 @@ class Session:
 
     def _open(self) -> Inpainter:
         from ..bundle import Bundle
+        from ..deep_cache import check_cache_interval
         from ..guidance import check_interval, choose_guidance
         from ..pipeline import Inpainter
-        from ..presets import overridden, preset_settings
+        from ..presets import preset_notes, preset_settings
 
         name, runtime, device = self._wanted
         self.unusable = True
@@ -95,6 +96,7 @@ class Session:
             distilled = self.bundle.distilled_guidance
             choose_guidance(self._settings.get("guidance"), distilled)  # before a long loading
             check_interval(self._settings.get("guidance_interval"), distilled)
+            check_cache_interval(self._settings.get("cache_interval", 1), self.bundle)
             made = Inpainter(self.bundle, runtime, device)
             for text in made.runtime.notes:  # before it is opened: an engine may have to be built, for minutes
                 console.note(text)
@@ -103,9 +105,9 @@ class Session:
         self._inpainter = inpainter
         self.runtime_info = inpainter.runtime.report()
         if self._preset is not None:
-            for text in overridden(self._preset, self._settings, self.bundle.defaults):
+            for text in preset_notes(self._preset, self._settings, self.bundle):
                 console.note(text)
-            self._settings |= preset_settings(self._preset, self._settings, self.bundle.defaults, distilled)
+            self._settings |= preset_settings(self._preset, self._settings, self.bundle)
         self._settings = self.bundle.settings(**self._settings)
         return inpainter
 

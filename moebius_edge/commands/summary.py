@@ -53,10 +53,13 @@ def _settings_line(report: Mapping[str, Any]) -> str:
     guidance = f"{settings['guidance']:g}{' (distilled, one call a step)' if distilled else ''}"
     if (interval := settings.get("guidance_interval")) is not None:
         guidance += f" at timesteps {interval[0]} to below {interval[1]}"
+    steps = f"{settings['steps']} steps"
+    if settings.get("cache_interval", 1) > 1:
+        steps += f", deep features every {settings['cache_interval']}"
     preset = f"preset {settings['preset']}, " if settings.get("preset") else ""
     executed = f"{settings['steps_executed']} of " if "steps_executed" in settings else ""
     return (
-        f"{preset}start {settings['start']}, {executed}{settings['steps']} steps, guidance {guidance}, "
+        f"{preset}start {settings['start']}, {executed}{steps}, guidance {guidance}, "
         f"strength {settings['strength']:g}, {settings['scheduler']}, seed {settings['seed']}\n"
         f"bundle {bundle['name']} ({bundle['precision']}), "
         f"{runtime['name']} {runtime['version']} on {runtime['device']}"

@@ -51,6 +51,11 @@ class StudentConfig:
         if int(self.mix_ffn_ratio * self.block_out_channels[0]) < 1:
             raise UsageError(f"mix_ffn_ratio {self.mix_ffn_ratio} leaves no channels; the published is 2.5")
 
+    @property
+    def deep_channels(self) -> int:
+        """Channels of what enters the last up block from below."""
+        return self.block_out_channels[1]
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudentConfig:
         """The configuration in ``values``; absent keys are as published. BundleError on unknown keys."""

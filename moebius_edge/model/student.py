@@ -122,6 +122,10 @@ class Student(nn.Module):
             )
         return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
 
+    def shallow(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor, deep: Tensor) -> Tensor:
+        """The noise by the finest level alone, see ``UNet.shallow``; other inputs as ``forward``'s."""
+        return self.diff_model.shallow(sample, timesteps, self.embedding_layer(prompt_ids), deep)
+
     @property
     def output_layer(self) -> nn.Conv2d:
         """The last convolution's 1x1 part, C to 4 channels: all that decides the noise alone passes here."""

@@ -192,6 +192,19 @@ class UNet(nn.Module):
             blocks.append(x)
         return Denoised(self.conv_out(F.silu(self.conv_norm_out(x))), blocks)
 
+    def shallow(self, sample: Tensor, timesteps: Tensor, prompts: Tensor, deep: Tensor) -> Tensor:
+        """The noise by the finest level alone, with ``deep`` (N, C, h, w) from an earlier call.
+
+        That is what entered the last up block, ``Denoised.blocks[-2]``; with one of the same inputs, which are
+        ``forward``'s, the noise is the same.
+        """
+        time, prompts = self.time_embedding(timesteps), self.encoder_hid_proj(prompts)
+        last = cast(UpBlock, self.up_blocks[-1])
+        x = self.conv_in(sample)
+        skips = [x, *self.down_blocks[0](x, time, prompts)[1]][: len(last.resnets)]
+        x = last(deep, skips, time, prompts)
+        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
+
     def encode(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> list[Tensor]:
         """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
         return self._encode(sample, self.time_embedding(timesteps), self.encoder_hid_proj(prompts))[0]

@@ -93,7 +93,7 @@ class Choices:
             yield {**bundle.settings(**dict(zip(chosen, values, strict=True))), "seed": self.seed}
         for name, start, guidance in product(self.presets, self.starts or (None,), self.guidances or (None,)):
             given = {k: v for k, v in (("start", start), ("guidance", guidance)) if v is not None}
-            preset = preset_settings(name, given, bundle.defaults, bundle.distilled_guidance)
+            preset = preset_settings(name, given, bundle)
             yield {"scheduler": "ddim", **bundle.settings(**given, **preset), "seed": self.seed, "preset": name}
 
 

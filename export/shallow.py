@@ -1,0 +1,50 @@
+"""``denoiser_shallow``: the part of an exported denoiser that is left to compute where its deep feature is given.
+
+It is cut out of the finished file, so that precision, quantisation and every rewrite in it are the whole denoiser's,
+and no pass has to know of two graphs. Needs onnx only, no PyTorch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, TensorProto, helper
+from onnx.utils import Extractor
+
+from ..spec import DEEP, SHALLOW
+
+
+def write_shallow(denoiser: Path, target: Path) -> ModelProto:
+    """Cut ``denoiser_shallow`` out of the file ``denoiser``, and write it to ``target``."""
+    made = shallow_part(onnx.load(str(denoiser)))
+    onnx.save(made, str(target))
+    return made
+
+
+def shallow_part(model: ModelProto) -> ModelProto:
+    """The part of a denoiser, in any precision, that lies between its inputs with ``deep`` and ``noise``."""
+    (output,) = (value for value in model.graph.output if value.name == DEEP)
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    producer = made_by[DEEP]
+    inner = DEEP  # the tensor that the network reads: in FP16 the output is a float32 copy of it
+    if producer.op_type == "Cast" and not any(DEEP in node.input for node in model.graph.node):
+        inner = producer.input[0]
+    source = ModelProto()
+    source.CopyFrom(model)
+    if inner != DEEP and inner not in {value.name for value in source.graph.value_info}:
+        value = source.graph.value_info.add()
+        value.CopyFrom(output)
+        value.name, value.type.tensor_type.elem_type = inner, TensorProto.FLOAT16
+    inputs = [value.name for value in source.graph.input]
+    part = Extractor(source).extract_model([*inputs, inner], ["noise"])
+    part.graph.name = SHALLOW
+    if inner != DEEP:
+        (value,) = (value for value in part.graph.input if value.name == inner)
+        value.CopyFrom(output)
+        cast = helper.make_node("Cast", [DEEP], [inner], f"cast_{DEEP}", to=TensorProto.FLOAT16)
+        part.graph.node.insert(0, cast)
+    del part.metadata_props[:]
+    part.metadata_props.extend(model.metadata_props)
+    onnx.checker.check_model(part, full_check=True)
+    return part

@@ -84,8 +84,9 @@ def whole(config: StudentConfig, options: argparse.Namespace, folder: Path) -> d
     """The denoiser four times: plain and specialised, each in PyTorch and in ONNX Runtime."""
     student = build_student(config).eval()
     plain, special = PlainDenoiser(student).eval(), specialise(student)
-    component = resolved_components(8 * config.latent_size)["denoiser"]
-    write_onnx(plain, component, folder / "plain.onnx")
+    size = 8 * config.latent_size
+    write_onnx(plain, resolved_components(size)["denoiser"], folder / "plain.onnx")
+    component = resolved_components(size, config.deep_channels)["denoiser"]
     write_onnx(special, component, folder / "special.onnx", TRANSLATIONS, function_bodies(config, OPSET))
     torch.manual_seed(0)
     sample = torch.randn(options.batch, 9, config.latent_size, config.latent_size)

@@ -20,10 +20,13 @@ import onnxruntime
 from .. import __version__
 from ..bundle import Bundle, write_bundle
 from ..errors import BundleError, UsageError
+from ..export.gate import judge_shallow, shallow_difference
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
+from ..export.shallow import write_shallow
 from ..export.trt_rules import problems
 from ..files import atomic_directory, refuse_loss
 from ..runtimes.ort import OrtRuntime
+from ..spec import DENOISER, SHALLOW
 from .blocks import blocks
 from .cases import HELD_OUT_CASES, make_cases, part
 from .kernels import integer_kernels
@@ -127,9 +130,12 @@ def quantise_bundle(
         device = fastest_device(options.target)
         with Trials(reference, cases, steps, options.guidance) as trials, OrtRuntime(candidate, device) as runtime:
             figures = trials.runtime(runtime, "gate, held-out pictures", _bar(progress))
+            difference = shallow_difference(runtime) if SHALLOW in candidate.components else None
         if not min(f.hole_psnr_db for f in figures) >= options.min_psnr_db:  # a floor that is NaN is missed too
             known = known or sensitivity(sorted(recipe.chosen))
             raise missed(figures, recipe, known, options.min_psnr_db, options.folder / RECIPE_FILE)
+        if difference is not None:
+            judge_shallow(difference, "int8")
         card["int8"]["blocks"] = block_table(quantiser, recipe, card["int8"]["nodes"], known)
         card["int8"]["cases"] = [{k: v for k, v in asdict(f).items() if k != "latent_rms_drift"} for f in figures]
         card["int8"]["speed"] = measure_speed(reference, candidate, options.target, _bar(progress))
@@ -138,6 +144,8 @@ def quantise_bundle(
         progress("write bundle.json", None)
         run = {"steps": steps, "guidance": settings.resolved(reference).guidance, "device": device}
         gate = gate_figures(figures, options.min_psnr_db, run)
+        if difference is not None:
+            gate["shallow_difference"] = difference
         write_bundle(folder, gate=gate, **card)
     return Bundle.load(Path(output), verify=False)
 
@@ -148,13 +156,16 @@ def _write(
     """The ONNX files and the recipe in ``folder``; what ``bundle.json`` says of them."""
     half = _REST[options.target] == "float16"
     islands: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
+    reused: dict[str, Any] = {}
     for component in reference.components.values():
         file = folder / component.file
-        if component.name == "denoiser":
+        if component.name == DENOISER:
             model, kept = quantiser.make(recipe, half)
             onnx.save(model, str(file))
             if half:
-                islands["denoiser"] = kept
+                islands[DENOISER] = kept
+        elif component.name == SHALLOW:
+            reused["shallow_nodes"] = quantised_nodes(write_shallow(folder / reference.components[DENOISER].file, file))
         else:
             shutil.copyfile(reference.component_path(component.name), file)
             if half and component.name not in FLOAT32_COMPONENTS:
@@ -164,7 +175,8 @@ def _write(
         raise UsageError(
             f"the recipe leaves nothing in INT8 for {options.target}: set a block to true that it computes in INT8"
         )
-    _check(folder / reference.components["denoiser"].file, model, options.target)
+    for component in (c for c in reference.components.values() if c.name in (DENOISER, SHALLOW)):
+        _check(folder / component.file, onnx.load(str(folder / component.file)), options.target)
     recipe.save(folder / RECIPE_FILE)
     share = sum(quantiser.share(b) for b in quantiser.blocks if set(b.nodes) & set(products))
     recorded = quantiser.statistics.key
@@ -178,6 +190,7 @@ def _write(
         "precision": "int8",
         "float32_islands": islands,
         "distilled_guidance": reference.distilled_guidance,
+        "deep_channels": reference.deep_channels,
         "defaults": reference.defaults,
         "source": reference.source,
         "tools": {**reference.tools, "moebius-edge": __version__, "onnx": onnx.__version__,
@@ -191,6 +204,7 @@ def _write(
             "ranges": options.ranges,
             "calibration": {"pictures": recorded["pictures"], "steps": recorded["steps"], "seed": recorded["seed"]},
             "nodes": products,
+            **reused,
         },
     }  # fmt: skip
 

@@ -22,6 +22,7 @@ from ..runtimes import Runtime
 from ..runtimes.base import batched
 from ..runtimes.ort import OrtRuntime
 from ..runtimes.providers import absence, import_onnxruntime, start_problem
+from ..spec import DENOISER, SHALLOW
 
 ROUNDS, WARM_UPS = 9, 2
 
@@ -105,12 +106,14 @@ def _alternative(reference: Bundle, beside: Path, device: str) -> Iterator[Bundl
     with scratch_directory(beside) as folder:
         for component in reference.components.values():
             shutil.copyfile(reference.component_path(component.name), folder / component.file)
-        to_float16(folder / reference.components["denoiser"].file)
+        for component in (c for c in reference.components.values() if c.name in (DENOISER, SHALLOW)):
+            to_float16(folder / component.file)
         write_bundle(
             folder,
             **{key: getattr(reference, key) for key in ("name", "description", "licence", "model", "resolution")},
             **{key: getattr(reference, key) for key in ("scaling_factor", "source", "tools", "defaults")},
             distilled_guidance=reference.distilled_guidance,
+            deep_channels=reference.deep_channels,
             precision="float16",
             gate={},
         )

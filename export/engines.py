@@ -134,7 +134,7 @@ def build_engines(
                 "component": name,
                 "precision": "float32" if ours else bundle.precision,
                 "onnx": None if ours else os.path.abspath(bundle.component_path(name)),
-                "quantised": (bundle.int8 or {}).get(_QUANTISED.get(name), []),
+                "quantised": (bundle.int8 or {}).get(_QUANTISED.get(name, ""), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": target.flavour,
                 "gpu": target.gpu,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from onnx.utils import Extractor
 
 from ..spec import DEEP, SHALLOW
@@ -25,26 +25,25 @@ def write_shallow(denoiser: Path, target: Path) -> ModelProto:
 def shallow_part(model: ModelProto) -> ModelProto:
     """The part of a denoiser, in any precision, that lies between its inputs with ``deep`` and ``noise``."""
     (output,) = (value for value in model.graph.output if value.name == DEEP)
-    made_by = {name: node for node in model.graph.node for name in node.output}
-    producer = made_by[DEEP]
+    (producer,) = (node for node in model.graph.node if DEEP in node.output)
     inner = DEEP  # the tensor that the network reads: in FP16 the output is a float32 copy of it
     if producer.op_type == "Cast" and not any(DEEP in node.input for node in model.graph.node):
         inner = producer.input[0]
-    source = ModelProto()
-    source.CopyFrom(model)
-    if inner != DEEP and inner not in {value.name for value in source.graph.value_info}:
-        value = source.graph.value_info.add()
-        value.CopyFrom(output)
-        value.name, value.type.tensor_type.elem_type = inner, TensorProto.FLOAT16
-    inputs = [value.name for value in source.graph.input]
-    part = Extractor(source).extract_model([*inputs, inner], ["noise"])
-    part.graph.name = SHALLOW
+        model.graph.value_info.append(_half(output, inner))
+    inputs = [value.name for value in model.graph.input]
+    part = Extractor(model).extract_model([*inputs, inner], ["noise"])
     if inner != DEEP:
+        del model.graph.value_info[-1]
         (value,) = (value for value in part.graph.input if value.name == inner)
         value.CopyFrom(output)
-        cast = helper.make_node("Cast", [DEEP], [inner], f"cast_{DEEP}", to=TensorProto.FLOAT16)
-        part.graph.node.insert(0, cast)
-    del part.metadata_props[:]
-    part.metadata_props.extend(model.metadata_props)
+        part.graph.node.insert(0, helper.make_node("Cast", [DEEP], [inner], f"cast_{DEEP}", to=TensorProto.FLOAT16))
+    part.graph.name = SHALLOW
     onnx.checker.check_model(part, full_check=True)
     return part
+
+
+def _half(value: ValueInfoProto, name: str) -> ValueInfoProto:
+    made = ValueInfoProto()
+    made.CopyFrom(value)
+    made.name, made.type.tensor_type.elem_type = name, TensorProto.FLOAT16
+    return made

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import BundleError, MachineError, MoebiusError
 from ..runtimes.flavours import FLAVOURS, load_package, make_logger, version_of
 from ..runtimes.update import update_component
-from ..spec import DENOISER, SHALLOW
+from ..spec import DENOISER
 from .build_progress import Fraction, make_monitor
 from .engine_layers import engine_information, products_in_int8
 from .onnx_header import max_opset, opset_of
@@ -61,7 +61,7 @@ def check_types(facts: dict[str, Any], precision: str, component: str) -> None:
     forbidden, needed = TYPES[precision]
     if strange := [t for t in forbidden if t in facts["tensors"]]:
         raise BundleError(f"{component} has {strange[0]} tensors in a {precision} bundle: export the bundle again")
-    if component in (DENOISER, SHALLOW) and needed not in facts["tensors"]:
+    if component == DENOISER and needed not in facts["tensors"]:
         raise BundleError(f"{component} has no {needed} tensor in a {precision} bundle: export the bundle again")
 
 

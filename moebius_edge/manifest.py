@@ -200,8 +200,11 @@ def _check_int8(int8: Any, precision: str) -> None:
         raise _Problem(f"'int8' should be an object and is {int8!r:.60}")
     for key, kind in _INT8_FIELDS.items():
         _check_kind(int8, key, kind, "int8.")
-    if wrong := [node for node in int8["nodes"] if not isinstance(node, str)]:
-        raise _Problem(f"'int8.nodes' should hold names of nodes and has {wrong[0]!r:.60}")
+    if "shallow_nodes" in int8:
+        _check_kind(int8, "shallow_nodes", "a list", "int8.")
+    for key in ("nodes", "shallow_nodes"):
+        if wrong := [node for node in int8.get(key, []) if not isinstance(node, str)]:
+            raise _Problem(f"'int8.{key}' should hold names of nodes and has {wrong[0]!r:.60}")
 
 
 def _check_files(files: dict[str, Any], folder: Path, expected: dict[str, Component]) -> None:

@@ -89,6 +89,52 @@ def test_the_file_is_for_people_and_the_same_each_time(tmp_path: Path) -> None:
     assert "a test – nothing more" in first and first.endswith("}\n")
 
 
+def test_a_deep_feature_raises_the_schema_and_brings_a_file(tmp_path: Path) -> None:
+    """A program that reads schema 2 would take the denoiser's second output for a damaged file."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/denoiser_shallow.onnx").write_text("the finest level")
+    folder = make(tmp_path / "b", deep_channels=64)
+    written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    assert (written["schema_version"], written["deep_channels"]) == (3, 64)
+    bundle = Bundle.load(folder)
+    assert list(bundle.components) == ["vae_encoder", "denoiser", "denoiser_shallow", "vae_decoder"]
+    whole, shallow = bundle.components["denoiser"], bundle.components["denoiser_shallow"]
+    assert whole.outputs[1] == shallow.inputs[3] and shallow.inputs[:3] == whole.inputs
+    assert (whole.outputs[1].name, whole.outputs[1].shape) == ("deep", ("N", 64, 32, 32))
+    assert shallow.outputs == whole.outputs[:1]
+    assert bundle.deep_channels == bundle.summary()["deep_channels"] == 64 and bundle.summary()["schema_version"] == 3
+    plain = Bundle.load(make(tmp_path / "plain"))
+    assert plain.deep_channels is None and plain.summary()["schema_version"] == 1
+    distilled = {"steps": 20, "guidance": 2.5, "start": "image"}
+    both = Bundle.load(make(folder, deep_channels=64, distilled_guidance=2.5, defaults=distilled))
+    assert (both.deep_channels, both.distilled_guidance, both.summary()["schema_version"]) == (64, 2.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 1}, "schema version 1 does not go with 'distilled_guidance' None and 'deep_channels' 64"),
+        ({"deep_channels": None}, "schema version 3 does not go with .* and 'deep_channels' None"),
+        ({"deep_channels": 0}, "'deep_channels' should be a whole number of 1 or more and is 0"),
+        ({"deep_channels": True}, "'deep_channels' should be a whole number of 1 or more and is True"),
+        ({"deep_channels": "64"}, "'deep_channels' should be a whole number of 1 or more and is '64'"),
+        ({"deep_channels": 32}, "component 'denoiser' has outputs .*64.*, this program needs .*32"),
+        ({"files": {}}, "'files' lacks 'vae_encoder.onnx'"),
+    ],
+)
+def test_a_deep_feature_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/denoiser_shallow.onnx").write_text("the finest level")
+    edit(make(tmp_path / "b", deep_channels=64), lambda data: data.update(change))
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(tmp_path / "b")
+
+
+def test_without_its_shallow_part_none_is_written(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"'files' lacks 'denoiser_shallow\.onnx'"):
+        make(tmp_path / "b", deep_channels=64)
+
+
 def test_other_files_are_hashed_but_not_engines_or_hidden_ones(tmp_path: Path) -> None:
     folder = make(tmp_path / "b")
     for name in ("denoiser.onnx.data", "engines/key/denoiser.plan", ".cache/lock", ".hidden", "NOTICE"):
@@ -141,7 +187,7 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path, verify: bool) ->
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (3, r"schema version 3 is unknown, this program reads 1 and 2: run `pip install --upgrade"),
+        (4, r"schema version 4 is unknown, this program reads 1 to 3: run `pip install --upgrade"),
         (0, r"schema version 0 is unknown, .*: copy or download the bundle again"),
         ("1", r"'schema_version' should be a whole number and is '1'"),
         (True, r"'schema_version' should be a whole number and is True"),

@@ -88,13 +88,14 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
 
     (folder,) = (bundle.path / "engines").iterdir()
     assert folder.name == f"float32-tensorrt-rtx-{tensorrt_rtx.__version__}-any-sm86"
-    assert done.stdout.startswith(f"saved {folder} (4 plans, ")
+    assert done.stdout.startswith(f"saved {folder} (5 plans, ")
     assert done.stdout.endswith(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path} --runtime tensorrt-rtx\n")
-    assert "build denoiser (2 of 4)" in done.stderr
+    assert "build denoiser_shallow (3 of 5)" in done.stderr
     engine = read_engine(folder)
     engine.verify("")
     assert sorted(p.name for p in folder.iterdir()) == [
         "denoiser.plan",
+        "denoiser_shallow.plan",
         "engine.json",
         "update.plan",
         "vae_decoder.plan",
@@ -102,7 +103,8 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
     ]
     assert engine.onnx == {n: bundle.files[f"{n}.onnx"]["sha256"] for n in bundle.components}
     one, pair = [1, 1, 1], [1, 2, 2]
-    assert engine.profiles == {"vae_encoder": one, "denoiser": pair, "vae_decoder": one, "update": pair}
+    repeated = dict.fromkeys(("denoiser", "denoiser_shallow", "update"), pair)
+    assert engine.profiles == {"vae_encoder": one, "vae_decoder": one, **repeated}
     assert sorted(engine.plans) == sorted(engine.profiles)
     for name in bundle.components:
         weights = onnx.load(bundle.component_path(name)).graph.initializer
@@ -664,10 +666,11 @@ def test_a_bundle_for_the_cpu_is_refused(toy: Bundle, target: Target) -> None:
     assert leftovers(bundle) == []
 
 
-def test_the_denoisers_request_has_its_products(
-    toy: Bundle, target: Target, monkeypatch: pytest.MonkeyPatch
+def test_the_denoisers_requests_have_their_products(
+    tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, asked = Bundle.load(call_int8(toy.path)), {}
+    deep = make_toy_bundle(tmp_path / "deep", deep=True)
+    bundle, asked = Bundle.load(call_int8(deep, shallow_nodes=["a/2"])), {}
 
     def run_build(request: dict[str, Any], *rest: Any) -> dict[str, Any]:
         assert set(request) == build_engine.REQUEST
@@ -682,6 +685,7 @@ def test_the_denoisers_request_has_its_products(
     assert asked == {
         "vae_encoder": ("int8", []),
         "denoiser": ("int8", INT8["nodes"]),
+        "denoiser_shallow": ("int8", ["a/2"]),
         "vae_decoder": ("int8", []),
         "update": ("float32", []),
     }

@@ -73,7 +73,7 @@ def test_weights_are_rounded_as_the_exporter_does_and_pass_every_gradient(shape:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The golden student's denoiser in float32, its blocks, and inputs of both branches."""
     path = tmp_path_factory.mktemp("exported") / "denoiser.onnx"
-    component = resolved_components(8 * CONFIG.latent_size)["denoiser"]
+    component = resolved_components(8 * CONFIG.latent_size, CONFIG.deep_channels)["denoiser"]
     write_onnx(specialise(golden()), component, path, TRANSLATIONS, function_bodies(CONFIG, OPSET))
     model = onnx.load(str(path))
     sample = golden_input("sample", (4, 9, CONFIG.latent_size, CONFIG.latent_size))

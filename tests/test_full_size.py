@@ -32,7 +32,8 @@ from moebius_edge.model import StudentConfig, build_student
 
 pytestmark = pytest.mark.slow
 CONFIG = StudentConfig()
-COMPONENT = resolved_components(8 * CONFIG.latent_size)["denoiser"]
+COMPONENTS = resolved_components(8 * CONFIG.latent_size, CONFIG.deep_channels)
+COMPONENT = COMPONENTS["denoiser"]
 
 
 @pytest.fixture(scope="module")

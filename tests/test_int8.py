@@ -152,7 +152,8 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
     made = request.getfixturevalue(target)
     bundle, wanted = made.bundle, products_of(sorted(RECIPE.chosen))
     assert Bundle.load(bundle.path) == bundle and (bundle.name, bundle.precision) == ("out", "int8")
-    assert sorted(bundle.files) == ["denoiser.onnx", "recipe.json", "vae_decoder.onnx", "vae_encoder.onnx"]
+    graphs = ["denoiser.onnx", "denoiser_shallow.onnx", "vae_decoder.onnx", "vae_encoder.onnx"]
+    assert sorted(bundle.files) == sorted([*graphs, "recipe.json"])
     int8 = bundle.int8
     assert int8 is not None
     assert sorted(int8["nodes"]) == wanted == sorted(quantised_nodes(onnx.load(bundle.component_path("denoiser"))))
@@ -165,8 +166,21 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
     share = sum(row["share"] for row in rows.values() if row["quantised"])
     assert int8["share_of_multiplications"] == pytest.approx(share, abs=2e-4)
     assert Recipe.load(bundle.path / "recipe.json") == RECIPE == Recipe.load(made.cache / "recipe.json")
-    for field in ("defaults", "scaling_factor", "resolution", "source", "licence", "model", "distilled_guidance"):
+    kept = ("defaults", "scaling_factor", "resolution", "source", "licence", "model", "distilled_guidance")
+    for field in (*kept, "deep_channels"):
         assert getattr(bundle, field) == getattr(TINY, field), field
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_the_shallow_part_is_the_quantised_denoisers_own(request: pytest.FixtureRequest, target: str) -> None:
+    """Of the recipe it has the blocks at the finest level, with the same integers and scales."""
+    bundle = request.getfixturevalue(target).bundle
+    whole, part = (onnx.load(bundle.component_path(name)) for name in ("denoiser", "denoiser_shallow"))
+    wanted = sorted(set(products_of([FEED_FORWARD, ATTENTION])))
+    assert sorted(bundle.int8["shallow_nodes"]) == wanted == sorted(quantised_nodes(part))
+    constants = {t.name: t.SerializeToString() for t in whole.graph.initializer}
+    assert all(constants[t.name] == t.SerializeToString() for t in part.graph.initializer)
+    assert 0 <= bundle.gate["shallow_difference"] <= 1e-2
 
 
 def test_the_gate_is_the_worst_of_the_held_out_cases(tensorrt: SimpleNamespace) -> None:

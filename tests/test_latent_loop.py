@@ -46,9 +46,15 @@ def start(batch: int, seed: int = 0, size: int = 8) -> tuple[np.ndarray, np.ndar
 
 
 def latents_of(
-    runtime: Any, given: tuple[Any, ...], scheduler: Scheduler, guidance: float, interval: Interval | None = None
+    runtime: Any,
+    given: tuple[Any, ...],
+    scheduler: Scheduler,
+    guidance: float,
+    interval: Interval | None = None,
+    cache_interval: int = 1,
 ) -> list[np.ndarray]:
-    return [step.latent for step in denoise(runtime, *given, scheduler, guidance, interval=interval)]
+    steps = denoise(runtime, *given, scheduler, guidance, interval=interval, cache_interval=cache_interval)
+    return [step.latent for step in steps]
 
 
 def spoil(package: FakeTensorRT, call: int, value: float) -> None:
@@ -127,6 +133,50 @@ def test_rows_of_a_picture() -> None:
         assert {a.dtype for a in made.values()} == {np.dtype(np.int32)}
 
 
+@pytest.fixture
+def deep(tmp_path: Path) -> Bundle:
+    return Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_reused_deep_features_are_numpys_too(deep: Bundle, flavour: str) -> None:
+    """Whole and shallow calls take turns, rows come and go between them, and pictures with and without reuse follow."""
+    runs = [(1, 3, None), (2, 2, (0, 500)), (1, 1, None), (3, 3, (200, 800)), (1, 100, None), (1, 3, (500, 1000))]
+    with runtime_on(deep, FakeCuda(), flavour=flavour)[0] as runtime, OrtRuntime(deep, threads=1) as reference:
+        for name, tolerance in (("ddim", 0.0), ("dpm++2m", 2e-5)):
+            for seed, (batch, cache, interval) in enumerate(runs):
+                given, sampler = start(batch, seed), SCHEDULERS[name]
+                made = latents_of(runtime, given, sampler(10), 3.0, interval, cache)
+                wanted = latents_of(reference, given, sampler(10), 3.0, interval, cache)
+                np.testing.assert_allclose(made, wanted, rtol=0, atol=tolerance)
+                whole = latents_of(reference, given, sampler(10), 3.0, interval)
+                assert (np.abs(np.subtract(made, whole)).max() > 0.01) == (cache > 1), "the feature's age must show"
+
+
+def test_the_shallow_part_runs_by_itself_too(deep: Bundle) -> None:
+    """In the denoiser's buffers, on the device and on the host."""
+    draw = np.random.default_rng(0)
+    cuda = FakeCuda()
+    with runtime_on(deep, cuda)[0] as runtime, OrtRuntime(deep, threads=1) as reference:
+        for rows in (2, 2, 1, 6):
+            feeds = {
+                "sample": draw.normal(size=(rows, 9, 8, 8)).astype(np.float32),
+                "timestep": draw.integers(0, 1000, rows).astype(np.float32),
+                "branch": draw.integers(0, 2, rows),
+                "deep": draw.normal(size=(rows, 4, 8, 8)).astype(np.float32),
+            }
+            noise, right = (r.run("denoiser_shallow", feeds)["noise"] for r in (runtime, reference))
+            np.testing.assert_array_equal(noise, right)
+        with pytest.raises(BundleError, match=r"denoiser_shallow takes 6 rows and this call has 8: .* --max-batch 4"):
+            runtime.run("denoiser_shallow", {n: np.resize(a, (8, *a.shape[1:])) for n, a in feeds.items()})
+        steps = denoise(runtime, *start(1), DDIM(3), 2.0, cache_interval=2)
+        next(steps)
+        runtime.run("denoiser_shallow", feeds)
+        with pytest.raises(RuntimeError, match="latents are gone"):
+            next(steps)
+    assert cuda.left() == []
+
+
 # --- what travels, and how it is launched -----------------------------------------------------------------
 
 
@@ -183,6 +233,18 @@ def test_where_guidance_begins_or_ends_no_latent_travels(
     step = [[28 * n, 4 * n, 1] for n in rows]
     first = [step[1][0] + 16 * rows[1], step[1][1], 0]
     assert changes == [step[0]] * 4 + [first] + [step[1]] * 3
+    assert cuda.left() == []
+
+
+def test_whole_and_shallow_steps_become_a_launch_each_and_the_feature_does_not_travel(deep: Bundle) -> None:
+    cuda, seen = FakeCuda(), []
+    with runtime_on(deep, cuda)[0] as runtime:
+        for _ in denoise(runtime, *start(1), DDIM(9), 2.0, cache_interval=3):  # W..W..W..
+            seen.append((cuda.bytes_up, cuda.bytes_down, cuda.calls.get("launch_graph", 0)))
+        assert np.diff(seen[:-1], axis=0).tolist() == [[56, 8, n] for n in (0, 1, 1, 1, 1, 1, 1)]
+        assert cuda.calls["begin_capture"] == 2 and "destroy_graph" not in cuda.calls
+        latents_of(runtime, start(1), DDIM(4), 2.0, cache_interval=4)
+        assert cuda.calls["launch_graph"] == 7 + 4 and cuda.calls["begin_capture"] == 2, "recorded once for all"
     assert cuda.left() == []
 
 

@@ -15,6 +15,7 @@ from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.guidance import Interval
 from moebius_edge.imaging import Picture
 from moebius_edge.latency import StageTimer
+from moebius_edge.manifest import resolved_components
 from moebius_edge.masks import distance_outside
 from moebius_edge.pipeline import Inpainter, Result, Step, denoise, initial_noise
 from moebius_edge.runtimes import Runtime
@@ -293,6 +294,58 @@ def test_denoise_keeps_each_picture_where_rows_come_and_go(kind: type[Scheduler]
     np.testing.assert_allclose(steps[-1].latent, np.where(mask > 0, 0.5, masked), atol=1e-4)
 
 
+class FakeDeepRuntime(FakeRuntime):
+    """Its deep feature is the timestep it was made at, in every cell; the shallow part takes it for the fill."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, mask, masked, t, branch: np.where(mask > 0, np.float32(t / 1000), masked))
+        self.components = dict(DEEP.components)
+
+    def _denoiser(self, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+        t = feeds["timestep"][:, None, None, None]
+        return {**super()._denoiser(**feeds), "deep": np.broadcast_to(t, (len(t), 4, LATENT, LATENT))}
+
+    def _denoiser_shallow(self, deep: np.ndarray, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+        guess, self.predict = self.predict, lambda x, mask, masked, t, branch: np.where(mask > 0, deep / 1000, masked)
+        made = super()._denoiser(**feeds)
+        self.predict = guess
+        return made
+
+
+DEEP = replace(BUNDLE, deep_channels=4, components=resolved_components(R, 4))
+
+
+def test_deep_features_are_those_of_the_last_whole_call(photo: np.ndarray, hole: np.ndarray) -> None:
+    def run(cache_interval: int, **options: Any) -> tuple[Result, list[tuple[str, int, float]]]:
+        with Inpainter(DEEP, FakeDeepRuntime()) as inpainter:
+            result = inpainter.inpaint(photo, hole, steps=10, guidance=2.0, cache_interval=cache_interval, **options)
+            runtime = inpainter.runtime
+        assert isinstance(runtime, FakeDeepRuntime)
+        calls = [(n, f) for n, f in runtime.calls if n.startswith("denoiser")]
+        return result, [(n, int(f["timestep"][0]), float(f["deep"].mean()) if "deep" in f else -1) for n, f in calls]
+
+    plain, calls = run(1)
+    assert calls == [("denoiser", t, -1) for t in range(800, -1, -100)]
+    assert plain.settings["cache_interval"] == 1 and plain.settings["steps_executed"] == 9
+    reused, calls = run(3)
+    whole = {800: 800, 500: 500, 200: 200}
+    assert calls == [
+        ("denoiser", t, -1) if t in whole else ("denoiser_shallow", t, max(w for w in whole if w - 300 < t < w))
+        for t in range(800, -1, -100)
+    ]
+    assert reused.settings["cache_interval"] == 3 and reused.settings["steps_executed"] == 9
+    # The last call guesses what its feature says: 0.2 of [-1, 1], and not the 0 of its own timestep.
+    for result, fill in ((plain, 0.0), (reused, 0.2)):
+        assert result.image[70, 80].astype(int) == pytest.approx((fill + 1) * 127.5, abs=1)
+    _, calls = run(100, guidance_interval=(300, 600))  # another number of rows needs a feature of its own
+    assert [t for name, t, _ in calls if name == "denoiser"] == [800, 500, 200]
+
+
+def test_a_bundle_without_a_deep_feature_reuses_none(photo: np.ndarray, hole: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="cache interval is 2, and bundle nowhere was exported without the part"):
+        inpaint(photo, hole, cache_interval=2)
+
+
 def test_denoise_can_be_stopped_early() -> None:
     zeros = np.zeros((1, 4, LATENT, LATENT), np.float32)
     with FakeRuntime() as runtime:
@@ -367,6 +420,7 @@ def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
         "guidance": 1.5,
         "guidance_interval": [200, 800],
         "distilled_guidance": None,
+        "cache_interval": 1,
         "strength": 0.5,
         "scheduler": "dpm++2m",
         "seed": 7,
@@ -449,6 +503,7 @@ def test_what_is_not_finite_ends_the_run(
         ),
         ({"guidance": float("nan")}, "guidance is nan: give a number of 0 or more"),
         ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"cache_interval": 0}, "cache interval is 0: give a whole number of 1"),
         ({"guidance_interval": (500, 200)}, "interval is 500,200: give LOW,HIGH with 0 <= LOW <= HIGH <= 1000"),
         ({"seed": -1}, "seed is -1"),
         ({"feather": -2}, "feather is -2: give 0 or more pixels"),

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from toy import make_toy_bundle
 
+from moebius_edge.bundle import Bundle
 from moebius_edge.pipeline import STARTS, Inpainter
-from moebius_edge.presets import PRESETS, overridden, preset_settings
+from moebius_edge.presets import PRESETS, preset_notes, preset_settings
 from moebius_edge.scheduler import SCHEDULERS
 
-DEFAULTS = {"steps": 20, "guidance": 2.0, "start": "prefill", "strength": 0.4}
 FAST = PRESETS["fast"]["prefill"]
 FROM_NOISE = PRESETS["fast"]["noise"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    made = Bundle.load(make_toy_bundle(tmp_path_factory.mktemp("deep") / "toy", deep=True))
+    return replace(made, defaults={"steps": 20, "guidance": 2.0, "start": "prefill", "strength": 0.4})
+
+
+def with_defaults(bundle: Bundle, **changes: Any) -> Bundle:
+    return replace(bundle, defaults={**bundle.defaults, **changes})
 
 
 def test_presets_are_settings_of_the_pipeline_and_leave_the_picture_alone() -> None:
@@ -25,26 +37,40 @@ def test_presets_are_settings_of_the_pipeline_and_leave_the_picture_alone() -> N
             assert settings["scheduler"] in SCHEDULERS
 
 
-def test_nothing_chosen_is_the_presets_for_the_start() -> None:
-    assert preset_settings("fast", {}, DEFAULTS, None) == FAST
-    assert preset_settings("fast", {"seed": 3, "start": "noise"}, DEFAULTS, None) == FROM_NOISE != FAST
-    assert preset_settings("fast", {}, {**DEFAULTS, "start": "noise"}, None) == FROM_NOISE
+def test_nothing_chosen_is_the_presets_for_the_start(bundle: Bundle) -> None:
+    assert preset_settings("fast", {}, bundle) == FAST
+    assert preset_settings("fast", {"seed": 3, "start": "noise"}, bundle) == FROM_NOISE != FAST
+    assert preset_settings("fast", {}, with_defaults(bundle, start="noise")) == FROM_NOISE
+    assert preset_notes("fast", {}, bundle) == []
 
 
-def test_what_is_chosen_stays() -> None:
-    chosen: dict[str, Any] = {"steps": 50, "scheduler": FAST["scheduler"]}
-    assert preset_settings("fast", chosen, DEFAULTS, None) == {"guidance_interval": FAST["guidance_interval"]}
+def test_what_is_chosen_stays(bundle: Bundle) -> None:
+    chosen: dict[str, Any] = {"steps": 50, "scheduler": FAST["scheduler"], "cache_interval": 1}
+    assert preset_settings("fast", chosen, bundle) == {"guidance_interval": FAST["guidance_interval"]}
     chosen |= {"guidance_interval": (0, 1000), "seed": 1}
     low, high = FAST["guidance_interval"]
-    assert overridden("fast", chosen, DEFAULTS) == [
+    assert preset_notes("fast", chosen, bundle) == [
         f"preset fast has steps {FAST['steps']}, and 50 was chosen",
         f"preset fast has guidance interval {low},{high}, and 0,1000 was chosen",
+        f"preset fast has cache interval {FAST['cache_interval']}, and 1 was chosen",
     ]
-    assert overridden("fast", {"guidance": 3.0, "steps": FROM_NOISE["steps"], "start": "noise"}, DEFAULTS) == []
+    assert preset_notes("fast", {"guidance": 3.0, "steps": FROM_NOISE["steps"], "start": "noise"}, bundle) == []
 
 
-def test_a_bundle_of_fewer_steps_keeps_them() -> None:
-    assert preset_settings("fast", {}, {**DEFAULTS, "steps": 4}, None)["steps"] == 4
+def test_a_bundle_of_fewer_steps_keeps_them(bundle: Bundle) -> None:
+    assert preset_settings("fast", {}, with_defaults(bundle, steps=4))["steps"] == 4
+
+
+def test_a_bundle_that_cannot_reuse_features_goes_without_and_says_so(bundle: Bundle) -> None:
+    plain = replace(bundle, deep_channels=None)
+    rest = {name: value for name, value in FAST.items() if name != "cache_interval"}
+    assert preset_settings("fast", {}, plain) == rest
+    (note,) = preset_notes("fast", {}, plain)
+    assert note == (
+        "preset fast reuses deep features, and bundle toy was exported without the part that does: "
+        "export the checkpoint again, and it is faster"
+    )
+    assert len(preset_notes("fast", {"cache_interval": 1}, plain)) == 1
 
 
 @pytest.mark.parametrize(
@@ -52,7 +78,7 @@ def test_a_bundle_of_fewer_steps_keeps_them() -> None:
     [({"guidance": 1.0}, {}, None), ({}, {"guidance": 1.0}, None), ({}, {"guidance": 2.5}, 2.5)],
 )
 def test_no_interval_where_a_call_has_one_row_already(
-    chosen: dict[str, Any], defaults: dict[str, Any], distilled: float | None
+    bundle: Bundle, chosen: dict[str, Any], defaults: dict[str, Any], distilled: float | None
 ) -> None:
-    made = preset_settings("fast", chosen, DEFAULTS | defaults, distilled)
+    made = preset_settings("fast", chosen, replace(with_defaults(bundle, **defaults), distilled_guidance=distilled))
     assert "guidance_interval" not in made and made["steps"] == FAST["steps"]

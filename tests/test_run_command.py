@@ -169,7 +169,22 @@ def test_an_interval_out_of_range_or_beside_distilled_guidance(
     refused(2, message, here, distilled, capsys, "photo.png", "photo_mask.png", "--guidance-interval", "0,500")
 
 
-def test_a_preset_takes_the_place_of_the_bundles_settings(here: Path, toy: Path, capsys: Captured) -> None:
+def test_deep_features_are_reused_where_the_bundle_can(here: Path, toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    deep = make_toy_bundle(tmp_path / "deep", deep=True)
+    write_pair(here)
+    assert run(deep, "photo.png", "photo_mask.png", "--cache-interval", "3", "--latency-report", "report.json") == 0
+    assert ", 19 of 20 steps, deep features every 3, guidance 2, " in capsys.readouterr().out
+    assert json.loads((here / "report.json").read_text())["settings"]["cache_interval"] == 3
+    message = "was exported without the part that reuses deep features: leave it out, or export the checkpoint again"
+    refused(2, message, here, toy, capsys, "photo.png", "photo_mask.png", "--cache-interval", "3")
+    assert run(toy, "photo.png", "photo_mask.png", "--preset", "fast") == 0
+    captured = capsys.readouterr()
+    assert "note: preset fast reuses deep features, and bundle toy was exported without" in captured.err
+    assert "deep features" not in captured.out
+
+
+def test_a_preset_takes_the_place_of_the_bundles_settings(here: Path, tmp_path: Path, capsys: Captured) -> None:
+    toy = make_toy_bundle(tmp_path / "deep", deep=True)
     write_pair(here)
     assert run(toy, "photo.png", "photo_mask.png", "--preset", "fast", "--latency-report", "report.json") == 0
     out, err = capsys.readouterr()
@@ -183,8 +198,8 @@ def test_a_preset_takes_the_place_of_the_bundles_settings(here: Path, toy: Path,
 
 def test_what_is_chosen_beside_a_preset_holds_and_is_said(here: Path, toy: Path, capsys: Captured) -> None:
     write_pair(here)
-    options = "--preset fast --steps 7 --guidance-interval 0,1000 --scheduler dpm++2m --start noise --json"
-    assert run(toy, "photo.png", "photo_mask.png", *options.split()) == 0
+    options = "--preset fast --steps 7 --guidance-interval 0,1000 --cache-interval 1 --scheduler dpm++2m --start noise"
+    assert run(toy, "photo.png", "photo_mask.png", *options.split(), "--json") == 0
     out, err = capsys.readouterr()
     settings = json.loads(out)["results"][0]["settings"]
     assert (settings["steps"], settings["guidance_interval"], settings["start"]) == (7, [0, 1000], "noise")
@@ -192,7 +207,8 @@ def test_what_is_chosen_beside_a_preset_holds_and_is_said(here: Path, toy: Path,
     low, high = fast["guidance_interval"]
     assert f"note: preset fast has steps {fast['steps']}, and 7 was chosen\n" in err
     assert f"preset fast has guidance interval {low},{high}, and 0,1000 was chosen\n" in err
-    assert err.count("was chosen") == 2 + (fast["scheduler"] != "dpm++2m")
+    assert f"note: preset fast has cache interval {fast['cache_interval']}, and 1 was chosen\n" in err
+    assert err.count("was chosen") == 3 + (fast["scheduler"] != "dpm++2m")
 
 
 def test_distilled_guidance_costs_one_row_and_is_named(here: Path, tmp_path: Path, capsys: Captured) -> None:

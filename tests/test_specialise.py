@@ -113,7 +113,11 @@ def test_the_whole_network_and_that_the_plain_one_is_left_alone(student: Student
     special, plain = specialise(student), PlainDenoiser(student).eval()
     torch.manual_seed(2)
     given = (torch.randn(4, 9, 8, 8), torch.tensor([0.0, 50.0, 900.0, 999.0]), torch.tensor([0, 1, 1, 0]))
-    check(special(*given), plain(*given))
+    noise, deep = special(*given)
+    check(noise, plain(*given))
+    ids = torch.arange(CONFIG.num_prompts) + CONFIG.num_prompts * given[2][:, None]
+    check(deep, student(given[0], given[1], ids).blocks[-2])
+    assert deep.shape == (4, CONFIG.deep_channels, 8, 8)
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
     kinds = Counter(type(m) for m in special.modules())
     assert not any(kinds[k] for k in (SeparableConv, SpatialTransformer, Upsample, MixFFN, nn.BatchNorm2d, nn.Conv3d))
@@ -125,7 +129,7 @@ def count_operators(path: Path) -> Counter[str]:
 
 
 def test_the_file_has_one_node_an_operator(student: Student, tmp_path: Path) -> None:
-    component = resolved_components(8 * CONFIG.latent_size)["denoiser"]
+    component = resolved_components(8 * CONFIG.latent_size, CONFIG.deep_channels)["denoiser"]
     write_onnx(specialise(student), component, tmp_path / "d.onnx", TRANSLATIONS, function_bodies(CONFIG, OPSET))
     found = count_operators(tmp_path / "d.onnx")
     assert found["moebius::LocalLambda"] == found["moebius::InteractiveLambda"] == 6

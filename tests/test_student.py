@@ -75,6 +75,20 @@ def test_timesteps_may_be_float_or_int_and_differ_per_row():
     assert abs(mixed[1] - numbers["sample_t1"][1]).max() < 2e-5
 
 
+def test_the_shallow_part_is_the_whole_given_its_own_deep_feature():
+    network = fill_golden(build_student(SMALL))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 9, 16, 16, generator=generator)
+    timesteps, ids = torch.tensor([0, 937]), torch.stack([torch.arange(10), torch.arange(10, 20)])
+    with torch.no_grad():
+        whole = network(sample, timesteps, ids)
+        deep = whole.blocks[-2]
+        assert deep.shape == (2, network.config.deep_channels, 16, 16)
+        assert torch.equal(network.shallow(sample, timesteps, ids, deep), whole.noise)
+        other = network.shallow(sample, timesteps, ids, 0.9 * deep)
+    assert (other - whole.noise).abs().max() > 0.01 * whole.noise.abs().max()
+
+
 def test_output_is_the_noise_and_every_blocks_output():
     student = build_student(NARROW).eval()
     out = student(*narrow_inputs())

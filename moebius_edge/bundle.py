@@ -1,6 +1,6 @@
 """The bundle: one folder that holds everything a device needs to run a model, and says what it is.
 
-``bundle.json`` (see ``manifest``) describes the three ONNX graphs beside it and records their hashes. What
+``bundle.json`` (see ``manifest``) describes the ONNX graphs beside it and records their hashes. What
 ``Bundle.load`` returns can be trusted. This module opens no ONNX file and imports no runtime.
 """
 

@@ -24,6 +24,7 @@ from moebius_edge.export.engines import profile, rows
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
 from moebius_edge.export.precision import to_float16, weight_bytes
+from moebius_edge.export.shallow import write_shallow
 from moebius_edge.export.specialise import specialise
 from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.export.trt_rules import problems
@@ -41,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made = tmp_path_factory.mktemp("full")
     special = specialise(build_student(CONFIG).eval())
     write_onnx(special, COMPONENT, made / "float32.onnx", TRANSLATIONS, function_bodies(CONFIG, OPSET))
+    write_shallow(made / "float32.onnx", made / "shallow32.onnx")
     yield made
     shutil.rmtree(made)  # pytest would keep the gigabytes of the last three runs
 
@@ -49,11 +51,13 @@ def count_operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
 
 
-def build_plan(folder: Path, name: str, precision: str, quantised: Sequence[str] = ()) -> dict[str, Any]:
+def build_plan(
+    folder: Path, name: str, precision: str, quantised: Sequence[str] = (), component: str = "denoiser"
+) -> dict[str, Any]:
     """Parse, check and build for one GPU generation; what ``engine.json`` would record."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install moebius-edge[rtx]")
     request = {
-        "component": "denoiser",
+        "component": component,
         "precision": precision,
         "onnx": str(folder / name),
         "quantised": list(quantised),
@@ -61,7 +65,7 @@ def build_plan(folder: Path, name: str, precision: str, quantised: Sequence[str]
         "flavour": "tensorrt-rtx",
         "gpu": "any",
         "compute_capabilities": ["8.9"],
-        "profile": profile(COMPONENT, rows("denoiser", 1)),
+        "profile": profile(COMPONENTS[component], rows(component, 1)),
         "workspace_bytes": None,
         "opt_level": None,
         "timing_cache": None,
@@ -73,6 +77,14 @@ def test_the_file_has_fifteen_of_each_operator(folder: Path) -> None:
     found = count_operators(onnx.load(folder / "float32.onnx"))
     assert (found["moebius::LocalLambda"], found["moebius::InteractiveLambda"]) == (15, 15)
     assert not any(found[name] for name in ("BatchNormalization", "Einsum", "GroupNormalization", "Resize"))
+
+
+def test_the_shallow_part_has_the_finest_levels_five_of_fifteen(folder: Path) -> None:
+    """Two on the way down, three on the way up; a ninth of the bytes."""
+    found = count_operators(onnx.load(folder / "shallow32.onnx"))
+    assert (found["moebius::LocalLambda"], found["moebius::InteractiveLambda"]) == (5, 5)
+    share = (folder / "shallow32.onnx").stat().st_size / (folder / "float32.onnx").stat().st_size
+    assert 0.05 < share < 0.15
 
 
 def test_tensorrt_for_rtx_builds_it_in_float32(folder: Path) -> None:
@@ -95,6 +107,10 @@ def test_tensorrt_for_rtx_builds_it_in_fp16(folder: Path) -> None:
     assert record["bytes"] < 2.5 * 226e6
     # Products, convolutions and what lies between them are half; norms, softmax and the time embedding are not.
     assert record["tensors"]["HALF"] > 3 * record["tensors"]["FLOAT"] > 0
+    part = write_shallow(folder / "float16.onnx", folder / "shallow16.onnx")
+    assert count_operators(part)["moebius::LocalLambda"] == 5
+    record = build_plan(folder, "shallow16.onnx", "float16", component="denoiser_shallow")
+    assert record["tensors"]["HALF"] > 3 * record["tensors"]["FLOAT"] > 0 and record["layers"]["SOFTMAX"] == 5
 
 
 def test_tensorrt_for_rtx_builds_it_in_int8(folder: Path) -> None:

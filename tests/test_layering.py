@@ -23,11 +23,11 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
     {"errors", "spec"},
-    {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "presets", "products", "toml"},
+    {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
     {"classical"},
     {"decoding", "manifest", "regions"},
     {"bundle", "imaging", "scheduler", "stitching"},
-    {"runtimes"},
+    {"deep_cache", "presets", "runtimes"},
     {"latency"},
     {"sampling"},
     {"pipeline"},

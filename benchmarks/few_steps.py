@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,11 @@ class CountingRuntime(OrtRuntime):
 
     whole = rows = 0
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         if component in (DENOISER, SHALLOW):
             self.whole += component == DENOISER
             self.rows += len(feeds["sample"])
-        return super()._run(component, feeds)
+        return super()._run(component, feeds, outputs)
 
 
 def measure(

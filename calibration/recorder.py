@@ -6,6 +6,7 @@ many runs. Only one group's arrays exist at a time; each becomes running figures
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,28 +55,28 @@ class RecordingRuntime(OrtRuntime):
         self._parts.clear()
         super().deactivate()
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         if component != self._recorded:
-            return super()._run(component, feeds)
+            return super()._run(component, feeds, outputs)
         strata = self._strata(feeds)
         for where in strata:
             self._statistics.rows[where] += 1
         for name in self._statistics.tensors.keys() & feeds.keys():
             self._take(name, feeds[name], strata)
-        outputs: Arrays = {}
+        made: Arrays = {}
         for session, names in self._parts:
-            outputs.clear()  # before the next group's arrays are made
+            made.clear()  # before the next group's arrays are made
             if not (wanted := [output.name for output in session.get_outputs()]):
                 continue  # a group of inputs alone
             known = {value.name for value in session.get_inputs()}
             try:
                 used = {name: value for name, value in feeds.items() if name in known}
-                outputs.update(zip(wanted, session.run(wanted, used), strict=True))
+                made.update(zip(wanted, session.run(wanted, used), strict=True))
             except Exception as error:
                 raise self._problem(f"{component} failed while it was recorded", error) from error
             for name in names:
-                self._take(name, outputs[name], strata)
-        return {tensor.name: outputs[tensor.name] for tensor in self.components[component].outputs}
+                self._take(name, made[name], strata)
+        return {name: made[name] for name in outputs}
 
     def _take(self, name: str, values: np.ndarray, strata: Strata) -> None:
         if not self._statistics.tensors[name].update(values, strata):

@@ -108,12 +108,12 @@ class _Memo(OrtRuntime):
         super().__init__(bundle)
         self._encoded: dict[bytes, Arrays] = {}
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         if component != "vae_encoder":
-            return super()._run(component, feeds)
+            return super()._run(component, feeds, outputs)
         key = hashlib.sha256(feeds["image"].tobytes()).digest()
         if key not in self._encoded:
-            self._encoded[key] = super()._run(component, feeds)
+            self._encoded[key] = super()._run(component, feeds, outputs)
         return self._encoded[key]
 
 
@@ -125,7 +125,7 @@ class _Candidate(OrtRuntime):
         self._paths = {"denoiser": denoiser}
         self._autoencoder = autoencoder
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         if component in self._paths:
-            return super()._run(component, feeds)
+            return super()._run(component, feeds, outputs)
         return self._autoencoder.run(component, feeds)

@@ -106,7 +106,8 @@ def denoise(
                 timesteps = np.full(len(branch), t, np.float32)
                 feeds: dict[str, np.ndarray] = {"sample": joined(len(branch)), "timestep": timesteps, "branch": branch}
                 if whole[index - 1]:
-                    made = runtime.run(DENOISER, feeds)
+                    kept_on = index < total and not whole[index]  # the next call reuses what this one makes
+                    made = runtime.run(DENOISER, feeds, ("noise", DEEP) if kept_on else ("noise",))
                     deep = made.get(DEEP, deep)
                 else:
                     made = runtime.run(SHALLOW, {**feeds, DEEP: deep})

@@ -8,7 +8,7 @@ A back-end may also sample with the latents on its device, see ``DeviceLatents``
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -72,8 +72,8 @@ class Runtime(ABC):
         """Free what ``activate`` took; called once after it, also after a failure inside ``with``."""
 
     @abstractmethod
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
-        """Execute one graph on checked, contiguous inputs."""
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        """Execute one graph on checked, contiguous inputs, for the ``outputs`` that are wanted."""
 
     def __enter__(self: _Self) -> _Self:
         if self._active:
@@ -96,8 +96,12 @@ class Runtime(ABC):
     def active(self) -> bool:
         return self._active
 
-    def run(self, component: str, feeds: Mapping[str, np.ndarray]) -> Arrays:
+    def run(
+        self, component: str, feeds: Mapping[str, np.ndarray], outputs: Collection[str] | None = None
+    ) -> Arrays:
         """Execute ``component`` on ``feeds`` (tensor name -> array) and return its outputs by name.
+
+        ``outputs`` are those that are wanted, absent all: what is not does not travel from a device.
 
         Raises ``ValueError`` for feeds that are not what the component declares (the caller's bug) and
         ``BundleError`` for outputs that are not (the graph's).
@@ -108,12 +112,13 @@ class Runtime(ABC):
         tensors = self.components[component]
         batch = check_arrays(component, "input", tensors.inputs, feeds)
         ordered = {t.name: np.ascontiguousarray(feeds[t.name]) for t in tensors.inputs}
-        outputs = self._run(component, ordered)
+        wanted = tuple(t for t in tensors.outputs if outputs is None or t.name in outputs)
+        made = self._run(component, ordered, [t.name for t in wanted])
         try:
-            check_arrays(component, "output", tensors.outputs, outputs, batch)
+            check_arrays(component, "output", wanted, made, batch)
         except ValueError as error:
             raise BundleError(f"{error}: the graph is not what bundle.json says; export it again") from None
-        return outputs
+        return made
 
     def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents | None:
         """Put a batch on the device for all its steps, or None where this back-end leaves the arithmetic to numpy.

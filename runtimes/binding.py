@@ -6,6 +6,7 @@ here a step copies into the same addresses each time, and what comes back is the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -32,8 +33,8 @@ class BoundSession:
         self._ort, self._session, self._component, self._device = ort, session, component, device_type
         self._sets: dict[int, _Set] = {}
 
-    def run(self, feeds: Arrays) -> Arrays:
-        """Outputs by name, as arrays of their own: the next call overwrites the device's buffers only."""
+    def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        """Those ``outputs`` by name, as arrays of their own: the next call overwrites the device's buffers only."""
         batch = len(next(iter(feeds.values())))
         if batch not in self._sets:
             self._sets[batch] = self._allocate(batch)
@@ -43,7 +44,7 @@ class BoundSession:
         chosen.binding.synchronize_inputs()
         self._session.run_with_iobinding(chosen.binding)
         chosen.binding.synchronize_outputs()
-        return {name: np.array(buffer.numpy()) for name, buffer in chosen.outputs.items()}
+        return {name: np.array(chosen.outputs[name].numpy()) for name in outputs}
 
     def _allocate(self, batch: int) -> _Set:
         binding = self._session.io_binding()

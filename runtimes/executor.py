@@ -6,7 +6,7 @@ executor's buffers. Whatever is queued happens in order; ``run`` and ``latent_lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,15 +69,15 @@ class Executor:
             if name not in self._shared:
                 self._cuda.free_host(memory)
 
-    def run(self, feeds: Arrays) -> Arrays:
-        """Outputs by name, in memory of the caller's own."""
+    def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        """Those ``outputs`` by name, in memory of the caller's own."""
         self.set_rows(len(next(iter(feeds.values()))))
         self.put(feeds)
         self.upload(self._inputs)
         self.launch()
-        self.download(self._outputs)
+        self.download(outputs)
         self._cuda.synchronise(self._stream)
-        return {name: self.get(name) for name in self._outputs}
+        return {name: self.get(name) for name in outputs}
 
     def address(self, name: str) -> int:
         return self._shared[name].address(name) if name in self._shared else self._device[name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,20 +151,21 @@ class OrtRuntime(Runtime):
     def _warm(self, name: str) -> None:
         """Run a component on zeros under the profiler, and prove from the profile that the provider ran it."""
         rows = MAX_BATCH.get(name, 1)
-        self._run(name, {t.name: np.zeros(batched(t, rows), t.dtype) for t in self.components[name].inputs})
+        component = self.components[name]
+        feeds = {t.name: np.zeros(batched(t, rows), t.dtype) for t in component.inputs}
+        self._run(name, feeds, [t.name for t in component.outputs])
         placement = read_placement(Path(self._sessions[name].end_profiling()))
         check_placement(name, placement, self._provider, self._device)
         self._placements[name] = placement
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
-        names = [t.name for t in self.components[component].outputs]
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         try:
             if component in self._bound:
-                return self._bound[component].run(feeds)
-            outputs = self._sessions[component].run(names, feeds)
+                return self._bound[component].run(feeds, outputs)
+            made = self._sessions[component].run(outputs, feeds)
         except Exception as error:
             raise self._problem(f"{component} failed", error) from error
-        return dict(zip(names, outputs, strict=True))
+        return dict(zip(outputs, made, strict=True))
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
         """Our error for one of ONNX Runtime's, its first line kept."""

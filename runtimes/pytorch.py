@@ -7,7 +7,7 @@ modules that export traces: a mistake there shows as a difference here. It is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,13 +54,14 @@ class TorchRuntime(Runtime):
     def deactivate(self) -> None:
         """Nothing was taken: the modules belong to the caller."""
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
-        names = [t.name for t in self.components[component].outputs]
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        declared = [t.name for t in self.components[component].outputs]
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(array).to(self._device) for name, array in feeds.items()}
             results = self._methods[component](**tensors)
         # A bundle whose denoiser gives no deep feature has one output fewer.
-        return {n: np.ascontiguousarray(r.cpu().numpy()) for n, r in zip(names, results, strict=False)}
+        made = dict(zip(declared, results, strict=False))
+        return {name: np.ascontiguousarray(made[name].cpu().numpy()) for name in outputs}
 
     @property
     def _device(self) -> torch.device:

@@ -8,7 +8,7 @@ An engine is never built here, for that takes minutes. Use a runtime on the thre
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -169,12 +169,12 @@ class TrtRuntime(Runtime):
             )
         return min(int(engine.get_tensor_profile_shape(t.name, 0)[2][0]) for t in component.inputs)
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         self._check_rows(component, len(next(iter(feeds.values()))))
         if component in (DENOISER, SHALLOW) and self._loop is not None:
             self._loop.forget()
         with self._told(f"run {component}"):
-            return self._executors[component].run(feeds)
+            return self._executors[component].run(feeds, outputs)
 
     def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents:
         self._check_active("keep_latents")

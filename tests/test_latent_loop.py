@@ -165,7 +165,9 @@ def test_the_shallow_part_runs_by_itself_too(deep: Bundle) -> None:
                 "branch": draw.integers(0, 2, rows),
                 "deep": draw.normal(size=(rows, 4, 8, 8)).astype(np.float32),
             }
+            before = cuda.bytes_down
             noise, right = (r.run("denoiser_shallow", feeds)["noise"] for r in (runtime, reference))
+            assert cuda.bytes_down - before == noise.nbytes
             np.testing.assert_array_equal(noise, right)
         with pytest.raises(BundleError, match=r"denoiser_shallow takes 6 rows and this call has 8: .* --max-batch 4"):
             runtime.run("denoiser_shallow", {n: np.resize(a, (8, *a.shape[1:])) for n, a in feeds.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,13 @@ class FakeRuntime(Runtime):
     def called(self, component: str) -> list[dict[str, np.ndarray]]:
         return [feeds for name, feeds in self.calls if name == component]
 
-    def _run(self, component: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run(self, component: str, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
         self.calls.append((component, feeds))
         out = getattr(self, f"_{component}")(**feeds)
         since, value = self.broken.get(component, (10**9, 0.0))
         if len(self.called(component)) >= since:
             next(iter(out.values())).flat[7] = value
-        return out
+        return {name: out[name] for name in outputs}
 
     def _vae_encoder(self, image: np.ndarray) -> dict[str, np.ndarray]:
         s = LATENT_DOWNSCALE
@@ -300,6 +300,11 @@ class FakeDeepRuntime(FakeRuntime):
     def __init__(self) -> None:
         super().__init__(lambda x, mask, masked, t, branch: np.where(mask > 0, np.float32(t / 1000), masked))
         self.components = dict(DEEP.components)
+        self.asked: list[str] = []
+
+    def _run(self, component: str, feeds: dict[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        self.asked += outputs
+        return super()._run(component, feeds, outputs)
 
     def _denoiser(self, **feeds: np.ndarray) -> dict[str, np.ndarray]:
         t = feeds["timestep"][:, None, None, None]
@@ -339,6 +344,16 @@ def test_deep_features_are_those_of_the_last_whole_call(photo: np.ndarray, hole:
         assert result.image[70, 80].astype(int) == pytest.approx((fill + 1) * 127.5, abs=1)
     _, calls = run(100, guidance_interval=(300, 600))  # another number of rows needs a feature of its own
     assert [t for name, t, _ in calls if name == "denoiser"] == [800, 500, 200]
+
+
+@pytest.mark.parametrize(("cache_interval", "features"), [(1, 0), (3, 3), (8, 1), (100, 1)])
+def test_a_feature_that_nobody_reuses_is_not_asked_for(
+    photo: np.ndarray, hole: np.ndarray, cache_interval: int, features: int
+) -> None:
+    """It may be megabytes that travel; of nine calls the last is whole at an interval of eight."""
+    with Inpainter(DEEP, runtime := FakeDeepRuntime()) as inpainter:
+        inpainter.inpaint(photo, hole, steps=10, cache_interval=cache_interval)
+    assert runtime.asked.count("deep") == features and runtime.asked.count("noise") == 9
 
 
 def test_a_bundle_without_a_deep_feature_reuses_none(photo: np.ndarray, hole: np.ndarray) -> None:

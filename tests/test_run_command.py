@@ -540,11 +540,11 @@ def test_ctrl_c_in_the_sampling_loop(
 
     plain, calls = OrtRuntime._run, []
 
-    def interrupting(self: OrtRuntime, component: str, feeds: dict) -> dict:
+    def interrupting(self: OrtRuntime, component: str, feeds: dict, outputs: list) -> dict:
         calls.append(component)
         if calls.count("denoiser") == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, component, feeds)
+        return plain(self, component, feeds, outputs)
 
     monkeypatch.setattr(OrtRuntime, "_run", interrupting)
     before = contents(here)

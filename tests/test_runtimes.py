@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Recorder(Runtime):
     def deactivate(self) -> None:
         self.calls.append("deactivate")
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         self.calls.append("run")
         assert all(a.flags.c_contiguous for a in feeds.values())
         if self.answer is not None:
@@ -380,7 +381,7 @@ def test_a_gpu_without_memory_says_so(bundle: Bundle, monkeypatch: pytest.Monkey
     with OrtRuntime(bundle, "cuda") as runtime:
 
         class Full:
-            def run(self, feeds: Arrays) -> Arrays:
+            def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
                 raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for 1 GB")
 
         monkeypatch.setitem(runtime._bound, "denoiser", Full())

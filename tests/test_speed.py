@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Timed(Runtime):
 
     def deactivate(self) -> None: ...
 
-    def _run(self, component: str, feeds: Arrays) -> Arrays:
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         number = self.calls.count(self.name)
         self.clock.now += (1000.0 if number < WARM_UPS else self.milliseconds[number - WARM_UPS]) / 1e3
         self.calls.append(self.name)

@@ -114,9 +114,9 @@ def test_each_picture_is_encoded_once_and_the_reference_sampled_once(
     calls: Counter[str] = Counter()
     real = OrtRuntime._run
 
-    def counting(self: OrtRuntime, component: str, feeds: dict) -> dict:
+    def counting(self: OrtRuntime, component: str, feeds: dict, outputs: list) -> dict:
         calls[component] += 1
-        return real(self, component, feeds)
+        return real(self, component, feeds, outputs)
 
     monkeypatch.setattr(OrtRuntime, "_run", counting)
     steps = len(DDIM(STEPS, STRENGTH).timesteps)

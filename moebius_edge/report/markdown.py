@@ -89,7 +89,8 @@ def _drift(results: Results, numbers: Mapping[str, int], shown: Sequence[Configu
     if not any(any(drift(c)) for c in known):
         return []
     intro = (
-        "RMS difference of the latent to that of the float32 reference, on the same noise and with the same settings."
+        "RMS difference of the latent to that of the float32 reference, on the same noise and with the same settings, "
+        "but without reuse of deep features where that was measured."
     )
     return ["## Drift of the latent", intro, _table(results, numbers, table.drift_columns(), known)]
 

@@ -18,7 +18,8 @@ from .baselines import Baseline, open_baseline
 from .inputs import Loaded, rgb8
 from .instruments import work_figures
 
-_PASSED = ("start", "steps", "guidance", "strength", "scheduler", "seed")  # of the settings, to ``Inpainter.inpaint``
+# Of the settings, to ``Inpainter.inpaint``.
+_PASSED = ("start", "steps", "guidance", "strength", "scheduler", "cache_interval", "seed")
 
 
 class Subject(Protocol):

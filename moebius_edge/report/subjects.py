@@ -101,11 +101,11 @@ class Network:
         return sum(path.stat().st_size for path in files) if files else None
 
     def work(self) -> dict[str, Any] | None:
-        """Of the bundle's file, which PyTorch does not execute."""
+        """Of the bundle's files, which PyTorch does not execute."""
         assert self._inpainter is not None
         if self._configuration["kind"] == "torch":
             return None
-        return work_figures(self._inpainter.bundle, self._settings)
+        return work_figures(self._inpainter.bundle, self._configuration["settings"])
 
 
 class Filler:

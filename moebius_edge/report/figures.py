@@ -156,14 +156,17 @@ def against_of(results: Results) -> str | None:
 def groups(results: Results, against: str | None) -> dict[Group, list[Configuration]]:
     """The configurations by group; what samples comes first on each machine, the document's order is kept."""
     found: dict[Group, list[Configuration]] = {}
+    intervals = {c["id"]: cache_interval(c) or 1 for c in results["configurations"]}
     for configuration in results["configurations"]:
-        found.setdefault(_group_of(configuration, against), []).append(configuration)
+        reused = intervals.get(reference_of(configuration) or "", 1)
+        found.setdefault(_group_of(configuration, against, reused), []).append(configuration)
     machines = list(dict.fromkeys(group.machine for group in found))
     order = sorted(found, key=lambda g: (machines.index(g.machine), g.start is None))
     return {group: found[group] for group in order}
 
 
-def _group_of(configuration: Configuration, against: str | None) -> Group:
+def _group_of(configuration: Configuration, against: str | None, reused: int) -> Group:
+    """``reused`` is the cache interval of its reference."""
     settings, machine = configuration["settings"], configuration["machine"]
     if settings is None:
         return Group(machine, None, None)
@@ -172,7 +175,8 @@ def _group_of(configuration: Configuration, against: str | None) -> Group:
         steps, scheduler = settings["steps_executed"], clean(settings["scheduler"])
         interval = settings.get("guidance_interval")
         limited = "" if interval is None else f" from t {interval[0]} to {interval[1]}"
-        alike = f"{counted(steps, 'step')} executed, guidance {settings['guidance']:g}{limited}, {scheduler}"
+        said = f", deep features every {reused} in all" if reused > 1 else ""
+        alike = f"{counted(steps, 'step')} executed{said}, guidance {settings['guidance']:g}{limited}, {scheduler}"
     return Group(machine, clean(settings["start"]), settings["seed"], alike)
 
 

@@ -49,7 +49,8 @@ def render(results: Results) -> str:
         *_failures(results, numbers),
         *_drift(results, numbers, shown),
         "## Where the time goes",
-        "Milliseconds of one picture: each stage's median times its calls a picture.",
+        "Milliseconds of one picture: each stage's median times its calls a picture; where calls of the denoiser "
+        "differ (guidance on an interval, reuse), what the other stages leave of the total.",
         *_stages(results, numbers),
         "## Memory, energy and arithmetic",
         _table(results, numbers, table.resource_columns(), [c for c in shown if c["status"] == "ok"]),

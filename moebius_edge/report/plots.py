@@ -133,7 +133,10 @@ def stage_plots(results: Results, numbers: Mapping[str, int]) -> str:
         figures = html_table(table.stage_columns(names, stage_ms), shown, numbers, results)
         parts.append(f"<details><summary>The figures</summary>{figures}</details>")
     parts += _sustained(results, numbers)
-    intro = "<p>One picture by stage: each stage's median times its calls a picture.</p>"
+    intro = (
+        "<p>One picture by stage: each stage's median times its calls a picture; where calls of the denoiser differ "
+        "(guidance on an interval, reuse), what the other stages leave of the total.</p>"
+    )
     return intro + "\n".join(parts) if parts else ""
 
 

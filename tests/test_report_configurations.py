@@ -104,6 +104,7 @@ def test_a_bundle_that_cannot_reuse_is_a_row_with_its_reason(toy: Bundle, deep: 
     with pytest.raises(UsageError) as caught:
         check_cache_interval(5, toy)
     assert rows[1].problem is not None and rows[1].problem[1] == str(caught.value)
+    assert rows[1].settings is not None and rows[1].settings["steps_executed"] == 19, "of its group with the others"
     with pytest.raises(UsageError, match=r"cache interval is 5, and bundle .*toy was exported without"):
         grid([toy], Choices(cache_intervals=(5,)))
 

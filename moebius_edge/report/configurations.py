@@ -133,9 +133,9 @@ def configuration(
     cache = settings.get("cache_interval", 1)
     problem, executed = None, 0
     try:
+        executed = len(SCHEDULERS[scheduler](steps, strength).timesteps)
         choose_guidance(settings["guidance"], bundle.distilled_guidance)
         check_cache_interval(cache, bundle)
-        executed = len(SCHEDULERS[scheduler](steps, strength).timesteps)
     except UsageError as error:
         problem = ("gated", str(error))
     full = {

@@ -82,6 +82,7 @@ def run_trajectory(
     guidance: float,
     seed: int = SEED,
     scene: Scene | None = None,
+    cache_interval: int = 1,
     on_step: Callable[[int, int], None],
 ) -> Trajectory:
     """Encode, denoise and decode a scene on ``runtime``; ``on_step(done, total)`` each step.
@@ -89,7 +90,8 @@ def run_trajectory(
     A runtime that is active already is used as it is and left active.
 
     ``scene`` is by default the drawn one of ``seed``; one that is given must have the model's resolution.
-    Sampling starts from the noised image with DDIM at the usual strength, as upstream does.
+    Sampling starts from the noised image with DDIM at the usual strength, as upstream does. ``cache_interval`` is that
+    of ``sampling.denoise``.
 
     Raises:
         BundleError: a component's output is not finite.
@@ -101,7 +103,7 @@ def run_trajectory(
         scheduler = DDIM(steps, STRENGTH)
         latent = scheduler.add_noise(original, initial_noise(seed, 0, original.shape))
         latents = []
-        for step in denoise(runtime, latent, mask, masked, scheduler, guidance):
+        for step in denoise(runtime, latent, mask, masked, scheduler, guidance, cache_interval=cache_interval):
             latents.append(step.latent.copy())
             on_step(step.index, step.total)
         decoded = runtime.run("vae_decoder", {"latent": latents[-1]})["image"]

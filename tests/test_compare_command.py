@@ -112,6 +112,29 @@ def test_distilled_guidance_is_compared_with_guiding(toy: Path, capsys: Captured
     refused(capsys, 2, message, distilled, other)
 
 
+def test_reuse_is_the_seconds_alone(tmp_path: Path, capsys: Captured) -> None:
+    deep = make_toy_bundle(tmp_path / "deep", deep=True)
+    document = compared(capsys, deep, deep, "--steps", "6", "--cache-interval", "3")
+    assert [document[side]["cache_interval"] for side in "ab"] == [1, 3]
+    first, *later = document["figures"]["latent_rms_drift"]
+    assert first == 0.0 and later[0] > 1e-3, "the second call reuses what the first has made"
+    plain = compared(capsys, deep, deep, "--steps", "6", "--cache-interval", "1")
+    assert plain["figures"]["psnr_db"] == 200.0 > document["figures"]["psnr_db"]
+    assert main(["compare", str(deep), str(deep), "--steps", "3", "--cache-interval", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("A  toy (float32), ") and lines[1].startswith(
+        "B  toy (float32, deep features every 2), "
+    )
+
+
+def test_a_bundle_that_cannot_reuse_is_refused(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    deep = make_toy_bundle(tmp_path / "deep", deep=True)
+    message = f"cache interval is 5, and bundle {toy} was exported without"
+    refused(capsys, 2, message, deep, toy, "--cache-interval", "5")
+    refused(capsys, 2, "--cache-interval", deep, deep, "--cache-interval", "0")
+    assert compared(capsys, toy, deep, "--steps", "4", "--cache-interval", "2")["a"]["cache_interval"] == 1
+
+
 def pictures(folder: Path, size: tuple[int, int] = (96, 80), holes: int = 1) -> tuple[Path, Path]:
     width, height = size
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)

@@ -23,6 +23,25 @@ def test_the_teachers_size_is_exact() -> None:
     assert (size.parameters, size.multiplications) == (862_251_708, 338_993_807_360)
 
 
+def test_a_shallow_call_is_the_finest_level() -> None:
+    """27.6% of a whole one: docs/profile.md has it."""
+    assert profile.measure_shallow() == 42_712_068_096
+
+
+def test_a_shallow_call_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(StudentConfig(), block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
+    student = build_student(small)
+    shapes = []
+
+    def shallow(sample: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor, deep: torch.Tensor) -> None:
+        shapes.append((sample.shape, deep.shape))
+
+    monkeypatch.setattr(student, "shallow", shallow)
+    monkeypatch.setitem(profile.BUILDERS, "student", lambda: student)
+    seconds = profile.measure_step("student", 2, 2, 1, lambda done: None, shallow=True)
+    assert len(seconds) == 2 and set(shapes) == {((2, 9, 64, 64), (2, 64, 64, 64))} and len(shapes) == 3
+
+
 def test_multiplications_counted_by_hand() -> None:
     module = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
     assert profile.multiplications(module, (torch.zeros(2, 4, 8, 8),)) == 2 * (6 * 64 * 4 * 9 + 384 * 10)

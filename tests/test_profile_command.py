@@ -23,6 +23,7 @@ SIZES = {"student": Size(226_041_531, 154_873_901_056), "teacher": Size(862_251_
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting takes seconds, and has tests of its own."""
     monkeypatch.setattr(networks, "measure_size", SIZES.__getitem__)
+    monkeypatch.setattr(networks, "measure_shallow", lambda: 12_345_678_901)
 
 
 def profiled(capsys: Captured, *arguments: str) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def test_the_table(capsys: Captured) -> None:
     assert main(["profile"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "student PyTorch, float32 226 041 531 0.1549 not measured 20 (19 calls) not measured" in lines
+    assert "student shallow call, deep features reused 0.0123 not measured" in lines
     assert "teacher PyTorch, float32 862 251 708 0.3390 not measured 20 (19 calls) not measured" in lines
     assert "student quoted from the paper 0.226 B 0.154 26.01 20 0.52" in lines
     assert "teacher quoted from the paper 0.862 B 0.338 46.89 20 0.94" in lines
@@ -45,8 +47,11 @@ def test_the_table(capsys: Captured) -> None:
 
 def test_json_says_why_there_is_no_latency(capsys: Captured) -> None:
     document = profiled(capsys)
-    assert [n["network"] for n in document["networks"]] == ["student", "teacher"]
-    for row in document["networks"]:
+    student, shallow, teacher = document["networks"]
+    assert [n["network"] for n in document["networks"]] == ["student", "student", "teacher"]
+    assert (shallow["form"], shallow["parameters"]) == ("shallow call, deep features reused", None)
+    assert (shallow["multiplications"], shallow["calls"], shallow["step_ms"]) == (12_345_678_901, None, None)
+    for row in (student, teacher):
         assert (row["step_ms"], row["total_s"], row["step_runs_ms"]) == (None, None, [])
         assert row["reason"] == "not measured: moebius-edge profile --measure"
         assert (row["rows_per_step"], row["steps"], row["calls"]) == (2, 20, 19)
@@ -57,14 +62,17 @@ def test_json_says_why_there_is_no_latency(capsys: Captured) -> None:
 def test_measured(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def measure(name: str, rows: int, runs: int, threads: int, on_run: Any) -> list[float]:
-        calls.append((name, rows, runs, threads))
+    def measure(name: str, rows: int, runs: int, threads: int, on_run: Any, shallow: bool = False) -> list[float]:
+        calls.append((name, rows, runs, threads, shallow))
         on_run(1)
+        if shallow:
+            return [1.0]
         return [5.0, 4.0, 9.0] if name == "student" else [20.0] * 3
 
     monkeypatch.setattr(networks, "measure_step", measure)
-    student, teacher = profiled(capsys, "--measure", "--threads", "1")["networks"]
-    assert calls == [("student", 2, 3, 1), ("teacher", 2, 3, 1)]
+    student, shallow, teacher = profiled(capsys, "--measure", "--threads", "1")["networks"]
+    assert calls == [("student", 2, 3, 1, False), ("student", 2, 3, 1, True), ("teacher", 2, 3, 1, False)]
+    assert (shallow["step_ms"], shallow["total_s"], shallow["reason"]) == (1000.0, None, None), "a part of a picture"
     assert (student["step_ms"], student["total_s"], student["reason"]) == (5000.0, 95.0, None), "the median, 19 calls"
     assert student["step_runs_ms"] == [5000.0, 4000.0, 9000.0] and teacher["total_s"] == 380.0
     assert main(["profile", "--measure"]) == 0
@@ -80,7 +88,7 @@ def test_memory_is_looked_at_first(capsys: Captured, monkeypatch: pytest.MonkeyP
 
 def test_a_bundle_on_its_runtime(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_command, "_full_size", Bundle.load)
-    row = profiled(capsys, "--bundle", "tiny", "--runs", "2", "--threads", "1")["networks"][2]
+    row = profiled(capsys, "--bundle", "tiny", "--runs", "2", "--threads", "1")["networks"][3]
     assert row["form"].startswith("tiny, onnxruntime") and row["form"].endswith("on cpu, float32")
     assert (row["rows_per_step"], row["multiplications"], row["parameters"]) == (2, 545_100_800, None)
     assert len(row["step_runs_ms"]) == 2 and row["total_s"] == pytest.approx(19 * row["step_ms"] / 1e3)

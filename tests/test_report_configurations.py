@@ -10,6 +10,7 @@ import pytest
 from toy import make_toy_bundle
 
 from moebius_edge.bundle import Bundle
+from moebius_edge.deep_cache import check_cache_interval
 from moebius_edge.errors import MachineError, UsageError
 from moebius_edge.presets import preset_settings
 from moebius_edge.report.baseline_rows import baseline_rows
@@ -41,6 +42,7 @@ def test_without_choices_a_bundle_runs_as_it_would(tmp_path: Path) -> None:
         "distilled_guidance": None,
         "scheduler": "ddim",
         "guidance_interval": None,
+        "cache_interval": 1,
         "preset": None,
         "seed": 3,
     }
@@ -66,7 +68,7 @@ def test_every_combination_is_there_once(toy: Bundle) -> None:
 def test_a_preset_stands_beside_the_grid(toy: Bundle) -> None:
     rows = grid([toy], Choices(steps=(20,), guidances=(1.5,), starts=("noise",), presets=("fast",)))
     plain, fast = rows
-    fitting = preset_settings("fast", {"start": "noise", "guidance": 1.5}, toy.defaults, None)
+    fitting = preset_settings("fast", {"start": "noise", "guidance": 1.5}, toy)
     assert fitting["steps"] < 20 and fast.settings is not None and plain.settings is not None
     assert {key: fast.settings[key] for key in ("scheduler", "steps")} == {
         key: fitting.get(key, "ddim") for key in ("scheduler", "steps")
@@ -77,6 +79,34 @@ def test_a_preset_stands_beside_the_grid(toy: Bundle) -> None:
     assert [row.reference for row in with_references(rows, None)] == [plain.id, fast.id], "each its own settings"
     with pytest.raises(UsageError, match="unknown preset 'faster': choose one of fast"):
         Choices(presets=("faster",))
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Bundle:
+    """One that can reuse deep features."""
+    return Bundle.load(make_toy_bundle(tmp_path / "deep", name="deep", deep=True))
+
+
+def test_reuse_of_deep_features_is_an_axis(toy: Bundle, deep: Bundle) -> None:
+    plain, reusing, fast = grid([deep], Choices(steps=(8,), cache_intervals=(1, 5), presets=("fast",)))
+    assert plain.id == "deep-float32_onnxruntime-cpu_ddim-8_g2_image" and "deep features" not in plain.label
+    assert reusing.id == "deep-float32_onnxruntime-cpu_ddim-8-c5_g2_image"
+    assert ", 8 steps DDIM, deep features every 5, guidance 2, start image" in reusing.label
+    assert [row.settings and row.settings["cache_interval"] for row in (plain, reusing, fast)] == [1, 5, 5]
+    assert "-c5_g2" in fast.id and "deep features every 5" in fast.label, "the preset's own"
+    without = grid([toy], Choices(presets=("fast",)))[1]
+    assert without.settings is not None and without.settings["cache_interval"] == 1 and without.problem is None
+
+
+def test_a_bundle_that_cannot_reuse_is_a_row_with_its_reason(toy: Bundle, deep: Bundle) -> None:
+    rows = grid([toy, deep], Choices(cache_intervals=(1, 5)))
+    assert [row.problem and row.problem[0] for row in rows] == [None, "gated", None, None]
+    with pytest.raises(UsageError) as caught:
+        check_cache_interval(5, toy)
+    assert rows[1].problem is not None and rows[1].problem[1] == str(caught.value)
+    assert rows[1].settings is not None and rows[1].settings["steps_executed"] == 19, "of its group with the others"
+    with pytest.raises(UsageError, match=r"cache interval is 5, and bundle .*toy was exported without"):
+        grid([toy], Choices(cache_intervals=(5,)))
 
 
 def test_bundles_of_one_name_are_told_apart(toy: Bundle, tmp_path: Path) -> None:
@@ -120,6 +150,7 @@ def test_pairs_that_do_not_exist_are_left_out(toy: Bundle) -> None:
         ({"schedulers": ("euler",)}, "unknown scheduler 'euler'"),
         ({"starts": ("middle",)}, "unknown start 'middle': choose one of image, prefill, noise"),
         ({"steps": (4, 0)}, "steps is 0: give a whole number from 1 to 1000"),
+        ({"cache_intervals": (5, 0)}, "cache interval is 0: give whole numbers of 1"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
@@ -152,6 +183,18 @@ def test_the_reference_is_float32_of_the_same_checkpoint_and_settings(toy: Bundl
 def test_a_reference_on_the_cpu_goes_first(toy: Bundle) -> None:
     rows = grid([toy], Choices(runtimes=("onnxruntime",), devices=("cuda", "cpu")))
     assert set(references(rows)) == {"toy-float32_onnxruntime-cpu_ddim-20_g2_image"}
+
+
+def test_reuse_is_measured_against_none(deep: Bundle, tmp_path: Path) -> None:
+    half = changed(tmp_path / "half", precision="float16")
+    rows = grid([deep, half], Choices(devices=("cuda", "cpu"), cache_intervals=(5, 1)))
+    whole = "deep-float32_onnxruntime-cpu_ddim-20_g2_image"
+    assert references(rows) == [whole] * 8, "of either precision, wherever it runs"
+    reusing = [row for row in rows if "-c5" in row.id]
+    assert references(reusing) == [whole.replace("-20", "-20-c5")] * 4, "where no other was measured"
+    plain = [row for row in rows if "-c5" not in row.id and row.bundle and row.bundle["precision"] == "float16"]
+    only_reusing = [row for row in reusing if row.bundle and row.bundle["precision"] == "float32"]
+    assert references([*only_reusing, *plain])[-1] is None, "what reuses is no reference for what does not"
 
 
 def test_baselines_by_name(toy: Bundle) -> None:

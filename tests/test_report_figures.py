@@ -47,6 +47,38 @@ def test_stages_of_one_picture() -> None:
     assert figures.stage_ms(configuration("b", status="failed", reason="r")) == {}
 
 
+def test_denoising_is_the_rest_where_calls_differ() -> None:
+    """One call of 60 ms and four of 5: their median is no mean."""
+    row = configuration("a", latency=90.0)
+    stage = dict.fromkeys(("first_ms", "p95_ms", "p99_ms", "iqr_ms"), 0.0)
+    row["latency"]["stages"] = {
+        "vae_decode": {"count": 1, "median_ms": 10.0, **stage},
+        "denoise": {"count": 5, "median_ms": 5.0, **stage},
+        "total": {"count": 1, "median_ms": 90.0, **stage},
+    }
+    assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 25.0, "other": 55.0}
+    row["settings"]["cache_interval"] = 5
+    assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 80.0}
+    row["settings"] |= {"cache_interval": 1, "guidance_interval": [200, 800]}
+    assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 80.0}
+    row["latency"]["stages"]["vae_decode"]["median_ms"] = 95.0  # two medians need not fit a third
+    assert figures.stage_ms(row)["denoise"] == 0.0
+
+
+def test_reuse_is_ranked_with_what_it_is_measured_against() -> None:
+    """As a lower precision is; but not with what another reference was taken for."""
+    rows = [configuration(name, reference=psnr, measured_against="a") for name, psnr in (("a", 200.0), ("b", 50.0))]
+    rows[1]["settings"]["cache_interval"] = 5
+    (group,) = figures.groups(report_of(rows), REFERENCE).values()
+    assert [c["id"] for c in group] == ["a", "b"] and figures.unranked(group, REFERENCE) == {}
+    rows[1]["accuracy"]["against_reference"]["reference"] = "b"
+    plain, reusing = figures.groups(report_of(rows), REFERENCE)
+    assert (plain.settings, reusing.settings) == (
+        "20 steps executed, guidance 2, ddim",
+        "20 steps executed, deep features every 5 in all, guidance 2, ddim",
+    ), "the reference reuses too"
+
+
 def test_memory_of_host_and_device() -> None:
     row = configuration("a", memory=300e6)
     assert figures.memory_bytes(row) == 300e6

@@ -49,6 +49,8 @@ def test_every_stage_of_every_run_counts_and_the_warm_up_does_not(
     for stage in stages.values():
         assert set(stage) == {"count", "first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"}
         assert stage["median_ms"] <= stage["p95_ms"] <= stage["p99_ms"]
+    denoise = stages["denoise"]
+    assert 0 < figures["mean_call_ms"] <= denoise["p99_ms"] * 2 and "total_ms" not in denoise
     assert figures["latency"]["load_ms"] > 0 and figures["latency"]["images_per_second"] > 0
     assert figures["memory"]["peak_host_bytes"] > 10**7 and figures["memory"]["peak_device_bytes"] is None
     assert "CPU" in figures["memory"]["reason"] and figures["energy"]["reason"]
@@ -99,6 +101,7 @@ def test_a_baseline_has_one_stage_and_no_reference(tmp_path: Path) -> None:
     (row,) = baseline_rows(["telea"], [], Choices())
     figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path), runs=2), quiet)
     assert list(figures["latency"]["stages"]) == ["total"] and figures["work"] is None
+    assert figures["mean_call_ms"] is None
     assert figures["accuracy"]["against_reference"] is None
     assert figures["accuracy"]["against_truth"]["hole_psnr_db"] > 5
     assert figures["runtime"]["name"] == "opencv"

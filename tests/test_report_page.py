@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from report_sample import configuration, draw_pictures, hostile_results, report_of, sample_results
 
-from moebius_edge.report import page
+from moebius_edge.report import page, plots
 
 VOID = {"meta", "link", "img", "input"}
 
@@ -106,6 +106,22 @@ def test_failed_rows_are_there_with_their_reason(text: str) -> None:
     for row in sample_results()["configurations"]:
         if row["status"] != "ok":
             assert f'<span class="reason bad">{row["reason"]}</span>' in shown
+
+
+def test_steps_that_differ_are_bars_of_their_own() -> None:
+    rows = [configuration(name, reference=50.0) for name in ("a", "b", "c")]
+    for row, share in zip(rows, (1.0, 0.5, 1.0), strict=True):
+        row["label"] += f", share {share:g}"
+        row["work"]["by_class"] = {"lambda": {"multiplications": share * 1e9, "bytes": 1}}
+    numbers = {row["id"]: n for n, row in enumerate(rows, start=1)}
+    drawn = plots.resource_plots(report_of(rows), numbers)
+    drawn = drawn[drawn.index("Multiplications of one step") :]
+    assert {"1: a, share 1", "2: b, share 0.5"} == set(re.findall(r">(\d: [^<]*)</text>", drawn))
+    rows[1]["work"] = rows[0]["work"]
+    drawn = plots.resource_plots(report_of(rows), numbers)
+    drawn = drawn[drawn.index("Multiplications of one step") :]
+    name = f"{rows[0]['bundle']['name']} {rows[0]['bundle']['precision']}"
+    assert {f"1: {name}"} == set(re.findall(r">(\d: [^<]*)</text>", drawn))
 
 
 def test_hostile_text_stays_text(folder: Path) -> None:

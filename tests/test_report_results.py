@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.report.figures import cache_interval
 from moebius_edge.report.results import copy_pictures, load, merge, save
 
 SAMPLE = Path(__file__).parent / "data" / "report"
@@ -56,6 +57,13 @@ def changed(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def test_documents_from_before_reuse_are_read(results: dict[str, Any], tmp_path: Path) -> None:
+    settings = results["configurations"][0]["settings"]
+    assert "cache_interval" not in settings and cache_interval(results["configurations"][0]) == 1
+    settings["cache_interval"] = 5
+    assert cache_interval(load(save(results, tmp_path))["configurations"][0]) == 5
+
+
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -70,6 +78,8 @@ def changed(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
             "'configurations[2].latency.stages.denoise.median_ms' should be a number and is None",
         ),
         ("configurations.0.accuracy.against_truth.lpips", "low", "against_truth.lpips' should be a number"),
+        ("configurations.0.settings.cache_interval", "5", "settings.cache_interval' should be a whole number"),
+        ("configurations.0.settings.seed", ..., "'configurations[0].settings.seed' is missing"),
         ("configurations.0.machine", "moon", "'configurations[0].machine' 'moon' is none of 'machines'"),
         ("configurations.1.id", "telea", "'telea' is there twice"),
         ("configurations.0.latency", None, "'configurations[0].latency' is missing, and its status is ok"),

@@ -39,8 +39,15 @@ def test_a_seed_keeps_all_its_digits() -> None:
     assert texts(table.settings_columns(), [row], "Seed") == ["9223372036854775809"]
 
 
+def test_reuse_is_named_and_a_baseline_has_none() -> None:
+    rows = [configuration("old"), configuration("new"), configuration("telea")]
+    rows[1]["settings"]["cache_interval"] = 5
+    rows[2]["settings"] = None
+    assert texts(table.settings_columns(), rows, "Cache interval") == ["1", "5", table.ABSENT]
+
+
 def test_every_table_names_the_settings() -> None:
-    wanted = ["Start", "Steps (executed)", "Guidance", "Scheduler", "Seed"]
+    wanted = ["Start", "Steps (executed)", "Guidance", "Scheduler", "Cache interval", "Seed"]
     tables = (
         table.comparison_columns({}),
         table.resource_columns(),

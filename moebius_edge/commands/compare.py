@@ -35,6 +35,9 @@ def compare(
         float | None,
         typer.Option(min=0.0, metavar="X", help="Guidance, 1 halves the time; default 2, or what is distilled."),
     ] = None,
+    cache_interval: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Reuse deep features in the second: one call in N computes them.")
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the noise, and of the drawn scene.")] = SEED,
     image: Annotated[Path | None, typer.Option(metavar="IMAGE", help="A photograph; default a drawn scene.")] = None,
     mask: Annotated[Path | None, typer.Option(metavar="MASK", help="Its mask: white is filled.")] = None,
@@ -43,9 +46,10 @@ def compare(
     """Compare two bundles, or two runtimes, on the same noise.
 
     Shows the drift of the latent after each step, then PSNR, SSIM and the worst pixel of the decoded picture.
-    The two must have one resolution.
+    The two must have one resolution. A bundle against itself with --cache-interval shows what reuse costs.
     """
     from ..bundle import Bundle
+    from ..deep_cache import check_cache_interval
     from ..fidelity import compare as compare_trajectories
     from ..runtimes import create_runtime
 
@@ -59,6 +63,7 @@ def compare(
             f"{second.resolution}x{second.resolution}: compare bundles of one resolution"
         )
     guides = _guides(bundles, guidance)
+    check_cache_interval(cache_interval, second)
     scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, first.resolution)
     # Both are made before either runs: a wrong name must not wait for the other side's minutes.
     choices = ((runtime_a, device_a), (runtime_b, device_b))
@@ -67,14 +72,15 @@ def compare(
     for text in notes:
         console.note(text)
     trajectories, infos = [], []
-    for letter, runtime, guide in zip("AB", runtimes, guides, strict=True):
-        trajectory, info = _run(letter, runtime, steps, guide.sampled, seed, scene)
+    intervals = (1, cache_interval)  # the reference computes all of every call
+    for letter, runtime, guide, interval in zip("AB", runtimes, guides, intervals, strict=True):
+        trajectory, info = _run(letter, runtime, steps, guide.sampled, seed, scene, interval)
         trajectories.append(trajectory)
         infos.append(info)
     figures = compare_trajectories(trajectories[1], trajectories[0])
     document = {
-        "a": _side(first, infos[0]),
-        "b": _side(second, infos[1]),
+        "a": _side(first, infos[0], 1),
+        "b": _side(second, infos[1], cache_interval),
         "settings": {
             "steps": steps,
             "guidance": guides[0].scale,
@@ -124,7 +130,7 @@ def _scene(image: Path, mask: Path, resolution: int) -> tuple[Scene, list[str]]:
 
 
 def _run(
-    letter: str, runtime: Runtime, steps: int, guidance: float, seed: int, scene: Scene | None
+    letter: str, runtime: Runtime, steps: int, guidance: float, seed: int, scene: Scene | None, cache_interval: int
 ) -> tuple[Trajectory, dict[str, Any]]:
     """One side's trajectory, and what executed it: asked while it is active, when all of it is known."""
     from ..trajectory import run_trajectory
@@ -140,18 +146,25 @@ def _run(
                 infos.append(runtime.report())
 
         trajectory = run_trajectory(
-            runtime, steps=steps, guidance=guidance, seed=seed, scene=scene, on_step=on_step
+            runtime,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            scene=scene,
+            cache_interval=cache_interval,
+            on_step=on_step,
         )
     return trajectory, infos[0]
 
 
-def _side(bundle: Bundle, info: dict[str, Any]) -> dict[str, Any]:
+def _side(bundle: Bundle, info: dict[str, Any], cache_interval: int) -> dict[str, Any]:
     return {
         "bundle": bundle.name,
         "path": str(bundle.path),
         "precision": bundle.precision,
         "resolution": bundle.resolution,
         "distilled_guidance": bundle.distilled_guidance,
+        "cache_interval": cache_interval,
         "denoiser_sha256": bundle.files["denoiser.onnx"]["sha256"],
         "runtime": info,
     }
@@ -161,9 +174,11 @@ def _print(document: dict[str, Any]) -> None:
     for letter in "ab":
         side = document[letter]
         runtime = side["runtime"]
-        distilled = "" if side["distilled_guidance"] is None else ", guidance distilled"
+        said = "" if side["distilled_guidance"] is None else ", guidance distilled"
+        if side["cache_interval"] > 1:
+            said += f", deep features every {side['cache_interval']}"
         print(
-            f"{letter.upper()}  {side['bundle']} ({side['precision']}{distilled}), "
+            f"{letter.upper()}  {side['bundle']} ({side['precision']}{said}), "
             f"{runtime['name']} {runtime['version']} on {runtime['device']}"
         )
     settings, figures = document["settings"], document["figures"]

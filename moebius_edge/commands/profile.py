@@ -29,6 +29,7 @@ CONVENTION = (
     "guidance); a guided step is two rows"
 )
 STEPS = 20
+SHALLOW_FORM = "shallow call, deep features reused"
 HOW_TO_MEASURE = "not measured: moebius-edge profile --measure"
 _BYTES_A_PARAMETER = 6  # float32, and half as much again for what flows through
 _MEASURING_BYTES = _BYTES_A_PARAMETER * QUOTED["teacher"]["parameters"]
@@ -76,6 +77,19 @@ def profile(
                 told(0)
                 seconds = networks.measure_step(name, 2, runs, used, told)
             rows.append(row | _latency(seconds, calls))
+            if name == "student":
+                shallow = {
+                    **row,
+                    "form": SHALLOW_FORM,
+                    "parameters": None,
+                    "multiplications": networks.measure_shallow(),
+                }
+                if measure:
+                    told = partial(_tell, update, f"{name}, {console.counted(runs, 'shallow call')} of two rows", runs)
+                    told(0)
+                    seconds = networks.measure_step(name, 2, runs, used, told, shallow=True)
+                # Only some of a picture's calls are shallow: it has no total of its own.
+                rows.append(shallow | {"steps": None, "calls": None} | _latency(seconds, None))
         if loaded is not None:
             update(f"{loaded.name}, {console.counted(runs, 'timed call')}", 0, 0)
             rows.append(_bundle_row(loaded, runtime, device, runs, threads, calls))
@@ -162,15 +176,15 @@ def _bundle_row(
     }
 
 
-def _latency(seconds: list[float], calls: int) -> dict[str, Any]:
-    """The median step, and all calls of a picture; nothing else of a picture is in it."""
+def _latency(seconds: list[float], calls: int | None) -> dict[str, Any]:
+    """The median step, and all calls of a picture, if they are all alike; nothing else of a picture is in it."""
     if not seconds:
         return {"step_ms": None, "step_runs_ms": [], "total_s": None, "reason": HOW_TO_MEASURE}
     median = statistics.median(seconds)
     return {
         "step_ms": median * 1e3,
         "step_runs_ms": [s * 1e3 for s in seconds],
-        "total_s": median * calls,
+        "total_s": None if calls is None else median * calls,
         "reason": None,
     }
 
@@ -180,9 +194,10 @@ def _print(document: dict[str, Any]) -> None:
     table = console.table("network", "measured with", *columns, right=columns)
     quoted = document["quoted"]
     for row in document["networks"]:
-        steps = f"{row['steps']} ({row['calls']} calls)"
+        steps = "" if row["calls"] is None else f"{row['steps']} ({row['calls']} calls)"
+        total = "" if row["calls"] is None else _number(row["total_s"], 1)
         table.add_row(row["network"], row["form"], _grouped(row["parameters"]), _tera(row["multiplications"]),
-                      _number(row["step_ms"], 1), steps, _number(row["total_s"], 1))  # fmt: skip
+                      _number(row["step_ms"], 1), steps, total)  # fmt: skip
     for name in QUOTED:
         paper = quoted[name]
         table.add_row(name, "quoted from the paper", f"{paper['parameters'] / 1e9:.3f} B",

@@ -47,6 +47,9 @@ def report(
     ] = None,
     scheduler: Annotated[Several, typer.Option(metavar="NAME,...", help="ddim, dpm++2m.")] = None,
     guidance: Annotated[Several, typer.Option(metavar="X,...", help="Guidance; default the bundle's.")] = None,
+    cache_interval: Annotated[
+        Several, typer.Option(metavar="N,...", help="Reuse of deep features, as of run; default 1, none.")
+    ] = None,
     start: Annotated[
         Several, typer.Option(metavar="NAME,...", help="image, prefill, noise; default the bundle's.")
     ] = None,
@@ -86,6 +89,7 @@ def report(
         "steps": _several("steps", steps, int),
         "schedulers": _several("scheduler", scheduler, str),
         "guidances": _several("guidance", guidance, float),
+        "cache_intervals": _several("cache-interval", cache_interval, int),
         "starts": _several("start", start, str),
         "presets": _several("preset", preset, str),
     }

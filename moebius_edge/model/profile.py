@@ -12,14 +12,14 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import StudentConfig
-from .student import build_student
+from .student import Student, build_student
 from .teacher import build_teacher
 from .unet import INPUT_CHANNELS
 
@@ -42,7 +42,16 @@ def measure_size(network: str) -> Size:
     return Size(sum(p.numel() for p in module.parameters()), multiplications(module, inputs))
 
 
-def multiplications(module: nn.Module, inputs: tuple[Any, ...], formulas: Mapping[Any, Any] | None = None) -> int:
+def measure_shallow() -> int:
+    """Multiplications of one row of the student's finest level alone, its deep feature given: ``UNet.shallow``."""
+    with torch.device("meta"):
+        call, inputs = _shallow(build_student().eval(), rows=1)
+    return multiplications(call, inputs)
+
+
+def multiplications(
+    module: Callable[..., Any], inputs: tuple[Any, ...], formulas: Mapping[Any, Any] | None = None
+) -> int:
     """Multiply-adds of ``module(*inputs)``; ``formulas`` give the FLOPs of operators that PyTorch does not know."""
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=dict(formulas or {})) as counter:
         module(*inputs)
@@ -50,23 +59,27 @@ def multiplications(module: nn.Module, inputs: tuple[Any, ...], formulas: Mappin
     return flops // 2  # PyTorch counts a multiply-add as two
 
 
-def measure_step(network: str, rows: int, runs: int, threads: int, on_run: Callable[[int], None]) -> list[float]:
+def measure_step(
+    network: str, rows: int, runs: int, threads: int, on_run: Callable[[int], None], shallow: bool = False
+) -> list[float]:
     """Seconds of ``runs`` calls of ``rows`` rows on the CPU in float32, after one that warms up and is not counted.
 
-    The weights are random, which does not matter to the time. ``on_run`` is told of every call that is done.
+    The weights are random, which does not matter to the time. ``on_run`` is told of every call that is done. With
+    ``shallow`` it is the student's finest level alone.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        module, inputs = BUILDERS[network]().eval(), _inputs(rows)
+        module = BUILDERS[network]().eval()
+        call, inputs = _shallow(module, rows) if shallow else (module, _inputs(rows))
         seconds = []
         with torch.inference_mode():
             for done in range(runs + 1):
                 started = time.perf_counter()
-                module(*inputs)
+                call(*inputs)
                 seconds.append(time.perf_counter() - started)
                 on_run(done)
-        del module
+        del module, call
     finally:
         torch.set_num_threads(before)
         gc.collect()  # the next network needs the gigabytes
@@ -79,3 +92,10 @@ def _inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     sample = torch.randn(rows, INPUT_CHANNELS, config.latent_size, config.latent_size)
     prompts = torch.arange(rows * config.num_prompts).reshape(rows, -1) % (2 * config.num_prompts)
     return sample, torch.full((rows,), 500), prompts
+
+
+def _shallow(module: nn.Module, rows: int) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """The student's finest level, and its inputs."""
+    student = cast(Student, module)
+    size = student.config.latent_size
+    return student.shallow, (*_inputs(rows), torch.randn(rows, student.config.deep_channels, size, size))

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from ..bundle import Bundle
+from ..deep_cache import check_cache_interval
 from ..errors import MachineError, UsageError
 from ..guidance import choose_guidance
 from ..pipeline import STARTS, STRENGTH
@@ -53,13 +54,14 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Choices:
-    """The grid's axes; an empty one means each bundle's own value, and for the rest ``auto`` and DDIM."""
+    """The grid's axes; an empty one means each bundle's own value, and for the rest ``auto``, DDIM and no reuse."""
 
     runtimes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     steps: tuple[int, ...] = ()
     schedulers: tuple[str, ...] = ()
     guidances: tuple[float, ...] = ()
+    cache_intervals: tuple[int, ...] = ()
     starts: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
     seed: int = 0
@@ -77,6 +79,10 @@ class Choices:
                 raise UsageError(f"unknown {name} {wrong[0]!r}: choose one of {', '.join(allowed)}")
         if wrong_steps := [n for n in self.steps if not 1 <= n <= 1000]:
             raise UsageError(f"steps is {wrong_steps[0]}: give a whole number from 1 to 1000")
+        if wrong_intervals := [n for n in self.cache_intervals if n < 1]:
+            raise UsageError(
+                f"cache interval is {wrong_intervals[0]}: give whole numbers of 1 (nothing is reused) or more"
+            )
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}: give a whole number of 0 or more")
 
@@ -87,6 +93,7 @@ class Choices:
             "scheduler": self.schedulers or ("ddim",),
             "guidance": self.guidances,
             "steps": self.steps,
+            "cache_interval": self.cache_intervals,
         }
         chosen = {name: values for name, values in axes.items() if values}
         for values in product(*chosen.values()):
@@ -123,10 +130,12 @@ def configuration(
     start, steps, scheduler = settings["start"], settings["steps"], settings["scheduler"]
     strength = settings.get("strength", 1.0 if start == "noise" else STRENGTH)
     interval = None if settings.get("guidance_interval") is None else list(settings["guidance_interval"])
+    cache = settings.get("cache_interval", 1)
     problem, executed = None, 0
     try:
-        choose_guidance(settings["guidance"], bundle.distilled_guidance)
         executed = len(SCHEDULERS[scheduler](steps, strength).timesteps)
+        choose_guidance(settings["guidance"], bundle.distilled_guidance)
+        check_cache_interval(cache, bundle)
     except UsageError as error:
         problem = ("gated", str(error))
     full = {
@@ -138,20 +147,22 @@ def configuration(
         "strength": strength,
         "scheduler": scheduler,
         "guidance_interval": interval,
+        "cache_interval": cache,
         "preset": settings.get("preset"),
         "seed": settings["seed"],
     }
     guidance = f"{full['guidance']:g}"
     limited = "" if interval is None else "-{}-{}".format(*interval)
     said = "" if interval is None else " from t {} to {}".format(*interval)
+    reused, saying = (f"-c{cache}", f", deep features every {cache}") if cache > 1 else ("", "")
     named = f", preset {full['preset']}" if full["preset"] else ""
     title = name.replace(f"-{bundle.precision}", "", 1)
     distilled = " (distilled)" if bundle.distilled_guidance is not None else ""
     return Configuration(
-        id=slug(f"{name}_{runtime}-{device}_{scheduler}-{steps}_g{guidance}{limited}_{start}"),
+        id=slug(f"{name}_{runtime}-{device}_{scheduler}-{steps}{reused}_g{guidance}{limited}_{start}"),
         label=(
-            f"{title} {bundle.precision}, {_TITLES[runtime]} {device.upper()}, {steps} steps {scheduler.upper()}, "
-            f"guidance {guidance}{distilled}{said}, start {start}{named}"
+            f"{title} {bundle.precision}, {_TITLES[runtime]} {device.upper()}, {steps} steps {scheduler.upper()}"
+            f"{saying}, guidance {guidance}{distilled}{said}, start {start}{named}"
         ),
         kind=kind,
         source={"bundle": str(bundle.path), "origin": bundle.source},

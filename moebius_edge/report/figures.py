@@ -23,7 +23,8 @@ class Group(NamedTuple):
 
     A fill that started from the noised original (start ``image``) has seen a trace of it, and two seeds give two
     different fills. ``start`` and ``seed`` are None for what does not sample, such as a classical baseline.
-    Against the reference also one set of ``settings``: each row's reference is the float32 run of its own.
+    Against the reference also one set of ``settings``: each row's reference is the float32 run of its own. Precision
+    and reuse of deep features are none of them: what these cost is what the reference tells.
     """
 
     machine: str
@@ -105,6 +106,13 @@ def reference_of(configuration: Configuration) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def cache_interval(configuration: Configuration) -> int | None:
+    """One call in so many computes the whole denoiser; 1 in documents from before that, None where nothing samples."""
+    if configuration["settings"] is None:
+        return None
+    return int(number(configuration, "settings", "cache_interval") or 1)
+
+
 def drift(configuration: Configuration) -> list[float]:
     """RMS distance of the latent from the reference's after each step; empty where it was not measured."""
     return series(configuration, "accuracy", "against_reference", "latent_rms_drift")
@@ -113,7 +121,8 @@ def drift(configuration: Configuration) -> list[float]:
 def stage_ms(configuration: Configuration) -> dict[str, float]:
     """Milliseconds of each stage in one picture, and ``other`` for the rest of ``total``.
 
-    A stage may have several entries a picture (``denoise`` one a network call), so its median counts that often.
+    A stage may have several entries a picture (``denoise`` one a network call), so its median counts that often. Where
+    calls differ their median is one kind's alone: there ``denoise`` is what the other stages leave of the total.
     """
     stages = _at(configuration, ("latency", "stages"))
     total, pictures = latency_ms(configuration), number(stages, "total", "count")
@@ -124,10 +133,18 @@ def stage_ms(configuration: Configuration) -> dict[str, float]:
         median, count = number(stages, name, "median_ms"), number(stages, name, "count")
         if name != "total" and median is not None and count is not None and median >= 0:
             found[clean(name)] = median * count / pictures
-    rest = total - sum(found.values())
     if not found:
         return {"total": total}
+    if "denoise" in found and _calls_differ(configuration):
+        found["denoise"] += max(total - sum(found.values()), -found["denoise"])
+    rest = total - sum(found.values())
     return {**found, "other": rest} if rest > 0.005 * total else found
+
+
+def _calls_differ(configuration: Configuration) -> bool:
+    """Whether some calls of the denoiser may have other rows than others, or compute a part alone."""
+    limited = _at(configuration, ("settings", "guidance_interval")) is not None
+    return limited or (cache_interval(configuration) or 1) > 1
 
 
 def against_of(results: Results) -> str | None:
@@ -139,14 +156,17 @@ def against_of(results: Results) -> str | None:
 def groups(results: Results, against: str | None) -> dict[Group, list[Configuration]]:
     """The configurations by group; what samples comes first on each machine, the document's order is kept."""
     found: dict[Group, list[Configuration]] = {}
+    intervals = {c["id"]: cache_interval(c) or 1 for c in results["configurations"]}
     for configuration in results["configurations"]:
-        found.setdefault(_group_of(configuration, against), []).append(configuration)
+        reused = intervals.get(reference_of(configuration) or "", 1)
+        found.setdefault(_group_of(configuration, against, reused), []).append(configuration)
     machines = list(dict.fromkeys(group.machine for group in found))
     order = sorted(found, key=lambda g: (machines.index(g.machine), g.start is None))
     return {group: found[group] for group in order}
 
 
-def _group_of(configuration: Configuration, against: str | None) -> Group:
+def _group_of(configuration: Configuration, against: str | None, reused: int) -> Group:
+    """``reused`` is the cache interval of its reference."""
     settings, machine = configuration["settings"], configuration["machine"]
     if settings is None:
         return Group(machine, None, None)
@@ -155,7 +175,8 @@ def _group_of(configuration: Configuration, against: str | None) -> Group:
         steps, scheduler = settings["steps_executed"], clean(settings["scheduler"])
         interval = settings.get("guidance_interval")
         limited = "" if interval is None else f" from t {interval[0]} to {interval[1]}"
-        alike = f"{counted(steps, 'step')} executed, guidance {settings['guidance']:g}{limited}, {scheduler}"
+        said = f", deep features every {reused} in all" if reused > 1 else ""
+        alike = f"{counted(steps, 'step')} executed{said}, guidance {settings['guidance']:g}{limited}, {scheduler}"
     return Group(machine, clean(settings["start"]), settings["seed"], alike)
 
 

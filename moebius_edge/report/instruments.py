@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from ..bundle import Bundle
+from ..deep_cache import whole_calls
+from ..guidance import choose_guidance, guidance_at
+from ..scheduler import SCHEDULERS
+from ..spec import DENOISER, SHALLOW
 from .peaks import Peaks
-from .work import Amount, Work, count_work
+from .work import Amount, Work, count_work, mean_work
 
 _PEAKS = ("multiplications_per_second", "bytes_per_second", "runtime", "precision")
 
 
+def network_calls(settings: Mapping[str, Any]) -> Counter[tuple[str, int]]:
+    """How many calls of a trajectory are of which component and have how many rows, of a configuration's settings."""
+    sampled = choose_guidance(settings["guidance"], settings["distilled_guidance"]).sampled
+    timesteps = SCHEDULERS[settings["scheduler"]](settings["steps"], settings["strength"]).timesteps
+    scales = [guidance_at(t, sampled, settings["guidance_interval"]) for t in timesteps]
+    rows = [1 if scale == 1 else 2 for scale in scales]  # the conditional branch alone, or both
+    whole = whole_calls(rows, settings["cache_interval"])
+    return Counter((DENOISER if w else SHALLOW, count) for w, count in zip(whole, rows, strict=True))
+
+
 def work_figures(bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``work`` of one call of the denoiser, without its share of the peak."""
-    guided = bundle.distilled_guidance is None and settings["guidance"] != 1  # two rows a call
-    return count_work(bundle.component_path("denoiser"), 2 if guided else 1).to_dict()
+    """``work`` of a call of the denoiser, the mean of all that ``settings`` make, without its share of the peak."""
+    calls = network_calls(settings)
+    counted = [(count_work(bundle.component_path(name), rows), count) for (name, rows), count in calls.items()]
+    return mean_work(counted).to_dict()
 
 
 def with_share(work: Mapping[str, Any] | None, step_ms: float, peaks: Mapping[str, Any] | None) -> Any:
-    """``work`` with its share of the peak: the denoiser's median call took ``step_ms``."""
+    """``work`` with its share of the peak: the denoiser's call took ``step_ms``."""
     if work is None or peaks is None or work["multiplications_per_step"] is None:
         return work
     counted = Work({name: Amount(**amount) for name, amount in work["by_class"].items()})

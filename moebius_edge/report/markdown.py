@@ -49,7 +49,8 @@ def render(results: Results) -> str:
         *_failures(results, numbers),
         *_drift(results, numbers, shown),
         "## Where the time goes",
-        "Milliseconds of one picture: each stage's median times its calls a picture.",
+        "Milliseconds of one picture: each stage's median times its calls a picture; where calls of the denoiser "
+        "differ (guidance on an interval, reuse), what the other stages leave of the total.",
         *_stages(results, numbers),
         "## Memory, energy and arithmetic",
         _table(results, numbers, table.resource_columns(), [c for c in shown if c["status"] == "ok"]),
@@ -89,7 +90,8 @@ def _drift(results: Results, numbers: Mapping[str, int], shown: Sequence[Configu
     if not any(any(drift(c)) for c in known):
         return []
     intro = (
-        "RMS difference of the latent to that of the float32 reference, on the same noise and with the same settings."
+        "RMS difference of the latent to that of the float32 reference, on the same noise and with the same settings, "
+        "but without reuse of deep features where that was measured."
     )
     return ["## Drift of the latent", intro, _table(results, numbers, table.drift_columns(), known)]
 

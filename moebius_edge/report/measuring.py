@@ -46,6 +46,7 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         figures = {
             "runtime": runtime,
             "latency": _latency(cold, timer, warmup, runs),
+            "mean_call_ms": _mean_call_ms(timer),
             "memory": {"peak_host_bytes": peak_memory_bytes(), **peak_device_memory(device)},
             "energy": meter.energy().to_dict(runs * len(loader)),
             "sustained": _sustained(subject, loader, timer, spec["sustained_minutes"], progress),
@@ -74,6 +75,12 @@ def _latency(cold: StageTimer, timer: StageTimer, warmup: int, runs: int) -> dic
         "images_per_second": total["count"] / (total["total_ms"] / 1e3),
         "stages": stages,
     }
+
+
+def _mean_call_ms(timer: StageTimer) -> float | None:
+    """Of the denoiser; None for what has none."""
+    calls = timer.summary().get("denoise")
+    return None if calls is None else calls["total_ms"] / calls["count"]
 
 
 def _sustained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 
@@ -111,7 +112,7 @@ def drift_plots(results: Results, numbers: Mapping[str, int]) -> str:
         parts.append(f"<details><summary>The figures</summary>{figures}</details>")
     intro = (
         "<p>How far the latent is after each step from that of the float32 reference, on the same noise and with the "
-        "same settings.</p>"
+        "same settings, but without reuse of deep features where that was measured.</p>"
     )
     return intro + "\n".join(parts) if parts else ""
 
@@ -132,7 +133,10 @@ def stage_plots(results: Results, numbers: Mapping[str, int]) -> str:
         figures = html_table(table.stage_columns(names, stage_ms), shown, numbers, results)
         parts.append(f"<details><summary>The figures</summary>{figures}</details>")
     parts += _sustained(results, numbers)
-    intro = "<p>One picture by stage: each stage's median times its calls a picture.</p>"
+    intro = (
+        "<p>One picture by stage: each stage's median times its calls a picture; where calls of the denoiser differ "
+        "(guidance on an interval, reuse), what the other stages leave of the total.</p>"
+    )
     return intro + "\n".join(parts) if parts else ""
 
 
@@ -164,23 +168,33 @@ def resource_plots(results: Results, numbers: Mapping[str, int]) -> str:
         for c in shown
         if (joules := number(c, "energy", "joules_per_image")) is not None
     ]
-    work: dict[str, charts.Bar] = {}
-    for c in shown:
-        by_class = c["work"]["by_class"] if c["work"] else {}
-        classes = {clean(name): (number(each, "multiplications") or 0) / 1e9 for name, each in by_class.items()}
-        if any(classes.values()):
-            name = " ".join(filter(None, [words(c, "bundle", "name") or label(c), words(c, "bundle", "precision")]))
-            work.setdefault(name, charts.Bar(numbers[c["id"]], name, classes))
     parts = [
         _bars("Peak memory", memory, "MB", 0),
         _bars("Energy of one picture", energy, "J"),
-        _bars("Multiplications of one step by class of operator (10\u2079)", list(work.values()), ""),
+        _bars("Multiplications of one step by class of operator (10\u2079)", _work(shown, numbers), ""),
     ]
     if shown:
         parts.append(html_table(table.used(table.resource_columns(), shown), shown, numbers, results))
     if absent := table.absences(results, numbers):
         parts.append("<h3>What is absent, and why</h3>" + simple_table(("Figure", "Reason", "In No."), absent))
     return "\n".join(part for part in parts if part)
+
+
+def _work(shown: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Bar]:
+    """A bar for each bundle; where guidance or reuse makes its steps differ, one for each that does."""
+    found: dict[tuple[str, ...], tuple[Configuration, dict[str, float]]] = {}
+    for c in shown:
+        by_class = c["work"]["by_class"] if c["work"] else {}
+        classes = {clean(name): (number(each, "multiplications") or 0) / 1e9 for name, each in by_class.items()}
+        if any(classes.values()):
+            name = " ".join(filter(None, [words(c, "bundle", "name") or label(c), words(c, "bundle", "precision")]))
+            found.setdefault((name, str(classes)), (c, classes))
+    bundles = Counter(name for name, _ in found)
+    settings = distinct_labels([label(c) for c, _ in found.values()])
+    return [
+        charts.Bar(numbers[c["id"]], name if bundles[name] == 1 else text, classes)
+        for ((name, _), (c, classes)), text in zip(found.items(), settings, strict=True)
+    ]
 
 
 def _bars(title: str, drawn: list[charts.Bar], unit: str, digits: int | None = None) -> str:

@@ -79,8 +79,8 @@ def ranking_notes(results: Results) -> list[str]:
         )
     if against == REFERENCE:
         notes.append(
-            "Without ground truth only runs with the same settings are ranked: the reference says how well a "
-            "conversion keeps the fill, not how good a fill is."
+            "Without ground truth only runs with the same settings are ranked together, with or without reuse of deep "
+            "features: the reference says how well a conversion or reuse keeps the fill, not how good a fill is."
         )
     return notes
 

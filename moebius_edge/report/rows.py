@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .configurations import Configuration
-from .instruments import with_share
+from .instruments import network_calls, with_share
 from .supervise import Outcome
 
 
@@ -20,7 +20,10 @@ def row(
     unmeasured = None if ok else "it was not measured"
     work = outcome.get("work")
     if work is not None:
-        work = with_share(work, outcome["latency"]["stages"]["denoise"]["median_ms"], peaks)
+        assert configuration.settings is not None
+        alike = len(network_calls(configuration.settings)) == 1
+        step_ms = outcome["latency"]["stages"]["denoise"]["median_ms"] if alike else outcome["mean_call_ms"]
+        work = with_share(work, step_ms, peaks)
     return {
         "id": configuration.id,
         "label": configuration.label,

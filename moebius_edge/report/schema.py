@@ -37,6 +37,13 @@ class Named:
     inner: Any
 
 
+@dataclass(frozen=True)
+class Later:
+    """A key that documents written before it was there may lack."""
+
+    inner: Any
+
+
 _LEAVES: dict[str, Callable[[Any], bool]] = {
     "a text": lambda v: isinstance(v, str),
     "a whole number of 0 or more": lambda v: type(v) is int and v >= 0,
@@ -81,6 +88,7 @@ _CONFIGURATION = {
             "guidance": NUMBER,
             "strength": NUMBER,
             "scheduler": TEXT,
+            "cache_interval": Later(COUNT),  # read as 1, nothing is reused
             "seed": COUNT,
         }
     ),
@@ -218,6 +226,7 @@ def _check(value: Any, kind: Any, where: str) -> None:
         fields = dict.fromkeys(value, kind.inner) if isinstance(kind, Named) else kind
         for name, inner in fields.items():
             place = f"{where}.{name}" if where else name
-            if name not in value:
+            if name in value:
+                _check(value[name], inner.inner if isinstance(inner, Later) else inner, place)
+            elif not isinstance(inner, Later):
                 raise SchemaProblem(f"'{place}' is missing")
-            _check(value[name], inner, place)

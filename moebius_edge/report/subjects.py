@@ -18,7 +18,8 @@ from .baselines import Baseline, open_baseline
 from .inputs import Loaded, rgb8
 from .instruments import work_figures
 
-_PASSED = ("start", "steps", "guidance", "strength", "scheduler", "seed")  # of the settings, to ``Inpainter.inpaint``
+# Of the settings, to ``Inpainter.inpaint``.
+_PASSED = ("start", "steps", "guidance", "strength", "scheduler", "cache_interval", "seed")
 
 
 class Subject(Protocol):
@@ -100,11 +101,11 @@ class Network:
         return sum(path.stat().st_size for path in files) if files else None
 
     def work(self) -> dict[str, Any] | None:
-        """Of the bundle's file, which PyTorch does not execute."""
+        """Of the bundle's files, which PyTorch does not execute."""
         assert self._inpainter is not None
         if self._configuration["kind"] == "torch":
             return None
-        return work_figures(self._inpainter.bundle, self._settings)
+        return work_figures(self._inpainter.bundle, self._configuration["settings"])
 
 
 class Filler:

@@ -12,6 +12,7 @@ from .figures import (
     TRUTH,
     Configuration,
     Results,
+    cache_interval,
     drift,
     hole_psnr_db,
     is_ok,
@@ -73,6 +74,7 @@ def settings_columns() -> list[Column]:
         Column("Steps", lambda c: number(c, "settings", "steps_executed"), "executed", 0),
         Column("Guidance", lambda c: number(c, "settings", "guidance"), "", 1),
         _words("Scheduler", lambda c: words(c, "settings", "scheduler")),
+        Column("Cache interval", cache_interval, "", 0),
         Column("Seed", lambda c: number(c, "settings", "seed"), "", 0),
     ]
 

@@ -1,4 +1,4 @@
-"""What one call of a denoiser has to compute and to move, by class of operator, and how near a machine comes to it.
+"""What a call of a denoiser has to compute and to move, by class of operator, and how near a machine comes to it.
 
 **Multiplications** are multiply-adds of convolutions and matrix products, those inside the lambda operators as a class
 of their own; sums, norms, activations and softmax are not counted.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,25 +32,25 @@ _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 
 @dataclass
 class Amount:
-    """Multiply-adds and bytes."""
+    """Multiply-adds and bytes; a mean need not be whole."""
 
-    multiplications: int = 0
-    bytes: int = 0
+    multiplications: float = 0
+    bytes: float = 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call; empty with a ``reason`` where it could not be counted."""
+    """Of one call, or the mean of several; empty with a ``reason`` where it could not be counted."""
 
     by_class: dict[str, Amount] = field(default_factory=dict)
     reason: str | None = None
 
     @property
-    def multiplications(self) -> int | None:
+    def multiplications(self) -> float | None:
         return None if self.reason else sum(a.multiplications for a in self.by_class.values())
 
     @property
-    def bytes(self) -> int | None:
+    def bytes(self) -> float | None:
         return None if self.reason else sum(a.bytes for a in self.by_class.values())
 
     def to_dict(self, seconds: float | None = None, peaks: Peaks | None = None) -> dict[str, Any]:
@@ -75,6 +76,18 @@ def share_of_peak(work: Work, seconds: float, peaks: Peaks) -> float | None:
     if peaks.bytes_per_second is not None:
         attainable = min(attainable, work.multiplications / work.bytes * peaks.bytes_per_second)
     return work.multiplications / seconds / attainable
+
+
+def mean_work(calls: Sequence[tuple[Work, int]]) -> Work:
+    """The mean of one work or more, each with how many calls have it; a single one is returned as it is."""
+    if len(calls) == 1 or any(work.reason for work, _ in calls):
+        return next((work for work, _ in calls if work.reason), calls[0][0])
+    total = sum(count for _, count in calls)
+
+    def mean(name: str, what: str) -> float:
+        return sum(getattr(work.by_class[name], what) * count for work, count in calls) / total
+
+    return Work({name: Amount(mean(name, "multiplications"), mean(name, "bytes")) for name in calls[0][0].by_class})
 
 
 def count_work(path: str | os.PathLike[str], rows: int) -> Work:

@@ -85,11 +85,17 @@ class DownBlock(Block):
         super().__init__(resnets, attentions)
         self.downsamplers = nn.ModuleList([Downsample(sampler)] if sampler else [])
 
-    def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips = []
+    def layers(self, x: Tensor, time: Tensor, prompts: Tensor) -> list[Tensor]:
+        """What the layers at the block's own level make."""
+        made = []
         for index in range(len(self.resnets)):
             x = self.layer(index, x, time, prompts)
-            skips.append(x)
+            made.append(x)
+        return made
+
+    def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = self.layers(x, time, prompts)
+        x = skips[-1]
         for downsampler in self.downsamplers:
             x = downsampler(x)
             skips.append(x)
@@ -199,10 +205,9 @@ class UNet(nn.Module):
         ``forward``'s, the noise is the same.
         """
         time, prompts = self.time_embedding(timesteps), self.encoder_hid_proj(prompts)
-        last = cast(UpBlock, self.up_blocks[-1])
         x = self.conv_in(sample)
-        skips = [x, *self.down_blocks[0](x, time, prompts)[1]][: len(last.resnets)]
-        x = last(deep, skips, time, prompts)
+        skips = [x, *cast(DownBlock, self.down_blocks[0]).layers(x, time, prompts)]
+        x = self.up_blocks[-1](deep, skips, time, prompts)
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
     def encode(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # σ in (0.19, 1.61] as timesteps: best at guidance 2.0 in arXiv 2404.07724, table 1.
 _INTERVAL = (37, 499)
-_CACHE = 5  # the longest whose pictures the paper of DeepCache, arXiv 2312.00858, still finds close
+_CACHE = 5  # the longest in diffusers' benchmark of DeepCache
 _FAST_FROM_A_PICTURE = {"scheduler": "dpm++2m", "steps": 15, "guidance_interval": _INTERVAL, "cache_interval": _CACHE}
 
 # name -> start -> settings

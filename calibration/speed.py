@@ -13,13 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..bundle import Bundle, write_bundle
 from ..export.precision import to_float16
 from ..files import scratch_directory
 from ..runtimes import Runtime
-from ..runtimes.base import batched
+from ..runtimes.base import drawn_feeds
 from ..runtimes.ort import OrtRuntime
 from ..runtimes.providers import absence, import_onnxruntime, start_problem
 from ..spec import DENOISER, SHALLOW
@@ -50,12 +48,7 @@ def compare_speed(quantised: Runtime, other: Runtime, rows: int, tell: Callable[
 
     ``speedup`` is the other's time over the quantised one's: above 1, INT8 pays.
     """
-    generator = np.random.default_rng(0)
-    feeds: dict[str, np.ndarray] = {}
-    for tensor in quantised.components["denoiser"].inputs:
-        shape = batched(tensor, rows)
-        values = {"timestep": np.full(shape, 500), "branch": np.arange(rows) % 2}.get(tensor.name)
-        feeds[tensor.name] = (generator.standard_normal(shape) if values is None else values).astype(tensor.dtype)
+    feeds = drawn_feeds(quantised.components[DENOISER], rows)
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(WARM_UPS + ROUNDS):
         for runtime, times in zip((quantised, other), taken, strict=True):

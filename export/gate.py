@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import QualityError
 from ..pipeline import STRENGTH
 from ..runtimes import Runtime
-from ..runtimes.base import batched
+from ..runtimes.base import drawn_feeds
 from ..spec import DEEP, DENOISER, SHALLOW
 from ..trajectory import SEED
 
@@ -47,12 +47,7 @@ def shallow_difference(runtime: Runtime) -> float:
 
     One call with a row of each branch, on an active ``runtime``.
     """
-    generator = np.random.default_rng(SEED)
-    feeds: dict[str, np.ndarray] = {}
-    for tensor in runtime.components[DENOISER].inputs:
-        shape = batched(tensor, 2)
-        values = {"timestep": np.full(shape, 500), "branch": np.arange(2)}.get(tensor.name)
-        feeds[tensor.name] = (generator.standard_normal(shape) if values is None else values).astype(tensor.dtype)
+    feeds = drawn_feeds(runtime.components[DENOISER], 2)
     whole = runtime.run(DENOISER, feeds)
     noise = runtime.run(SHALLOW, {**feeds, DEEP: whole[DEEP]})["noise"]
     return float(f"{np.abs(noise - whole['noise']).max() / np.abs(whole['noise']).max():.3g}")

@@ -142,6 +142,17 @@ def batched(tensor: Tensor, batch: int) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else batch for d in tensor.shape)
 
 
+def drawn_feeds(component: Component, rows: int) -> Arrays:
+    """Inputs of a denoiser for one call: standard normal, halfway along the trajectory, the branches in turn."""
+    generator = np.random.default_rng(0)
+    feeds: Arrays = {}
+    for tensor in component.inputs:
+        shape = batched(tensor, rows)
+        values = {"timestep": np.full(shape, 500), "branch": np.arange(rows) % 2}.get(tensor.name)
+        feeds[tensor.name] = (generator.standard_normal(shape) if values is None else values).astype(tensor.dtype)
+    return feeds
+
+
 def check_arrays(
     component: str,
     kind: str,

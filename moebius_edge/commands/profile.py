@@ -141,20 +141,14 @@ def _bundle_row(
     """A bundle's denoiser on its runtime; its arithmetic is the file's, which export has rewritten."""
     import time
 
-    import numpy as np
-
     from ..report.work import count_work
     from ..runtimes import create_runtime
-    from ..runtimes.base import batched
+    from ..runtimes.base import drawn_feeds
 
     count = 2 if bundle.distilled_guidance is None else 1
     chosen = create_runtime(runtime, bundle, device, threads)
     work = count_work(bundle.component_path("denoiser"), 1)
-    feeds = {t.name: np.zeros(batched(t, count), t.dtype) for t in bundle.components["denoiser"].inputs}
-    rng = np.random.default_rng(0)
-    feeds["sample"] = rng.standard_normal(feeds["sample"].shape).astype(feeds["sample"].dtype)
-    feeds["timestep"] += 500
-    feeds["branch"][:] = np.arange(count) % 2
+    feeds = drawn_feeds(bundle.components["denoiser"], count)
     seconds = []
     with chosen:
         for _ in range(runs + 1):

@@ -39,10 +39,13 @@ def print_results(results: Mapping[str, Any], written: Sequence[Path]) -> None:
 def _numbers(row: Mapping[str, Any]) -> list[str]:
     total = row["latency"]["stages"]["total"]["median_ms"]
     memory = row["memory"]["peak_host_bytes"]
+    from ..fidelity import PSNR_CAP_DB
+
     sides = [row["accuracy"][f"against_{name}"] for name in ("reference", "truth")]
+    psnrs = [None if side is None else side["hole_psnr_db"] for side in sides]
     return [
         f"{total:.1f}" if total < 100 else f"{total:.0f}",
         f"{row['latency']['images_per_second']:.3g}",
         "" if memory is None else console.size(memory),
-        *("" if side is None else f"{side['hole_psnr_db']:.2f}" for side in sides),
+        *("" if psnr is None else "equal" if psnr >= PSNR_CAP_DB else f"{psnr:.2f}" for psnr in psnrs),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -20,14 +21,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training_toys import OPTIONS, RECIPE, FlatLatents, material, trained_teacher
+from training_toys import OPTIONS, RECIPE, TEACHER, FlatLatents, material, trained_teacher
 
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.model import build_student
+from moebius_edge.model import build_student, build_teacher
 from moebius_edge.training import checkpoints
 from moebius_edge.training.checkpoints import checkpoint_files
 from moebius_edge.training.networks import identity_start
-from moebius_edge.training.objectives import Task
+from moebius_edge.training.noising import Batch
+from moebius_edge.training.objectives import Distillation, Task
 from moebius_edge.training.recipe import Recipe, RunOptions
 from moebius_edge.training.stage import train_stage
 from moebius_edge.training.trainer import Trainer, make_accelerator
@@ -73,6 +75,44 @@ def test_mixed_precision_gives_nearly_the_same_loss(precision: str, tmp_path: Pa
     if precision == "fp16":  # its first scale is too large on purpose: such steps are skipped
         assert "gradient_norm" not in figures[0] and "gradient_norm" in figures[-1]
         assert 0 < ours.scaler.get_scale() < 65536
+
+
+def distilling_in_fp16(output: Path, first_scale: float) -> Trainer:
+    recipe = replace(RECIPE, optimiser=replace(RECIPE.optimiser, precision="fp16", steps=30))
+    recipe = replace(recipe, losses=replace(recipe.losses, terms=("task", "fine", "coarse")))
+    torch.manual_seed(0)
+    student, average = build_student(recipe.student), build_student(recipe.student)
+    objective = Distillation(recipe.losses, student, build_teacher(TEACHER), None, "fp16", lambda tensor: tensor)
+    ours = Trainer(recipe, student, average, objective, FlatLatents(), output, OPTIONS, make_accelerator("cpu"))  # type: ignore[arg-type]
+    ours.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale)
+    return ours
+
+
+def test_adaptive_weights_that_overflow_at_a_loss_scale_lower_it(tmp_path: Path) -> None:
+    """Such a step is skipped, as one is whose gradients overflow: nothing is changed but the scale."""
+    ours = distilling_in_fp16(tmp_path, 2.0**26)
+    before = copy.deepcopy(ours.network)
+    steps = ours.run()
+    first = next(steps)
+    assert "w_out" not in first and "gradient_norm" not in first and np.isfinite(first["task"]) and "loss" not in first
+    assert ours.scaler.get_scale() == 2.0**25
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), ours.network.parameters(), strict=True))
+    last = list(steps)[-1]
+    assert ours.scaler.get_scale() < 2.0**25 and np.isfinite(list(last.values())).all() and last["w_out"] > 0
+    assert not same(before, ours.network) and not list(tmp_path.glob("diagnostics*"))
+
+
+def test_adaptive_weights_that_are_not_finite_at_any_scale_stop_the_run(tmp_path: Path) -> None:
+    ours = distilling_in_fp16(tmp_path, 0.5)
+    objective = ours.objective
+
+    def spoilt(model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        total, figures = objective(model, batch, scale)
+        return total * torch.nan, figures | {"w_out": torch.tensor(torch.nan)}
+
+    ours.objective = spoilt
+    with pytest.raises(BundleError, match=r"the loss is nan at step 0 \(w_out; "):
+        next(ours.run())
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:

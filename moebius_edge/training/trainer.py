@@ -9,6 +9,7 @@ Accelerate fixes it once a process.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
@@ -171,7 +172,8 @@ class Trainer:
             together = self.sharded or number == len(micro_batches)
             with nullcontext() if together else self.accelerator.no_sync(self.model):
                 total, figures = self.objective(self.model, batch, scale)
-                self._check(total, figures, batch)
+                if not self._overflowed(figures, scale):
+                    self._check(total, figures, batch)
                 self.scaler.scale(total / len(micro_batches)).backward()
             for name, value in {"loss": total.detach(), **figures}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.float() / len(micro_batches)
@@ -186,8 +188,18 @@ class Trainer:
         update_average(self.average, self.network, min(recipe.ema_decay, self.done / (self.done + 10)))
         names = sorted(sums)
         values = self.mean(torch.stack([sums[name] for name in names])).tolist()
-        told = {"learning_rate": rate} | ({"gradient_norm": float(norm)} if torch.isfinite(norm) else {})
-        return dict(zip(names, values, strict=True)) | told
+        told = dict(zip(names, values, strict=True)) | {"learning_rate": rate, "gradient_norm": float(norm)}
+        return {name: value for name, value in told.items() if math.isfinite(value)}  # but for a skipped step all are
+
+    def _overflowed(self, figures: Figures, scale: float) -> bool:
+        """Whether it is the loss scale of fp16 that takes the adaptive weights' gradients out of range.
+
+        The total is NaN then, and so are its gradients: the scaler skips the step and lowers its scale.
+        """
+        weights = [v for name, v in figures.items() if name.startswith("w_")]
+        losses = [v for name, v in figures.items() if not name.startswith("w_")]
+        finite = [all(bool(torch.isfinite(v)) for v in values) for values in (losses, weights)]
+        return self.scaler.is_enabled() and scale >= 1 and finite == [True, False]
 
     def _check(self, value: Tensor, figures: Figures, batch: Batch) -> None:
         if torch.isfinite(value):

@@ -100,7 +100,7 @@ def record(
     statistics = Statistics.load(folder, key)
     if statistics is not None and statistics.done == len(pictures):
         return statistics
-    rows = 1 if chosen.component != "denoiser" or bundle.distilled_guidance is not None or chosen.guidance == 1 else 2
+    rows = 1 if chosen.component != "denoiser" or chosen.guidance == 1 else bundle.branches
     activations = find_activations(load_inlined(bundle.component_path(chosen.component)), rows, chosen.target)
     if statistics is None:
         tensors = {a.name: TensorStatistics(a.axis, len(timesteps)) for a in activations}

@@ -66,13 +66,12 @@ def measure_speed(
 ) -> dict[str, Any]:
     """INT8 beside what one would run instead, FP16 on a GPU and float32 on a CPU: ``compare_speed``, and on what."""
     device = fastest_device(target)
-    rows = 1 if reference.distilled_guidance is not None else 2
     with (
         _alternative(reference, candidate.path, device) as other,
         DenoiserRuntime(candidate, device) as quantised,
         DenoiserRuntime(other, device) as plain,
     ):
-        figures = compare_speed(quantised, plain, rows, lambda i, n: progress("speed beside INT8", i, n))
+        figures = compare_speed(quantised, plain, reference.branches, lambda i, n: progress("speed beside INT8", i, n))
         info = quantised.info
     where = {"device": device, "runtime": f"onnxruntime {info['version']}", "threads": info["threads"]}
     return {"other": other.precision, **where, **figures}

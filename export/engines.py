@@ -112,7 +112,7 @@ def build_engines(
     key = EngineKey(bundle.precision, target.flavour, target.version, target.gpu, target.compute_capabilities)
     folder = bundle.path / ENGINES_FOLDER / key.folder
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
-    profiles = {name: rows(name, options.max_batch) for name in components}
+    profiles = {name: rows(name, options.max_batch, bundle.branches) for name in components}
     wanted = Engine(folder, key, _hashes(bundle), {}, options.recorded(), profiles, {})
     notes = []
     if os.path.lexists(folder) and not force:
@@ -155,9 +155,9 @@ def build_engines(
     return Built(read_engine(folder), True, tuple(notes))
 
 
-def rows(component: str, max_batch: int) -> list[int]:
-    """Least, best and most rows: guidance doubles the denoiser's, the autoencoder takes a picture at a time."""
-    return [1, 2, 2 * max_batch] if component in (DENOISER, SHALLOW, UPDATE) else [1, 1, max_batch]
+def rows(component: str, max_batch: int, branches: int = 2) -> list[int]:
+    """Least, best and most rows: ``branches`` a picture for the denoiser, and one for the autoencoder."""
+    return [1, branches, branches * max_batch] if component in (DENOISER, SHALLOW, UPDATE) else [1, 1, max_batch]
 
 
 def profile(component: Component, batches: list[int]) -> dict[str, list[list[int]]]:

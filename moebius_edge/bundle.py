@@ -87,6 +87,11 @@ class Bundle:
             components=resolved_components(data["resolution"], data.get("deep_channels")),
         )
 
+    @property
+    def branches(self) -> int:
+        """Rows of the denoiser that a picture takes where it is guided: one where guidance is distilled."""
+        return 2 if self.distilled_guidance is None else 1
+
     def component_path(self, name: str) -> Path:
         """The ONNX file of a component."""
         return self.path / self.components[name].file

@@ -189,7 +189,7 @@ class TrtRuntime(Runtime):
     def _check_rows(self, component: str, rows: int) -> None:
         most = self._executors[component].max_rows
         if rows > most:
-            pictures = rows // 2 if component in (DENOISER, SHALLOW, UPDATE) else rows
+            pictures = rows // self._bundle.branches if component in (DENOISER, SHALLOW, UPDATE) else rows
             raise BundleError(
                 f"the engine of {component} takes {most} rows and this call has {rows}: "
                 f"{self._remedy()} --max-batch {pictures}"

@@ -587,6 +587,24 @@ def test_a_build_nobody_waits_for_stops() -> None:
     assert monitor.step_complete("whole", 0) is False
 
 
+def test_a_distilled_denoiser_is_tuned_for_a_row_a_picture(
+    tmp_path: Path, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.5))
+    asked: dict[str, Any] = {}
+
+    def run_build(request: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        asked[request["component"]] = request["profile"]
+        if request["component"] == "update":
+            raise BundleError("enough")
+        return {}
+
+    monkeypatch.setattr(engines, "run_build", run_build)
+    with pytest.raises(BundleError, match="enough"):
+        build_engines(bundle, dataclasses.replace(OPTIONS, max_batch=3), target)
+    assert asked["denoiser"]["timestep"] == [[1], [1], [3]] and asked["update"]["unconditional"] == [[1], [1], [3]]
+
+
 def test_profiles_fix_all_but_the_batch(toy: Bundle) -> None:
     component = toy.components["denoiser"]
     assert engines.profile(component, engines.rows("denoiser", 3)) == {

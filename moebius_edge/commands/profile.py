@@ -145,7 +145,7 @@ def _bundle_row(
     from ..runtimes import create_runtime
     from ..runtimes.base import drawn_feeds
 
-    count = 2 if bundle.distilled_guidance is None else 1
+    count = bundle.branches
     chosen = create_runtime(runtime, bundle, device, threads)
     work = count_work(bundle.component_path("denoiser"), 1)
     feeds = drawn_feeds(bundle.components["denoiser"], count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from moebius_edge.errors import BundleError, UsageError
+from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.training import autoencoder
 from moebius_edge.training.autoencoder import (
     AutoencoderRecipe,
@@ -242,6 +243,18 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"vae is not overwritten, it holds no config.json"):
         save_autoencoder(small_model(), tmp_path / "vae")
     assert (tmp_path / "vae" / "mine.txt").read_text() == "x"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it, which is no ``OSError``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(MachineError, match=r"cannot write .*vae: "):
+            save_autoencoder(small_model(), tmp_path / "vae")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["config.json", "diffusion_pytorch_model.safetensors"])

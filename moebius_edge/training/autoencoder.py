@@ -10,6 +10,8 @@ downloaded.
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -255,7 +258,12 @@ def save_autoencoder(model: AutoencoderKL, folder: Path) -> None:
     """Writes a diffusers folder, whole or not at all; another autoencoder there is replaced."""
     make_folder(folder.parent)
     with atomic_directory(folder, overwrite=True, marker="config.json") as temporary:
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # what the disk answered is in its text alone
+            if (number := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:

@@ -70,6 +70,15 @@ def test_an_int8_bundle_is_shown_block_by_block(toy: Path, capsys: Captured, mon
     assert main(["inspect", str(toy)]) == 0, "a table is not what a bundle is made of"
 
 
+def test_what_can_be_reused_is_shown(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["inspect", str(toy)]) == 0
+    assert "\nreuse" not in capsys.readouterr().out
+    assert main(["inspect", str(make_toy_bundle(tmp_path / "deep", deep=True))]) == 0
+    out = capsys.readouterr().out
+    assert "\nreuse       deep features of 4 channels, with run --cache-interval N\n" in out
+    assert "denoiser_shallow.onnx" in out
+
+
 def test_distilled_guidance_is_shown(toy: Path, tmp_path: Path, capsys: Captured) -> None:
     assert main(["inspect", str(toy)]) == 0
     assert not any(line.startswith("guidance ") for line in capsys.readouterr().out.splitlines())

@@ -73,6 +73,7 @@ def _print_facts(bundle: Bundle) -> None:
         "in float32": _islands(bundle.float32_islands),
         "int8": "" if bundle.int8 is None else describe_int8(bundle.int8),
         "guidance": _guidance(bundle.distilled_guidance),
+        "reuse": _reuse(bundle.deep_channels),
         "defaults": _pairs(bundle.defaults),
         "model": _pairs(bundle.model),
         "gate": _pairs(bundle.gate),
@@ -160,6 +161,10 @@ def _islands(islands: dict[str, Any]) -> str:
         counts = "all" if isinstance(kinds, str) else ", ".join(f"{len(v)} {k}" for k, v in kinds.items())
         parts.append(f"{component}: {counts}")
     return "; ".join(parts)
+
+
+def _reuse(channels: int | None) -> str:
+    return "" if channels is None else f"deep features of {channels} channels, with run --cache-interval N"
 
 
 def _guidance(distilled: float | None) -> str:

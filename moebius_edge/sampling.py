@@ -7,11 +7,11 @@ numpy's here, unless the runtime keeps the latents on its device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,24 @@ class Step:
         return self.read()
 
 
+class Call(NamedTuple):
+    """One call of the denoiser: its guidance, its rows a picture, and whether it computes the whole network."""
+
+    timestep: int
+    guidance: float
+    rows: int  # 1, the conditional branch alone, where guidance is 1
+    whole: bool
+
+
+def plan_calls(
+    timesteps: Sequence[int], guidance: float, interval: Interval | None, cache_interval: int
+) -> list[Call]:
+    """The calls that ``denoise`` makes with these arguments."""
+    scales = [guidance_at(t, guidance, interval) for t in timesteps]
+    rows = [1 if scale == 1 else 2 for scale in scales]
+    return [Call(*call) for call in zip(timesteps, scales, rows, whole_calls(rows, cache_interval), strict=True)]
+
+
 def denoise(
     runtime: Runtime,
     latents: Floats,
@@ -76,10 +94,8 @@ def denoise(
         BundleError: the predicted noise is not finite.
     """
     batch = len(latents)
-    scales = [guidance_at(t, guidance, interval) for t in scheduler.timesteps]
-    branches = [_branches(scale, batch) for scale in scales]
-    whole = whole_calls([len(b) for b in branches], cache_interval)
-    total = len(scales)
+    calls = plan_calls(scheduler.timesteps, guidance, interval, cache_interval)
+    total = len(calls)
 
     def joined(rows: int) -> Floats:
         return np.tile(np.concatenate([latents, mask, masked], axis=1), (rows // batch, 1, 1, 1))
@@ -93,20 +109,20 @@ def denoise(
             raise RuntimeError(f"the latent of step {index} is gone: read it before the next step")
         return device.read()
 
-    for index, (t, scale) in enumerate(zip(scheduler.timesteps, scales, strict=True), start=1):
+    for index, (t, scale, rows, whole) in enumerate(calls, start=1):
         where = f" at step {index} of {total} (t={t})"
         read: Callable[[], Floats]
         with measured(timer, "denoise"):
-            branch = branches[index - 1]
+            branch = np.repeat(np.array([_UNCONDITIONAL, _CONDITIONAL][-rows:], np.int64), batch)
             if index == 1:
                 kept = runtime.keep_latents(joined(len(branch)), branch, scale)
-            elif kept is not None and scale != scales[index - 2]:
+            elif kept is not None and scale != calls[index - 2].guidance:
                 kept.guide(branch, scale)
             if kept is None:
                 timesteps = np.full(len(branch), t, np.float32)
                 feeds: dict[str, np.ndarray] = {"sample": joined(len(branch)), "timestep": timesteps, "branch": branch}
-                if whole[index - 1]:
-                    kept_on = index < total and not whole[index]  # the next call reuses what this one makes
+                if whole:
+                    kept_on = index < total and not calls[index].whole  # the next call reuses what this one makes
                     made = runtime.run(DENOISER, feeds, ("noise", DEEP) if kept_on else ("noise",))
                     deep = made.get(DEEP, deep)
                 else:
@@ -119,17 +135,11 @@ def denoise(
                 read = partial(np.asarray, latents)
             else:
                 reached = index
-                check_finite(kept.step(t, scheduler.linear_step(index - 1), whole[index - 1]), "denoiser", where)
+                check_finite(kept.step(t, scheduler.linear_step(index - 1), whole), "denoiser", where)
                 read = partial(read_from, kept, index)
                 if index == total:
                     read = partial(np.asarray, kept.read())
         yield Step(index, total, t, read)
-
-
-def _branches(guidance: float, batch: int) -> npt.NDArray[np.int64]:
-    """The branch of every row of a call."""
-    branches = [_CONDITIONAL] if guidance == 1 else [_UNCONDITIONAL, _CONDITIONAL]
-    return np.repeat(np.array(branches, np.int64), batch)
 
 
 def initial_noise(seed: int, region_index: int, shape: tuple[int, int, int, int]) -> Floats:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bundle import Bundle
-from ..deep_cache import whole_calls
-from ..guidance import choose_guidance, guidance_at
+from ..guidance import choose_guidance
+from ..sampling import plan_calls
 from ..scheduler import SCHEDULERS
 from ..spec import DENOISER, SHALLOW
 from .peaks import Peaks
@@ -21,10 +21,8 @@ def network_calls(settings: Mapping[str, Any]) -> Counter[tuple[str, int]]:
     """How many calls of a trajectory are of which component and have how many rows, of a configuration's settings."""
     sampled = choose_guidance(settings["guidance"], settings["distilled_guidance"]).sampled
     timesteps = SCHEDULERS[settings["scheduler"]](settings["steps"], settings["strength"]).timesteps
-    scales = [guidance_at(t, sampled, settings["guidance_interval"]) for t in timesteps]
-    rows = [1 if scale == 1 else 2 for scale in scales]  # the conditional branch alone, or both
-    whole = whole_calls(rows, settings["cache_interval"])
-    return Counter((DENOISER if w else SHALLOW, count) for w, count in zip(whole, rows, strict=True))
+    calls = plan_calls(timesteps, sampled, settings["guidance_interval"], settings["cache_interval"])
+    return Counter((DENOISER if call.whole else SHALLOW, call.rows) for call in calls)
 
 
 def work_figures(bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..bundle import Bundle, write_bundle
 from ..errors import BundleError, UsageError
 from ..export.gate import judge_shallow, shallow_difference
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
-from ..export.shallow import write_shallow
+from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
 from ..files import atomic_directory, refuse_loss
 from ..runtimes.ort import OrtRuntime
@@ -156,27 +156,29 @@ def _write(
     """The ONNX files and the recipe in ``folder``; what ``bundle.json`` says of them."""
     half = _REST[options.target] == "float16"
     islands: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
-    reused: dict[str, Any] = {}
+    made: dict[str, onnx.ModelProto] = {}
     for component in reference.components.values():
         file = folder / component.file
         if component.name == DENOISER:
-            model, kept = quantiser.make(recipe, half)
-            onnx.save(model, str(file))
+            made[DENOISER], kept = quantiser.make(recipe, half)
             if half:
                 islands[DENOISER] = kept
         elif component.name == SHALLOW:
-            reused["shallow_nodes"] = quantised_nodes(write_shallow(folder / reference.components[DENOISER].file, file))
+            made[SHALLOW] = shallow_part(made[DENOISER])
         else:
             shutil.copyfile(reference.component_path(component.name), file)
             if half and component.name not in FLOAT32_COMPONENTS:
                 islands[component.name] = to_float16(file)
-    products = quantised_nodes(model)
+    nodes = {network: quantised_nodes(model) for network, model in made.items()}
+    products = nodes[DENOISER]
     if not products:
         raise UsageError(
             f"the recipe leaves nothing in INT8 for {options.target}: set a block to true that it computes in INT8"
         )
-    for component in (c for c in reference.components.values() if c.name in (DENOISER, SHALLOW)):
-        _check(folder / component.file, onnx.load(str(folder / component.file)), options.target)
+    for network, model in made.items():
+        file = folder / reference.components[network].file
+        onnx.save(model, str(file))
+        _check(file, model, options.target)
     recipe.save(folder / RECIPE_FILE)
     share = sum(quantiser.share(b) for b in quantiser.blocks if set(b.nodes) & set(products))
     recorded = quantiser.statistics.key
@@ -204,7 +206,7 @@ def _write(
             "ranges": options.ranges,
             "calibration": {"pictures": recorded["pictures"], "steps": recorded["steps"], "seed": recorded["seed"]},
             "nodes": products,
-            **reused,
+            **({"shallow_nodes": nodes[SHALLOW]} if SHALLOW in nodes else {}),
         },
     }  # fmt: skip
 

@@ -175,10 +175,10 @@ def _fill(
     gc.collect()
     write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
     runtime = OrtRuntime(Bundle.load(folder, verify=False))
-    candidate = _run(runtime, steps, guidance, "gate, ONNX Runtime", tell)
-    figures = compare(candidate, reference)
-    judge(figures, min_psnr_db)
     with runtime:
+        candidate = _run(runtime, steps, guidance, "gate, ONNX Runtime", tell)
+        figures = compare(candidate, reference)
+        judge(figures, min_psnr_db)
         figures["shallow_difference"] = shallow_difference(runtime)
     judge_shallow(figures["shallow_difference"], card["precision"])
     tell("write bundle.json", None)

@@ -138,9 +138,8 @@ class TrtRuntime(Runtime):
         name, path = component.name, self._engine.plan_path(component.name)
         engine = self._call(f"load {path}", runtime.deserialize_cuda_engine, path.read_bytes())
         self._kept.append(engine)
-        max_rows = self._check_contract(component, engine)
         owners = {tensor: self._executors[DENOISER] for tensor in shared}
-        max_rows = min(max_rows, *(owner.max_rows for owner in owners.values())) if owners else max_rows
+        max_rows = min([self._check_contract(component, engine), *(owner.max_rows for owner in owners.values())])
         arguments = []
         if not self._records:
             config = engine.create_runtime_config()

@@ -32,15 +32,16 @@ def test_text_cannot_hide_or_reorder_itself() -> None:
     assert figures.clean("λ 中 é \N{GRINNING FACE}") == "λ 中 é \N{GRINNING FACE}"
 
 
+def stages(**measured: tuple[int, float]) -> dict[str, dict[str, float]]:
+    """Stages by count and median."""
+    rest = dict.fromkeys(("first_ms", "p95_ms", "p99_ms", "iqr_ms"), 0.0)
+    return {name: {"count": count, "median_ms": median, **rest} for name, (count, median) in measured.items()}
+
+
 def test_stages_of_one_picture() -> None:
     """``denoise`` has an entry a network call and ``vae_encode`` may have two a picture."""
     row = configuration("a", latency=100.0)
-    stage = dict.fromkeys(("first_ms", "p95_ms", "p99_ms", "iqr_ms"), 0.0)
-    row["latency"]["stages"] = {
-        "vae_encode": {"count": 10, "median_ms": 6.0, **stage},
-        "denoise": {"count": 20, "median_ms": 20.0, **stage},
-        "total": {"count": 5, "median_ms": 100.0, **stage},
-    }
+    row["latency"]["stages"] = stages(vae_encode=(10, 6.0), denoise=(20, 20.0), total=(5, 100.0))
     assert figures.stage_ms(row) == {"vae_encode": 12.0, "denoise": 80.0, "other": 8.0}
     del row["latency"]["stages"]["denoise"], row["latency"]["stages"]["vae_encode"]
     assert figures.stage_ms(row) == {"total": 100.0}
@@ -50,12 +51,7 @@ def test_stages_of_one_picture() -> None:
 def test_denoising_is_the_rest_where_calls_differ() -> None:
     """One call of 60 ms and four of 5: their median is no mean."""
     row = configuration("a", latency=90.0)
-    stage = dict.fromkeys(("first_ms", "p95_ms", "p99_ms", "iqr_ms"), 0.0)
-    row["latency"]["stages"] = {
-        "vae_decode": {"count": 1, "median_ms": 10.0, **stage},
-        "denoise": {"count": 5, "median_ms": 5.0, **stage},
-        "total": {"count": 1, "median_ms": 90.0, **stage},
-    }
+    row["latency"]["stages"] = stages(vae_decode=(1, 10.0), denoise=(5, 5.0), total=(1, 90.0))
     assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 25.0, "other": 55.0}
     row["settings"]["cache_interval"] = 5
     assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 80.0}

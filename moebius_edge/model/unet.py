@@ -196,7 +196,7 @@ class UNet(nn.Module):
             skips, own = skips[:-layers], skips[-layers:]
             x = block(x, own, time, prompts)
             blocks.append(x)
-        return Denoised(self.conv_out(F.silu(self.conv_norm_out(x))), blocks)
+        return Denoised(self._noise(x), blocks)
 
     def shallow(self, sample: Tensor, timesteps: Tensor, prompts: Tensor, deep: Tensor) -> Tensor:
         """The noise by the finest level alone, with ``deep`` (N, C, h, w) from an earlier call.
@@ -207,7 +207,9 @@ class UNet(nn.Module):
         time, prompts = self.time_embedding(timesteps), self.encoder_hid_proj(prompts)
         x = self.conv_in(sample)
         skips = [x, *cast(DownBlock, self.down_blocks[0]).layers(x, time, prompts)]
-        x = self.up_blocks[-1](deep, skips, time, prompts)
+        return self._noise(self.up_blocks[-1](deep, skips, time, prompts))
+
+    def _noise(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
     def encode(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> list[Tensor]:

@@ -17,31 +17,24 @@ KINDS = ("bundle", "baseline", "torch")
 
 
 @dataclass(frozen=True)
-class Maybe:
+class _Around:
+    inner: Any
+
+
+class Maybe(_Around):
     """What may be null."""
 
-    inner: Any
 
-
-@dataclass(frozen=True)
-class Each:
+class Each(_Around):
     """A list."""
 
-    inner: Any
 
-
-@dataclass(frozen=True)
-class Named:
+class Named(_Around):
     """An object whose keys are names."""
 
-    inner: Any
 
-
-@dataclass(frozen=True)
-class Later:
+class Later(_Around):
     """A key that documents written before it was there may lack."""
-
-    inner: Any
 
 
 _LEAVES: dict[str, Callable[[Any], bool]] = {

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UsageError
-from ..regions import plan_regions
 from ..training.photographs import HELD_OUT
 from ..trajectory import Scene, cut_scene
 from .pictures import CalibrationPictures, Photographs, draw_hole, square
@@ -79,5 +78,5 @@ def make_cases(pictures: CalibrationPictures, number: int, resolution: int, seed
         if hole is None or turn:
             pixels, hole = square(pixels, resolution), draw_hole(seed, k, resolution)
         name = pictures.name(i) if not turn else f"{pictures.name(i)}, hole {turn + 1}"
-        cases.append(Case(name, cut_scene(pixels, hole, plan_regions(hole, resolution), resolution)))
+        cases.append(Case(name, cut_scene(pixels, hole, resolution)[0]))
     return cases

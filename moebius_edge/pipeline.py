@@ -1,13 +1,13 @@
 """The main job: fill the masked part of a picture with a bundle's network, and change nothing else.
 
-``Inpainter`` goes from picture to picture: it cuts out regions, drives ``sampling.denoise`` on each, and
-stitches the results in. Files are ``imaging``'s business.
+``Inpainter`` goes from picture to picture: ``stitching.Filling`` plans the windows that cover the mask, each goes
+through ``sampling.denoise``, and is blended in before the next is cut out. Files are read and written by ``imaging``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,12 @@ from .errors import UsageError
 from .guidance import Interval, check_interval, choose_guidance, guidance_at
 from .imaging import Picture
 from .masks import Mask, latent_mask, threshold
-from .regions import Region, extract, extract_mask, plan_regions, prefill
 from .runtimes import AUTO, Runtime, create_runtime
 from .sampling import Floats, Step, check_finite, denoise, initial_noise, measured
 from .scheduler import SCHEDULERS, Scheduler
 from .spec import LATENT_CHANNELS
-from .stitching import default_feather, stitch
+from .stitching import Filling
+from .windows import Window, prefill
 
 if TYPE_CHECKING:
     from .latency import StageTimer
@@ -110,8 +110,10 @@ class Inpainter:
         on_step: Callable[[Step], None] | None = None,
         timer: StageTimer | None = None,
         guidance_interval: Interval | None = None,
-        on_region: Callable[[Region, Floats], None] | None = None,
+        on_window: Callable[[Window, Floats, Mask], None] | None = None,
         cache_interval: int = 1,
+        on_plan: Callable[[int, int], None] | None = None,
+        match_colours: bool = True,
     ) -> Result:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
 
@@ -129,17 +131,21 @@ class Inpainter:
             seed: the same seed gives the same noise on every runtime.
             strength: share of the schedule that is executed, in (0, 1]; absent, 0.99, and 1 for ``noise``.
             scheduler: a name in ``SCHEDULERS``.
-            feather: width of the seam in pixels; absent, 3% of each crop's side and at least 4. Where the
-                hole comes closer than that to the edge of its crop, it is narrower.
-            on_step: called after each network call of the denoiser; with several regions in the picture,
+            feather: width of the seam in pixels; absent, half the hole's own thickness, at most 3% of each window's
+                side or 4 pixels. Where the hole comes closer than that to the edge of its window, it is narrower.
+            on_step: called after each network call of the denoiser; with several windows in the picture,
                 index and total count through all of them.
             timer: collects the stages' latencies.
             guidance_interval: (low, high), guidance at the timesteps low <= t < high alone, of 0 to 1000; the others
                 need half the work. Absent, at all. A model with distilled guidance takes none.
-            on_region: called with each region and what the network made of it, RGB (resolution, resolution, 3),
-                about [0, 1] and not clipped.
+            on_window: called with each window, what the network made of it, RGB (resolution, resolution, 3), about
+                [0, 1] and not clipped, and the hole that it saw, bool (resolution, resolution). Windows then go
+                through the network one by one.
             cache_interval: one call of the denoiser in so many computes all of it; those between compute its finest
                 level alone, and reuse what the deeper ones made (DeepCache, arXiv 2312.00858). At 1 nothing is reused.
+            on_plan: called before the work with the number of windows and of the denoiser's calls.
+            match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them;
+                ``stitching.match_colours`` says how. Upstream does not.
 
         Raises:
             UsageError: an argument is out of range, the mask has another size than the image, or the bundle cannot
@@ -158,38 +164,46 @@ class Inpainter:
                 raise UsageError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
             sampler = SCHEDULERS[scheduler](steps, strength)
             with measured(timer, "preprocess"):
-                regions = plan_regions(hole, self.bundle.resolution)
-                canvas = picture.pixels.copy() if regions else picture.pixels
+                filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
+            windows = filling.windows
             notes = [*picture.notes, *_mask_notes(hole)]
             notes += _interval_notes(guidance_interval, guide.sampled, sampler)
-            feathers = [default_feather(r) if feather is None else feather for r in regions]
-            if regions:
+            if windows:
                 self._open()
+            groups = _groups(windows, 1 if on_window is not None else self.runtime.pictures_per_call)
             calls = len(sampler.timesteps)
-            for number, (region, width) in enumerate(zip(regions, feathers, strict=True)):
+            if on_plan is not None:
+                on_plan(len(windows), len(groups) * calls)
+            sample = partial(
+                denoise,
+                self.runtime,
+                scheduler=sampler,
+                guidance=guide.sampled,
+                timer=timer,
+                interval=guidance_interval,
+                cache_interval=cache_interval,
+            )
+            widest = 0.0
+            number = 0
+            for done, group in enumerate(groups):
 
-                def report(step: Step, done: int = number * calls) -> None:
+                def report(step: Step, before: int = done * calls) -> None:
                     if on_step is not None:
-                        on_step(replace(step, index=done + step.index, total=len(regions) * calls))
+                        on_step(replace(step, index=before + step.index, total=len(groups) * calls))
 
-                noise = initial_noise(seed, number, self._latent_shape())
-                sample = partial(
-                    denoise,
-                    scheduler=sampler,
-                    guidance=guide.sampled,
-                    timer=timer,
-                    interval=guidance_interval,
-                    cache_interval=cache_interval,
-                )
-                made = self._fill(picture.pixels, hole, region, start, noise, sampler, sample, report, timer)
-                if on_region is not None:
-                    on_region(region, made)
-                with measured(timer, "stitch"):
-                    stitch(canvas, made, region, hole, width)
+                noises = [initial_noise(seed, number + i, self._latent_shape()) for i in range(len(group))]
+                fills = self._fill(filling, group, start, noises, sampler, sample, report, timer)
+                for window, (made, seen) in zip(group, fills, strict=True):
+                    if on_window is not None:
+                        on_window(window, made, seen)
+                    with measured(timer, "stitch"):
+                        widest = max(widest, filling.feather(window))
+                        filling.paste(window, made)
+                number += len(group)
             settings = {
                 "start": start,
                 "steps": steps,
-                "steps_executed": calls if regions else 0,
+                "steps_executed": calls if windows else 0,
                 "guidance": guide.scale,
                 "guidance_interval": None if guidance_interval is None else list(guidance_interval),
                 "distilled_guidance": self.bundle.distilled_guidance,
@@ -198,50 +212,70 @@ class Inpainter:
                 "scheduler": scheduler,
                 "seed": seed,
                 "generator": "PCG64",
-                "regions": len(regions),
-                "feather_px": [min(f, r.room(*hole.shape)) for f, r in zip(feathers, regions, strict=True)],
+                "windows": len(windows),
+                "network_calls": len(groups) * calls,
+                "feather_px": widest,
+                "match_colours": match_colours,
             }
-            return Result(replace(picture, pixels=canvas), notes, settings)
+            return Result(replace(picture, pixels=filling.canvas), notes, settings)
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         return 1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size
 
     def _fill(
         self,
-        pixels: np.ndarray,
-        mask: Mask,
-        region: Region,
+        filling: Filling,
+        group: Sequence[Window],
         start: str,
-        noise: Floats,
+        noises: Sequence[Floats],
         sampler: Scheduler,
         sample: Callable[..., Iterator[Step]],
         report: Callable[[Step], None],
         timer: StageTimer | None,
-    ) -> Floats:
-        """What the network makes of one region: RGB in [0, 1], (resolution, resolution, 3)."""
-        with measured(timer, "preprocess"):
-            image = extract(pixels, region, self.bundle.resolution)
-            hole = extract_mask(mask, region, self.bundle.resolution)
-            cells = latent_mask(hole, self.bundle.latent_size)[None, None].astype(np.float32)
-            first = prefill(image, hole) if start == "prefill" else image
-        masked = self._encode(_to_network(image) * ~hole, timer, "the masked image")
-        latent = noise
-        if start != "noise":
-            latent = sampler.add_noise(self._encode(_to_network(first), timer, "the start"), noise)
-        for step in sample(self.runtime, latent, cells, masked):
+    ) -> list[tuple[Floats, Mask]]:
+        """What the network makes of windows that are sampled together, and the hole that it sees in each.
+
+        RGB in [0, 1], (resolution, resolution, 3), and bool (resolution, resolution).
+        Encoder and decoder take one window at a time: two would double their memory, which is the largest on a device.
+        """
+        cells, masked, latents, holes = [], [], [], []
+        for window, noise in zip(group, noises, strict=True):
+            with measured(timer, "preprocess"):
+                image, hole = filling.view(window)
+                holes.append(hole)
+                cells.append(latent_mask(hole, self.bundle.latent_size)[None, None].astype(np.float32))
+                first = prefill(image, hole) if start == "prefill" else image
+            masked.append(self._encode(_to_network(image) * ~hole, timer, "the masked image"))
+            if start == "noise":
+                latents.append(noise)
+            else:
+                latents.append(sampler.add_noise(self._encode(_to_network(first), timer, "the start"), noise))
+        for step in sample(np.concatenate(latents), np.concatenate(cells), np.concatenate(masked)):
             report(step)
-        latent = step.latent
+        return [(self._decode(latent[None], timer), hole) for latent, hole in zip(step.latent, holes, strict=True)]
+
+    def _decode(self, latent: Floats, timer: StageTimer | None) -> Floats:
         with measured(timer, "vae_decode"):
             decoded = self.runtime.run("vae_decoder", {"latent": latent})["image"]
         check_finite(decoded, "vae_decoder")
         return decoded[0].transpose(1, 2, 0) / 2 + np.float32(0.5)
 
     def _encode(self, image: Floats, timer: StageTimer | None, what: str) -> Floats:
-        """One picture at a time: two in a batch would double the encoder's memory, largest on a device."""
         with measured(timer, "vae_encode"):
             latent = self.runtime.run("vae_encoder", {"image": image})["latent"]
         check_finite(latent, "vae_encoder", f" for {what}")
         return latent
+
+
+def _groups(windows: Sequence[Window], most: int) -> list[list[Window]]:
+    """``windows`` in their order, in groups of at most ``most`` that may be sampled together: none sees another's."""
+    groups: list[list[Window]] = []
+    for window in windows:
+        if groups and len(groups[-1]) < most and not any(window.overlaps(other) for other in groups[-1]):
+            groups[-1].append(window)
+        else:
+            groups.append([window])
+    return groups
 
 
 def _to_network(image: Floats) -> Floats:

@@ -1,7 +1,8 @@
-"""Putting what the network made back into the picture, through a seam that fades into the original.
+"""Filling a picture window by window: what the network made is blended in through a seam.
 
-The seam lies outside the mask. Beyond it every pixel keeps its bytes, at 8 and at 16 bits: nothing is
-computed there, so nothing can be rounded.
+The seam lies outside the mask, and is as wide as half the hole is thick at that place, up to a limit: a thin wire has a
+thin seam. Beyond the seam every pixel keeps its bytes, at 8 and at 16 bits: nothing is computed there, so nothing can
+be rounded.
 """
 
 from __future__ import annotations
@@ -12,59 +13,163 @@ import cv2
 import numpy as np
 
 from .masks import Mask, distance_outside
-from .regions import Floats, Region
+from .windows import Floats, Window, extract, extract_mask, plan_windows
 
-_FEATHER_SHARE = 0.03  # of the square's side: about one latent cell of a 256-pixel model
+_FEATHER_SHARE = 0.03  # of the window's side: about one latent cell of a 256-pixel model
 _LEAST_FEATHER = 4
+_COLOUR_CELL = 4  # pixels of the network, half a latent cell: the scale on which colours are matched
 _ROWS = 512  # blended at a time, to bound the memory
 _GREY = np.array([[0.299], [0.587], [0.114]], np.float32)  # brightness of RGB, ITU-R BT.601
 
 
-def stitch(canvas: np.ndarray, generated: Floats, region: Region, mask: Mask, feather: float) -> None:
-    """Blend ``generated`` (R, R, 3 in [0, 1]) into ``canvas`` (H, W, C), in place, where ``seam`` is above 0.
+class Filling:
+    """A picture whose mask is filled window by window.
 
-    All other pixels keep their bytes. ``feather`` in pixels is limited to ``region.room``: a wider seam would
-    end in a step at the square's edge.
+    Args:
+        pixels: (H, W, C) of uint8 or uint16, C being 1 or 3; not changed.
+        mask: (H, W), True where to fill.
+        resolution: the network's side in pixels.
+        feather: the width of the seam in pixels. Absent, it follows the hole: see ``seam``.
+        match: whether the colours of a fill are matched to those round the hole: see ``match_colours``.
+
+    Attributes:
+        canvas: the picture as far as it is filled.
+        windows: the plan, see ``plan_windows``. They are to be pasted in this order.
     """
-    height, width = mask.shape
-    feather = min(feather, region.room(height, width))
-    reach = math.ceil(feather)
-    top, left = max(0, region.hole[0] - reach), max(0, region.hole[1] - reach)
-    bottom, right = region.hole[2] + reach, region.hole[3] + reach  # slices end at the picture's edge
-    alpha = seam(mask[top:bottom, left:right], feather)
-    full = _enlarged(generated, region.side)
-    scale = np.float32(np.iinfo(canvas.dtype).max) / np.float32(1 if full.dtype == np.float32 else 65535)
-    for row in range(0, len(alpha), _ROWS):
-        part = alpha[row : row + _ROWS]
-        touched = part > 0
-        y, x = top + row - region.top, left - region.left
-        colour = full[y : y + part.shape[0], x : x + part.shape[1]][touched].astype(np.float32) * scale
-        if canvas.shape[2] == 1:
-            colour = colour @ _GREY
-        target = canvas[top + row : top + row + part.shape[0], left : left + part.shape[1]]
-        weight = part[touched][:, None]
-        blended = weight * colour + (1 - weight) * target[touched]
-        target[touched] = np.rint(blended).clip(0, np.iinfo(canvas.dtype).max).astype(canvas.dtype)
+
+    def __init__(
+        self, pixels: np.ndarray, mask: Mask, resolution: int, feather: float | None = None, match: bool = True
+    ) -> None:
+        self.windows = plan_windows(mask, resolution)
+        self.canvas = pixels.copy() if self.windows else pixels
+        self._mask, self._resolution, self._feather, self._match = mask, resolution, feather, match
+        self._pending = mask.copy() if self.windows else mask
+
+    def view(self, window: Window) -> tuple[Floats, Mask]:
+        """What the network sees: RGB (R, R, 3) in [0, 1], and the hole (R, R), all that is not filled yet."""
+        return (
+            extract(self.canvas, window, self._resolution),
+            extract_mask(self._pending, window, self._resolution),
+        )
+
+    def feather(self, window: Window) -> float:
+        """The largest width of the window's seam in pixels: a wider one would end in a step at the square's edge."""
+        feather = default_feather(window) if self._feather is None else self._feather
+        return min(feather, window.room(*self._mask.shape))
+
+    def paste(self, window: Window, generated: Floats) -> None:
+        """Blend what the network made of the window, (R, R, 3) in [0, 1], into ``canvas``."""
+        if self._match:
+            generated = match_colours(generated, *self.view(window))
+        feather = self.feather(window)
+        reach = 2 * math.ceil(feather)  # twice the seam, so that the hole's thickness is right as far as the seam goes
+        top, left, bottom, right = window.fills
+        y, x = max(0, top - reach), max(0, left - reach)
+        near = np.s_[y : bottom + reach, x : right + reach]
+        filled = np.zeros_like(self._mask[near])
+        filled[top - y : bottom - y, left - x : right - x] = self._pending[top:bottom, left:right]
+        alpha = seam(filled, feather, None if self._feather is not None else self._mask[near])
+        _blend(self.canvas[near], _enlarged(generated, window.side), alpha, y - window.top, x - window.left)
+        self._pending[top:bottom, left:right] = False
 
 
-def seam(mask: Mask, feather: float) -> Floats:
-    """Share of the generated picture, (H, W): 1 in the mask, exactly 0 from ``feather`` pixels outside on.
+def match_colours(generated: Floats, image: Floats, hole: Mask) -> Floats:
+    """``generated`` with its colours brought to those of the picture round the hole, (R, R, 3) in [0, 1].
 
-    Between, at distance d: (g(d) - g(feather)) / (1 - g(feather)) with the Gaussian g of σ = feather / 3.
+    An autoencoder does not give back exactly the colours that it gets, and in a thin hole a difference of a few levels
+    shows as a band. How far off it is can be seen outside of the hole, where the picture is known. This error, averaged
+    over small cells, is continued smoothly into the hole and subtracted. It is continued by a pyramid of averages:
+    where a level knows nothing, the coarser one decides (push-pull; Gortler et al. 1996, The Lumigraph, section 3.6.2).
+
+    Args:
+        generated: what the network made of all of the window.
+        image: what the window shows.
+        hole: (R, R), True where ``image`` is not known.
     """
-    if feather <= 0:
-        return mask.astype(np.float32)
-    distance = distance_outside(mask)
-    end = math.exp(-4.5)  # g(3 σ)
-    alpha = (np.exp(-4.5 * np.square(distance / np.float32(feather))) - np.float32(end)) / np.float32(1 - end)
-    alpha[distance >= feather] = 0
-    alpha[mask] = 1
+    known = (~hole).astype(np.float32)[..., None]
+    cells = (max(1, hole.shape[1] // _COLOUR_CELL), max(1, hole.shape[0] // _COLOUR_CELL))
+    error = _resized((image - generated) * known, cells, cv2.INTER_AREA)
+    weight = _resized(known, cells, cv2.INTER_AREA)[..., None]
+    return generated + _resized(_continued(error, weight), hole.shape[::-1], cv2.INTER_LINEAR)
+
+
+def _continued(total: Floats, weight: Floats) -> Floats:
+    """The means ``total`` (h, w, 3) / ``weight`` (h, w, 1), continued to where the weight, 0 to 1, is small."""
+    mean = total / np.maximum(weight, np.float32(1e-6))
+    height, width = weight.shape[:2]
+    if height == width == 1:
+        return mean
+    half = ((width + 1) // 2, (height + 1) // 2)
+    coarse = _continued(_resized(total, half, cv2.INTER_AREA), _resized(weight, half, cv2.INTER_AREA)[..., None])
+    return weight * mean + (1 - weight) * _resized(coarse, (width, height), cv2.INTER_LINEAR)
+
+
+def _resized(image: Floats, size: tuple[int, int], interpolation: int) -> Floats:
+    """``image`` at another (width, height); a single channel loses its axis."""
+    return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.float32)
+
+
+def seam(filled: Mask, feather: float, hole: Mask | None = None) -> Floats:
+    """The generated picture's share of every pixel, (H, W): 1 in ``filled``, exactly 0 from the seam's width outside.
+
+    Between, at distance d of a seam f wide: (g(d) - g(f)) / (1 - g(f)) with the Gaussian g of σ = f / 3.
+
+    Args:
+        filled: the pixels that are filled now.
+        feather: the seam's width in pixels.
+        hole: the whole mask. With it, ``feather`` is the largest width, and round a part of the hole that is thinner
+            the seam is about as wide as half of that. The width at a pixel of the hole is that of the largest disc in
+            the hole that covers it, of radii falling by √2 from ``feather`` on.
+    """
+    if hole is None:
+        return np.maximum(filled, _falloff(filled, feather))
+    alpha = filled.astype(np.float32)
+    depth = distance_outside(~hole)  # from a pixel's centre to that of the nearest pixel beyond: half a pixel too much
+    width = feather
+    while width > 1:
+        centres = depth >= width + 0.5
+        if centres.any():
+            covered = filled & (distance_outside(centres) <= width)
+            np.maximum(alpha, _falloff(covered, width), out=alpha)
+            if np.array_equal(covered, filled):
+                break
+        width /= math.sqrt(2)
     return alpha
 
 
-def default_feather(region: Region) -> int:
-    """Width of the seam in pixels: 3% of the square's side, at least 4."""
-    return max(_LEAST_FEATHER, round(_FEATHER_SHARE * region.side))
+def _falloff(mask: Mask, width: float) -> Floats:
+    """The Gaussian of ``seam`` round ``mask``, which is 1 on it."""
+    if width <= 0 or not mask.any():
+        return mask.astype(np.float32)
+    distance = distance_outside(mask)
+    end = math.exp(-4.5)  # g(3 σ)
+    share = (np.exp(-4.5 * np.square(distance / np.float32(width))) - np.float32(end)) / np.float32(1 - end)
+    share[distance >= width] = 0
+    share[mask] = 1
+    return share
+
+
+def default_feather(window: Window) -> int:
+    """The largest width of a window's seam in pixels: 3% of its side, at least 4."""
+    return max(_LEAST_FEATHER, round(_FEATHER_SHARE * window.side))
+
+
+def _blend(target: np.ndarray, generated: np.ndarray, alpha: Floats, top: int, left: int) -> None:
+    """Blend into ``target`` (h, w, C), in place, where ``alpha`` (h, w) is above 0; other pixels keep their bytes.
+
+    ``generated`` is a whole square (S, S, 3), in which the corner of ``target`` lies at ``top``, ``left``.
+    """
+    largest = np.iinfo(target.dtype).max
+    scale = np.float32(largest) / np.float32(1 if generated.dtype == np.float32 else 65535)
+    for row in range(0, len(alpha), _ROWS):
+        part = alpha[row : row + _ROWS]
+        y, x = np.nonzero(part)
+        colour = generated[y + row + top, x + left].astype(np.float32) * scale
+        if target.shape[2] == 1:
+            colour = colour @ _GREY
+        weight = part[y, x][:, None]
+        blended = weight * colour + (1 - weight) * target[y + row, x]
+        target[y + row, x] = np.rint(blended).clip(0, largest).astype(target.dtype)
 
 
 def _enlarged(generated: Floats, side: int) -> np.ndarray:

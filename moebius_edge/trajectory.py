@@ -8,7 +8,7 @@ so that it is the same everywhere without a file, or is given. How far two traje
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from .masks import Mask, latent_mask
 from .pipeline import STRENGTH, check_finite, denoise, initial_noise
-from .regions import Region, extract, extract_mask
 from .runtimes import Runtime
 from .scheduler import DDIM
+from .windows import extract, extract_mask, plan_windows
 
 SEED = 20
 Scene = tuple[np.ndarray, np.ndarray]  # image (1, 3, H, W) float32 in [-1, 1], hole (H, W) bool, True = fill
@@ -64,15 +64,18 @@ def draw_scene(resolution: int, seed: int = SEED) -> Scene:
     return image[None].astype(np.float32), ellipse | box
 
 
-def cut_scene(pixels: np.ndarray, hole: Mask, regions: Sequence[Region], resolution: int) -> Scene:
-    """The part of a picture with the largest hole, as the network sees it.
+def cut_scene(pixels: np.ndarray, hole: Mask, resolution: int) -> tuple[Scene, int]:
+    """What the network sees in the window that fills the largest box, and the number of windows.
 
-    ``pixels`` and ``hole`` as for ``regions.extract`` and ``extract_mask``; ``regions`` are those of the hole, one or
-    more.
+    Args:
+        pixels: (H, W, C) of uint8 or uint16.
+        hole: (H, W), True where to fill, somewhere.
+        resolution: the network's side in pixels.
     """
-    region = max(regions, key=lambda r: (r.hole[2] - r.hole[0]) * (r.hole[3] - r.hole[1]))
-    image = extract(pixels, region, resolution).transpose(2, 0, 1)[None]
-    return image * np.float32(2) - np.float32(1), extract_mask(hole, region, resolution)
+    windows = plan_windows(hole, resolution)
+    window = max(windows, key=lambda w: (w.fills[2] - w.fills[0]) * (w.fills[3] - w.fills[1]))
+    image = extract(pixels, window, resolution).transpose(2, 0, 1)[None]
+    return (image * np.float32(2) - np.float32(1), extract_mask(hole, window, resolution)), len(windows)
 
 
 def run_trajectory(

@@ -59,6 +59,11 @@ class Runtime(ABC):
     def info(self) -> dict[str, Any]:
         """What executes: ``name``, ``version``, ``device``, ``provider`` and the back-end's own settings."""
 
+    @property
+    def pictures_per_call(self) -> int:
+        """How many pictures are best sampled in one call; 1 where a call with more of them gains nothing."""
+        return 1
+
     def report(self) -> dict[str, Any]:
         """``info``, and ``selection`` where there is one: what a figure's reader must know of the runtime."""
         return dict(self.info) if self.selection is None else {**self.info, "selection": self.selection}

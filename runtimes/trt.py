@@ -88,6 +88,11 @@ class TrtRuntime(Runtime):
         """TensorRT for RTX compiles kernels while it runs, and records a graph itself when it has them."""
         return self._flavour.needs_gpu
 
+    @property
+    def pictures_per_call(self) -> int:
+        """As many as the engine was built for with ``--max-batch``, which is 1 unless the user asked for more."""
+        return self._executors[DENOISER].max_rows // self._bundle.branches
+
     def activate(self) -> None:
         try:
             self._gpu = self._cuda.gpu()

@@ -162,7 +162,7 @@ def test_a_photograph_is_compared_where_its_largest_hole_is(
     monkeypatch.setattr(trajectory, "run_trajectory", recorded)
     image, mask = pictures(tmp_path, (400, 300), holes=2)
     document = compared(capsys, toy, changed, "--image", image, "--mask", mask, "--steps", "3")
-    assert document["notes"] == [f"{mask} has 2 holes far apart: the part of the picture with the largest is compared"]
+    assert document["notes"] == [f"{mask} takes 2 windows of the picture: the one that fills most is compared"]
     assert document["settings"]["image"] == str(image)
     (pixels, hole), second = scenes
     assert second is scenes[0], "both sides see the same"

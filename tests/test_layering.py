@@ -25,7 +25,7 @@ DEVICE_LAYERS = (
     {"errors", "spec"},
     {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
     {"classical"},
-    {"decoding", "manifest", "regions"},
+    {"decoding", "manifest", "windows"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"deep_cache", "presets", "runtimes"},
     {"latency"},

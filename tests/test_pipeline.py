@@ -120,7 +120,7 @@ def hole() -> np.ndarray:
 
 def inpaint(image: np.ndarray | Picture, mask: np.ndarray, runtime: Runtime | None = None, **options: Any) -> Result:
     with Inpainter(BUNDLE, runtime or FakeRuntime()) as inpainter:
-        return inpainter.inpaint(image, mask, **{"steps": 4, **options})
+        return inpainter.inpaint(image, mask, **{"steps": 4, "match_colours": False, **options})
 
 
 FILLED = {np.uint8: round(0.75 * 255), np.uint16: round(0.75 * 65535)}  # FILL of [-1, 1] in samples
@@ -323,7 +323,8 @@ DEEP = replace(BUNDLE, deep_channels=4, components=resolved_components(R, 4))
 def test_deep_features_are_those_of_the_last_whole_call(photo: np.ndarray, hole: np.ndarray) -> None:
     def run(cache_interval: int, **options: Any) -> tuple[Result, list[tuple[str, int, float]]]:
         with Inpainter(DEEP, FakeDeepRuntime()) as inpainter:
-            result = inpainter.inpaint(photo, hole, steps=10, guidance=2.0, cache_interval=cache_interval, **options)
+            options |= {"steps": 10, "guidance": 2.0, "cache_interval": cache_interval, "match_colours": False}
+            result = inpainter.inpaint(photo, hole, **options)
             runtime = inpainter.runtime
         assert isinstance(runtime, FakeDeepRuntime)
         calls = [(n, f) for n, f in runtime.calls if n.startswith("denoiser")]
@@ -398,31 +399,87 @@ def test_the_same_seed_gives_the_same_picture(photo: np.ndarray, hole: np.ndarra
     assert not np.array_equal(run(0), run(1))
 
 
-def test_several_regions_count_and_draw_through(hole: np.ndarray) -> None:
+def test_several_windows_count_and_draw_through(hole: np.ndarray) -> None:
     image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
     mask = np.zeros((300, 500), bool)
     mask[20:30, 20:40] = mask[200:240, 300:330] = True
     runtime, seen = FakeRuntime(), []
     result = inpaint(image, mask, runtime, on_step=lambda s: seen.append((s.index, s.total, s.timestep)), steps=4)
     assert seen == [(i + 1, 6, t) for i, t in enumerate([500, 250, 0] * 2)]
-    assert result.settings["regions"] == 2 and result.settings["feather_px"] == [4, 4]
+    assert result.settings["windows"] == 2 and result.settings["network_calls"] == 6
     first, second = (runtime.called("denoiser")[i]["sample"][0, :4] for i in (0, 3))
-    assert np.abs(first - second).max() > 1, "each region has its own noise"
+    assert np.abs(first - second).max() > 1, "each window has its own noise"
     assert (np.abs(result.image[mask].astype(int) - FILLED[np.uint8]) <= 1).mean() > 0.6
     beyond = distance_outside(mask) >= 4
     np.testing.assert_array_equal(result.image[beyond], image[beyond])
 
 
-def test_each_region_is_handed_over_before_it_is_stitched(hole: np.ndarray) -> None:
+def test_each_window_is_handed_over_before_it_is_pasted(hole: np.ndarray) -> None:
     image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
     mask = np.zeros((300, 500), bool)
     mask[20:30, 20:40] = mask[200:240, 300:330] = True
     seen = []
-    inpaint(image, mask, FakeRuntime(), on_region=lambda region, made: seen.append((region.hole, made)), steps=4)
-    assert [box for box, _ in seen] == [(20, 20, 30, 40), (200, 300, 240, 330)]
-    for _, made in seen:
+    inpaint(image, mask, FakeRuntime(), on_window=lambda *given: seen.append(given), steps=4)
+    assert [window.fills for window, _, _ in seen] == [(20, 20, 30, 40), (200, 300, 240, 330)]
+    for window, made, hole in seen:
+        top, left, bottom, right = window.fills
+        assert hole.shape == (R, R) and hole.sum() == (bottom - top) * (right - left), "these windows are not scaled"
         assert made.shape == (R, R, 3) and made.dtype == np.float32
         assert (np.abs(made * 255 - FILLED[np.uint8]) < 1).any()
+
+
+def test_windows_that_share_no_pixel_go_through_together_where_the_runtime_gains_from_it() -> None:
+    """One after the other or four in a call: the same picture, from fewer calls."""
+
+    class Batching(FakeRuntime):
+        @property
+        def pictures_per_call(self) -> int:
+            return 4
+
+    image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    mask = np.zeros((300, 500), bool)
+    mask[20:26, 10:490] = True  # a line: each window shares pixels with the next
+    mask[150:290:60, 30:490:80] = True  # specks far apart
+    one, many = FakeRuntime(), Batching()
+    plans: list[tuple[int, int]] = []
+    expected = inpaint(image, mask, one, on_plan=lambda *plan: plans.append(plan))
+    result = inpaint(image, mask, many, on_plan=lambda *plan: plans.append(plan))
+    np.testing.assert_allclose(result.image.astype(int), expected.image, atol=1)
+    assert plans[0][0] == plans[1][0] and plans[0][1] == len(one.called("denoiser"))
+    assert plans[1][1] == len(many.called("denoiser")) < plans[0][1]
+    rows = {len(feeds["branch"]) for feeds in many.called("denoiser")}
+    assert min(rows) == 2 and max(rows) == 8, "the line's windows alone, four specks together"
+    assert {len(feeds["image"]) for feeds in many.called("vae_encoder")} == {1}, "these need the most memory"
+
+
+def test_each_window_sees_what_is_filled_already() -> None:
+    image = np.full((64, 400, 3), 255, np.uint8)
+    mask = np.zeros((64, 400), bool)
+    mask[28:36] = True
+    runtime = FakeRuntime()
+    result = inpaint(image, mask, runtime)
+    first, second = (feeds["image"][0] for feeds in runtime.called("vae_encoder")[:3:2])
+    assert (first[:, 32] == 0).all(), "all of the line is a hole, which is mid-grey"
+    share = (np.abs(second[:, 32] - FakeRuntime.FILL) < 0.01).mean()
+    assert 0.1 < share < 0.5, "the next window's left part is filled"
+    assert (np.abs(result.image[mask].astype(int) - FILLED[np.uint8]) <= 1).mean() > 0.9
+
+
+def test_colours_are_matched_to_those_round_the_hole(photo: np.ndarray, hole: np.ndarray) -> None:
+    """An autoencoder that gives back everything 30 levels too dark."""
+
+    class Dark(FakeRuntime):
+        def _vae_decoder(self, latent: np.ndarray) -> dict[str, np.ndarray]:
+            return {"image": super()._vae_decoder(latent)["image"] - np.float32(30 / 127.5)}
+
+    photo[:] = 150
+    known = Dark(lambda x, mask, masked, t, branch: np.full_like(x, 150 / 127.5 - 1))
+    inside = (150, 150, 150)
+    matched = inpaint(photo, hole, known, match_colours=True)
+    np.testing.assert_allclose(matched.image[hole].astype(int), np.broadcast_to(inside, (hole.sum(), 3)), atol=1)
+    raw = inpaint(photo, hole, known, match_colours=False)
+    np.testing.assert_allclose(raw.image[hole].astype(int), 120, atol=1)
+    assert (matched.settings["match_colours"], raw.settings["match_colours"]) == (True, False)
 
 
 def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
@@ -440,15 +497,17 @@ def test_settings_say_everything(photo: np.ndarray, hole: np.ndarray) -> None:
         "scheduler": "dpm++2m",
         "seed": 7,
         "generator": "PCG64",
-        "regions": 1,
-        "feather_px": [6],
+        "windows": 1,
+        "network_calls": 5,
+        "feather_px": 6,
+        "match_colours": False,
     }
 
 
 def test_a_feather_of_zero_stays_zero(photo: np.ndarray, hole: np.ndarray) -> None:
     result = inpaint(photo, hole, feather=0)
     np.testing.assert_array_equal(result.image[~hole], photo[~hole])
-    assert result.settings["feather_px"] == [0]
+    assert result.settings["feather_px"] == 0
 
 
 def test_an_empty_mask_returns_the_image_and_loads_nothing(photo: np.ndarray) -> None:
@@ -456,7 +515,7 @@ def test_an_empty_mask_returns_the_image_and_loads_nothing(photo: np.ndarray) ->
     result = Inpainter(BUNDLE, runtime).inpaint(photo, np.zeros(photo.shape[:2], bool))
     np.testing.assert_array_equal(result.image, photo)
     assert result.notes == ["mask is empty: image returned unchanged"]
-    assert result.settings["regions"] == 0 and result.settings["steps_executed"] == 0
+    assert result.settings["windows"] == 0 and result.settings["steps_executed"] == 0
     assert runtime.activations == 0 and runtime.calls == []
 
 

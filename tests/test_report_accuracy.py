@@ -13,31 +13,31 @@ import pytest
 
 from moebius_edge.errors import BundleError
 from moebius_edge.pipeline import Step
-from moebius_edge.regions import Region
 from moebius_edge.report import perceptual
 from moebius_edge.report.accuracy import AgainstReference, AgainstTruth, Trace
+from moebius_edge.windows import Window
 
 HOLE = np.zeros((64, 64), bool)
 HOLE[20:44, 20:44] = True
-REGION = Region(0, 0, 64, (20, 20, 44, 44))
+WINDOW = Window(0, 0, 64, (20, 20, 44, 44))
 
 
-def trace(latents: float = 0.0, made: float = 0.0, regions: int = 1) -> Trace:
-    """Two steps and a picture for each region; all of it moved by so much."""
+def trace(latents: float = 0.0, made: float = 0.0, windows: int = 1) -> Trace:
+    """Two steps and a picture for each window; all of it moved by so much."""
     made_, latents_ = Trace(), np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
     picture = np.random.default_rng(1).random((64, 64, 3)).astype(np.float32)
-    for _ in range(regions):
+    for _ in range(windows):
         for index in (1, 2):
             moved = latents_ + np.float32(latents * index)
             made_.on_step(Step(index, 2, 0, lambda moved=moved: moved))
-        made_.on_region(REGION, picture + np.float32(made))
+        made_.on_window(WINDOW, picture + np.float32(made), HOLE)
     return made_
 
 
 def test_what_is_equal_has_no_difference(tmp_path: Path) -> None:
     trace().save(tmp_path / "0.npz")
     against = AgainstReference("full")
-    against.add(trace(), tmp_path / "0.npz", HOLE)
+    against.add(trace(), tmp_path / "0.npz")
     assert against.result() == {
         "reference": "full",
         **dict.fromkeys(("hole_psnr_db", "psnr_db"), 200.0),
@@ -49,11 +49,11 @@ def test_what_is_equal_has_no_difference(tmp_path: Path) -> None:
 
 
 def test_differences_are_those_of_the_network_itself(tmp_path: Path) -> None:
-    trace(regions=2).save(tmp_path / "0.npz")
+    trace(windows=2).save(tmp_path / "0.npz")
     against = AgainstReference("full")
-    moved = trace(latents=0.5, made=0.01, regions=2)
-    moved.made[1][30, 30, 2] += 0.1  # one pixel, in the hole of one region
-    against.add(moved, tmp_path / "0.npz", HOLE)
+    moved = trace(latents=0.5, made=0.01, windows=2)
+    moved.made[1][30, 30, 2] += 0.1  # one pixel, in the hole of one window
+    against.add(moved, tmp_path / "0.npz")
     result = against.result()
     assert result["latent_rms_drift"] == [0.5, 1.0]
     assert result["worst_pixel_levels"] == pytest.approx(0.11 * 255, rel=0.01)
@@ -66,7 +66,7 @@ def test_a_trace_of_other_steps_is_no_reference(tmp_path: Path) -> None:
     other = trace()
     del other.latents[0]
     with pytest.raises(BundleError, match="the reference full went through other steps: measure both again"):
-        AgainstReference("full").add(other, tmp_path / "0.npz", HOLE)
+        AgainstReference("full").add(other, tmp_path / "0.npz")
 
 
 def test_against_the_truth() -> None:

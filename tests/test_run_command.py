@@ -128,7 +128,9 @@ def test_settings_are_passed_on_and_named(here: Path, toy: Path, capsys: Capture
         "seed": 7,
         "scheduler": "dpm++2m",
         "generator": "PCG64",
-        "regions": 1,
+        "windows": 1,
+        "network_calls": 4,
+        "match_colours": True,
     }
     assert {name: entry["settings"][name] for name in expected} == expected
     assert document["latency"]["stages"]["denoise"]["count"] == 4

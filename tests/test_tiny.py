@@ -47,7 +47,7 @@ def test_the_demo_removes_the_spoon(tmp_path: Path, capsys: pytest.CaptureFixtur
     before = cv2.imread(str(EXAMPLES / "coffee.png"))
     mask = cv2.imread(str(EXAMPLES / "coffee_mask.png"), cv2.IMREAD_GRAYSCALE) > 127
     after = cv2.imread(str(output))
-    reach = int(np.ceil(max(settings["feather_px"]))) + 1
+    reach = int(np.ceil(settings["feather_px"])) + 1
     seam = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5) <= reach
     np.testing.assert_array_equal(after[~seam], before[~seam])
     assert np.abs(after[mask].astype(int) - before[mask]).mean() > 20  # a chrome spoon against a red saucer

@@ -115,18 +115,17 @@ def _guides(bundles: tuple[Bundle, Bundle], chosen: float | None) -> list[Guidan
 def _scene(image: Path, mask: Path, resolution: int) -> tuple[Scene, list[str]]:
     """The picture's part with the largest hole as the network sees it, and what the user should know."""
     from ..imaging import read_mask, read_picture
-    from ..regions import plan_regions
     from ..trajectory import cut_scene
 
     picture = read_picture(image)
     hole = read_mask(mask, picture.size)
-    regions = plan_regions(hole, resolution)
-    if not regions:
+    if not hole.any():
         raise UsageError(f"mask {mask} is empty, nothing would be filled: white must mark the hole")
+    scene, windows = cut_scene(picture.pixels, hole, resolution)
     notes = list(picture.notes)
-    if len(regions) > 1:
-        notes.append(f"{mask} has {len(regions)} holes far apart: the part of the picture with the largest is compared")
-    return cut_scene(picture.pixels, hole, regions, resolution), notes
+    if windows > 1:
+        notes.append(f"{mask} takes {windows} windows of the picture: the one that fills most is compared")
+    return scene, notes
 
 
 def _run(

@@ -117,7 +117,7 @@ class _Lines:
         if label == self._label and now - self._last < _LINE_EVERY_S:
             return
         self._label, self._last = label, now
-        print(f"{label}: {done} of {total}" if total and done else label, file=sys.stderr, flush=True)
+        print(f"{label}: {done} of {total}" if total else label, file=sys.stderr, flush=True)
 
 
 def _console(stream: TextIO) -> Console:

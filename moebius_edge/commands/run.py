@@ -91,6 +91,10 @@ def run(
     feather: Annotated[
         float | None, typer.Option(min=0.0, metavar="PX", help="Width of the seam round the mask.")
     ] = None,
+    match_colours: Annotated[
+        bool,
+        typer.Option("--match-colours/--raw-colours", help="Match each fill's colours to those round the hole."),
+    ] = True,
     runtime: Annotated[
         str,
         typer.Option(metavar="NAME", help="onnxruntime, or with engines tensorrt or tensorrt-rtx; auto: the fastest."),
@@ -121,6 +125,7 @@ def run(
         "scheduler": None if scheduler is None else scheduler.value,
         "seed": seed,
         "feather": feather,
+        "match_colours": match_colours,
     }
     from .session import Session
 

@@ -60,8 +60,16 @@ class Session:
 
         with console.progress() as update:
 
+            shown = label
+
+            def on_plan(windows: int, calls: int) -> None:
+                nonlocal shown
+                if windows > 1:
+                    shown = f"{label}, {windows} windows"
+                update(shown, 0, calls)
+
             def on_step(step: Step) -> None:
-                update(label, step.index, step.total)
+                update(shown, step.index, step.total)
 
             update(label, 0, 0)
             with self.timer.measure("read"):
@@ -69,7 +77,9 @@ class Session:
                 check_output(job.output, picture)
                 hole = read_mask(job.mask, picture.size, **self._mask_options)
             inpainter = self._inpainter or self._open()
-            result = inpainter.inpaint(picture, hole, on_step=on_step, timer=self.timer, **self._settings)
+            result = inpainter.inpaint(
+                picture, hole, on_plan=on_plan, on_step=on_step, timer=self.timer, **self._settings
+            )
             self.runtime_info = inpainter.runtime.report()  # a runtime may learn about itself while it runs
             with self.timer.measure("write"):
                 _make_folder(job.output.parent)

@@ -29,7 +29,7 @@ def print_result(document: Mapping[str, Any], report_path: Path | None, batch: b
     if as_json:
         console.print_json(dict(document))
     elif report is not None:
-        print(_settings_line(report))
+        print(_settings_line(report) + _work(report["settings"]))
         _print_latency(report)
         if report_path is not None:
             print(f"latency report {report_path}")
@@ -64,6 +64,15 @@ def _settings_line(report: Mapping[str, Any]) -> str:
         f"bundle {bundle['name']} ({bundle['precision']}), "
         f"{runtime['name']} {runtime['version']} on {runtime['device']}"
     )
+
+
+def _work(settings: Mapping[str, Any]) -> str:
+    """How much went through the network. In a batch these are left out of the settings where pictures differ."""
+    if "windows" not in settings or "network_calls" not in settings:
+        return ""
+    each = "" if settings["pictures"] == 1 else " a picture"
+    calls = console.counted(settings["network_calls"], "network call")
+    return f"\n{console.counted(settings['windows'], 'window')}, {calls}{each}"
 
 
 def _print_latency(report: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How far a configuration is from the reference with the same noise, and from the true picture.
 
-Against the reference the network's own outputs are compared, region by region and unclipped, so that what 8 bits
-would hide is seen; against the truth it is the finished pictures. Figures are means over regions or pictures, but
+Against the reference the network's own outputs are compared, window by window and unclipped, so that what 8 bits
+would hide is seen; against the truth it is the finished pictures. Figures are means over windows or pictures, but
 for the worst pixel and the texture, which are the largest and the median.
 """
 
@@ -20,7 +20,7 @@ from ..files import atomic_write
 from ..masks import Mask
 from ..pipeline import Step
 from ..quality import fill_figures, planes, texture_ratio
-from ..regions import Floats, Region, extract_mask
+from ..windows import Floats, Window
 from .perceptual import Perceptual
 
 _FIGURES = ("hole_psnr_db", "psnr_db", "hole_ssim", "ssim")
@@ -30,19 +30,19 @@ _FIGURES = ("hole_psnr_db", "psnr_db", "hole_ssim", "ssim")
 class Trace:
     """What one picture's run went through: hand its methods to ``Inpainter.inpaint``.
 
-    ``latents`` has (1, 4, h, w) a network call, ``made`` (R, R, 3) a region.
+    ``latents`` has (1, 4, h, w) a network call, ``made`` (R, R, 3) and ``holes`` (R, R) a window.
     """
 
     latents: list[Floats] = field(default_factory=list)
     made: list[Floats] = field(default_factory=list)
-    regions: list[Region] = field(default_factory=list)
+    holes: list[Mask] = field(default_factory=list)
 
     def on_step(self, step: Step) -> None:
         self.latents.append(step.latent.copy())
 
-    def on_region(self, region: Region, made: Floats) -> None:
-        self.regions.append(region)
+    def on_window(self, window: Window, made: Floats, hole: Mask) -> None:
         self.made.append(made)
+        self.holes.append(hole)
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as temporary, temporary.open("wb") as stream:
@@ -59,7 +59,7 @@ class AgainstReference:
         self._squares: np.ndarray | None = None  # mean square of the latents' difference after each step, summed
         self._images = 0
 
-    def add(self, trace: Trace, path: Path, hole: Mask) -> None:
+    def add(self, trace: Trace, path: Path) -> None:
         """One picture's trace, and where the reference's was saved. Raises BundleError if the two do not match."""
         with np.load(path) as saved:
             latents, made = saved["latents"], saved["made"]
@@ -69,9 +69,9 @@ class AgainstReference:
         steps = len(latents) // len(made)
         squares = np.square(difference).mean(axis=tuple(range(1, difference.ndim))).reshape(len(made), steps)
         self._squares = squares.sum(0) if self._squares is None else self._squares + squares.sum(0)
-        for region, ours, reference in zip(trace.regions, trace.made, made, strict=True):
+        for seen, ours, reference in zip(trace.holes, trace.made, made, strict=True):
             a, b = (i.transpose(2, 0, 1) * np.float32(PEAK) - np.float32(1) for i in (ours, reference))
-            self._rows.append(fill_figures(a, b, extract_mask(hole, region, len(ours))))
+            self._rows.append(fill_figures(a, b, seen))
             self._worst = max(self._worst, worst_pixel(a[None], b[None])["levels"])
         self._images += 1
 

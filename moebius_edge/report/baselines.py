@@ -19,9 +19,8 @@ from ..classical import navier_stokes, telea
 from ..errors import BundleError, MachineError, UsageError
 from ..machine import available_cores
 from ..masks import Mask
-from ..regions import extract, extract_mask, plan_regions
 from ..sampling import check_finite
-from ..stitching import default_feather, stitch
+from ..stitching import Filling
 from ..toml import read_toml
 
 CLASSICAL: dict[str, tuple[str, Callable[[np.ndarray, Mask], np.ndarray]]] = {
@@ -150,11 +149,10 @@ class OnnxBaseline:
         size = self._description.size
         if size == 0:
             return np.where(mask[..., None], self._whole(image, mask), image)
-        canvas = image.copy()
-        for region in plan_regions(mask, size):
-            made = self._run(extract(image, region, size), extract_mask(mask, region, size))
-            stitch(canvas, made, region, mask, default_feather(region))
-        return canvas
+        filling = Filling(image, mask, size)
+        for window in filling.windows:
+            filling.paste(window, self._run(*filling.view(window)))
+        return filling.canvas
 
     def _whole(self, image: np.ndarray, mask: Mask) -> np.ndarray:
         height, width = mask.shape

@@ -126,7 +126,7 @@ def _look(subject: Subject, loader: Loader, spec: Mapping[str, Any], progress: P
             trace.save(Path(record) / name)
         if against is not None:
             assert trace is not None
-            against.add(trace, Path(reference["folder"]) / name, loaded.hole)
+            against.add(trace, Path(reference["folder"]) / name)
         if truth is not None and loaded.truth is not None:
             truth.add(result, loaded.truth, loaded.hole)
         pictures[loaded.source.name] = write_shown(folder, configuration["id"], loaded.source.shown, result)

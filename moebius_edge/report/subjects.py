@@ -76,9 +76,9 @@ class Network:
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         assert self._inpainter is not None
-        on_step, on_region = (None, None) if trace is None else (trace.on_step, trace.on_region)
+        on_step, on_window = (None, None) if trace is None else (trace.on_step, trace.on_window)
         result = self._inpainter.inpaint(
-            loaded.picture, loaded.hole, on_step=on_step, on_region=on_region, timer=timer, **self._settings
+            loaded.picture, loaded.hole, on_step=on_step, on_window=on_window, timer=timer, **self._settings
         )
         return rgb8(result.picture)
 

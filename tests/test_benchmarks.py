@@ -79,3 +79,10 @@ def test_the_islands_of_fp16() -> None:
     for line in lines[1:]:
         measured = re.search(r"\d\d\.\d\d  +[01]\.\d{5}", line)
         assert measured or (line.startswith("decoder") and "vae_decoder returned NaN" in line), line
+
+
+def test_thin_masks_on_a_photograph(tmp_path: Path) -> None:
+    out = run("windows.py", str(ROOT / "examples" / "coffee.png"), "--picture", str(tmp_path / "windows.jpg"))
+    rows = [line.split("|") for line in out.splitlines() if " x |" in line]
+    assert len(rows) == 8 and all(float(row[5].replace("x", "")) <= 3 for row in rows)
+    assert (tmp_path / "windows.jpg").stat().st_size > 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -146,6 +147,22 @@ def test_a_million_specks_take_little_time(density: float, most: int) -> None:
     windows = plan_windows(mask, 256)
     assert time.process_time() - start < 4, "on an idle machine it is half a second"
     assert 1 <= len(windows) <= most
+
+
+def test_a_panorama_takes_little_more_memory_than_its_picture() -> None:
+    mask = np.zeros((1600, 20000), bool)
+    mask[800:809] = True
+    picture = np.zeros((*mask.shape, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        filling = Filling(picture, mask, 256)
+        for window in filling.windows:
+            filling.paste(window, np.ones((256, 256, 3), np.float32))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(filling.windows) <= 110
+    assert peak < 1.5 * (picture.nbytes + mask.nbytes) + 50e6, "a copy of the picture and one of the mask"
 
 
 def test_windows_overlap_where_they_share_a_pixel() -> None:

@@ -1,4 +1,4 @@
-"""Thin, long and scattered masks on a photograph: what changes beside the mask, how sharp the seam is, how long it takes.
+"""Thin and scattered masks on a photograph: what changes beside the mask, how sharp the seam is, how long it takes.
 
     python benchmarks/windows.py PHOTOGRAPH [--bundle tiny] [--picture windows.jpg]
 

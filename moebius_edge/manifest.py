@@ -43,6 +43,15 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
+NodeNames = Annotated[list[Text], Field(max_length=20_000)]
+_SCHEDULER_SCHEMA = Field(
+    json_schema_extra={
+        "properties": {key: {"const": value} for key, value in SCHEDULER.items()},
+        "required": list(SCHEDULER),
+    }
+)
+
+
 def _check_scheduler(scheduler: dict[str, Any]) -> dict[str, Any]:
     for key, expected in SCHEDULER.items():
         if (found := scheduler.get(key)) != expected:
@@ -93,8 +102,8 @@ class Int8(TypedDict):
     quantised_products: Count
     products: Count
     share_of_multiplications: Number
-    nodes: list[Text]
-    shallow_nodes: NotRequired[list[Text]]
+    nodes: NodeNames
+    shallow_nodes: NotRequired[NodeNames]
     calibration: NotRequired[JsonObject]
     blocks: NotRequired[Annotated[list[Block], Field(max_length=5000)]]
     cases: NotRequired[list[JsonObject]]
@@ -113,14 +122,14 @@ class Manifest:
     precision: Literal["float32", "float16", "int8"]
     scaling_factor: Annotated[Number, Field(gt=0)]
     model: JsonObject
-    scheduler: Annotated[JsonObject, AfterValidator(_check_scheduler)]
+    scheduler: Annotated[JsonObject, _SCHEDULER_SCHEMA, AfterValidator(_check_scheduler)]
     defaults: Defaults
     source: dict[Text, SourceFile]
     gate: JsonObject  # the measured figures it passed with
     tools: dict[Text, JsonValue]  # versions
     files: Annotated[dict[FileName, FileRecord], Field(max_length=1000)]
     # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
-    float32_islands: dict[Text, Literal["all"] | dict[Text, list[Text]]] = field(default_factory=dict)
+    float32_islands: dict[Text, Literal["all"] | dict[Text, NodeNames]] = field(default_factory=dict)
     # The guidance that the conditional branch predicts by itself; see ``guidance``.
     distilled_guidance: Annotated[Number, Field(gt=1)] | None = None
     int8: Int8 | None = None

@@ -19,7 +19,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ..bundle import ASSETS, ENGINES_FOLDER, Bundle, check_file
 from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, Text, read_document
-from ..errors import BundleError
+from ..errors import BundleError, MachineError
 from ..files import safe_join
 from ..manifest import FileRecord
 from .cuda import Gpu
@@ -99,9 +99,12 @@ def engine_folders(bundle: Path) -> list[Path]:
     What ONNX Runtime's provider keeps there (``onnxruntime-...``, see ``providers``) is its own affair.
     """
     root = bundle / ENGINES_FOLDER
-    if not root.is_dir():
+    try:
+        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
+    except OSError as error:
+        raise MachineError(f"cannot read {root}: {error.strerror}: check it with `ls -l {bundle}`") from error
 
 
 def read_engine(folder: Path) -> Engine:

@@ -6,12 +6,14 @@ Pure data: this module reads the one JSON file and neither the ONNX files beside
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 from typing_extensions import NotRequired, TypedDict
 
 from .documents import Count, FileName, Flag, JsonObject, Number, Positive, Sha256, Text
+from .guidance import MAX_GUIDANCE
 from .spec import (
     BETA_END,
     BETA_START,
@@ -70,7 +72,7 @@ class Defaults(TypedDict):
     """Settings of a run that names none. ``strength`` stands there where it is not the usual one."""
 
     steps: Annotated[int, Field(strict=True, ge=1, le=NUM_TRAIN_TIMESTEPS)]
-    guidance: Annotated[Number, Field(ge=0)]
+    guidance: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE)]
     start: Literal["image", "prefill", "noise"]
     strength: NotRequired[Annotated[Number, Field(gt=0, le=1)]]
 
@@ -120,7 +122,7 @@ class Manifest:
     resolution: Annotated[int, Field(strict=True, ge=8, le=MAX_RESOLUTION, multiple_of=LATENT_DOWNSCALE)]  # pixels
     latent_size: Positive  # latent positions, each way
     precision: Literal["float32", "float16", "int8"]
-    scaling_factor: Annotated[Number, Field(gt=0)]
+    scaling_factor: Annotated[Number, Field(gt=0, le=1000)]
     model: JsonObject
     scheduler: Annotated[JsonObject, _SCHEDULER_SCHEMA, AfterValidator(_check_scheduler)]
     defaults: Defaults
@@ -131,7 +133,7 @@ class Manifest:
     # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
     float32_islands: dict[Text, Literal["all"] | dict[Text, NodeNames]] = field(default_factory=dict)
     # The guidance that the conditional branch predicts by itself; see ``guidance``.
-    distilled_guidance: Annotated[Number, Field(gt=1)] | None = None
+    distilled_guidance: Annotated[Number, Field(gt=1, le=MAX_GUIDANCE)] | None = None
     int8: Int8 | None = None
     # Channels of the feature that calls may reuse, see ``deep_cache``. Without it they cannot.
     deep_channels: Annotated[int, Field(strict=True, ge=1, le=MAX_DEEP_CHANNELS)] | None = None
@@ -170,8 +172,12 @@ class BundleDocument(Manifest):
         for name, table in expected.items():
             if table.file not in self.files:
                 raise ValueError(f"files lacks {table.file!r}")
-            if self.components.get(name) != table:
-                raise ValueError(_difference(name, self.components.get(name), table))
+            if name not in self.components:
+                raise ValueError(f"components.{name} is missing")
+            for key, right in vars(table).items():
+                given = getattr(self.components[name], key)
+                if given != right:  # the pipeline feeds exactly those tensors
+                    raise ValueError(f"components.{name}.{key} is {_first_difference(given, right)}")
         if extra := sorted(set(self.components) - set(expected)):
             raise ValueError(f"components.{extra[0]:.60} is an unknown component")
 
@@ -193,17 +199,8 @@ def component_tables(components: dict[str, Component]) -> dict[str, ComponentTab
     return {name: ComponentTable(c.file, c.inputs, c.outputs) for name, c in components.items()}
 
 
-def _difference(name: str, found: ComponentTable | None, expected: ComponentTable) -> str:
-    """The first place where a component's table is another than the pipeline's, which feeds exactly those tensors."""
-    if found is None:
-        return f"components.{name} is missing"
-    if found.file != expected.file:
-        return f"components.{name}.file is {found.file!r}, expected {expected.file!r}"
-    for key in ("inputs", "outputs"):
-        given, right = getattr(found, key), getattr(expected, key)
-        if len(given) != len(right):
-            return f"components.{name}.{key} has {len(given)} tensors, expected {len(right)}"
-        for index, (tensor, other) in enumerate(zip(given, right, strict=True)):
-            if tensor != other:
-                return f"components.{name}.{key}.{index} is {tensor!r:.200}, expected {other}"
-    raise AssertionError(f"component {name} has no difference")
+def _first_difference(given: Any, right: Any) -> str:
+    """Two values, or of two tuples of tensors the first that differ, as the end of a message."""
+    if isinstance(right, tuple):
+        given, right = next(pair for pair in zip_longest(given, right) if pair[0] != pair[1])
+    return f"{given!r:.200}, expected {right!r}"

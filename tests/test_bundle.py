@@ -278,6 +278,7 @@ EDITS: list[tuple[str, Any, str]] = [
     ("defaults", 3, "defaults is 3, expected an object"),
     ("defaults/guidance", DELETED, "defaults.guidance is missing"),
     ("defaults/guidance", -1, "defaults.guidance is -1, expected greater than or equal to 0"),
+    ("defaults/guidance", 1e308, "defaults.guidance is 1e\\+308, expected less than or equal to 1000"),
     ("defaults/guidance", 3.0, "defaults.guidance is 3.0, expected 2.0, which is distilled"),
     ("defaults/steps", 0, "defaults.steps is 0, expected greater than or equal to 1"),
     ("defaults/steps", 10**6, "defaults.steps is 1000000, expected less than or equal to 1000"),
@@ -290,7 +291,7 @@ EDITS: list[tuple[str, Any, str]] = [
     ("deep_channels", 0, "deep_channels is 0, expected greater than or equal to 1"),
     ("deep_channels", True, "deep_channels is True, expected a valid integer"),
     ("deep_channels", 10**9, "deep_channels is 1000000000, expected less than or equal to 8192"),
-    ("deep_channels", 32, "components.denoiser.outputs.1 is .*64.*, expected .*32"),
+    ("deep_channels", 32, "components.denoiser.outputs is Tensor.*64.*, expected .*32"),
     ("float32_islands", None, "float32_islands is None, expected an object"),
     ("float32_islands", {"denoiser": 1}, "float32_islands.denoiser is 1, expected 'all'"),
     ("float32_islands", {"denoiser": {"Sin": 5}}, "float32_islands.denoiser"),
@@ -315,9 +316,9 @@ EDITS: list[tuple[str, Any, str]] = [
     ("components/vae_encoder", DELETED, "components.vae_encoder is missing"),
     ("components/extra", {"file": "x", "inputs": [], "outputs": []}, "components.extra is an unknown component"),
     ("components/denoiser/file", "x.onnx", "components.denoiser.file is 'x.onnx', expected 'denoiser.onnx'"),
-    ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs.1 is .*float16.*, expected .*float32"),
+    ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs is Tensor.*float16.*, expected .*float32"),
     ("components/denoiser/inputs/1/shape", 7, "components.denoiser.inputs.1.shape is 7, expected a valid tuple"),
-    ("components/denoiser/inputs", [], "components.denoiser.inputs has 0 tensors, expected 3"),
+    ("components/denoiser/inputs", [], "components.denoiser.inputs is None, expected Tensor"),
 ]
 
 

@@ -44,7 +44,7 @@ VALUES: list[Any] = [
     *("", "0", "64", "x" * 5000, "two\nlines", "\x1b[2J", "\0", "\ud800", "/etc/passwd", "../bundle.json", "é" * 200),
     *([], {}, [None], [[]], ["a", 1], {"a": 1}, {"a": {"b": []}}, {"": None}, [1.5] * 20, [0, 0, 0]),
 ]
-NAMES = ["", "x", "x" * 5000, "two\nlines", "\0", "\ud800", "/etc/passwd", "..", "engines", "a/../../b", "a\\b", "é" * 200]
+NAMES = ["", "x", "x" * 999, "two\nlines", "\0", "\ud800", "/etc/passwd", "..", "engines", "a/../b", "a\\b", "é" * 99]
 
 
 def nested(depth: int) -> Any:
@@ -191,7 +191,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     int8 = shutil.copytree(toy, folder / "int8")
     write_engine(Bundle.load(toy))
     document = json.loads((int8 / "bundle.json").read_text())
-    document |= {"precision": "int8", "int8": INT8, "float32_islands": {"denoiser": {"Sin": ["a"]}, "vae_decoder": "all"}}
+    islands = {"denoiser": {"Sin": ["a"]}, "vae_decoder": "all"}
+    document |= {"precision": "int8", "int8": INT8, "float32_islands": islands}
     (int8 / "bundle.json").write_text(json.dumps(document))
     write_engine(Bundle.load(int8))
     noise = np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)

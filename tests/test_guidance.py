@@ -36,7 +36,7 @@ def test_another_guidance_than_the_distilled_is_refused(chosen: float) -> None:
 @pytest.mark.parametrize("distilled", [None, 3.0])
 @pytest.mark.parametrize("chosen", [-1.0, 1e308, float("nan"), float("inf")])
 def test_what_is_no_guidance_is_refused(chosen: float, distilled: float | None) -> None:
-    with pytest.raises(UsageError, match=rf"guidance is {re.escape(str(chosen))}: give a number from 0 to 1000, such as 2.0"):
+    with pytest.raises(UsageError, match=re.escape(f"guidance is {chosen}: give a number from 0 to 1000, such as")):
         choose_guidance(chosen, distilled)
 
 

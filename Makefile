@@ -12,7 +12,7 @@ DEMO_OUTPUT := outputs/coffee.png
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow lint types wheel clean
+.PHONY: demo test test-slow lint types schemas wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/.installed
@@ -35,6 +35,10 @@ types: $(VENV)/.installed
 	@$(VENV)/bin/python -m pip install $(PIP_QUIET) --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml \
 	  --cache-dir $(CURDIR)/.mypy_cache -p moebius_edge
+
+# docs/schemas, from the types that bundle.json and engine.json are checked with.
+schemas: $(VENV)/.installed
+	$(VENV)/bin/python docs/schemas/generate.py
 
 wheel: $(VENV)/.installed
 	@rm -rf build/lib build/bdist.*

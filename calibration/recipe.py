@@ -14,12 +14,23 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..errors import MachineError, UsageError
+from typing_extensions import NotRequired, TypedDict
+
+from ..documents import Flag, Text, read_document
+from ..errors import UsageError
 from ..files import atomic_write
 
 SCHEMA_VERSION = 1
+
+
+class _Document(TypedDict):
+    """The file."""
+
+    schema_version: Literal[1]
+    quantised: dict[Text, Flag]
+    smoothed: NotRequired[list[Text]]
 
 
 @dataclass(frozen=True)
@@ -62,24 +73,6 @@ class Recipe:
             MachineError: there is no such file, or it cannot be read.
             UsageError: it is not a recipe, or one of another version.
         """
-        try:
-            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise MachineError(f"recipe {path} cannot be read ({error.strerror}): check the path") from None
-        except ValueError as error:
-            raise UsageError(f"recipe {path} is not JSON ({error}): mend it, or let the export write one") from None
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION or isinstance(version, bool):
-            raise UsageError(
-                f"recipe {path} has schema_version {json.dumps(version)}, this program reads {SCHEMA_VERSION}: "
-                "let the export write one"
-            )
-        quantised = content.get("quantised")
-        if not isinstance(quantised, dict):
-            raise UsageError(f'recipe {path} has no object "quantised" of blocks: let the export write one')
-        if wrong := [name for name, chosen in quantised.items() if not isinstance(chosen, bool)]:
-            raise UsageError(f"recipe {path}: block {wrong[0]} is neither true nor false: write one of them")
-        smoothed = content.get("smoothed", [])
-        if not isinstance(smoothed, list) or not all(isinstance(name, str) for name in smoothed):
-            raise UsageError(f'recipe {path}: "smoothed" is no list of blocks: mend it or leave it out')
-        return cls(quantised, tuple(smoothed))
+        remedy = "mend it, or let the export write one"
+        content = read_document(Path(path), _Document, UsageError, remedy)
+        return cls(content["quantised"], tuple(content.get("smoothed", ())))

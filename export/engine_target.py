@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MachineError, UsageError
 from ..runtimes.cuda import find_gpu
-from ..runtimes.engine_files import ANY_GPU
+from ..runtimes.engine_files import ANY_GPU, Settings
 from ..runtimes.flavours import FLAVOURS, load_package
 
 _LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
@@ -26,7 +26,7 @@ class EngineOptions:
     timing_cache: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Settings:
         """What decides the engine besides its key: another value means another engine."""
         return {
             "max_batch": self.max_batch,

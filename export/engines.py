@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
 from ..errors import BundleError, MachineError, UsageError
@@ -22,6 +23,7 @@ from ..files import atomic_directory
 from ..machine import available_memory_bytes
 from ..runtimes.engine_files import (
     ENGINE_FILE,
+    ENGINE_SCHEMA_VERSION,
     Engine,
     EngineKey,
     engine_document,
@@ -113,7 +115,9 @@ def build_engines(
     folder = bundle.path / ENGINES_FOLDER / key.folder
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
     profiles = {name: rows(name, options.max_batch, bundle.branches) for name in components}
-    wanted = Engine(folder, key, _hashes(bundle), {}, options.recorded(), profiles, {})
+    wanted = Engine(
+        folder, ENGINE_SCHEMA_VERSION, key, _hashes(bundle), {}, options.recorded(), profiles, {}
+    )
     notes = []
     if os.path.lexists(folder) and not force:
         reason = _outdated(wanted, bundle)
@@ -125,7 +129,7 @@ def build_engines(
     started = time.monotonic()
     _make_parent(folder.parent)
     with atomic_directory(folder, overwrite=True, marker=ENGINE_FILE) as temporary:
-        plans = {}
+        plans: dict[str, Any] = {}
         for index, (name, component) in enumerate(components.items(), start=1):
             stage = f"build {name} ({index} of {len(components)})"
             tell(stage, 0.0)
@@ -134,7 +138,7 @@ def build_engines(
                 "component": name,
                 "precision": "float32" if ours else bundle.precision,
                 "onnx": None if ours else os.path.abspath(bundle.component_path(name)),
-                "quantised": (bundle.int8 or {}).get(_QUANTISED.get(name, ""), []),
+                "quantised": {**(bundle.int8 or {})}.get(_QUANTISED.get(name, ""), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": target.flavour,
                 "gpu": target.gpu,
@@ -145,7 +149,7 @@ def build_engines(
                 "timing_cache": None if cache is None else os.path.abspath(cache),
             }
             plans[name] = run_build(request, partial(tell, stage), notes)
-        built = {
+        built: dict[str, Any] = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -196,9 +200,10 @@ def _outdated(wanted: Engine, bundle: Bundle) -> str:
         return str(error).rpartition(":")[0]
     if stale := staleness(found, bundle):
         return f"it was {stale}"
-    if changed := [k for k, v in wanted.settings.items() if found.settings.get(k) != v]:
-        name = changed[0]
-        return f"{name} was {found.settings.get(name)} and is {wanted.settings[name]} now"
+    before: dict[str, Any] = {**found.settings}
+    for name, value in wanted.settings.items():
+        if before[name] != value:
+            return f"{name} was {before[name]} and is {value} now"
     return "" if found.key == wanted.key and found.profiles == wanted.profiles else "it is of another key"
 
 

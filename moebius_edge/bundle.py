@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+import stat
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .documents import read_document
 from .errors import BundleError, MachineError
 from .files import atomic_write, safe_join, sha256_file
-from .manifest import SCHEDULER, component_table, read_manifest, resolved_components, schema_version
+from .manifest import (
+    SCHEDULER,
+    SCHEMA_VERSION,
+    BundleDocument,
+    FileRecord,
+    Manifest,
+    component_tables,
+    resolved_components,
+)
 from .spec import LATENT_DOWNSCALE, Component
 
 BUNDLE_FILE = "bundle.json"
@@ -23,31 +33,12 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = ("tiny",)
 
 
-@dataclass(frozen=True)
-class Bundle:
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Manifest):
     """A checked ``bundle.json`` and where it lies. ``components`` have all sizes but the batch filled in."""
 
     path: Path
-    name: str
-    description: str
-    licence: str
-    resolution: int  # image pixels, each way
-    latent_size: int  # latent positions, each way
-    precision: str
-    scaling_factor: float
-    model: dict[str, Any]
-    scheduler: dict[str, Any]
-    defaults: dict[str, Any]  # steps, guidance, start, and strength where it is not the usual one
-    source: dict[str, Any]  # what it was made from, by SHA-256
-    gate: dict[str, Any]  # the measured figures it passed with
-    tools: dict[str, Any]  # versions
-    files: dict[str, dict[str, Any]]  # name -> {"sha256", "bytes"}
     components: dict[str, Component]
-    # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
-    float32_islands: dict[str, Any] = field(default_factory=dict)
-    distilled_guidance: float | None = None  # what the conditional branch predicts by itself; see ``guidance``
-    int8: dict[str, Any] | None = None  # how it was quantised, see docs/int8.md; None in other precisions
-    deep_channels: int | None = None  # of the feature that calls may reuse, see ``deep_cache``; None: they cannot
 
     @classmethod
     def load(cls, path_or_name: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -61,30 +52,13 @@ class Bundle:
         """
         folder = resolve_bundle(path_or_name)
         remedy = _remedy(folder)
-        data = read_manifest(folder / BUNDLE_FILE, remedy)
-        for name, record in data["files"].items():
-            _check_file(safe_join(folder, name), record, verify, remedy)
+        safe_join(folder, BUNDLE_FILE)  # a link to elsewhere is refused, as it is for the other files
+        document = read_document(folder / BUNDLE_FILE, BundleDocument, BundleError, remedy)
+        for name, record in document.files.items():
+            check_file(safe_join(folder, name), record, verify, remedy)
+        content = {field.name: getattr(document, field.name) for field in fields(Manifest)}
         return cls(
-            path=folder,
-            name=data["name"],
-            description=data["description"],
-            licence=data["licence"],
-            resolution=data["resolution"],
-            latent_size=data["latent_size"],
-            precision=data["precision"],
-            scaling_factor=float(data["scaling_factor"]),
-            model=data["model"],
-            scheduler=data["scheduler"],
-            defaults=data["defaults"],
-            source=data["source"],
-            gate=data["gate"],
-            tools=data["tools"],
-            float32_islands=data.get("float32_islands", {}),
-            distilled_guidance=data.get("distilled_guidance"),
-            int8=data.get("int8"),
-            deep_channels=data.get("deep_channels"),
-            files=data["files"],
-            components=resolved_components(data["resolution"], data.get("deep_channels")),
+            path=folder, components=resolved_components(document.resolution, document.deep_channels), **content
         )
 
     @property
@@ -98,36 +72,19 @@ class Bundle:
 
     def settings(self, **chosen: Any) -> dict[str, Any]:
         """``chosen`` settings of a run, and the bundle's own steps, guidance, start and strength where they are not."""
-        settings = {**{key: self.defaults[key] for key in ("steps", "guidance", "start")}, **chosen}
-        if "strength" in self.defaults and settings["start"] == self.defaults["start"]:  # it suits no other start
-            settings.setdefault("strength", self.defaults["strength"])
-        return settings
+        own: dict[str, Any] = {**self.defaults}
+        if chosen.get("start", own["start"]) != own["start"]:  # its strength suits no other start
+            own.pop("strength", None)
+        return {**own, **chosen}
 
     def summary(self) -> dict[str, Any]:
         """Everything a person asks of a bundle, ready for JSON."""
         return {
-            "name": self.name,
+            "schema_version": SCHEMA_VERSION,
+            **{field.name: getattr(self, field.name) for field in fields(self)},
             "path": str(self.path),
-            "description": self.description,
-            "licence": self.licence,
-            "schema_version": schema_version(self.distilled_guidance, self.deep_channels),
-            "precision": self.precision,
-            "float32_islands": self.float32_islands,
-            "distilled_guidance": self.distilled_guidance,
-            "deep_channels": self.deep_channels,
-            "int8": self.int8,
-            "resolution": self.resolution,
-            "latent_size": self.latent_size,
-            "scaling_factor": self.scaling_factor,
+            "components": _plain(self.components),
             "total_bytes": sum(record["bytes"] for record in self.files.values()),
-            "defaults": self.defaults,
-            "scheduler": self.scheduler,
-            "model": self.model,
-            "components": {name: component_table(c) for name, c in self.components.items()},
-            "gate": self.gate,
-            "source": self.source,
-            "tools": self.tools,
-            "files": self.files,
         }
 
 
@@ -185,23 +142,22 @@ def write_bundle(
         MachineError: the file cannot be written.
     """
     root = Path(folder)
+    optional = {"distilled_guidance": distilled_guidance, "deep_channels": deep_channels, "int8": int8}
     content = {
-        "schema_version": schema_version(distilled_guidance, deep_channels),
+        "schema_version": SCHEMA_VERSION,
         "name": name,
         "description": description,
         "licence": licence,
         "precision": precision,
         "float32_islands": float32_islands or {},
-        **({} if distilled_guidance is None else {"distilled_guidance": distilled_guidance}),
-        **({} if deep_channels is None else {"deep_channels": deep_channels}),
-        **({} if int8 is None else {"int8": int8}),
+        **{key: value for key, value in optional.items() if value is not None},
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
         "scaling_factor": scaling_factor,
         "defaults": defaults,
         "scheduler": SCHEDULER,
         "model": model,
-        "components": {n: component_table(c) for n, c in resolved_components(resolution, deep_channels).items()},
+        "components": _plain(resolved_components(resolution, deep_channels)),
         "gate": gate,
         "source": source,
         "tools": tools,
@@ -223,15 +179,28 @@ def _contents(root: Path) -> list[str]:
     return sorted(n.as_posix() for n in kept if n.as_posix() != BUNDLE_FILE)
 
 
-def _check_file(path: Path, record: dict[str, Any], verify: bool, remedy: str) -> None:
-    if not path.is_file():
-        raise BundleError(f"bundle file {path} is missing: {remedy}")
+def _plain(components: dict[str, Component]) -> dict[str, Any]:
+    """The tables of components as ``bundle.json`` has them."""
+    return {name: asdict(table) for name, table in component_tables(components).items()}
+
+
+def check_file(path: Path, record: FileRecord, verify: bool, remedy: str) -> None:
+    """Check that a file has the recorded size and, to ``verify`` it, the recorded SHA-256.
+
+    Raises:
+        BundleError: it has not, is missing, or is no regular file. The message ends in ``remedy``.
+        MachineError: it cannot be read.
+    """
     try:
-        size, recorded = path.stat().st_size, record["bytes"]
-        if size != recorded:
-            raise BundleError(f"bundle file {path} has {size} bytes, {recorded} are recorded: {remedy}")
+        status, recorded = path.stat(), record["bytes"]
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{path} is not a regular file: {remedy}")
+        if status.st_size != recorded:
+            raise BundleError(f"{path} has {status.st_size} bytes, {recorded} are recorded: {remedy}")
         if verify and sha256_file(path) != record["sha256"].lower():
-            raise BundleError(f"bundle file {path} was altered, it has not the recorded SHA-256: {remedy}")
+            raise BundleError(f"{path} was altered, it has not the recorded SHA-256: {remedy}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path} is missing: {remedy}") from None
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
 

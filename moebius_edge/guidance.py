@@ -9,7 +9,6 @@ which the conditional branch runs alone too. Their levels are σ = √(1-ᾱ)/�
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from .errors import UsageError
@@ -18,6 +17,7 @@ from .spec import NUM_TRAIN_TIMESTEPS
 Interval = tuple[int, int]  # (low, high): guidance at the timesteps low <= t < high
 
 GUIDANCE = 2.0  # upstream's
+MAX_GUIDANCE = 1000.0  # far above any use, and far below what overflows float32
 
 
 class Guidance(NamedTuple):
@@ -37,8 +37,8 @@ def choose_guidance(chosen: float | None, distilled: float | None) -> Guidance:
     """
     if chosen is None:
         chosen = GUIDANCE if distilled is None else distilled
-    if not (math.isfinite(chosen) and chosen >= 0):
-        raise UsageError(f"guidance is {chosen}: give a number of 0 or more, such as {GUIDANCE}")
+    if not 0 <= chosen <= MAX_GUIDANCE:  # NaN fails too
+        raise UsageError(f"guidance is {chosen}: give a number from 0 to {MAX_GUIDANCE:g}, such as {GUIDANCE}")
     if distilled is None:
         return Guidance(chosen, chosen)
     if chosen != distilled:
@@ -75,5 +75,5 @@ def guidance_at(t: int, guidance: float, interval: Interval | None) -> float:
 
 
 def is_distillable(guidance: Any) -> bool:
-    """Whether ``guidance`` is a number that distillation makes sense for: finite, and more than 1, which is none."""
-    return isinstance(guidance, (int, float)) and not isinstance(guidance, bool) and 1 < guidance < math.inf
+    """Whether ``guidance`` is a number that distillation makes sense for: more than 1, which is none."""
+    return isinstance(guidance, (int, float)) and not isinstance(guidance, bool) and 1 < guidance <= MAX_GUIDANCE

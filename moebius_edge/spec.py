@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 1
-DISTILLED_SCHEMA_VERSION = 2  # of a bundle with distilled guidance alone: version 1 would guide it a second time
-DEEP_SCHEMA_VERSION = 3  # of a bundle whose denoiser also gives its deep feature: another number of outputs and files
 LATENT_CHANNELS = 4
 LATENT_DOWNSCALE = 8  # image pixels per latent position, each way
 NUM_PROMPTS = 10  # prompt ids 0..9 condition, 10..19 are the unconditional branch

@@ -7,34 +7,61 @@ for anything else is refused here, before TensorRT sees it, with the command tha
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
-from ..bundle import ASSETS, ENGINES_FOLDER, Bundle
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
+
+from ..bundle import ASSETS, ENGINES_FOLDER, Bundle, check_file
+from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, Text, read_document
 from ..errors import BundleError, MachineError
-from ..files import safe_join, sha256_file
+from ..files import safe_join
+from ..manifest import FileRecord
 from .cuda import Gpu
 from .flavours import FLAVOURS, Flavour
 from .update import UPDATE
 
 ENGINE_FILE = "engine.json"
-ENGINE_SCHEMA_VERSION = 1
+ENGINE_SCHEMA_VERSION: Final = 1
 ANY_GPU = "any"  # TensorRT for RTX builds for compute capabilities, whatever the card's name
+
+
+class Plan(FileRecord):
+    """One component's plan, and what its build measured."""
+
+    file: FileName
+    layers: NotRequired[dict[Text, Count]]  # by type
+    tensors: NotRequired[dict[Text, Count]]  # by type
+    quantised_products: NotRequired[Count]
+    products_in_int8: NotRequired[Count | None]
+    build_seconds: NotRequired[Number]
+    build_peak_memory_bytes: NotRequired[Count | None]
+
+
+class Settings(TypedDict):
+    """What the user chose."""
+
+    max_batch: Positive  # pictures
+    workspace_bytes: Count | None
+    opt_level: Count | None
 
 
 @dataclass(frozen=True)
 class EngineKey:
     """What an engine runs with. ``gpu`` is a name as the driver gives it, or ``any``."""
 
-    precision: str
-    flavour: str
-    version: str  # TensorRT's, whole: a plan is good for no other
-    gpu: str
-    compute_capabilities: tuple[str, ...]  # such as 8.7
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    precision: Text
+    flavour: Text
+    version: Text  # TensorRT's, whole: a plan is good for no other
+    gpu: Text
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d{1,3}\.\d$")], ...]  # such as 8.7
 
     @property
     def folder(self) -> str:
@@ -49,12 +76,13 @@ class Engine:
     """A checked ``engine.json`` and where it lies."""
 
     path: Path
+    schema_version: Literal[1]
     key: EngineKey
-    onnx: dict[str, str]  # component -> SHA-256 of the ONNX file it was built from
-    plans: dict[str, dict[str, Any]]  # component, or ``update`` -> {"file", "sha256", "bytes", ...}
-    settings: dict[str, Any]  # max_batch, workspace_bytes, opt_level: what the user chose
-    profiles: dict[str, list[int]]  # component -> rows: least, best, most
-    built: dict[str, Any]  # when, how long, notes
+    onnx: dict[Text, Sha256]  # component -> SHA-256 of the ONNX file it was built from
+    plans: dict[Text, Plan]  # of each component, and ``update``
+    settings: Settings
+    profiles: dict[Text, Annotated[list[Positive], Field(min_length=3, max_length=3)]]  # rows: least, best, most
+    built: JsonObject  # when, how long, notes
 
     def plan_path(self, component: str) -> Path:
         return safe_join(self.path, self.plans[component]["file"])
@@ -62,13 +90,7 @@ class Engine:
     def verify(self, remedy: str) -> None:
         """Raise ``BundleError`` unless every plan is there with the size and SHA-256 recorded."""
         for component, record in self.plans.items():
-            path = self.plan_path(component)
-            try:
-                good = path.stat().st_size == record["bytes"] and sha256_file(path) == record["sha256"]
-            except OSError as error:
-                raise BundleError(f"cannot read the engine {path} ({error.strerror}): {remedy}") from None
-            if not good:
-                raise BundleError(f"the engine {path} was altered, it has not the recorded SHA-256: {remedy}")
+            check_file(self.plan_path(component), record, True, remedy)
 
 
 def engine_folders(bundle: Path) -> list[Path]:
@@ -77,38 +99,31 @@ def engine_folders(bundle: Path) -> list[Path]:
     What ONNX Runtime's provider keeps there (``onnxruntime-...``, see ``providers``) is its own affair.
     """
     root = bundle / ENGINES_FOLDER
-    if not root.is_dir():
+    try:
+        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
+    except OSError as error:
+        raise MachineError(f"cannot read {root}: {error.strerror}: check it with `ls -l {bundle}`") from error
 
 
 def read_engine(folder: Path) -> Engine:
     """Read ``folder/engine.json``; plans are not opened.
 
     Raises:
-        BundleError: it is missing, no JSON, of another schema, or lacks something.
+        BundleError: it is missing, no JSON, of another schema, or a field of it is wrong.
     """
-    path = folder / ENGINE_FILE
     remedy = f"remove it with `rm -r {shlex.quote(str(folder))}` and build it again"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data["schema_version"]
-        if version != ENGINE_SCHEMA_VERSION:
-            raise BundleError(f"{path} has schema version {version}, not {ENGINE_SCHEMA_VERSION}: {remedy}")
-        key = {**data["key"], "compute_capabilities": tuple(data["key"]["compute_capabilities"])}
-        fields = {name: data[name] for name in ("onnx", "plans", "settings", "profiles", "built")}
-        engine = Engine(folder, EngineKey(**key), **fields)
-        for component in {**dict.fromkeys(engine.onnx), **engine.plans}:
-            record = engine.plans[component]
-            if not isinstance(record["sha256"], str) or not isinstance(record["bytes"], int):
-                raise TypeError(f"the record of {component}")
-            engine.plan_path(component)
-    except FileNotFoundError:
-        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine: {remedy}") from None
-    except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from None
+    path = folder / ENGINE_FILE
+    if not os.path.lexists(path):
+        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine: {remedy}")
+    safe_join(folder, ENGINE_FILE)
+    engine: Engine = read_document(path, Engine, BundleError, remedy, path=folder)
+    for component in (*engine.onnx, UPDATE):
+        if component not in engine.plans:
+            raise BundleError(f"{path}: plans.{component} is missing: {remedy}")
+    for component in engine.plans:
+        engine.plan_path(component)
     return engine
 
 
@@ -116,7 +131,7 @@ def engine_document(engine: Engine) -> dict[str, Any]:
     """The contents of ``engine.json``."""
     content = asdict(engine)
     del content["path"]
-    return {"schema_version": ENGINE_SCHEMA_VERSION, **content}
+    return content
 
 
 def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, verify: bool = True) -> Engine:
@@ -170,7 +185,7 @@ def staleness(engine: Engine, bundle: Bundle) -> str:
     for name, component in bundle.components.items():
         if engine.onnx.get(name) != bundle.files[component.file]["sha256"]:
             return f"built from another {name}.onnx than the bundle's"
-    return "" if UPDATE in engine.plans else "built by an older moebius-edge, which kept no latents on the GPU"
+    return ""
 
 
 def build_command(bundle: Bundle, flavour: Flavour) -> str:

@@ -409,7 +409,7 @@ def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
         "profiles": profiles,
         "built": {},
     }
-    engine = Engine(folder, key, **{**fields, **changes})
+    engine = Engine(folder, 1, key, **{**fields, **changes})
     write_document(engine)
     return engine
 

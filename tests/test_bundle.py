@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from moebius_edge.files import sha256_file
 from moebius_edge.spec import COMPONENTS
 
 ONNX_FILES = {f"{name}.onnx": f"graph of {name}".encode() for name in COMPONENTS}
+SOURCE = {"checkpoint": {"file": "student.safetensors", "sha256": "00" * 32}}
+DELETED = object()
 AGAIN = "copy or download the bundle again, or make it again with `moebius-edge export`"
 
 
@@ -35,8 +38,8 @@ def make(folder: Path, **changes: Any) -> Path:
         "model": {"block_out_channels": [32, 64, 128]},
         "resolution": 256,
         "scaling_factor": 0.13025,
-        "precision": "fp32",
-        "source": {"checkpoint": "00" * 32},
+        "precision": "float32",
+        "source": SOURCE,
         "gate": {"psnr_db": 91.5},
         "tools": {"torch": "2.13.0"},
         "defaults": {"steps": 20, "guidance": 2.0, "start": "image"},
@@ -56,13 +59,13 @@ def test_round_trip(tmp_path: Path) -> None:
     folder = make(tmp_path / "b")
     bundle = Bundle.load(folder)
     assert (bundle.path, bundle.name, bundle.resolution, bundle.latent_size) == (folder, "test", 256, 32)
-    assert (bundle.precision, bundle.scaling_factor) == ("fp32", 0.13025)
+    assert (bundle.precision, bundle.scaling_factor) == ("float32", 0.13025)
     assert bundle.description == "a test – nothing more" and bundle.licence == "Apache-2.0"
     assert bundle.model == {"block_out_channels": [32, 64, 128]}
     assert bundle.defaults == {"steps": 20, "guidance": 2.0, "start": "image"}
     assert bundle.scheduler["beta_start"] == 0.00085 and bundle.scheduler["noise_offset"] == 0.0357
     assert bundle.gate == {"psnr_db": 91.5} and bundle.tools == {"torch": "2.13.0"}
-    assert bundle.source == {"checkpoint": "00" * 32}
+    assert bundle.source == SOURCE
     assert bundle.files["denoiser.onnx"] == {
         "sha256": sha256_file(folder / "denoiser.onnx"),
         "bytes": len(ONNX_FILES["denoiser.onnx"]),
@@ -85,53 +88,31 @@ def test_the_file_is_for_people_and_the_same_each_time(tmp_path: Path) -> None:
     first = (make(tmp_path / "a") / "bundle.json").read_text(encoding="utf-8")
     second = (make(tmp_path / "b") / "bundle.json").read_text(encoding="utf-8")
     assert first == second
-    assert first.startswith('{\n  "schema_version": 1,\n  "name": "test",\n')
+    assert first.startswith('{\n  "schema_version": 3,\n  "name": "test",\n')
     assert "a test – nothing more" in first and first.endswith("}\n")
 
 
-def test_a_deep_feature_raises_the_schema_and_brings_a_file(tmp_path: Path) -> None:
-    """A program that reads schema 2 would take the denoiser's second output for a damaged file."""
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/denoiser_shallow.onnx").write_text("the finest level")
-    folder = make(tmp_path / "b", deep_channels=64)
-    written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    assert (written["schema_version"], written["deep_channels"]) == (3, 64)
-    bundle = Bundle.load(folder)
+def make_deep(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "denoiser_shallow.onnx").write_text("the finest level")
+    return make(folder, deep_channels=64, **changes)
+
+
+def test_a_deep_feature_brings_a_file(tmp_path: Path) -> None:
+    defaults = {"steps": 20, "guidance": 2.5, "start": "image"}
+    bundle = Bundle.load(make_deep(tmp_path / "b", distilled_guidance=2.5, defaults=defaults))
     assert list(bundle.components) == ["vae_encoder", "denoiser", "denoiser_shallow", "vae_decoder"]
     whole, shallow = bundle.components["denoiser"], bundle.components["denoiser_shallow"]
     assert whole.outputs[1] == shallow.inputs[3] and shallow.inputs[:3] == whole.inputs
     assert (whole.outputs[1].name, whole.outputs[1].shape) == ("deep", ("N", 64, 32, 32))
     assert shallow.outputs == whole.outputs[:1]
-    assert bundle.deep_channels == bundle.summary()["deep_channels"] == 64 and bundle.summary()["schema_version"] == 3
+    assert (bundle.deep_channels, bundle.distilled_guidance) == (64, 2.5)
     plain = Bundle.load(make(tmp_path / "plain"))
-    assert plain.deep_channels is None and plain.summary()["schema_version"] == 1
-    distilled = {"steps": 20, "guidance": 2.5, "start": "image"}
-    both = Bundle.load(make(folder, deep_channels=64, distilled_guidance=2.5, defaults=distilled))
-    assert (both.deep_channels, both.distilled_guidance, both.summary()["schema_version"]) == (64, 2.5, 3)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 1}, "schema version 1 does not go with 'distilled_guidance' None and 'deep_channels' 64"),
-        ({"deep_channels": None}, "schema version 3 does not go with .* and 'deep_channels' None"),
-        ({"deep_channels": 0}, "'deep_channels' should be a whole number of 1 or more and is 0"),
-        ({"deep_channels": True}, "'deep_channels' should be a whole number of 1 or more and is True"),
-        ({"deep_channels": "64"}, "'deep_channels' should be a whole number of 1 or more and is '64'"),
-        ({"deep_channels": 32}, "component 'denoiser' has outputs .*64.*, this program needs .*32"),
-        ({"files": {}}, "'files' lacks 'vae_encoder.onnx'"),
-    ],
-)
-def test_a_deep_feature_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/denoiser_shallow.onnx").write_text("the finest level")
-    edit(make(tmp_path / "b", deep_channels=64), lambda data: data.update(change))
-    with pytest.raises(BundleError, match=message):
-        Bundle.load(tmp_path / "b")
+    assert plain.deep_channels is plain.summary()["deep_channels"] is None
 
 
 def test_without_its_shallow_part_none_is_written(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"'files' lacks 'denoiser_shallow\.onnx'"):
+    with pytest.raises(BundleError, match=r"files lacks 'denoiser_shallow\.onnx'"):
         make(tmp_path / "b", deep_channels=64)
 
 
@@ -184,55 +165,25 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path: Path, verify: bool) ->
         Bundle.load(tmp_path / "b", verify=verify)
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (4, r"schema version 4 is unknown, this program reads 1 to 3: run `pip install --upgrade"),
-        (0, r"schema version 0 is unknown, .*: copy or download the bundle again"),
-        ("1", r"'schema_version' should be a whole number and is '1'"),
-        (True, r"'schema_version' should be a whole number and is True"),
-        (None, r"'schema_version' should be a whole number and is None"),
-    ],
-)
-def test_unknown_schema_is_refused(tmp_path: Path, version: object, message: str) -> None:
+@pytest.mark.parametrize("version", [4, 2, "3", True, None, 3.5])
+def test_another_schema_is_refused_first(tmp_path: Path, version: object) -> None:
+    """Whatever else is wrong, for another version may have other fields."""
     edit(make(tmp_path / "b"), lambda data: data.update(schema_version=version, description=7))
+    message = re.escape(f"schema_version is {version!r}, expected 3: run `pip install --upgrade moebius-edge`, or copy")
     with pytest.raises(BundleError, match=message):
         Bundle.load(tmp_path / "b")
 
 
-def test_distilled_guidance_raises_the_schema(tmp_path: Path) -> None:
-    """A program that reads schema 1 alone would guide such a network a second time, without an error."""
+def test_distilled_guidance_is_the_default(tmp_path: Path) -> None:
     defaults = {"steps": 20, "guidance": 2.5, "start": "image"}
     folder = make(tmp_path / "b", distilled_guidance=2.5, defaults=defaults)
     written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    assert (written["schema_version"], written["distilled_guidance"]) == (2, 2.5)
-    bundle = Bundle.load(folder)
-    assert bundle.distilled_guidance == 2.5
-    assert {key: bundle.summary()[key] for key in written} == written
+    summary = json.loads(json.dumps(Bundle.load(folder).summary()))
+    assert summary["distilled_guidance"] == 2.5
+    assert {key: summary[key] for key in written} == written
     plain = make(tmp_path / "plain")
     assert "distilled_guidance" not in (plain / "bundle.json").read_text(encoding="utf-8")
     assert Bundle.load(plain).distilled_guidance is None
-    assert Bundle.load(plain).summary()["distilled_guidance"] is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 1}, "schema version 1 does not go with 'distilled_guidance' 2.0"),
-        ({"distilled_guidance": None}, "schema version 2 does not go with 'distilled_guidance' None"),
-        ({"distilled_guidance": 1.0}, "'distilled_guidance' should be a number of more than 1 and is 1.0"),
-        ({"distilled_guidance": "2"}, "'distilled_guidance' should be a number of more than 1 and is '2'"),
-        ({"distilled_guidance": True}, "'distilled_guidance' should be a number of more than 1 and is True"),
-        ({"distilled_guidance": float("nan")}, "'distilled_guidance' should be a number of more than 1 and is nan"),
-        ({"distilled_guidance": 3.0}, "'defaults' has the guidance 2.0, and 3.0 is distilled"),
-    ],
-)
-def test_a_distilled_guidance_that_does_not_fit_is_refused(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    edit(make(tmp_path / "b", distilled_guidance=2.0), lambda data: data.update(change))
-    with pytest.raises(BundleError, match=message):
-        Bundle.load(tmp_path / "b")
 
 
 def test_an_int8_bundle_says_how_it_was_quantised(tmp_path: Path) -> None:
@@ -243,34 +194,25 @@ def test_an_int8_bundle_says_how_it_was_quantised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"precision": "float16"}, "'int8' does not go with the precision 'float16'"),
-        ({"int8": []}, r"'int8' should be an object and is \[\]"),
-        ({"int8": {}}, "'int8.target' should be a text and is missing"),
-        ({"int8": {**INT8, "target": 8}}, "'int8.target' should be a text and is 8"),
-        ({"int8": {**INT8, "nodes": "a"}}, "'int8.nodes' should be a list and is 'a'"),
-        ({"int8": {**INT8, "nodes": ["a", 1]}}, "'int8.nodes' should hold names of nodes and has 1"),
-        ({"int8": {**INT8, "products": True}}, "'int8.products' should be a whole number and is True"),
-        ({"int8": {**INT8, "share_of_multiplications": None}}, "'int8.share_of_.* should be a number and is None"),
-    ],
-)
-def test_an_int8_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    edit(make(tmp_path / "b", precision="int8", int8=INT8), lambda data: data.update(change))
-    with pytest.raises(BundleError, match=f"{message}: copy or download"):
-        Bundle.load(tmp_path / "b")
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not valid JSON"),
-        (b'{"schema_version": 1,', "is not valid JSON"),
-        (b"\xff\xfe\x00", "is not valid JSON"),
-        (b"[" * 100_000, "is not valid JSON"),
-        (b"[]", "should hold a JSON object"),
-        (b"{}", "'schema_version' should be a whole number and is missing"),
-        (b'{"schema_version": 1}', "'name' should be a text and is missing"),
+        (b"", "this is not valid JSON"),
+        (b'{"schema_version": 3,', "this is not valid JSON"),
+        (b"\xff\xfe\x00", "this is not valid JSON"),
+        (b"\xef\xbb\xbf{}", "this is not valid JSON .*BOM"),
+        (b"[" * 100_000, "this is not valid JSON"),
+        (b'{"a": ' * 33 + b"1" + b"}" * 33, "this is not valid JSON .it nests more than 32 deep"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": [-Infinity]}', "-Infinity is no JSON number"),
+        (b'{"a": 1e999}', "the number 1e999 is too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", r"the whole number 9{20}\.\.\. has more than 18 digits"),
+        (b'{"a": 1, "b": 2, "a": 3}', "an object has the field 'a' twice"),
+        (b'{"a": "\\ud800"}', r"the text '\\ud800' has characters that cannot be printed"),
+        (b'{"a\\u001b[2J": 1}', r"the text 'a\\x1b\[2J' has characters that cannot be printed"),
+        (b" " * (3 << 20) + b"{}", "the file has 3145730 bytes, expected at most 2097152"),
+        (b"[]", "this should hold a JSON object"),
+        (b"{}", "schema_version is missing"),
+        (b'{"schema_version": 3}', "name is missing"),
     ],
 )
 def test_a_damaged_description_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -280,46 +222,126 @@ def test_a_damaged_description_is_refused(tmp_path: Path, content: bytes, messag
     assert str(caught.value).endswith(AGAIN) and "\n" not in str(caught.value)
 
 
-EDITS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda d: d.update(resolution=100), "'resolution' 100 is not a positive multiple of 8"),
-    (lambda d: d.update(resolution="256"), "'resolution' should be a whole number and is '256'"),
-    (lambda d: d.update(resolution=-256), "'resolution' -256 is not"),
-    (lambda d: d.update(latent_size=64), "'latent_size' 64 does not fit 'resolution' 256"),
-    (lambda d: d.update(scaling_factor=0), "'scaling_factor' should be positive and is 0"),
-    (lambda d: d.update(scaling_factor=float("nan")), "'scaling_factor' should be positive and is nan"),
-    (lambda d: d.update(gate=None), "'gate' should be an object and is None"),
-    (lambda d: d["scheduler"].update(beta_end=0.02), "scheduler 'beta_end' is 0.02, .* with 0.012"),
-    (lambda d: d["scheduler"].pop("prediction"), "scheduler 'prediction' is None, .* 'epsilon'"),
-    (lambda d: d["defaults"].pop("guidance"), "'defaults' lacks 'guidance'"),
-    (lambda d: d["files"].pop("denoiser.onnx"), "'files' lacks 'denoiser.onnx'"),
-    (lambda d: d["files"].update({"denoiser.onnx": "abc"}), "record of file 'denoiser.onnx' should hold"),
-    (lambda d: d["files"]["denoiser.onnx"].pop("bytes"), "record of file 'denoiser.onnx' should hold"),
-    (lambda d: d["files"].update({"../x.onnx": d["files"]["denoiser.onnx"]}), r"'\.\./x\.onnx' leaves"),
-    (lambda d: d["files"].update({"/etc/passwd": d["files"]["denoiser.onnx"]}), "'/etc/passwd' leaves"),
-    (lambda d: d["components"].pop("vae_encoder"), "component 'vae_encoder' is missing"),
-    (lambda d: d["components"].update(extra={}), "unknown component 'extra'"),
-    (lambda d: d["components"]["denoiser"].update(file="x.onnx"), 'has file "x.onnx", .*"denoiser.onnx"'),
-    (lambda d: d["components"]["denoiser"].update(more=1), r"has unknown entries \['more'\]"),
-    (
-        lambda d: d["components"]["denoiser"]["inputs"][1].update(dtype="float16"),
-        r'component \'denoiser\' has inputs .*"timestep", "dtype": "float16".* needs .*"float32"',
-    ),
-    (
-        lambda d: d["components"]["vae_decoder"]["outputs"][0].update(shape=["N", 3, 512, 512]),
-        r"component 'vae_decoder' has outputs .*\[\"N\", 3, 512, 512\].*needs .*\[\"N\", 3, 256, 256\]",
-    ),
-    (lambda d: d["components"]["denoiser"]["inputs"].pop(), "component 'denoiser' has inputs"),
+def test_a_file_that_is_no_file_is_refused_and_not_read(tmp_path: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    folder = make(tmp_path / "b")
+    (folder / "denoiser.onnx").unlink()
+    os.mkfifo(folder / "denoiser.onnx")
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is not a regular file: copy"):
+        Bundle.load(folder)
+    (folder / "denoiser.onnx").unlink()
+    (folder / "denoiser.onnx").mkdir()
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is not a regular file: copy"):
+        Bundle.load(folder)
+    (folder / "bundle.json").rename(tmp_path / "elsewhere.json")
+    os.mkfifo(folder / "bundle.json")
+    with pytest.raises(BundleError, match=r"holds no bundle\.json"):
+        Bundle.load(folder)
+    (folder / "bundle.json").unlink()
+    (folder / "bundle.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(BundleError, match=r"'bundle\.json' leaves the folder"):
+        Bundle.load(folder)
+
+
+def path_edit(path: str, value: Any = None, delete: bool = False) -> Callable[[dict[str, Any]], None]:
+    """A change of one field, named by its keys with slashes between."""
+
+    def change(data: Any) -> None:
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        for key in parents:
+            data = data[key]
+        if delete:
+            del data[last]
+        else:
+            data[last] = value
+
+    return change
+
+
+RECORD = {"sha256": "0" * 64, "bytes": 1}
+EDITS: list[tuple[str, Any, str]] = [
+    ("resolution", 100, "resolution is 100, expected a multiple of 8"),
+    ("resolution", "64", "resolution is '64', expected a valid integer"),
+    ("resolution", 64.0, "resolution is 64.0, expected a valid integer"),
+    ("resolution", -64, "resolution is -64, expected greater than or equal to 8"),
+    ("resolution", 8 * 10**15, "resolution is 8000000000000000, expected less than or equal to 2048"),
+    ("latent_size", 64, "latent_size is 64, expected 8, an eighth of the resolution"),
+    ("scaling_factor", 0, "scaling_factor is 0, expected greater than 0"),
+    ("scaling_factor", True, "scaling_factor is True, expected a valid number"),
+    ("name", "two\nlines", r"name is 'two\\nlines', expected to match pattern"),
+    ("precision", "fp8", "precision is 'fp8', expected 'float32', 'float16' or 'int8'"),
+    ("gate", None, "gate is None, expected an object"),
+    ("model", [1], r"model is \[1\], expected an object"),
+    ("source", {"checkpoint": "0"}, "source.checkpoint is '0', expected an object"),
+    ("scheduler/beta_end", 0.02, "scheduler.beta_end is 0.02, expected 0.012"),
+    ("scheduler/prediction", None, "scheduler.prediction is None, expected 'epsilon'"),
+    ("defaults", 3, "defaults is 3, expected an object"),
+    ("defaults/guidance", DELETED, "defaults.guidance is missing"),
+    ("defaults/guidance", -1, "defaults.guidance is -1, expected greater than or equal to 0"),
+    ("defaults/guidance", 1e308, "defaults.guidance is 1e\\+308, expected less than or equal to 1000"),
+    ("defaults/guidance", 3.0, "defaults.guidance is 3.0, expected 2.0, which is distilled"),
+    ("defaults/steps", 0, "defaults.steps is 0, expected greater than or equal to 1"),
+    ("defaults/steps", 10**6, "defaults.steps is 1000000, expected less than or equal to 1000"),
+    ("defaults/steps", "20", "defaults.steps is '20', expected a valid integer"),
+    ("defaults/start", "here", "defaults.start is 'here', expected 'image', 'prefill' or 'noise'"),
+    ("defaults/strength", 2, "defaults.strength is 2, expected less than or equal to 1"),
+    ("defaults/strength", 0.01, "defaults.strength is 0.01, expected more: of 20 steps it leaves none"),
+    ("distilled_guidance", 1.0, "distilled_guidance is 1.0, expected greater than 1"),
+    ("distilled_guidance", "2", "distilled_guidance is '2', expected a valid number"),
+    ("deep_channels", 0, "deep_channels is 0, expected greater than or equal to 1"),
+    ("deep_channels", True, "deep_channels is True, expected a valid integer"),
+    ("deep_channels", 10**9, "deep_channels is 1000000000, expected less than or equal to 8192"),
+    ("deep_channels", 32, "components.denoiser.outputs is Tensor.*64.*, expected .*32"),
+    ("float32_islands", None, "float32_islands is None, expected an object"),
+    ("float32_islands", {"denoiser": 1}, "float32_islands.denoiser is 1, expected 'all'"),
+    ("float32_islands", {"denoiser": {"Sin": 5}}, "float32_islands.denoiser"),
+    ("precision", "float16", "precision is 'float16', expected 'int8' with the field int8"),
+    ("int8", [], r"int8 is \[\], expected an object"),
+    ("int8", {}, "int8.target is missing"),
+    ("int8/target", 8, "int8.target is 8, expected 'tensorrt' or 'cpu'"),
+    ("int8/nodes", "a", "int8.nodes is 'a', expected a valid list"),
+    ("int8/nodes", ["a", 1], "int8.nodes.1 is 1, expected a valid string"),
+    ("int8/products", True, "int8.products is True, expected a valid integer"),
+    ("int8/share_of_multiplications", None, "int8.share_of_multiplications is None, expected a valid number"),
+    ("int8/blocks/0/psnr_db", "45", "int8.blocks.0.psnr_db is '45', expected a valid number"),
+    ("files", {}, "files lacks 'vae_encoder.onnx'"),
+    ("files/denoiser.onnx", DELETED, "files lacks 'denoiser.onnx'"),
+    ("files/denoiser.onnx", "abc", "files.denoiser.onnx is 'abc', expected an object"),
+    ("files/denoiser.onnx/bytes", DELETED, "files.denoiser.onnx.bytes is missing"),
+    ("files/denoiser.onnx/bytes", 1 << 50, "files.denoiser.onnx.bytes is 1125899906842624, expected less than"),
+    ("files/denoiser.onnx/sha256", "0", "files.denoiser.onnx.sha256 is '0', expected to match pattern"),
+    ("files/a\nb", RECORD, r"files.a\\nb is 'a\\nb', expected to match pattern"),
+    ("files/" + "x" * 300, RECORD, "expected to have at most 255 characters"),
+    ("files/..", RECORD, r"'\.\.' leaves the folder"),
+    ("components/vae_encoder", DELETED, "components.vae_encoder is missing"),
+    ("components/extra", {"file": "x", "inputs": [], "outputs": []}, "components.extra is an unknown component"),
+    ("components/denoiser/file", "x.onnx", "components.denoiser.file is 'x.onnx', expected 'denoiser.onnx'"),
+    ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs is Tensor.*float16.*, expected .*float32"),
+    ("components/denoiser/inputs/1/shape", 7, "components.denoiser.inputs.1.shape is 7, expected a valid tuple"),
+    ("components/denoiser/inputs", [], "components.denoiser.inputs is None, expected Tensor"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), EDITS, ids=[m for _, m in EDITS])
-def test_a_field_that_does_not_fit_is_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
-) -> None:
-    edit(make(tmp_path / "b"), change)
+@pytest.mark.parametrize(("path", "value", "message"), EDITS, ids=[m for _, _, m in EDITS])
+def test_a_field_that_does_not_fit_is_refused(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    defaults = {"steps": 20, "guidance": 2.0, "start": "image"}
+    changes = {"int8": INT8, "precision": "int8", "distilled_guidance": 2.0, "defaults": defaults, "resolution": 64}
+    edit(make_deep(tmp_path / "b", **changes), path_edit(path, value, value is DELETED))
     with pytest.raises(BundleError, match=message) as caught:
         Bundle.load(tmp_path / "b")
     assert "again" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_field_is_ignored(tmp_path: Path) -> None:
+    edit(make(tmp_path / "b"), path_edit("colour", "red"))
+    assert "colour" not in Bundle.load(tmp_path / "b").summary()
+
+
+@pytest.mark.parametrize("name", ["../x.onnx", "/etc/passwd", "a/../../x", "."])
+def test_a_file_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    edit(make(tmp_path / "b"), lambda data: data["files"].update({name: RECORD}))
+    with pytest.raises(BundleError, match=rf"'{re.escape(name)}' leaves the folder"):
+        Bundle.load(tmp_path / "b")
 
 
 def test_a_missing_folder_names_the_ways_to_get_one(tmp_path: Path) -> None:
@@ -350,9 +372,9 @@ def test_the_name_tiny_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_write_refuses_what_load_would_refuse(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="'resolution' 250 is not a positive multiple of 8"):
+    with pytest.raises(BundleError, match="resolution is 250, expected a multiple of 8"):
         make(tmp_path / "a", resolution=250)
-    with pytest.raises(BundleError, match="'defaults' lacks 'start'"):
+    with pytest.raises(BundleError, match="defaults.start is missing"):
         make(tmp_path / "b", defaults={"steps": 20, "guidance": 2.0})
     with pytest.raises(ValueError, match="not JSON compliant"):
         make(tmp_path / "c", gate={"psnr_db": float("inf")})
@@ -360,7 +382,7 @@ def test_write_refuses_what_load_would_refuse(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     values = json.loads((make(tmp_path / "e") / "bundle.json").read_text(encoding="utf-8"))
     derived = {"schema_version", "latent_size", "scheduler", "components", "files"}
-    with pytest.raises(BundleError, match=r"'files' lacks 'vae_encoder\.onnx'"):
+    with pytest.raises(BundleError, match=r"files lacks 'vae_encoder\.onnx'"):
         write_bundle(tmp_path / "d", **{k: v for k, v in values.items() if k not in derived})
 
 
@@ -370,6 +392,14 @@ def test_settings_that_were_not_chosen_are_the_bundles(tmp_path: Path) -> None:
     assert bundle.settings(seed=3) == {**defaults, "seed": 3}
     assert bundle.settings(steps=4, strength=1.0) == {**defaults, "steps": 4, "strength": 1.0}
     assert "strength" not in bundle.settings(start="image"), "it suits the bundle's own start alone"
+
+
+@pytest.mark.parametrize("name", ["bundle", "engine"])
+def test_the_published_schemas_are_those_of_the_program(tmp_path: Path, name: str) -> None:
+    folder = Path(__file__).parents[1] / "docs/schemas"
+    subprocess.run([sys.executable, folder / "generate.py", tmp_path], check=True)
+    made, published = (json.loads((p / f"{name}.schema.json").read_text()) for p in (tmp_path, folder))
+    assert made == published, "run `make schemas`"
 
 
 def test_loading_imports_no_runtime(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "has schema_version null, this program reads 1"),
-        ('{"schema_version": 2, "quantised": {}}', "has schema_version 2"),
-        ('{"schema_version": true, "quantised": {}}', "has schema_version true"),
-        ('{"schema_version": 1}', 'no object "quantised"'),
-        ('{"schema_version": 1, "quantised": {"a": true, "b": 1}}', "block b is neither true nor false"),
+        ("{", "is not valid JSON"),
+        ("[]", "should hold a JSON object"),
+        ('{"schema_version": 2, "quantised": {}}', "schema_version is 2, expected 1"),
+        ('{"schema_version": 1}', "quantised is missing"),
+        ('{"schema_version": 1, "quantised": {"a": true, "b": 1}}', "quantised.b is 1, expected a valid boolean"),
+        ('{"schema_version": 1, "quantised": {}, "smoothed": "a"}', "smoothed is 'a', expected a valid list"),
     ],
 )
 def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
@@ -35,5 +35,5 @@ def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"recipe .*none\.json cannot be read \(No such file or directory\)"):
+    with pytest.raises(MachineError, match=r"cannot read .*none\.json: No such file or directory"):
         Recipe.load(tmp_path / "none.json")

@@ -149,7 +149,7 @@ class EngineBuilder:
         progress("build denoiser (2 of 3)", 0.5)
         key = EngineKey("float32", "tensorrt", "10.3.0", "Orin", ("8.7",))
         plans = {"denoiser": {"bytes": 2_500_000, "build_seconds": 1.25}}
-        engine = Engine(bundle.path / "engines" / key.folder, key, {}, plans, {}, {}, {})
+        engine = Engine(bundle.path / "engines" / key.folder, 1, key, {}, plans, {}, {}, {})
         return Built(engine, self.fresh, ("a note",))
 
 

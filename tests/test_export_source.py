@@ -118,7 +118,7 @@ def test_things_that_are_not_there(parts: SimpleNamespace, tmp_path: Path) -> No
         (
             {"name": "", "config": parts.vae / "config.json"},
             BundleError,
-            "config.json: model configuration has unknown",
+            "config.json: model configuration: _class_name is an unknown field",
         ),
     ):
         with pytest.raises(error, match=message):

@@ -88,7 +88,7 @@ def test_distilled_guidance_is_shown(toy: Path, tmp_path: Path, capsys: Captured
     assert ["guidance", "2.5, distilled into the network: one call a step"] in lines
     assert main(["inspect", str(distilled), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["distilled_guidance"], document["schema_version"]) == (2.5, 2)
+    assert (document["distilled_guidance"], document["schema_version"]) == (2.5, 3)
 
 
 def sizes(toy: Path) -> list[str]:
@@ -139,7 +139,7 @@ def test_engines_are_listed(toy: Path, capsys: Captured, monkeypatch: pytest.Mon
     assert rows[0][1:4] == ["Orin", "(8.7)", "4"]
     assert [row[-1] for row in rows] == ["verified", "stale", "damaged", "damaged"]
     assert lines[-3] == f"{names[1]} is stale: built from another vae_encoder.onnx than the bundle's"
-    assert lines[-2].startswith(f"{names[2]} is damaged: the engine ") and "SHA-256" in lines[-2]
+    assert lines[-2].startswith(f"{names[2]} is damaged: {toy}/engines/") and "SHA-256" in lines[-2]
     assert lines[-1].startswith("rubbish is damaged: ") and "holds no engine.json" in lines[-1]
     assert main(["inspect", str(toy), "--no-verify", "--json"]) == 0
     engines = json.loads(capsys.readouterr().out)["engines"]

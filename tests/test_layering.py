@@ -23,7 +23,7 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
     {"errors", "spec"},
-    {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
+    {"documents", "files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
     {"classical"},
     {"decoding", "manifest", "windows"},
     {"bundle", "imaging", "scheduler", "stitching"},
@@ -41,7 +41,7 @@ UP_TO_PIPELINE = {name for name in DEVICE if name != "report"}
 
 # What runs on a workstation, and what each part may import.
 WORKSTATION: dict[str, set[str]] = {
-    "model": {"errors", "spec", "files"},
+    "model": {"documents", "errors", "spec", "files"},
     "export": UP_TO_PIPELINE | {"model"},
     "training": UP_TO_PIPELINE | {"model", "export", "calibration"},
     "calibration": UP_TO_PIPELINE | {"model", "export", "training"},
@@ -56,7 +56,7 @@ TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of 
 READS_ONNX = "report.work"
 
 FRAMEWORKS = {"diffusers", "fla", "onnx", "onnxscript", "safetensors", "skimage", "torch", "torchvision"}
-HEAVY = FRAMEWORKS | {"cv2", "numpy", "onnxruntime", "PIL", "tensorrt", "tensorrt_rtx", "huggingface_hub"}
+HEAVY = FRAMEWORKS | {"cv2", "numpy", "onnxruntime", "PIL", "pydantic", "tensorrt", "tensorrt_rtx", "huggingface_hub"}
 
 
 @dataclass(frozen=True)

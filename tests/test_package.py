@@ -117,7 +117,7 @@ def test_metadata(metadata: email.message.Message) -> None:
 def test_the_device_installs_no_framework(metadata: email.message.Message) -> None:
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     base = {canonicalize_name(r.name) for r in requirements if r.marker is None}
-    assert base == {"numpy", "opencv-python-headless", "pillow", "rich", "typer"}
+    assert base == {"numpy", "opencv-python-headless", "pillow", "pydantic", "rich", "typer", "typing-extensions"}
     on_cpu = {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": "cpu"})}
     assert on_cpu == {"onnxruntime"}
     on_gpu = {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": "gpu"})}

@@ -575,7 +575,7 @@ def test_what_is_not_finite_ends_the_run(
             {"start": "noise", "strength": 0.5},
             "strength 0.5 does not go with start noise, which is strength 1",
         ),
-        ({"guidance": float("nan")}, "guidance is nan: give a number of 0 or more"),
+        ({"guidance": float("nan")}, "guidance is nan: give a number from 0 to 1000"),
         ({"guidance": -1.0}, "guidance is -1.0"),
         ({"cache_interval": 0}, "cache interval is 0: give a whole number of 1"),
         ({"guidance_interval": (500, 200)}, "interval is 500,200: give LOW,HIGH with 0 <= LOW <= HIGH <= 1000"),

@@ -164,16 +164,20 @@ def references(rows: list[Row], reference: Bundle | str | None = None) -> list[s
     return [row.reference for row in with_references(rows, reference)]
 
 
+def source(digit: str) -> dict[str, dict[str, str]]:
+    return {"checkpoint": {"file": "student.safetensors", "sha256": digit * 64}}
+
+
 def test_the_reference_is_float32_of_the_same_checkpoint_and_settings(toy: Bundle, tmp_path: Path) -> None:
     half = changed(tmp_path / "half", precision="float16")
-    other = changed(tmp_path / "other", name="other", source={"toy": "1"})
-    other_half = changed(tmp_path / "other-half", name="other", source={"toy": "1"}, precision="float16")
+    other = changed(tmp_path / "other", name="other", source=source("1"))
+    other_half = changed(tmp_path / "other-half", name="other", source=source("1"), precision="float16")
     rows = grid([half, toy, other, other_half], Choices(steps=(4, 8)))
     full = [f"toy-float32_onnxruntime-cpu_ddim-{n}_g2_image" for n in (4, 8)]
     others = [name.replace("toy", "other") for name in full]
     assert references(rows) == full * 2 + others * 2
     assert references(rows, other) == others * 4
-    alone = changed(tmp_path / "alone", name="alone", source={"toy": "2"}, precision="float16")
+    alone = changed(tmp_path / "alone", name="alone", source=source("2"), precision="float16")
     assert references(grid([toy, alone], Choices(steps=(4,)))) == [full[0]] * 2, "the first float32 bundle"
     assert references(grid([half], Choices())) == [None]
     large = Bundle.load(make_toy_bundle(tmp_path / "large", 128, name="large"))

@@ -234,9 +234,23 @@ def test_config_survives_json():
     assert StudentConfig.from_dict({}) == StudentConfig()
 
 
-def test_config_from_a_newer_version_is_refused():
-    with pytest.raises(BundleError, match="unknown keys colour .known: block_out_channels"):
-        StudentConfig.from_dict({"colour": 1})
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"colour": 1}, "colour is an unknown field: .*pip install --upgrade"),
+        ({"num_heads": "8"}, "num_heads is '8', expected a valid integer"),
+        ({"num_heads": True}, "num_heads is True, expected a valid integer"),
+        ({"window": 1e6}, "window is 1000000.0, expected a valid integer"),
+        ({"latent_size": 1 << 40}, "latent_size is 1099511627776, expected less than or equal to 1024"),
+        ({"block_out_channels": 320}, "block_out_channels is 320, expected a valid tuple"),
+        ({"block_out_channels": [320, None]}, "block_out_channels.1 is None, expected a valid integer"),
+        ({"block_out_channels": [32] * 17}, "expected to have at most 16 items"),
+        ({"mix_ffn_ratio": float("nan")}, "mix_ffn_ratio is nan, expected a finite number"),
+    ],
+)
+def test_a_config_with_other_fields_is_refused(values, message):
+    with pytest.raises(BundleError, match=f"model configuration: .*{message}"):
+        StudentConfig.from_dict(values)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def make_toy_bundle(
         resolution=resolution,
         scaling_factor=1.0,
         precision="float32",
-        source={"toy": "0" * 64},
+        source={"checkpoint": {"file": "toy", "sha256": "0" * 64}},
         gate={"psnr_db": 99.0},
         tools={"onnx": onnx.__version__},
         defaults={"steps": 20, "guidance": distilled_guidance or 2.0, "start": "image"},

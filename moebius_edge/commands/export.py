@@ -14,6 +14,7 @@ from .engines import EngineName, make_engines, prepare_engines
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..manifest import Int8
 
 
 _INT8 = "int8"
@@ -215,7 +216,8 @@ def export(
     for text in notes:
         console.note(text)
     if as_json and job is None:
-        facts = {"output": str(bundle.path), "distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
+        facts: dict[str, Any] = {"output": str(bundle.path), "gate": bundle.gate}
+        facts["distilled_guidance"] = bundle.distilled_guidance
         facts |= {} if bundle.int8 is None else {"int8": bundle.int8}
         console.print_json({**facts, "exit_code": 0})
     if not as_json:
@@ -238,15 +240,15 @@ def _print_bundle(bundle: Bundle) -> None:
             print(f"  {name} {value:.4g}")
 
 
-def _print_int8(int8: dict[str, Any]) -> None:
+def _print_int8(int8: Int8) -> None:
     """What was quantised, what costs most, and the two speeds."""
     from .inspect import describe_int8
 
-    speed = int8["speed"]
+    speed: dict[str, Any] = {**int8["speed"]}
     print(f"  {describe_int8(int8)}")
-    measured = [row for row in int8["blocks"] if row["quantised"] and row["psnr_db"] is not None]
-    for row in sorted(measured, key=lambda row: float(row["psnr_db"]))[:3]:
-        print(f"  costs most: {row['name']}, {row['psnr_db']:.1f} dB alone, {row['share']:.2%} of the multiplications")
+    measured = [(row["psnr_db"], row) for row in int8["blocks"] if row["quantised"] and row["psnr_db"] is not None]
+    for psnr_db, row in sorted(measured, key=lambda pair: pair[0])[:3]:
+        print(f"  costs most: {row['name']}, {psnr_db:.1f} dB alone, {row['share']:.2%} of the multiplications")
     print(
         f"  a call on {speed['device']} ({speed['runtime']}): INT8 {speed['int8_ms']:g} ms, {speed['other']} "
         f"{speed['other_ms']:g} ms, {speed['speedup']:.2f} times as fast"

@@ -15,6 +15,7 @@ from . import console
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
+    from ..manifest import Block, Int8
 
 
 def inspect(
@@ -74,7 +75,7 @@ def _print_facts(bundle: Bundle) -> None:
         "int8": "" if bundle.int8 is None else describe_int8(bundle.int8),
         "guidance": _guidance(bundle.distilled_guidance),
         "reuse": _reuse(bundle.deep_channels),
-        "defaults": _pairs(bundle.defaults),
+        "defaults": _pairs({**bundle.defaults}),
         "model": _pairs(bundle.model),
         "gate": _pairs(bundle.gate),
         "made with": _pairs(bundle.tools),
@@ -84,7 +85,7 @@ def _print_facts(bundle: Bundle) -> None:
     for name, value in facts.items():
         if str(value):
             print(f"{name:<{width}}  {value}")
-    for name, value in _flat(bundle.source):
+    for name, value in _flat({**bundle.source}):
         print(f"{'source':<{width}}  {name} {value}")
 
 
@@ -132,7 +133,7 @@ def _print_engines(engines: list[dict[str, Any]]) -> None:
             print(f"{Path(row['path']).name} is {row['state']}")
 
 
-def describe_int8(int8: dict[str, Any]) -> str:
+def describe_int8(int8: Int8) -> str:
     """What was quantised, and for what."""
     return (
         f"for {int8['target']}, {int8['quantised_products']} of {int8['products']} products, "
@@ -141,12 +142,12 @@ def describe_int8(int8: dict[str, Any]) -> str:
     )
 
 
-def _print_blocks(blocks: list[dict[str, Any]]) -> None:
+def _print_blocks(blocks: list[Block]) -> None:
     """The quantised denoiser block by block: what it costs alone, and what it brings."""
     right = ("alone, dB", "smoothed, dB", "multiplications")
     table = console.table("block", *right, "quantised", right=right)
     for row in blocks:
-        alone, smoothed = (row.get(key) for key in ("psnr_db", "smoothed_psnr_db"))
+        alone, smoothed = row.get("psnr_db"), row.get("smoothed_psnr_db")
         state = "no" if not row["quantised"] else "smoothed" if row.get("smoothed") else "yes"
         table.add_row(row["name"], *("" if v is None else f"{v:.1f}" for v in (alone, smoothed)),
                       f"{row['share']:.2%}", state)  # fmt: skip

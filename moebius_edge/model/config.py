@@ -6,13 +6,21 @@ The defaults are the published checkpoints'. Holds no PyTorch and builds nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from ..documents import Number, first_problem
 from ..errors import BundleError, UsageError
 from ..spec import NUM_PROMPTS
 
 GROUPS = 32  # of every group norm; all channel counts are multiples of it
+
+# Bounds of what a file may ask for, far above the published networks.
+Width = Annotated[int, Field(strict=True, le=1 << 16)]
+Few = Annotated[int, Field(strict=True, le=1024)]
+Widths = Annotated[tuple[Width, ...], Field(max_length=16)]
 
 _Config = TypeVar("_Config", "StudentConfig", "TeacherConfig")
 
@@ -31,15 +39,17 @@ class StudentConfig:
     Raises UsageError for values that make no network.
     """
 
-    block_out_channels: tuple[int, ...] = (320, 640, 1280)
-    num_heads: int = 8
-    cross_attention_dim: int = 768
-    prompt_embedding_dim: int = 3072
-    num_prompts: int = NUM_PROMPTS
-    latent_size: int = 64
-    mix_ffn_ratio: float = 2.5
-    layers_per_block: int = 2
-    window: int = 15
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    block_out_channels: Widths = (320, 640, 1280)
+    num_heads: Few = 8
+    cross_attention_dim: Width = 768
+    prompt_embedding_dim: Width = 3072
+    num_prompts: Few = NUM_PROMPTS
+    latent_size: Few = 64
+    mix_ffn_ratio: Annotated[Number, Field(le=64)] = 2.5
+    layers_per_block: Annotated[int, Field(strict=True, le=64)] = 2
+    window: Few = 15
 
     def __post_init__(self) -> None:
         _check(self)
@@ -58,7 +68,7 @@ class StudentConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StudentConfig:
-        """The configuration in ``values``; absent keys are as published. BundleError on unknown keys."""
+        """The configuration in ``values``; absent keys are as published. BundleError on unknown keys and types."""
         return _from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,13 +84,15 @@ class TeacherConfig:
     The teacher takes any latent size that halves cleanly at each level. Raises UsageError likewise.
     """
 
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    num_heads: int = 8
-    cross_attention_dim: int = 768
-    prompt_embedding_dim: int = 3072
-    num_prompts: int = NUM_PROMPTS
-    layers_per_block: int = 2
-    gate_rank: int = 16
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    block_out_channels: Widths = (320, 640, 1280, 1280)
+    num_heads: Few = 8
+    cross_attention_dim: Width = 768
+    prompt_embedding_dim: Width = 3072
+    num_prompts: Few = NUM_PROMPTS
+    layers_per_block: Annotated[int, Field(strict=True, le=64)] = 2
+    gate_rank: Few = 16
 
     def __post_init__(self) -> None:
         _check(self)
@@ -93,7 +105,7 @@ class TeacherConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TeacherConfig:
-        """The configuration in ``values``; absent keys are as published. BundleError on unknown keys."""
+        """The configuration in ``values``; absent keys are as published. BundleError on unknown keys and types."""
         return _from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,14 +127,8 @@ def _check(config: StudentConfig | TeacherConfig) -> None:
 
 
 def _from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise BundleError(
-            f"model configuration has unknown keys {', '.join(unknown)} (known: {', '.join(sorted(known))}); "
-            "it may come from a newer moebius-edge: upgrade"
-        )
-    given = dict(values)
-    if "block_out_channels" in given:
-        given["block_out_channels"] = tuple(given["block_out_channels"])
-    return cls(**given)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        remedy = "correct it, or run `pip install --upgrade moebius-edge` if a newer version wrote it"
+        raise BundleError(f"model configuration: {first_problem(error)[1]}: {remedy}") from None

@@ -48,7 +48,7 @@ def _torch_rows(
     if description is not None and set(paths) != set(files) | {"vae"}:
         raise UsageError(f"{description} should hold checkpoint and vae, the files of a PyTorch model, and no more")
     for bundle in sorted(bundles, key=lambda b: b.precision != FLOAT32):  # of one checkpoint's, the float32 bundle
-        recorded = bundle.source.get("checkpoint", {}).get("sha256") if isinstance(bundle.source, dict) else None
+        recorded = bundle.source["checkpoint"]["sha256"] if "checkpoint" in bundle.source else None
         source = dict(paths) or _own_checkpoint(bundle)
         if not source or not source["checkpoint"].is_file() or sha256_file(source["checkpoint"]) != recorded:
             continue

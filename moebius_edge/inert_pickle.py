@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import Any
 
 MAX_PICKLE_BYTES = 16 << 20  # a thousand tensors take 200 kB
-_MAX_OPCODES = 2_000_000  # about five seconds
+_MAX_OPCODES = 1_000_000  # two to five seconds
 _MAX_DIMENSIONS = 16
 _MAX_SIZE = 1 << 48  # of one dimension, so that products of sizes stay cheap to compute
 

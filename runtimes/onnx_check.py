@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import BundleError
+from ..errors import BundleError, MachineError
 
 MAX_NODES = 20_000  # functions written out; the published denoiser has 2 000, and three times that in INT8
 _MAX_FIELDS = 1_000_000
@@ -46,7 +46,7 @@ class _Problem(Exception):
 def check_onnx_file(path: Path) -> int:
     """The version of the standard operators that the ONNX file at ``path`` declares, 1 where it declares none.
 
-    Raises BundleError for a file that is no ONNX model, or one that ``export`` does not write: with weights in other files,
+    Raises MachineError for a file that cannot be read, BundleError for one that is no ONNX model, or one that ``export`` does not write: with weights in other files,
     with a graph inside of a node (a loop or a branch), operators of foreign domains, functions in functions, too many nodes.
     """
     try:
@@ -56,6 +56,8 @@ def check_onnx_file(path: Path) -> int:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 model = _Model()
                 _read_model(data, model)
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
     except (_Problem, ValueError) as problem:
         raise BundleError(f"{path} is no ONNX file that this program writes ({problem}): export the bundle again") from None
     return model.opset

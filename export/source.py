@@ -101,7 +101,8 @@ def find_source(
         vae_folder = Path(vae)
     vae_weights, scaling_factor = _find_vae(vae_folder)
     guidance = find_guidance(checkpoint, distilled_guidance)
-    return Source(bundled, checkpoint, _find_config(checkpoint, config), vae_folder, vae_weights, scaling_factor, guidance)
+    config_file = _find_config(checkpoint, config)
+    return Source(bundled, checkpoint, config_file, vae_folder, vae_weights, scaling_factor, guidance)
 
 
 def load_config(source: Source) -> StudentConfig:
@@ -159,7 +160,7 @@ def _read_vae(folder: Path, weights: Path) -> Any:
     try:
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             vae = AutoencoderKL.from_config(_read_object(folder / VAE_CONFIG))
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise UsageError(
             f"{folder / VAE_CONFIG} describes no autoencoder ({line:.200}): copy or download the folder again"

@@ -1,9 +1,11 @@
-"""The contents of a pickle that torch.save wrote, as plain Python containers, without running anything the pickle asks for.
+"""The contents of a pickle that torch.save wrote, as plain Python containers, without running anything the pickle asks
+for.
 
-A pickle is a program for a stack machine, and Python's own unpickler imports and calls whatever the program names. This one
-knows the few calls that rebuild a tensor and answers them with a description of the tensor, a ``StoredTensor``. Every other
-call becomes an ``Opaque`` and is never made. PyTorch's ``weights_only`` loader runs no foreign code either, but it does run its
-own: a file of one kilobyte can make it take any amount of memory or time. Here both are bounded by the length of the pickle.
+A pickle is a program for a stack machine, and Python's own unpickler imports and calls whatever the program names.
+This one knows the few calls that rebuild a tensor and answers them with a description of the tensor, a
+``StoredTensor``. Every other call becomes an ``Opaque`` and is never made. PyTorch's ``weights_only`` loader runs no
+foreign code either, but it does run its own: a file of one kilobyte can make it take any amount of memory or time.
+Here both are bounded by the length of the pickle.
 """
 
 from __future__ import annotations
@@ -30,13 +32,26 @@ _STORAGES = {
     **{"ByteStorage": "uint8", "BoolStorage": "bool"},
 }
 
-# Packages whose objects stand in training checkpoints. A pickle that names anything else is refused: nothing of it would run
-# here, but the next program that opens the file would run it.
+# Packages whose objects stand in training checkpoints. A pickle that names anything else is refused: nothing of it
+# would run here, but the next program that opens the file would run it.
 _EXPECTED_PACKAGES = {
     *("torch", "collections", "numpy", "argparse", "omegaconf", "pytorch_lightning", "lightning", "_codecs", "pathlib"),
     *("copyreg", "copy_reg", "typing", "datetime", "moebius_edge"),
 }
-_BUILTINS = {"set", "frozenset", "bytearray", "bytes", "complex", "int", "float", "str", "bool", "list", "dict", "tuple"}
+_BUILTINS = {
+    "set",
+    "frozenset",
+    "bytearray",
+    "bytes",
+    "complex",
+    "int",
+    "float",
+    "str",
+    "bool",
+    "list",
+    "dict",
+    "tuple",
+}
 _TENSOR_CALLS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _PARAMETER_CALLS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 
@@ -216,7 +231,9 @@ def _call(function: Any, arguments: Any) -> Any:
         return _tensor(*arguments[:4])
     if name in _PARAMETER_CALLS:
         return arguments[0]
-    if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes: function, type, its arguments, attributes
+    if (
+        name == "torch._tensor._rebuild_from_type_v2"
+    ):  # a tensor with attributes: function, type, its arguments, attributes
         return _call(arguments[0], arguments[2])
     return Opaque(name)
 

@@ -1,7 +1,8 @@
-"""The tensors of a network found in a file of weights, whatever wraps them, and a file of another network named for what it is.
+"""The tensors of a network found in a file of weights, whatever wraps them, and a file of another network named for
+what it is.
 
-Training code saves the same weights in many wrappings: a dictionary inside a dictionary, names with the prefix of a wrapper
-class, a moving average under names of its own. What is unwrapped is said in a note.
+Training code saves the same weights in many wrappings: a dictionary inside a dictionary, names with the prefix of a
+wrapper class, a moving average under names of its own. What is unwrapped is said in a note.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _OTHERS = (
         "a Stable Diffusion U-Net: Moebius is another network, `moebius-edge download places2` fetches it",
     ),
     (
-        re.compile(r"^(first_stage_model\.)?(post_)?quant_conv\.|^(first_stage_model\.)?decoder\.(conv_in|up_blocks|mid)\b"),
+        re.compile(
+            r"^(first_stage_model\.)?(post_)?quant_conv\.|^(first_stage_model\.)?decoder\.(conv_in|up_blocks|mid)\b"
+        ),
         "an autoencoder (VAE): give its folder with --vae, and a student's weights in its place",
     ),
     (
@@ -105,10 +108,13 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _named_average(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The moving average that upstream's trainer saves: tensors under names without dots, and a table of their names."""
+    """The moving average that upstream's trainer saves: tensors under names without dots, and a table of their
+    names."""
     table, buffers = content.get("ema_name_map"), content["ema_buffers"]
     if not isinstance(table, dict) or not all(isinstance(short, str) and short in buffers for short in table.values()):
-        raise BundleError(f"{path} is a moving average without its ema_name_map: save it again, or give the plain weights")
+        raise BundleError(
+            f"{path} is a moving average without its ema_name_map: save it again, or give the plain weights"
+        )
     return {name: buffers[short] for name, short in table.items()}
 
 
@@ -130,7 +136,7 @@ def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -
         )
     if found == STUDENT and wanted == TEACHER:
         raise BundleError(
-            f"{path} is a Moebius student, and a teacher is wanted: `moebius-edge download teacher` fetches the published one"
+            f"{path} is a Moebius student, and a teacher is wanted: `moebius-edge download teacher` fetches one"
         )
     for pattern, what in _OTHERS if wanted is not None else ():
         if (match := next((name for name in names if pattern.search(name)), None)) is not None:
@@ -138,7 +144,8 @@ def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -
 
 
 def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: list[str]) -> Tensors:
-    """``tensors`` under the names of a student or a teacher, whose names are ``expected``; what is not found is left out.
+    """``tensors`` under the names of a student or a teacher, whose names are ``expected``; what is not found is left
+    out.
 
     Tensors outside of the prefix under which the network lies are left out too, with a note. Raises BundleError where
     two networks in the file would fit.
@@ -153,12 +160,15 @@ def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: l
         wrapper = next(match[0] for match in map(_WRAPPER.search, tensors) if match)
         notes.append(f"{path.name}: {wrapper!r} is left out of the tensors' names")
     embedding = _prefix(path, plain, _EMBEDDING + "weight")
-    unet = _prefix(path, plain, next((n for n in expected if n.startswith(_UNET + "conv_out.")), "").removeprefix(_UNET))
+    unet = _prefix(
+        path, plain, next((n for n in expected if n.startswith(_UNET + "conv_out.")), "").removeprefix(_UNET)
+    )
     if unet is None or (embedding or "", unet) == ("", _UNET):
         return plain
     if embedding is None:
         raise BundleError(
-            f"{path} holds the U-Net without the prompts' {_EMBEDDING}weight: save the state_dict() of the whole RemovalModel"
+            f"{path} holds the U-Net without the prompts' {_EMBEDDING}weight: save the state_dict() of the whole "
+            "RemovalModel"
         )
     renamed = {}
     for name, tensor in plain.items():
@@ -176,10 +186,8 @@ def _prefix(path: Path, names: Iterable[str], end: str) -> str | None:
     """What stands before ``end`` in the one name that ends so."""
     found = [name.removesuffix(end) for name in names if name == end or name.endswith("." + end)]
     if len(found) > 1:
-        raise BundleError(
-            f"{path} holds several networks, under {', '.join(printable(p or 'no prefix', 30) for p in found[:_SHOWN])}: "
-            "save the one that is meant by itself"
-        )
+        under = ", ".join(printable(prefix or "no prefix", 30) for prefix in found[:_SHOWN])
+        raise BundleError(f"{path} holds several networks, under {under}: save the one that is meant by itself")
     return found[0] if found else None
 
 

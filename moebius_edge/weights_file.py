@@ -1,7 +1,9 @@
-"""A file of weights opened: what kind of file it is, and a table of the tensors in it, without PyTorch and without running code.
+"""A file of weights opened: what kind of file it is, and a table of the tensors in it, without PyTorch and without
+running code.
 
-Read are ``.safetensors`` files and both formats of torch.save, whatever the file is called. Every size that a file states is
-compared with the size of the file before memory is taken for it. A file that is something else is named for what it is.
+Read are ``.safetensors`` files and both formats of torch.save, whatever the file is called. Every size that a file
+states is compared with the size of the file before memory is taken for it. A file that is something else is named for
+what it is.
 """
 
 from __future__ import annotations
@@ -108,8 +110,8 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
         raise MachineError(f"{path} cannot be read: {error.strerror or error}: give a readable file") from error
     except UnsafePickle as error:
         raise BundleError(
-            f"{path} was refused: its pickle asks to run code ({printable(str(error))}), which weights never need: do not "
-            "trust its source; from a module of your own save module.state_dict()"
+            f"{path} was refused: its pickle asks to run code ({printable(str(error))}), which weights never need: do "
+            "not trust its source; from a module of your own save module.state_dict()"
         ) from None
     except PickleError as error:
         raise BundleError(f"{path} is truncated, damaged or no torch file ({error}): {_GET_AGAIN}") from error
@@ -132,11 +134,13 @@ def _describe(path: Path, head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
         size = re.search(rb"\nsize (\d{1,15})\n", head)
         of = f" of {int(size[1]) / 1e6:.0f} MB" if size else ""
-        return f"is a git-LFS pointer, not the file{of} it stands for: run `git lfs pull` there, or download the file itself"
+        return f"is a git-LFS pointer, not the file{of} it stands for: run `git lfs pull`, or download the file itself"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] == b"<":
         return "is a web page (HTML or XML) saved under that name: download the file itself, not the page that shows it"
-    if path.suffix.lower() == ".onnx" or (head[0] == 8 and head[1:2] < b"\x20" and head[2:3] in b"\x12\x1a\x22\x3a\x42"):
+    if path.suffix.lower() == ".onnx" or (
+        head[0] == 8 and head[1:2] < b"\x20" and head[2:3] in b"\x12\x1a\x22\x3a\x42"
+    ):
         return f"is an ONNX model: {_WANTED}; a bundle is run as it is, with `moebius-edge run --bundle`"
     for magic, what in _MAGIC:
         if head.startswith(magic):
@@ -212,7 +216,9 @@ def _open_archive(path: Path, size: int) -> WeightsFile:
     def read(storage: Storage) -> bytearray:
         name = f"{root}data/{storage.key}"
         if name not in members or members[name].file_size != storage.size:
-            raise BundleError(f"{path} is damaged: it lacks the {storage.size} bytes of {printable(name)}: {_GET_AGAIN}")
+            raise BundleError(
+                f"{path} is damaged: it lacks the {storage.size} bytes of {printable(name)}: {_GET_AGAIN}"
+            )
         try:
             return bytearray(archive.read(name))  # compares the checksum: a flipped bit would become a weight
         except _ZIP_ERRORS as error:
@@ -233,8 +239,8 @@ def _check_members(path: Path, size: int, members: dict[str, zipfile.ZipInfo]) -
     for info in members.values():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.file_size > size:
             raise BundleError(
-                f"{path} was packed again, {printable(info.filename, 40)} in it is compressed, which torch.save never does: "
-                "load and save it with torch, or unpack what is in it"
+                f"{path} was packed again, {printable(info.filename, 40)} in it is compressed, which torch.save never "
+                "does: load and save it with torch, or unpack what is in it"
             )
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
         raise PickleError(f"its pickle has over {MAX_PICKLE_BYTES} bytes, which no file of weights needs")
@@ -255,12 +261,15 @@ def _directory_bytes(path: Path, size: int) -> int:
 
 
 def _open_pickles(path: Path, size: int) -> WeightsFile:
-    """torch.save's older format: a magic number, a protocol, the machine, the object, the storages' keys; then their bytes."""
+    """torch.save's older format: a magic number, a protocol, the machine, the object, the storages' keys; then their
+    bytes."""
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     first = read_inert(stream)
     if first != _TORCH_MAGIC if isinstance(first, int) else True:
-        raise BundleError(f"{path} is a pickle, but not one that torch.save wrote: save module.state_dict() with torch.save")
+        raise BundleError(
+            f"{path} is a pickle, but not one that torch.save wrote: save module.state_dict() with torch.save"
+        )
     protocol, machine, content, keys = (read_inert(stream) for _ in range(4))
     if protocol != _TORCH_PROTOCOL or not isinstance(machine, dict) or not isinstance(keys, list):
         raise PickleError("it is of an unknown version")

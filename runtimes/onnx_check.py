@@ -1,9 +1,9 @@
 """Whether an ONNX file is one that a runtime may be given: what ``export`` writes, and nothing that needs no end.
 
-The hashes in ``bundle.json`` tell that a file is the one its author wrote; they say nothing about the author. A graph without
-loops, without functions that call each other, and of limited length ends by itself. How long its operators take is another
-matter, for which ``time_limit`` is there. The file is read as the protobuf message that it is, since a device need not have the
-onnx package; weights are skipped over.
+The hashes in ``bundle.json`` tell that a file is the one its author wrote; they say nothing about the author. A graph
+without loops, without functions that call each other, and of limited length ends by itself. How long its operators
+take is another matter, for which ``time_limit`` is there. The file is read as the protobuf message that it is, since a
+device need not have the onnx package; weights are skipped over.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Span = tuple[int, int]  # of a field that is a text, bytes or a message
 
 @dataclass
 class _Model:
-    """What is collected of a file. ``bodies``: how many nodes each function has; ``called``: how often each is called."""
+    """What is collected of a file. ``bodies``: how many nodes each function has; ``called``: how often each is
+    called."""
 
     opset: int = 1
     nodes: int = 0
@@ -46,8 +47,9 @@ class _Problem(Exception):
 def check_onnx_file(path: Path) -> int:
     """The version of the standard operators that the ONNX file at ``path`` declares, 1 where it declares none.
 
-    Raises MachineError for a file that cannot be read, BundleError for one that is no ONNX model, or one that ``export`` does not write: with weights in other files,
-    with a graph inside of a node (a loop or a branch), operators of foreign domains, functions in functions, too many nodes.
+    Raises MachineError for a file that cannot be read, BundleError for one that is no ONNX model, or one that
+    ``export`` does not write: with weights in other files, with a graph inside of a node (a loop or a branch),
+    operators of foreign domains, functions in functions, too many nodes.
     """
     try:
         with open(path, "rb") as file:
@@ -59,7 +61,9 @@ def check_onnx_file(path: Path) -> int:
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
     except (_Problem, ValueError) as problem:
-        raise BundleError(f"{path} is no ONNX file that this program writes ({problem}): export the bundle again") from None
+        raise BundleError(
+            f"{path} is no ONNX file that this program writes ({problem}): export the bundle again"
+        ) from None
     return model.opset
 
 
@@ -147,9 +151,7 @@ def _operator_set(data: mmap.mmap, value: int | Span, model: _Model) -> tuple[st
     return domain, version
 
 
-def _messages(
-    data: mmap.mmap, value: int | Span, model: _Model, wanted: tuple[int, ...]
-) -> Iterator[tuple[int, Span]]:
+def _messages(data: mmap.mmap, value: int | Span, model: _Model, wanted: tuple[int, ...]) -> Iterator[tuple[int, Span]]:
     """The fields of a message whose numbers are ``wanted``, all of them texts or messages."""
     return ((number, _span(inner)) for number, inner in _fields(data, _span(value), model) if number in wanted)
 
@@ -208,8 +210,8 @@ def _text(data: mmap.mmap, span: Span) -> str:
 def time_limit(seconds: float, message: str, stop: Callable[[], None] | None = None) -> Iterator[None]:
     """Ends the process with the one-line error ``message`` and exit code 4 where the block takes longer.
 
-    A runtime's native code cannot be interrupted from Python. ``stop`` may ask it to return: it is called first, and has
-    ``_STOP_SECONDS`` to succeed.
+    A runtime's native code cannot be interrupted from Python. ``stop`` may ask it to return: it is called first, and
+    has ``_STOP_SECONDS`` to succeed.
     """
     done = threading.Event()
 

@@ -43,7 +43,8 @@ _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.I
 _STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
 
 # What loading and one row of a call may take on a CPU: a constant, and a share by the size of the file. The published
-# autoencoder's decoder (200 MB, 512x512, the slowest for its size) has ten minutes for what takes 20 s on two server cores.
+# autoencoder's decoder (200 MB, 512x512, the slowest for its size) has ten minutes for what takes 20 s on two server
+# cores.
 _LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 30.0, 5e6
 _ROW_SECONDS, _ROW_BYTES_PER_SECOND = 20.0, 200e6 / 600
 _ROW_RESOLUTION = 512
@@ -197,7 +198,8 @@ class OrtRuntime(Runtime):
         rows = len(next(iter(feeds.values())))
         scale = (self._bundle.resolution / _ROW_RESOLUTION) ** 2
         seconds = rows * (_ROW_SECONDS + scale * self._paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
-        message = f"{component} took over {seconds:.0f} s for {rows} rows, as no network of its size does: export it again"
+        took = f"{component} took over {seconds:.0f} s for {rows} rows"
+        message = f"{took}, as no network of its size does: export the bundle again"
 
         def stop() -> None:
             options.terminate = True

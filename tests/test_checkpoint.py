@@ -127,7 +127,10 @@ def test_damage_anywhere_ends_in_one_clear_error(student, state, tmp_path, zippe
 @pytest.mark.parametrize(
     ("wrap", "said"),
     [
-        (lambda s: {"state_dict": s, "epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}]}, "under state_dict"),
+        (
+            lambda s: {"state_dict": s, "epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}]},
+            "under state_dict",
+        ),
         (lambda s: {"model": s, "ema": s}, r"under model \(not ema\) are taken"),
         (lambda s: {"state_dict": {"module": s}}, "under state_dict / module"),
         (lambda s: {f"module.{k}": v for k, v in s.items()}, "'module.' is left out"),
@@ -166,7 +169,8 @@ def test_the_content_decides_and_not_the_name(student, state, tmp_path):
 
 
 def save_average(student, path: Path) -> dict[str, torch.Tensor]:
-    """As upstream's trainer saves its moving average: parameters alone, under names without dots, and a table of them."""
+    """As upstream's trainer saves its moving average: parameters alone, under names without dots, and a table of
+    them."""
     average = {name: torch.full_like(p, 0.5) for name, p in student.named_parameters()}
     short = {name: name.replace(".", "") for name in average}
     buffers = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(7)}
@@ -220,18 +224,24 @@ ONE = torch.ones(1)
         ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, "is a Stable Diffusion checkpoint"),
         (
             {"conv_in.weight": ONE, "up_blocks.0.resnets.0.conv1.weight": ONE},
-            "up_blocks.0.resnets.0.conv1.weight, is a Stable Diffusion U-Net: .*`moebius-edge download places2` fetches",
+            "up_blocks.0.resnets.0.conv1.weight, is a Stable Diffusion U-Net: .*`moebius-edge download places2`",
         ),
         ({"decoder.conv_in.weight": ONE}, r"is an autoencoder \(VAE\): give its folder with --vae"),
         ({"text_model.embeddings.token_embedding.weight": ONE}, "is a text encoder or a language model"),
         ({"diff_model.mid_block.a.attn1.gk_proj.0.weight": ONE}, "is a teacher .*`moebius-edge train --teacher FILE`"),
-        ({"network": {"a": ONE}, "average": {"a": ONE}, "recipe": {}}, "what `moebius-edge train --resume` goes on from"),
+        (
+            {"network": {"a": ONE}, "average": {"a": ONE}, "recipe": {}},
+            "what `moebius-edge train --resume` goes on from",
+        ),
         ({"optimizer": {"state": {0: ONE}}}, "holds no dictionary of tensors"),
         ([1, 2], "holds no dictionary of tensors: save module.state_dict"),
         ({"a": 1}, "holds no dictionary of tensors"),
         ({"a": ONE, "step": 3}, r"1 \(step\) beside them, a int"),
         ({"a": ONE.to_sparse()}, "no dense tensors but torch._utils._rebuild_sparse_tensor"),
-        ({"a": ONE, "b": torch.quantize_per_tensor(ONE, 1.0, 0, torch.qint8)}, r"1 \(b\) beside them, torch._utils._rebuild_q"),
+        (
+            {"a": ONE, "b": torch.quantize_per_tensor(ONE, 1.0, 0, torch.qint8)},
+            r"1 \(b\) beside them, torch._utils._rebuild_q",
+        ),
         ({"a": torch.ones(1, device="meta")}, "no dense tensors but torch._utils._rebuild_meta_tensor"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "no dense tensors but a tensor of complexfloat numbers"),
         ({"bad\nname" * 50: ONE}, "unexpected 1 "),
@@ -246,7 +256,9 @@ def test_what_is_no_student_is_named(student, tmp_path, content, text):
 
 def test_a_student_where_a_teacher_is_wanted(state, tmp_path):
     teacher = build_teacher(TeacherConfig(block_out_channels=(32, 64), num_heads=2, layers_per_block=1))
-    refused(teacher, save(state, tmp_path / "a.bin"), BundleError, "is a Moebius student, .*`moebius-edge download teacher`")
+    refused(
+        teacher, save(state, tmp_path / "a.bin"), BundleError, "is a Moebius student, .*`moebius-edge download teacher`"
+    )
 
 
 def test_whole_numbers_where_weights_belong(student, state, tmp_path):

@@ -26,7 +26,9 @@ def identity(*nodes: NodeProto, constants: dict[str, np.ndarray] | None = None, 
     """A graph from ``x`` to ``y`` that has ``nodes`` as well, of which nothing is needed."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()]
-    graph = helper.make_graph([*nodes, helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:], tensors)
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:], tensors
+    )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("moebius", 1)]
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
 
@@ -40,7 +42,9 @@ def function(name: str, *nodes: NodeProto) -> onnx.FunctionProto:
 
 
 def loop() -> NodeProto:
-    scalars = [helper.make_tensor_value_info(n, kind, []) for n, kind in (("i", TensorProto.INT64), ("c", TensorProto.BOOL))]
+    scalars = [
+        helper.make_tensor_value_info(n, kind, []) for n, kind in (("i", TensorProto.INT64), ("c", TensorProto.BOOL))
+    ]
     result = helper.make_tensor_value_info("d", TensorProto.BOOL, [])
     body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"])], "body", scalars, [result])
     return helper.make_node("Loop", ["times", "go"], [], body=body)
@@ -79,7 +83,10 @@ DOUBLING = [function(f"F{i}", call(f"F{i + 1}"), call(f"F{i + 1}")) for i in ran
         (identity(call("F")), "it calls 'F', a function that it lacks"),
         (identity(functions=[function("F"), function("F")]), "the function 'F' twice"),
         (identity(call("Attention", "com.microsoft")), "the operator 'Attention' of domain 'com.microsoft'"),
-        (identity(*[call("F")] * 300, functions=[function("F", *[call("Neg", "")] * 99)]), f"over {MAX_NODES} operators"),
+        (
+            identity(*[call("F")] * 300, functions=[function("F", *[call("Neg", "")] * 99)]),
+            f"over {MAX_NODES} operators",
+        ),
         (identity(*[call("Neg", "")] * MAX_NODES), f"over {MAX_NODES} operators"),
         (outside(), "its weights lie in another file"),
         (sparse(), "sparse weights"),
@@ -137,7 +144,10 @@ def slow_encoder(folder: Path) -> Path:
     model = onnx.load(path)
     nodes = [helper.make_node("MatMul", [f"m{i}", f"m{i}"], [f"m{i + 1}"]) for i in range(400)]
     nodes = [helper.make_node("ReduceMax", ["image"], ["m"]), helper.make_node("Expand", ["m", "s"], ["m0"]), *nodes]
-    end = [helper.make_node("ReduceMax", ["m400"], ["r"], keepdims=0), helper.make_node("Add", ["late", "r"], ["latent"])]
+    end = [
+        helper.make_node("ReduceMax", ["m400"], ["r"], keepdims=0),
+        helper.make_node("Add", ["late", "r"], ["latent"]),
+    ]
     model.graph.node[-1].output[0] = "late"
     model.graph.node.extend([*nodes, *end])
     model.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, 1500, 1500]), "s"))
@@ -172,7 +182,16 @@ def test_no_command_opens_such_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     image, mask = "examples/coffee.png", "examples/coffee_mask.png"
     arguments = {
         "run": ["run", image, mask, "--bundle", str(folder), "--output", str(tmp_path / "out.png")],
-        "int8": ["export", str(folder), "--precision", "int8", "--calibration-data", "examples", "--output", str(tmp_path / "b")],
+        "int8": [
+            "export",
+            str(folder),
+            "--precision",
+            "int8",
+            "--calibration-data",
+            "examples",
+            "--output",
+            str(tmp_path / "b"),
+        ],
     }
     assert main(arguments[command]) == 4
     error = capsys.readouterr().err.splitlines()[-1]

@@ -86,7 +86,10 @@ def test_a_torchscript_program(tmp_path: Path) -> None:
 
 def test_an_archive_that_was_packed_again(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "a.pt")
-    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     refused(tmp_path / "b.pt", "was packed again, .*data.pkl in it is compressed, which torch.save never does")

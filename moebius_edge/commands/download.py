@@ -1,9 +1,10 @@
 """``moebius-edge download``: the published weights and what belongs to them, by huggingface_hub.
 
-Repositories, file names and hashes are those that the authors' README and several independent ports name: the four students
-in ``hustvl/Moebius`` (0.9 GB each), their teacher and their autoencoder in ``hustvl/PixelHacker``, the weights of E-LatentLPIPS
-where its package looks for them. They have not been fetched by this project's tests, which run without a network, so every
-repository can be overridden. What is downloaded is not trusted: ``export`` runs no code from it and checks every tensor.
+Repositories, file names and hashes are those that the authors' README and several independent ports name: the four
+students in ``hustvl/Moebius`` (0.9 GB each), their teacher and their autoencoder in ``hustvl/PixelHacker``, the
+weights of E-LatentLPIPS where its package looks for them. They have not been fetched by this project's tests, which
+run without a network, so every repository can be overridden. What is downloaded is not trusted: ``export`` runs no
+code from it and checks every tensor.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def download(
     """Fetch the published weights and their autoencoder.
 
     teacher is what a student is distilled from; elatentlpips the weights of that perceptual distance. What was begun is
-    resumed, and what is there is used without asking the network. SHA-256 are printed, and compared where they are known.
+    resumed, and what is there is used without asking the network. SHA-256 are printed, and compared where they are
+    known.
     """
     if name not in MODELS:
         raise UsageError(
@@ -124,7 +126,8 @@ def _next_command(name: str, weights: Path, vae: Path | None) -> str:
 
 
 def _checked_hash(path: Path, repo: str, folder: str, revision: str | None) -> str:
-    """The file's SHA-256. Of the authors' repository and its newest revision it must be the known one, where there is one.
+    """The file's SHA-256. Of the authors' repository and its newest revision it must be the known one, where there is
+    one.
 
     Raises BundleError for another file: a damaged one, or a newer publication, which is to be named by its revision.
     """
@@ -134,8 +137,8 @@ def _checked_hash(path: Path, repo: str, folder: str, revision: str | None) -> s
     known_size, known = KNOWN.get((repo, f"{folder}/{path.name}"), (size, found))
     if revision is None and (size, found) != (known_size, known):
         raise BundleError(
-            f"{path} has {size} bytes and the SHA-256 {found}, not the {known_size} bytes and {known} that are known: remove "
-            "it and run the same command again; where the authors have published anew, add --revision main"
+            f"{path} has {size} bytes and the SHA-256 {found}, not the {known_size} bytes and {known} that are known: "
+            "remove it and run the same command again; where the authors have published anew, add --revision main"
         )
     return found
 
@@ -188,7 +191,8 @@ def _fetch(
     output: Path | None,
     offline: bool,
 ) -> Path:
-    """The first of ``files`` that is there: the weights file of ``folder`` in ``repo``: the local one if it is whole, else downloaded."""
+    """The first of ``files`` that is there: the weights file of ``folder`` in ``repo``: the local one if it is whole,
+    else downloaded."""
     wanted: dict[str, Any] = {
         "repo_id": repo,
         "revision": revision,

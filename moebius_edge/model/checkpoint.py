@@ -1,8 +1,8 @@
 """Loading a checkpoint, published or of a user's own, into a network: strictly, and never running code from it.
 
-The file is opened by ``weights_file``; here its tensors are found under the names of the network, compared with it and read.
-Nothing of the size of the network is read before all names, shapes and types agree. Does not find or download files, and does
-not guess a configuration.
+The file is opened by ``weights_file``; here its tensors are found under the names of the network, compared with it and
+read. Nothing of the size of the network is read before all names, shapes and types agree. Does not find or download
+files, and does not guess a configuration.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ def print_note(text: str) -> None:
 def load_checkpoint(
     module: nn.Module, path: str | Path, *, rename: Rename | None = None, note: Note = print_note
 ) -> None:
-    """Loads the weights at ``path`` into ``module``, on the devices its tensors are on; a module on ``meta`` gets the CPU's.
+    """Loads the weights at ``path`` into ``module``, on the devices its tensors are on; a module on ``meta`` gets the
+    CPU's.
 
     Every name and shape must agree and every value be finite; ``module`` is untouched otherwise. Weights inside of a
     training checkpoint and names with prefixes are found, an average that lacks the batch norms' statistics takes those
-    of the file beside it, and ``note`` is told of each. ``rename`` maps the file's names to the module's, where they differ.
+    of the file beside it, and ``note`` is told of each. ``rename`` maps the file's names to the module's, where they
+    differ.
 
-    Raises UsageError for a folder, MachineError for a missing or unreadable file, BundleError for a file that is damaged,
-    unsafe, of another network, of another shape or not finite.
+    Raises UsageError for a folder, MachineError for a missing or unreadable file, BundleError for a file that is
+    damaged, unsafe, of another network, of another shape or not finite.
     """
     notes: list[str] = []
     expected = module.state_dict()
@@ -75,7 +77,9 @@ def _matching_state(
         taken = [name for name in expected if name not in tensors and name in statistics]
         tensors = {**tensors, **{name: statistics[name] for name in taken}}
         sources |= dict.fromkeys(taken, beside)
-        notes.append(f"{path.name} has no batch-norm statistics: {len(taken)} tensors are taken from {beside.path.name}")
+        notes.append(
+            f"{path.name} has no batch-norm statistics: {len(taken)} tensors are taken from {beside.path.name}"
+        )
     _check_tensors(path, expected, tensors)
     buffers: dict[tuple[Path, Storage], bytearray] = {}
     state = {}
@@ -122,14 +126,18 @@ def _check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Tensors)
         if tensors[name].shape != tuple(wanted.shape)
     }
     if shapes:
-        raise BundleError(f"{path} does not fit the network: tensors of other shapes {some(sorted(shapes))}; {_OTHER_CONFIG}")
+        raise BundleError(
+            f"{path} does not fit the network: tensors of other shapes {some(sorted(shapes))}; {_OTHER_CONFIG}"
+        )
     types = [
         f"{name} of {tensors[name].dtype}"
         for name, wanted in expected.items()
         if wanted.is_floating_point() and "float" not in tensors[name].dtype
     ]
     if types:
-        raise BundleError(f"{path} has whole numbers where weights belong, {some(types)}: give the weights before quantisation")
+        raise BundleError(
+            f"{path} has whole numbers where weights belong, {some(types)}: give the weights before quantisation"
+        )
 
 
 def _tensor(stored: StoredTensor, data: bytearray) -> Tensor:

@@ -56,7 +56,8 @@ class StudentConfig:
         if self.latent_size % coarsest:
             raise UsageError(f"latent_size {self.latent_size} does not halve per level; use a multiple of {coarsest}")
         ratio = self.mix_ffn_ratio
-        if type(ratio) not in (int, float) or not 0 < ratio <= _MOST_RATIO or int(ratio * self.block_out_channels[0]) < 1:
+        possible = type(ratio) in (int, float) and 0 < ratio <= _MOST_RATIO
+        if not possible or int(ratio * self.block_out_channels[0]) < 1:
             raise UsageError(f"mix_ffn_ratio {str(ratio)[:40]} leaves no channels or too many; the published is 2.5")
 
     @property

@@ -8,6 +8,7 @@ what it is.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -17,7 +18,8 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
         BundleError: it is damaged, unsafe, or no file of weights.
     """
     path = Path(path)
-    try:
+    with _reading(path):
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise UsageError(f"{path} is a folder: give the checkpoint file in it")
@@ -99,14 +101,23 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
             return _open_safetensors(path, status.st_size)
         if head.startswith(b"PK\3\4"):
             return _open_archive(path, status.st_size)
-        if head[:1] == b"\x80" and 2 <= head[1] <= 5:
+        if head[:1] == b"\x80" and b"\x02" <= head[1:2] <= b"\x05":
             return _open_pickles(path, status.st_size)
         raise BundleError(f"{path} {_describe(path, head)}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what reading the file may raise into errors for the user."""
+    try:
+        yield
     except FileNotFoundError:
         raise MachineError(
             f"{path} does not exist: `moebius-edge download places2` fetches the published checkpoint"
         ) from None
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a place in the file that is none
+            raise BundleError(f"{path} is truncated or damaged: {_GET_AGAIN}") from error
         raise MachineError(f"{path} cannot be read: {error.strerror or error}: give a readable file") from error
     except UnsafePickle as error:
         raise BundleError(
@@ -220,7 +231,8 @@ def _open_archive(path: Path, size: int) -> WeightsFile:
                 f"{path} is damaged: it lacks the {storage.size} bytes of {printable(name)}: {_GET_AGAIN}"
             )
         try:
-            return bytearray(archive.read(name))  # compares the checksum: a flipped bit would become a weight
+            with _reading(path):
+                return bytearray(archive.read(name))  # compares the checksum: a flipped bit would become a weight
         except _ZIP_ERRORS as error:
             raise BundleError(f"{path} is damaged at {printable(name)!r}: {_GET_AGAIN}") from error
 
@@ -309,7 +321,7 @@ def _storages(content: Any) -> dict[str, Storage]:
 
 def _read_at(path: Path, begin: int, storage: Storage) -> bytearray:
     data = bytearray(storage.size)
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         file.seek(begin)
         if file.readinto(data) != len(data):
             raise BundleError(f"{path} is truncated: {_GET_AGAIN}")

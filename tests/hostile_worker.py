@@ -299,7 +299,7 @@ def prepare_bundles(folder: Path) -> Any:
 
     def opens(bundle: Path) -> int:
         image, mask, output = examples / "coffee.png", examples / "coffee_mask.png", f"{bundle}.png"
-        settings = "--steps 4 --cache-interval 2 --runtime onnxruntime --device cpu".split()
+        settings = ["--steps", "4", "--cache-interval", "2", "--runtime", "onnxruntime", "--device", "cpu"]
         return main(["run", str(image), str(mask), "--bundle", str(bundle), "--output", output, *settings])
 
     return make_bundle, opens

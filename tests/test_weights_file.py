@@ -63,6 +63,7 @@ def npz() -> bytes:
         (pickle.dumps({"a": [1.0]}, protocol=2), "is a pickle, but not one that torch.save wrote"),
         (pickle.dumps(np.ones(3), protocol=4), "is a pickle, but not one that torch.save wrote"),
         (pickle.dumps(os.getcwd, protocol=4), r"asks to run code \(posix.getcwd\), which weights never need"),
+        (b"\x80", "is truncated, damaged or no file of weights"),
         (b"\x80\x02" + b"(" * 100, "truncated, damaged or no torch file"),
     ],
 )

@@ -23,6 +23,7 @@ MAX_NODES = 20_000  # functions written out; the published denoiser has 2 000, a
 _MAX_FIELDS = 1_000_000
 _STOP_SECONDS = 10
 _STANDARD, _OURS = ("", "ai.onnx"), "moebius"  # domains
+_QUICK_GELU = ("com.microsoft", "QuickGelu")  # ONNX Runtime's own, which INT8 for a CPU uses
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Span = tuple[int, int]  # of a field that is a text, bytes or a message
@@ -116,7 +117,7 @@ def _read_node(data: mmap.mmap, span: Span, model: _Model, ours: bool) -> None:
             domain = _text(data, value)
         else:
             _read_attribute(data, value, model)
-    if domain not in _STANDARD and not (ours and domain == _OURS):
+    if domain not in _STANDARD and not (ours and domain == _OURS) and (domain, kind) != _QUICK_GELU:
         where = f"domain {domain!r:.40}" if ours else f"domain {domain!r:.40} inside of a function"
         raise _Problem(f"it has the operator {kind!r:.40} of {where}")
     if domain == _OURS:

@@ -113,6 +113,12 @@ def test_weights_of_a_constant_in_another_file(tmp_path: Path) -> None:
         check_onnx_file(path)
 
 
+def test_the_operator_that_int8_for_a_cpu_uses(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(identity(call("QuickGelu", "com.microsoft")).SerializeToString())
+    assert check_onnx_file(path) == 20
+
+
 def test_the_opset_is_read(tmp_path: Path) -> None:
     model = identity(constants={"w": np.zeros(10_000, np.float32)})
     for opset in (1, 20, 300):

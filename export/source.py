@@ -30,6 +30,7 @@ VAE_WEIGHTS = (  # as diffusers writes them, the first that is there; weights of
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
 )
+_MOST_CONFIG_BYTES = 1 << 20
 # No autoencoder of this layout is larger; a larger number would only take time and memory to build.
 _MOST_VAE_LAYERS, _MOST_VAE_NUMBER = 16, 1 << 14
 # How diffusers called the parts of the autoencoder's attention before its version 0.13.
@@ -199,7 +200,7 @@ def _find_vae(folder: Path) -> tuple[Path, float]:
         raise UsageError(
             f"{where} shifts its latents by {config['shift_factor']}, which this model does not: use its VAE"
         )
-    numbers = [config.get(key) for key in ("in_channels", "out_channels", "norm_num_groups", "sample_size")] + blocks
+    numbers = [config.get(key) for key in ("in_channels", "out_channels", "norm_num_groups")] + blocks
     layers = config.get("layers_per_block", 1)
     if not all(n is None or type(n) is int and 1 <= n <= _MOST_VAE_NUMBER for n in numbers) or (
         type(layers) is not int or not 1 <= layers <= _MOST_VAE_LAYERS
@@ -233,6 +234,8 @@ def _find_config(checkpoint: Path, given: str | os.PathLike[str] | None) -> Path
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise UsageError(f"{path} is too large for a configuration: name another file")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error

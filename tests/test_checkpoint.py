@@ -244,7 +244,8 @@ ONE = torch.ones(1)
         ),
         ({"a": torch.ones(1, device="meta")}, "no dense tensors but torch._utils._rebuild_meta_tensor"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "no dense tensors but a tensor of complexfloat numbers"),
-        ({"bad\nname" * 50: ONE}, "unexpected 1 "),
+        ({"bad\nname" * 50: ONE}, r"has tensors 1 \(bad\?name.*\.\.\.\), none of a student: give a student's"),
+        ({"diff_model.conv_in.conv_dw.weight": ONE, "more": ONE}, r"missing \d+ \(.*, unexpected 1 \(more\)"),
         ({1: ONE, (2, 3): ONE, float("nan"): ONE}, "holds no dictionary of tensors"),
     ],
 )

@@ -202,6 +202,12 @@ def test_a_vae_configuration_that_describes_none(
         refused(parts, tmp_path, vae=tmp_path / "vae")
 
 
+def test_a_configuration_that_is_too_large_for_one(parts: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "large.json").write_text("[" * (2 << 20))
+    with pytest.raises(UsageError, match="large.json is too large for a configuration"):
+        load_config(find_source(parts.student, parts.vae, tmp_path / "large.json"))
+
+
 def test_a_teacher_is_named_before_anything_else_is_asked_for(parts: SimpleNamespace, tmp_path: Path) -> None:
     config = TeacherConfig(block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
     with torch.device("meta"):

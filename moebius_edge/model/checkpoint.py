@@ -115,6 +115,9 @@ def _file_beside(path: Path, expected: Mapping[str, Tensor], rename: Rename | No
 
 def _check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Tensors) -> None:
     missing = [name for name in expected if name not in tensors]
+    if len(missing) == len(expected):
+        network = kind_of(expected) or "network"
+        raise BundleError(f"{path} has tensors {some(tensors)}, none of a {network}: give a {network}'s weights")
     unexpected = [name for name in tensors if name not in expected]
     if missing or unexpected:
         faults = {"missing": missing, "unexpected": unexpected}

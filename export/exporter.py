@@ -20,6 +20,7 @@ from ..errors import MachineError, UsageError
 from ..files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from ..guidance import choose_guidance
 from ..manifest import resolved_components
+from ..runtimes.onnx_check import check_onnx_file
 from ..spec import DENOISER, LATENT_DOWNSCALE, SHALLOW
 from .engines import is_bundle
 from .source import Source, find_source, load_config, load_student, load_vae
@@ -114,7 +115,10 @@ def float32_bundle(
             raise UsageError(
                 f"{source} is a bundle, complete as it is: leave --vae, --config and --distilled-guidance out"
             )
-        yield Bundle.load(source)
+        bundle = Bundle.load(source)
+        for name in bundle.components:
+            check_onnx_file(bundle.component_path(name))
+        yield bundle
         return
     check_replaceable(output, force)  # before an export that may take minutes
     found = find_source(source, vae, options.get("config"), options.get("distilled_guidance"))

@@ -15,17 +15,26 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import ASSETS, BUNDLED
 from ..errors import BundleError, MachineError, UsageError
 from ..files import sha256_file
+from ..network_names import STUDENT, network_tensors, refuse_other_network
 from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE
+from ..weights_file import open_weights
 from .weights_metadata import find_guidance
 
 if TYPE_CHECKING:
     from ..model import Student, StudentConfig
 
 VAE_CONFIG = "config.json"
-VAE_WEIGHTS = (
+VAE_WEIGHTS = (  # as diffusers writes them, the first that is there; weights of FP16 alone are read as well
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
-)  # as diffusers writes them
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+)
+_MOST_CONFIG_BYTES = 1 << 20
+# No autoencoder of this layout is larger; a larger number would only take time and memory to build.
+_MOST_VAE_LAYERS, _MOST_VAE_NUMBER = 16, 1 << 14
+# How diffusers called the parts of the autoencoder's attention before its version 0.13.
+_OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PUBLISHED_SCALING_FACTOR = 0.13025
 
 
@@ -67,7 +76,7 @@ def find_source(
 
     Raises:
         UsageError: SOURCE or the VAE is no such thing, or the checkpoint notes another guidance.
-        BundleError: the checkpoint's header is damaged. MachineError: a file is missing or cannot be read.
+        BundleError: the checkpoint is damaged, or another network. MachineError: a file is missing or cannot be read.
     """
     if isinstance(source, str) and source in BUNDLED:
         folder = ASSETS / source / "checkpoint"
@@ -86,12 +95,15 @@ def find_source(
                 f"there is no checkpoint {checkpoint}: name a file of student weights, or one of "
                 f"{', '.join(BUNDLED)}, or run `moebius-edge download places2`"
             )
+        tensors = network_tensors(checkpoint, open_weights(checkpoint).content, [])
+        refuse_other_network(checkpoint, tensors, STUDENT)
         if vae is None:
             raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
         vae_folder = Path(vae)
-    weights, scaling_factor = _find_vae(vae_folder)
+    vae_weights, scaling_factor = _find_vae(vae_folder)
     guidance = find_guidance(checkpoint, distilled_guidance)
-    return Source(bundled, checkpoint, _find_config(checkpoint, config), vae_folder, weights, scaling_factor, guidance)
+    config_file = _find_config(checkpoint, config)
+    return Source(bundled, checkpoint, config_file, vae_folder, vae_weights, scaling_factor, guidance)
 
 
 def load_config(source: Source) -> StudentConfig:
@@ -104,7 +116,7 @@ def load_config(source: Source) -> StudentConfig:
         return StudentConfig.from_dict(_read_object(source.config))
     except (UsageError, BundleError) as error:
         raise type(error)(f"{source.config}: {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UsageError(
             f"{source.config} is no student configuration ({error}): give another with --config"
         ) from error
@@ -115,9 +127,12 @@ def load_student(source: Source, config: StudentConfig) -> Student:
 
     Raises as ``moebius_edge.model.load_checkpoint``.
     """
+    import torch
+
     from ..model import build_student, load_checkpoint
 
-    student = build_student(config)
+    with torch.device("meta"):  # takes no memory before the weights are known to fit
+        student = build_student(config)
     load_checkpoint(student, source.checkpoint)
     return student.float().eval().requires_grad_(False)
 
@@ -141,36 +156,26 @@ def _read_vae(folder: Path, weights: Path) -> Any:
     import torch
     from diffusers import AutoencoderKL
 
-    from ..model.checkpoint import read_state
+    from ..model import load_checkpoint
 
-    state = read_state(weights)  # refuses what is damaged or would run code, with one line
-    bad = next((k for k, t in state.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
-    if bad is not None:
-        raise BundleError(f"{weights} has values that are not finite in {bad}: copy or download it again")
-    del state
-    # diffusers reads the file again, for it knows the older names of the attention layers. A tensor that the
-    # file lacks it would leave at random values, hence the loading report.
     try:
-        vae, report = AutoencoderKL.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            use_safetensors=weights.suffix == ".safetensors",
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        with torch.device("meta"):  # takes no memory before the weights are known to fit
+            vae = AutoencoderKL.from_config(_read_object(folder / VAE_CONFIG))
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
         line = " ".join(str(error).split())
-        raise BundleError(
-            f"VAE folder {folder} cannot be loaded: {line:.300}: copy or download it again"
+        raise UsageError(
+            f"{folder / VAE_CONFIG} describes no autoencoder ({line:.200}): copy or download the folder again"
         ) from error
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := list(report.get(key, ())):
-            raise BundleError(
-                f"{weights} does not fit its {VAE_CONFIG}: {key.replace('_', ' ')} {len(found)} "
-                f"({found[0]}, ...): copy or download the folder again"
-            )
-    return vae.eval().requires_grad_(False)
+    load_checkpoint(vae, weights, rename=_current_name)
+    return vae.float().eval().requires_grad_(False)
+
+
+def _current_name(name: str) -> str:
+    """The name of an autoencoder's tensor as diffusers has it today."""
+    parts = name.split(".")
+    if "attentions" in parts and parts[-2:-1] and parts[-2] in _OLDER_ATTENTION:
+        parts[-2] = _OLDER_ATTENTION[parts[-2]]
+    return ".".join(parts)
 
 
 def _find_vae(folder: Path) -> tuple[Path, float]:
@@ -195,6 +200,12 @@ def _find_vae(folder: Path) -> tuple[Path, float]:
         raise UsageError(
             f"{where} shifts its latents by {config['shift_factor']}, which this model does not: use its VAE"
         )
+    numbers = [config.get(key) for key in ("in_channels", "out_channels", "norm_num_groups")] + blocks
+    layers = config.get("layers_per_block", 1)
+    if not all(n is None or type(n) is int and 1 <= n <= _MOST_VAE_NUMBER for n in numbers) or (
+        type(layers) is not int or not 1 <= layers <= _MOST_VAE_LAYERS
+    ):
+        raise UsageError(f"{where} has sizes that no autoencoder has: copy or download the folder again")
     factor = config.get("scaling_factor")  # diffusers' own default is another model's, so absence is no answer
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < float("inf"):
         raise UsageError(
@@ -223,6 +234,8 @@ def _find_config(checkpoint: Path, given: str | os.PathLike[str] | None) -> Path
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_CONFIG_BYTES:
+            raise UsageError(f"{path} is too large for a configuration: name another file")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error

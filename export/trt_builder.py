@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, MachineError, MoebiusError
-from ..runtimes.flavours import FLAVOURS, load_package, make_logger, version_of
+from ..runtimes.flavours import FLAVOURS, load_package, make_logger, max_opset, version_of
+from ..runtimes.onnx_check import check_onnx_file
 from ..runtimes.update import update_component
 from ..spec import DENOISER
 from .build_progress import Fraction, make_monitor
 from .engine_layers import engine_information, products_in_int8
-from .onnx_header import max_opset, opset_of
 from .timing_cache import read_timing_cache, write_timing_cache
 from .update_network import define_update
 
@@ -89,9 +89,9 @@ class TrtBuilder:
             raise self._problem("start", str(error)) from None
 
     def check(self, onnx: Path) -> None:
-        """The rules of ``trt_rules`` where the onnx package is installed, else the opset alone."""
+        """``check_onnx_file``, the opset, and the rules of ``trt_rules`` where the onnx package is installed."""
         version = version_of(self.package)
-        highest, found = max_opset(self._flavour.name, version), opset_of(onnx)
+        highest, found = max_opset(self._flavour.name, version), check_onnx_file(onnx)
         wrong = [f"opset {found} is newer than {highest}, the highest it parses"] if found > highest else []
         with suppress(ImportError):
             from onnx import load

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..errors import BundleError, MachineError, UsageError
 from ..guidance import is_distillable
+from ..weights_file import is_safetensors, open_weights
 
 _KEY = "distilled_guidance"
-_SUFFIX = ".safetensors"
 
 
 def guidance_metadata(guidance: float) -> dict[str, str]:
@@ -31,7 +31,7 @@ def find_guidance(checkpoint: Path, given: float | None) -> float | None:
     Raises:
         UsageError: ``given`` is no guidance to distil, or not the one noted.
         BundleError: the file is damaged, or the note is no guidance.
-        MachineError: the file cannot be read, or the package safetensors is missing.
+        MachineError: the file cannot be read.
     """
     if given is not None:
         _check(given)
@@ -48,21 +48,13 @@ def _check(guidance: float) -> None:
 
 def _noted(checkpoint: Path) -> float | None:
     """None without a note, and for a pickle, which cannot hold one."""
-    if checkpoint.suffix.lower() != _SUFFIX:
-        return None
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise MachineError(f'{checkpoint} needs safetensors: run `pip install "moebius-edge[export]"`') from None
-    try:
-        with safe_open(checkpoint, framework="np") as file:  # reads the header alone
-            note = (file.metadata() or {}).get(_KEY)
+        with checkpoint.open("rb") as file:
+            if not is_safetensors(file.read(16)):
+                return None
     except OSError as error:
-        raise MachineError(f"{checkpoint} cannot be read ({error}): give a readable file") from error
-    except SafetensorError as error:
-        raise BundleError(
-            f"{checkpoint} is truncated or no safetensors file ({error}): copy or download it again"
-        ) from error
+        raise MachineError(f"{checkpoint} cannot be read ({error.strerror or error}): give a readable file") from error
+    note = open_weights(checkpoint).metadata.get(_KEY)
     if note is None:
         return None
     try:

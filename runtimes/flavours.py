@@ -38,6 +38,15 @@ FLAVOURS = {
 }
 
 
+def max_opset(flavour: str, version: tuple[int, int]) -> int:
+    """The highest opset that ``flavour`` (as in ``FLAVOURS``) of (major, minor) ``version`` is known to parse."""
+    if flavour == "tensorrt-rtx":
+        return 23  # the highest that was tried with 1.7, whose parser refuses none by number
+    if version >= (11, 0):
+        return 25
+    return 24 if version >= (10, 15) else 20
+
+
 def load_package(flavour: Flavour) -> ModuleType:
     """The Python package of ``flavour``.
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from ..errors import BundleError, MachineError, UsageError
 from ..machine import available_cores
 from .base import Arrays, Runtime, batched
 from .binding import BoundSession
+from .onnx_check import check_onnx_file, time_limit
 from .placement import Placement, check_placement, node_counts, read_placement
 from .providers import (
     MAX_BATCH,
@@ -39,6 +41,13 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
 _STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
+
+# What loading and one row of a call may take on a CPU: a constant, and a share by the size of the file. The published
+# autoencoder's decoder (200 MB, 512x512, the slowest for its size) has ten minutes for what takes 20 s on two server
+# cores.
+_LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 30.0, 5e6
+_ROW_SECONDS, _ROW_BYTES_PER_SECOND = 20.0, 200e6 / 600
+_ROW_RESOLUTION = 512
 
 
 class OrtRuntime(Runtime):
@@ -108,13 +117,15 @@ class OrtRuntime(Runtime):
         self._placements.clear()
 
     def _open(self, name: str, path: Path, profile: Path | None = None) -> Any:
+        check_onnx_file(path)
         options = quiet_options(self._ort, self._threads)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(profile)
         providers = session_providers(self._ort, self._device, self.components[name], self._engines(name))
         try:
-            session = self._ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
+            with self._limit_load(path):
+                session = self._ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises a class of its own for every cause
             raise self._problem(f"cannot load {path}", error) from error
         if self._provider not in session.get_providers():
@@ -162,10 +173,44 @@ class OrtRuntime(Runtime):
         try:
             if component in self._bound:
                 return self._bound[component].run(feeds, outputs)
-            made = self._sessions[component].run(outputs, feeds)
+            options = self._ort.RunOptions()
+            with self._limit_call(component, feeds, options):
+                made = self._sessions[component].run(outputs, feeds, options)
+        except BundleError:
+            raise
         except Exception as error:
             raise self._problem(f"{component} failed", error) from error
         return dict(zip(outputs, made, strict=True))
+
+    def _limit_load(self, path: Path) -> AbstractContextManager[None]:
+        """On a CPU: folding the constants of a hostile graph could take forever. On a GPU an engine may be built."""
+        if self._device != "cpu":
+            return nullcontext()
+        seconds = _LOAD_SECONDS + path.stat().st_size / _LOAD_BYTES_PER_SECOND
+        return time_limit(seconds, f"{path} does not load within {seconds:.0f} s: export the bundle again")
+
+    @contextmanager
+    def _limit_call(self, component: str, feeds: Arrays, options: Any) -> Iterator[None]:
+        """On a CPU: ONNX Runtime is told to stop, between two operators, after far more time than a network takes."""
+        if self._device != "cpu":
+            yield
+            return
+        rows = len(next(iter(feeds.values())))
+        scale = (self._bundle.resolution / _ROW_RESOLUTION) ** 2
+        seconds = rows * (_ROW_SECONDS + scale * self._paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
+        took = f"{component} took over {seconds:.0f} s for {rows} rows"
+        message = f"{took}, as no network of its size does: export the bundle again"
+
+        def stop() -> None:
+            options.terminate = True
+
+        try:
+            with time_limit(seconds, message, stop):
+                yield
+        except Exception as error:
+            if options.terminate:
+                raise BundleError(message) from error
+            raise
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
         """Our error for one of ONNX Runtime's, its first line kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import json
 import shlex
 import sys
@@ -17,9 +18,12 @@ import pytest
 from moebius_edge.cli import main
 from moebius_edge.commands import download
 from moebius_edge.commands.download import cache_folder
+from moebius_edge.training.perceptual import ELATENTLPIPS_FILES
 
 Captured = pytest.CaptureFixture[str]
 CHECKPOINT = "ft_places2/diffusion_pytorch_model.bin"
+SHA256 = hashlib.sha256(b"weights").hexdigest()
+DISTANCE = ("elatentlpips_ckpt/sdxl_latest_vgg16_tuned.pth", "elatentlpips_ckpt/sdxl_latent_vgg16.pth.tar")
 VAE = ("vae/config.json", "vae/diffusion_pytorch_model.bin")
 
 
@@ -30,7 +34,8 @@ class Hub:
         self.cache = cache
         self.remote: dict[str, tuple[str, ...]] = {
             "hustvl/Moebius": (CHECKPOINT, "README.md"),
-            "hustvl/PixelHacker": (*VAE, "ft_ffhq/diffusion_pytorch_model.bin"),
+            "hustvl/PixelHacker": (*VAE, "pretrained/diffusion_pytorch_model.bin"),
+            "Mingguksky/elatentlpips": (*DISTANCE, "elatentlpips_ckpt/sd3_latent_vgg16.pth.tar"),
         }
         self.online: list[dict[str, Any]] = []
         self.failure: BaseException | None = None
@@ -57,6 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", made.snapshot_download)
     monkeypatch.setenv("HF_HUB_CACHE", str(made.cache))
+    monkeypatch.setattr(download, "KNOWN", {key: (7, SHA256) for key in download.KNOWN})
     return made
 
 
@@ -114,14 +120,62 @@ def test_plain_files_for_another_machine(hub: Hub, tmp_path: Path, capsys: Captu
     )
 
 
-def test_another_repository_and_revision(hub: Hub) -> None:
+def test_another_repository_and_revision(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     hub.remote |= {"me/weights": (CHECKPOINT,), "me/vae": VAE}
     options = ["--repo", "me/weights", "--vae-repo", "me/vae", "--revision", "v2"]
     assert main(["download", "places2", *options]) == 0
     assert [(call["repo_id"], call["revision"]) for call in hub.online] == [
         ("me/weights", "v2"),
-        ("me/vae", None),
+        ("me/vae", "v2"),
     ]
+    assert main(["download", "places2", *options, "--vae-revision", "v3", "--output", "elsewhere"]) == 0
+    assert [call["revision"] for call in hub.online[2:]] == ["v2", "v3"]
+
+
+def test_the_teacher_and_the_command_that_uses_it(hub: Hub, capsys: Captured) -> None:
+    assert main(["download", "teacher"]) == 0
+    assert [(call["repo_id"], call["allow_patterns"][0]) for call in hub.online] == [
+        ("hustvl/PixelHacker", "pretrained/*.json"),
+        ("hustvl/PixelHacker", "vae/*.json"),
+    ]
+    folder = hub.cache / "hustvl--PixelHacker"
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next:").split()
+    assert command[:2] == ["moebius-edge", "train"]
+    assert command[-4:] == [
+        *("--teacher", f"{folder}/pretrained/diffusion_pytorch_model.bin"),
+        *("--vae", f"{folder}/vae"),
+    ]
+
+
+@pytest.mark.parametrize("output", [None, "there"])
+def test_the_weights_of_the_perceptual_distance(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, output: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["download", "elatentlpips", *(() if output is None else ("--output", output))]) == 0
+    root = tmp_path / (output or "")
+    assert all((root / path).read_bytes() == b"weights" for path in ELATENTLPIPS_FILES)
+    assert not list(root.rglob("sd3_*")) and not list((root / "ckpt").glob(".moebius-*"))
+    out, err = capsys.readouterr()
+    assert "non-commercial" in err and "elatentlpips" in out.splitlines()[-1]
+    hub.remote["Mingguksky/elatentlpips"] = DISTANCE[:1]
+    assert main(["download", "elatentlpips", "--output", "lacking"]) == 3
+    assert "lacks sdxl_latent_vgg16.pth.tar: remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["places2", "vae"])
+def test_another_file_than_the_known_one(hub: Hub, damaged: str, capsys: Captured) -> None:
+    assert main(["download", "places2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == {"checkpoint": SHA256, "vae": SHA256}
+    name = f"hustvl--Moebius/{CHECKPOINT}" if damaged == "places2" else f"hustvl--PixelHacker/{VAE[1]}"
+    (hub.cache / name).write_bytes(b"weighty")
+    assert main(["download", "places2"]) == 4
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"has 7 bytes and the SHA-256 {hashlib.sha256(b'weighty').hexdigest()}, not the 7 bytes and {SHA256}" in line
+    assert "add --revision main" in line
+    assert main(["download", "places2", "--revision", "main"]) == 0, "whoever names a revision knows what it is"
+    assert hashlib.sha256(b"weighty").hexdigest() in capsys.readouterr().out
 
 
 def failed(hub: Hub, failure: BaseException, capsys: Captured, *options: str) -> tuple[int, str]:
@@ -217,7 +271,8 @@ def test_repositories_without_the_file(hub: Hub, capsys: Captured) -> None:
 def test_unknown_names_list_the_known(capsys: Captured) -> None:
     assert main(["download", "imagenet"]) == 2
     err = capsys.readouterr().err
-    assert "unknown model 'imagenet': choose one of pretrained, places2, celebahq, ffhq ('tiny' comes" in err
+    known = "pretrained, places2, celebahq, ffhq, teacher, elatentlpips"
+    assert f"unknown model 'imagenet': choose one of {known} ('tiny' comes" in err
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

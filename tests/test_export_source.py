@@ -15,12 +15,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from exporting import CONFIG, save_student, save_vae
+from golden import golden_state
 from safetensors.torch import save_file
 
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export import export_bundle
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
-from moebius_edge.model import StudentConfig
+from moebius_edge.model import StudentConfig, TeacherConfig, build_teacher
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_vae_that_is_not_finite(parts: SimpleNamespace, tmp_path: Path) -> Non
     vae = AutoencoderKL.from_pretrained(parts.vae, low_cpu_mem_usage=False)
     vae.decoder.conv_out.bias.data[0] = math.inf
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(BundleError, match="not finite in decoder.conv_out.bias"):
+    with pytest.raises(BundleError, match=r"not finite in tensors 1 \(decoder.conv_out.bias\)"):
         refused(parts, tmp_path, vae=tmp_path / "vae")
 
 
@@ -83,7 +84,7 @@ def test_a_vae_that_lacks_a_tensor(parts: SimpleNamespace, tmp_path: Path) -> No
     del state["decoder.conv_out.bias"]
     shutil.copytree(parts.vae, tmp_path / "vae")
     save_file(state, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(BundleError, match=r"missing keys 1 \(decoder.conv_out.bias"):
+    with pytest.raises(BundleError, match=r"does not fit the network: tensors missing 1 \(decoder.conv_out.bias"):
         refused(parts, tmp_path, vae=tmp_path / "vae")
 
 
@@ -158,6 +159,68 @@ def test_half_precision_weights_become_float32(parts: SimpleNamespace, tmp_path:
     (tmp_path / "student.json").unlink()
     source = find_source(tmp_path / "student.safetensors", tmp_path / "vae", None)
     assert source.config is None and load_config(source) == StudentConfig(), "a diffusers file is no configuration"
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_vae_folder_with_the_fp16_variant_alone(parts: SimpleNamespace, tmp_path: Path, safe: bool) -> None:
+    vae = AutoencoderKL.from_pretrained(parts.vae, low_cpu_mem_usage=False).half()
+    vae.save_pretrained(tmp_path / "vae", variant="fp16", safe_serialization=safe)
+    source = find_source(parts.student, tmp_path / "vae", None)
+    assert source.vae_weights.name == f"diffusion_pytorch_model.fp16.{'safetensors' if safe else 'bin'}"
+    loaded = load_vae(source).state_dict()
+    assert all(torch.equal(loaded[key], tensor.float()) for key, tensor in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers_per_block": 10**9},
+        {"block_out_channels": [2**30] * 4},
+        {"block_out_channels": ["8", 16, 16, 16]},
+        {"norm_num_groups": 0},
+        {"in_channels": 2.5},
+    ],
+)
+def test_a_vae_configuration_of_impossible_sizes(
+    parts: SimpleNamespace, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shutil.copytree(parts.vae, tmp_path / "vae")
+    config = json.loads((parts.vae / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UsageError, match="config.json has sizes that no autoencoder has"):
+        refused(parts, tmp_path, vae=tmp_path / "vae")
+
+
+@pytest.mark.parametrize("change", [{"down_block_types": ["None"] * 4}, {"act_fn": "nothing"}, {"norm_num_groups": 3}])
+def test_a_vae_configuration_that_describes_none(
+    parts: SimpleNamespace, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    shutil.copytree(parts.vae, tmp_path / "vae")
+    config = json.loads((parts.vae / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UsageError, match="config.json describes no autoencoder"):
+        refused(parts, tmp_path, vae=tmp_path / "vae")
+
+
+def test_a_configuration_that_is_too_large_for_one(parts: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "large.json").write_text("[" * (2 << 20))
+    with pytest.raises(UsageError, match="large.json is too large for a configuration"):
+        load_config(find_source(parts.student, parts.vae, tmp_path / "large.json"))
+
+
+def test_a_teacher_is_named_before_anything_else_is_asked_for(parts: SimpleNamespace, tmp_path: Path) -> None:
+    config = TeacherConfig(block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
+    with torch.device("meta"):
+        teacher = build_teacher(config)
+    state = golden_state(teacher)
+    for name in ("teacher.safetensors", "own.bin"):
+        save_file(state, tmp_path / name) if name.endswith("s") else torch.save(state, tmp_path / name)
+        (tmp_path / name).with_suffix(".json").write_text(json.dumps(config.to_dict()))
+        with pytest.raises(BundleError, match=f"{name} is a teacher .*: teachers are for `moebius-edge train"):
+            refused(parts, tmp_path, source=tmp_path / name, vae=None)
+        (tmp_path / "made").rmdir()
+    with pytest.raises(UsageError, match=r"teacher.json: it describes a teacher, and a student is wanted"):
+        refused(parts, tmp_path, config=tmp_path / "teacher.json")
 
 
 def test_a_vae_with_the_older_names_of_its_attention(parts: SimpleNamespace, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # What runs on a device, lowest first: a layer imports the layers before it, never its own or a later one.
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
-    {"errors", "spec"},
-    {"documents", "files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
-    {"classical"},
+    {"errors", "inert_pickle", "spec"},
+    {"documents", "files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml", "weights_file"},
+    {"classical", "network_names"},
     {"decoding", "manifest", "windows"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"deep_cache", "presets", "runtimes"},
@@ -41,7 +41,7 @@ UP_TO_PIPELINE = {name for name in DEVICE if name != "report"}
 
 # What runs on a workstation, and what each part may import.
 WORKSTATION: dict[str, set[str]] = {
-    "model": {"documents", "errors", "spec", "files"},
+    "model": {"documents", "errors", "spec", "files", "inert_pickle", "weights_file", "network_names"},
     "export": UP_TO_PIPELINE | {"model"},
     "training": UP_TO_PIPELINE | {"model", "export", "calibration"},
     "calibration": UP_TO_PIPELINE | {"model", "export", "training"},

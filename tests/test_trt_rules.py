@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle import ASSETS
-from moebius_edge.errors import BundleError
-from moebius_edge.export.onnx_header import max_opset, opset_of
 from moebius_edge.export.trt_rules import problems
+from moebius_edge.runtimes.flavours import max_opset
 from moebius_edge.spec import COMPONENTS
 
 
@@ -194,23 +191,3 @@ def test_newer_versions_are_told_apart() -> None:
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_bundled_model_keeps_them(component: str) -> None:
     assert problems(onnx.load(ASSETS / "tiny" / f"{component}.onnx")) == []
-
-
-# --- the header, without the onnx package ----------------------------------------------------------------
-
-
-def test_the_opset_is_read_without_onnx(tmp_path: Path) -> None:
-    for opset in (20, 300):
-        path = tmp_path / f"{opset}.onnx"
-        onnx.save(model(node("Relu", ["x"]), opset=opset, constants={"w": np.zeros(10_000, np.float32)}), path)
-        assert opset_of(path) == opset
-    assert opset_of(ASSETS / "tiny" / "denoiser.onnx") == 20
-
-
-def test_what_is_no_onnx_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.onnx"
-    whole = (ASSETS / "tiny" / "vae_encoder.onnx").read_bytes()
-    for content in (b"not a graph at all", whole[: len(whole) // 2], b"\xff" * 20, b"\x00\x01"):
-        path.write_bytes(content)
-        with pytest.raises(BundleError, match=r"x\.onnx is no ONNX file"):
-            opset_of(path)

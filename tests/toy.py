@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle import write_bundle
 from moebius_edge.export.shallow import write_shallow
+from moebius_edge.files import sha256_file
 from moebius_edge.spec import (
     BETA_END,
     BETA_START,
@@ -103,6 +104,16 @@ def call_int8(folder: Path, **changes: object) -> Path:
     path = folder / "bundle.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "precision": "int8", "int8": {**INT8, **changes}}))
+    return folder
+
+
+def describe_again(folder: Path) -> Path:
+    """Let ``bundle.json`` have the sizes and hashes of the files as they are now, as a hostile author would."""
+    path = folder / "bundle.json"
+    content = json.loads(path.read_text())
+    for name in content["files"]:
+        content["files"][name] = {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size}
+    path.write_text(json.dumps(content))
     return folder
 
 

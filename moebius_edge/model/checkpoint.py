@@ -1,158 +1,157 @@
-"""Loading a published checkpoint, or one of ours, into a network: strictly, and never running code from it.
+"""Loading a checkpoint, published or of a user's own, into a network: strictly, and never running code from it.
 
-A checkpoint is a flat state dict: a torch pickle (.bin, .pt, .pth) or a .safetensors file. Does not find or
-download files, and does not guess a configuration.
+The file is opened by ``weights_file``; here its tensors are found under the names of the network, compared with it and
+read. Nothing of the size of the network is read before all names, shapes and types agree. Does not find or download
+files, and does not guess a configuration.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
-import warnings
-import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError
+from ..inert_pickle import Storage, StoredTensor
+from ..network_names import (
+    Tensors,
+    kind_of,
+    lacks_statistics,
+    network_tensors,
+    refuse_other_network,
+    some,
+    unwrap_names,
+)
+from ..weights_file import WeightsFile, open_weights
 
-PICKLES = (".bin", ".pt", ".pth")
-SAFETENSORS = ".safetensors"
-_HEAD_BYTES = 1 << 20  # enough of a bare pickle to see what it names
-# How torch's restricted unpickler words its refusal of a name, a call or an object.
-_REFUSED_CODE = ("GLOBAL ", "call reduce", "create new object", "Can only build")
-_NAMED = 3  # how many tensors an error names
-
-_GET_AGAIN = "copy or download it again"
 _OTHER_CONFIG = "the file is of another configuration: give the configuration it was trained with"
+_GET_AGAIN = "copy or download it again"
+
+Rename = Callable[[str], str]
+Note = Callable[[str], None]
 
 
-def load_checkpoint(module: nn.Module, path: str | Path) -> None:
-    """Loads the weights at ``path`` into ``module``, on the devices its tensors are on.
+def print_note(text: str) -> None:
+    """On stderr, as the command line prints its notes."""
+    print(f"note: {text}", file=sys.stderr)
 
-    Every key and shape must agree and every value be finite; ``module`` is untouched otherwise.
 
-    Raises UsageError for an unknown file type, MachineError for a missing or unreadable file or a missing
-    package, BundleError for a damaged, unsafe, mismatching or non-finite checkpoint.
+def load_checkpoint(
+    module: nn.Module, path: str | Path, *, rename: Rename | None = None, note: Note = print_note
+) -> None:
+    """Loads the weights at ``path`` into ``module``, on the devices its tensors are on; a module on ``meta`` gets the
+    CPU's.
+
+    Every name and shape must agree and every value be finite; ``module`` is untouched otherwise. Weights inside of a
+    training checkpoint and names with prefixes are found, an average that lacks the batch norms' statistics takes those
+    of the file beside it, and ``note`` is told of each. ``rename`` maps the file's names to the module's, where they
+    differ.
+
+    Raises UsageError for a folder, MachineError for a missing or unreadable file, BundleError for a file that is
+    damaged, unsafe, of another network, of another shape or not finite.
     """
-    path = Path(path)
-    state = read_state(path)
-    _check_names(path, module.state_dict(), state)
-    _check_values(path, state)
-    module.load_state_dict(state, strict=True)
+    notes: list[str] = []
+    expected = module.state_dict()
+    state = _matching_state(Path(path), expected, rename, notes)
+    bad = [name for name, tensor in state.items() if not _is_finite(tensor)]
+    if bad:
+        raise BundleError(f"{path} has values that are not finite in tensors {some(bad)}: {_GET_AGAIN}")
+    for text in notes:
+        note(text)
+    on_meta = any(tensor.is_meta for tensor in expected.values())
+    module.load_state_dict(state, strict=True, assign=on_meta)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in the file at ``path``, on the CPU. Raises as ``load_checkpoint``."""
-    suffix = path.suffix.lower()
-    try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; give the checkpoint file in it")
-        if suffix != SAFETENSORS and suffix not in PICKLES:
-            raise UsageError(f"{path} is no checkpoint by its name; give a {', '.join(PICKLES)} or {SAFETENSORS} file")
-        if size == 0:
-            raise BundleError(f"{path} is empty; {_GET_AGAIN}")
-        state = _read_safetensors(path) if suffix == SAFETENSORS else _read_pickle(path)
-    except FileNotFoundError:
-        raise MachineError(
-            f"{path} does not exist; `moebius-edge download places2` fetches the published checkpoint"
-        ) from None
-    except OSError as error:
-        raise MachineError(f"{path} cannot be read: {error.strerror or error}; give a readable file") from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise BundleError(f"{path} holds no flat dictionary of tensors; save module.state_dict() itself")
-    return dict(state)
+def _matching_state(
+    path: Path, expected: Mapping[str, Tensor], rename: Rename | None, notes: list[str]
+) -> dict[str, Tensor]:
+    """The tensors of the file under the names ``expected``, in their types."""
+    file = open_weights(path)
+    tensors = _find(file, expected, rename, notes)
+    sources = dict.fromkeys(tensors, file)
+    if lacks_statistics(expected, tensors):
+        beside, statistics = _file_beside(path, expected, rename)
+        taken = [name for name in expected if name not in tensors and name in statistics]
+        tensors = {**tensors, **{name: statistics[name] for name in taken}}
+        sources |= dict.fromkeys(taken, beside)
+        notes.append(
+            f"{path.name} has no batch-norm statistics: {len(taken)} tensors are taken from {beside.path.name}"
+        )
+    _check_tensors(path, expected, tensors)
+    buffers: dict[tuple[Path, Storage], bytearray] = {}
+    state = {}
+    for name, wanted in expected.items():
+        stored, source = tensors[name], sources[name]
+        key = (source.path, stored.storage)
+        if key not in buffers:
+            buffers[key] = source.read(stored.storage)
+        state[name] = _tensor(stored, buffers[key]).to(wanted.dtype)
+    return state
 
 
-def _read_pickle(path: Path) -> object:
-    with path.open("rb") as file:
-        pickled = file.read(_HEAD_BYTES)
-    if zipfile.is_zipfile(path):
-        # torch does not compare the archive's checksums; a flipped bit would become a weight.
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-                pickled = b"".join(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
-        except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} is damaged; {_GET_AGAIN}") from error
-        if damaged is not None:
-            raise BundleError(f"{path} is damaged at {damaged!r}; {_GET_AGAIN}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a pickle that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        if isinstance(error, pickle.UnpicklingError) and _asks_for_code(str(error), pickled):
-            raise BundleError(
-                f"{path} was refused: its pickle asks to run code, which a file of weights never needs; "
-                "do not trust its source"
-            ) from error
-        raise BundleError(f"{path} is truncated or no torch file; {_GET_AGAIN}") from error
+def _find(file: WeightsFile, expected: Mapping[str, Tensor], rename: Rename | None, notes: list[str]) -> Tensors:
+    tensors = network_tensors(file.path, file.content, notes)
+    wanted = kind_of(expected)
+    refuse_other_network(file.path, tensors, wanted)
+    if wanted is not None:
+        tensors = unwrap_names(file.path, expected, tensors, notes)
+    return tensors if rename is None else {rename(name): tensor for name, tensor in tensors.items()}
 
 
-def _asks_for_code(refusal: str, pickled: bytes) -> bool:
-    """Whether torch's ``refusal`` is of a name or a call, rather than of bytes that are no pickle."""
-    if any(sign in refusal for sign in _REFUSED_CODE):
-        return True
-    # torch stops at the framing of newer pickles, before the names it would refuse.
-    stream = io.BytesIO(pickled)
-    try:
-        while stream.tell() < len(pickled):  # torch's older format is several pickles in a row
-            if any(opcode.name == "STACK_GLOBAL" for opcode, _, _ in pickletools.genops(stream)):
-                return True
-    except ValueError:
-        pass  # no pickle from here on
-    return False
+def _file_beside(path: Path, expected: Mapping[str, Tensor], rename: Rename | None) -> tuple[WeightsFile, Tensors]:
+    """The file that holds the same network with its statistics: ``weights.bin`` beside ``weights.EMA.bin``."""
+    stem, dot, _ = path.name.partition(".EMA.")
+    names = [f"{stem}{suffix}" for suffix in (path.suffix, ".safetensors", ".bin") if dot]
+    beside = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    if beside is None:
+        wanted = f"put {names[0]}, the file that was saved with it, beside it" if dot else "give the file that has them"
+        raise BundleError(f"{path} has the weights but not the batch norms' statistics: {wanted}")
+    file = open_weights(beside)
+    return file, _find(file, expected, rename, [])
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise MachineError(f'{path} needs safetensors; run: pip install "moebius-edge[export]"') from None
-    try:
-        return load_file(path, device="cpu")
-    except SafetensorError as error:
-        raise BundleError(f"{path} is truncated or no safetensors file ({error}); {_GET_AGAIN}") from error
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return f"{len(names)} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
-
-
-def _check_names(path: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
+def _check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Tensors) -> None:
+    missing = [name for name in expected if name not in tensors]
+    if len(missing) == len(expected):
+        network = kind_of(expected) or "network"
+        raise BundleError(f"{path} has tensors {some(tensors)}, none of a {network}: give a {network}'s weights")
+    unexpected = [name for name in tensors if name not in expected]
     if missing or unexpected:
         faults = {"missing": missing, "unexpected": unexpected}
-        told = ", ".join(f"{fault} {_some(names)}" for fault, names in faults.items() if names)
-        raise BundleError(f"{path} does not fit the network: tensors {told}; {_OTHER_CONFIG}")
-    wrong = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if state[key].shape != tensor.shape
+        listed = ", ".join(f"{fault} {some(names)}" for fault, names in faults.items() if names)
+        raise BundleError(f"{path} does not fit the network: tensors {listed}; {_OTHER_CONFIG}")
+    shapes = {
+        f"{name} is {tensors[name].shape}, expected {tuple(wanted.shape)}"
+        for name, wanted in expected.items()
+        if tensors[name].shape != tuple(wanted.shape)
+    }
+    if shapes:
+        raise BundleError(
+            f"{path} does not fit the network: tensors of other shapes {some(sorted(shapes))}; {_OTHER_CONFIG}"
+        )
+    types = [
+        f"{name} of {tensors[name].dtype}"
+        for name, wanted in expected.items()
+        if wanted.is_floating_point() and "float" not in tensors[name].dtype
     ]
-    if wrong:
-        raise BundleError(f"{path} does not fit the network: tensors of other shapes {_some(wrong)}; {_OTHER_CONFIG}")
+    if types:
+        raise BundleError(
+            f"{path} has whole numbers where weights belong, {some(types)}: give the weights before quantisation"
+        )
 
 
-def _check_values(path: Path, state: Mapping[str, Tensor]) -> None:
-    # A tensor's sum is finite unless a value is not, or it overflows: only then look at each value.
-    bad = [
-        key
-        for key, tensor in state.items()
-        if tensor.is_floating_point()
-        and not bool(tensor.float().sum().isfinite())
-        and not bool(tensor.isfinite().all())
-    ]
-    if bad:
-        raise BundleError(f"{path} has values that are not finite in tensors {_some(bad)}; {_GET_AGAIN}")
+def _tensor(stored: StoredTensor, data: bytearray) -> Tensor:
+    dtype = getattr(torch, stored.dtype)
+    if 0 in stored.shape:
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).as_strided(stored.shape, stored.strides, stored.offset).contiguous()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A tensor's sum is finite unless a value is not, or it overflows: only then each value is looked at."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(tensor.float().sum().isfinite()) or bool(tensor.isfinite().all())

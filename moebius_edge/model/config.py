@@ -17,10 +17,14 @@ from ..spec import NUM_PROMPTS
 
 GROUPS = 32  # of every group norm; all channel counts are multiples of it
 
-# Bounds of what a file may ask for, far above the published networks.
-Width = Annotated[int, Field(strict=True, le=1 << 16)]
-Few = Annotated[int, Field(strict=True, le=1024)]
-Widths = Annotated[tuple[Width, ...], Field(max_length=16)]
+# The largest values that are taken, far above any network's: a file with larger ones would only take time and memory.
+_MOST = {
+    **{"num_heads": 1024, "cross_attention_dim": 1 << 16, "prompt_embedding_dim": 1 << 16, "num_prompts": 1024},
+    **{"latent_size": 1024, "layers_per_block": 16, "window": 255, "gate_rank": 1024},
+}
+_MOST_LEVELS, _MOST_CHANNELS, _MOST_RATIO = 8, 1 << 14, 64
+
+Whole = Annotated[int, Field(strict=True)]  # in a file; ``_check`` holds the bounds
 
 _Config = TypeVar("_Config", "StudentConfig", "TeacherConfig")
 
@@ -41,25 +45,27 @@ class StudentConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    block_out_channels: Widths = (320, 640, 1280)
-    num_heads: Few = 8
-    cross_attention_dim: Width = 768
-    prompt_embedding_dim: Width = 3072
-    num_prompts: Few = NUM_PROMPTS
-    latent_size: Few = 64
-    mix_ffn_ratio: Annotated[Number, Field(le=64)] = 2.5
-    layers_per_block: Annotated[int, Field(strict=True, le=64)] = 2
-    window: Few = 15
+    block_out_channels: tuple[Whole, ...] = (320, 640, 1280)
+    num_heads: Whole = 8
+    cross_attention_dim: Whole = 768
+    prompt_embedding_dim: Whole = 3072
+    num_prompts: Whole = NUM_PROMPTS
+    latent_size: Whole = 64
+    mix_ffn_ratio: Number = 2.5
+    layers_per_block: Whole = 2
+    window: Whole = 15
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.window < 1 or self.window % 2 == 0:
+        if self.window % 2 == 0:
             raise UsageError(f"window {self.window} has no centre; choose an odd number")
         coarsest = 2 ** (len(self.block_out_channels) - 1)
-        if self.latent_size < 1 or self.latent_size % coarsest:
+        if self.latent_size % coarsest:
             raise UsageError(f"latent_size {self.latent_size} does not halve per level; use a multiple of {coarsest}")
-        if int(self.mix_ffn_ratio * self.block_out_channels[0]) < 1:
-            raise UsageError(f"mix_ffn_ratio {self.mix_ffn_ratio} leaves no channels; the published is 2.5")
+        ratio = self.mix_ffn_ratio
+        possible = type(ratio) in (int, float) and 0 < ratio <= _MOST_RATIO
+        if not possible or int(ratio * self.block_out_channels[0]) < 1:
+            raise UsageError(f"mix_ffn_ratio {str(ratio)[:40]} leaves no channels or too many; the published is 2.5")
 
     @property
     def deep_channels(self) -> int:
@@ -86,13 +92,13 @@ class TeacherConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    block_out_channels: Widths = (320, 640, 1280, 1280)
-    num_heads: Few = 8
-    cross_attention_dim: Width = 768
-    prompt_embedding_dim: Width = 3072
-    num_prompts: Few = NUM_PROMPTS
-    layers_per_block: Annotated[int, Field(strict=True, le=64)] = 2
-    gate_rank: Few = 16
+    block_out_channels: tuple[Whole, ...] = (320, 640, 1280, 1280)
+    num_heads: Whole = 8
+    cross_attention_dim: Whole = 768
+    prompt_embedding_dim: Whole = 3072
+    num_prompts: Whole = NUM_PROMPTS
+    layers_per_block: Whole = 2
+    gate_rank: Whole = 16
 
     def __post_init__(self) -> None:
         _check(self)
@@ -114,19 +120,27 @@ class TeacherConfig:
 
 
 def _check(config: StudentConfig | TeacherConfig) -> None:
-    if len(config.block_out_channels) < 2:
-        raise UsageError(f"block_out_channels {config.block_out_channels} needs two levels or more")
-    for channels in config.block_out_channels:
-        if channels < 1 or channels % GROUPS:
-            raise UsageError(f"{channels} channels do not divide into {GROUPS} groups; use a multiple")
-        if config.num_heads < 1 or channels % config.num_heads:
-            raise UsageError(f"{channels} channels do not divide into {config.num_heads} heads")
-    for name in ("cross_attention_dim", "prompt_embedding_dim", "num_prompts", "layers_per_block"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"{name} is {getattr(config, name)}; it must be 1 or more")
+    channels = config.block_out_channels
+    if not 2 <= len(channels) <= _MOST_LEVELS:
+        raise UsageError(f"block_out_channels {channels[: _MOST_LEVELS + 1]} needs 2 to {_MOST_LEVELS} levels")
+    numbers = {"block_out_channels": (channels, _MOST_CHANNELS)}
+    numbers |= {name: ((getattr(config, name),), most) for name, most in _MOST.items() if hasattr(config, name)}
+    for name, (values, most) in numbers.items():
+        for value in values:
+            if type(value) is not int or not 1 <= value <= most:
+                raise UsageError(f"{name} is {str(value)[:40]}; it must be a whole number of 1 to {most}")
+    for width in channels:
+        if width % GROUPS:
+            raise UsageError(f"{width} channels do not divide into {GROUPS} groups; use a multiple")
+        if width % config.num_heads:
+            raise UsageError(f"{width} channels do not divide into {config.num_heads} heads")
 
 
 def _from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+    if cls is StudentConfig and "gate_rank" in values:
+        raise UsageError(
+            "it describes a teacher, and a student is wanted: teachers are for `moebius-edge train --teacher FILE`"
+        )
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:

@@ -1,0 +1,364 @@
+"""Hostile files by seed, each opened in a process of its own that has a limit of time and of memory. Not a test.
+
+    python tests/hostile_worker.py checkpoint|bundle FIRST COUNT FOLDER
+
+prints one line of JSON for each seed: what was changed, how it ended (an exit code, "traceback", "time" or a signal),
+the seconds, the peak of the memory, and the message. The same seed makes the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import pickletools
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import time
+import traceback
+import zipfile
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60  # of a case; a machine that does other things as well is slow
+BYTES = 2 << 30  # of address space above this process's own
+NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 1000, 65536, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1)
+
+
+def change_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Some bytes turned, set, copied, removed, doubled or replaced by a large number."""
+    made = bytearray(data)
+    kind = rng.choice(("flip", "set", "copy", "cut", "double", "zero", "number"))
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at, length = rng.randrange(len(made)), rng.choice((1, 4, 16, 64, 256))
+        if kind == "flip":
+            made[at] ^= 1 << rng.randrange(8)
+        elif kind == "set":
+            made[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+        elif kind == "copy":
+            source = rng.randrange(len(made))
+            made[at : at + length] = made[source : source + length]
+        elif kind == "cut":
+            return kind, bytes(made[: at + 1])
+        elif kind == "double":
+            made[at:at] = made[at : at + length]
+        elif kind == "zero":
+            made[at : at + length] = bytes(len(made[at : at + length]))
+        else:
+            made[at : at + 1] = rng.choice((b"\xff\xff\xff\xff\x0f", b"\xff" * 8, (1 << 40).to_bytes(8, "little")))
+    return kind, bytes(made)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------
+
+
+def make_checkpoint(folder: Path, seed: int) -> tuple[str, Path]:
+    rng = random.Random(seed)
+    path = folder / f"{seed}{rng.choice(('.bin', '.pt', '.ckpt', '.safetensors'))}"
+    kind = rng.choice(("zip", "old", "safetensors", "pickle in the zip", "header", "object"))
+    if kind == "object":
+        what, content = odd_object(rng)
+        import torch
+
+        torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+        return f"{kind}: {what}", path
+    original = (
+        folder / f"{ {'pickle in the zip': 'zip', 'header': 'safetensors'}.get(kind, kind) }.weights"
+    ).read_bytes()
+    if kind == "pickle in the zip":
+        what, data = change_archive(original, rng)
+    elif kind == "header":
+        what, data = change_header(original, rng)
+    else:  # the first bytes decide more than the weights behind them
+        head = rng.choice((200, 4000, 100_000, len(original)))
+        what, changed = change_bytes(original[:head], rng)
+        data = changed if what == "cut" else changed + original[head:]
+    path.write_bytes(data)
+    return f"{kind}: {what}", path
+
+
+def change_archive(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """A zip archive whose members are right again after a change in its pickle, in its members' sizes or their
+    packing."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in members if name.endswith("data.pkl"))
+    what = rng.choice(("bytes", "bytes", "operation", "operation", "deflated", "lacking"))
+    if what == "bytes":
+        _, members[name] = change_bytes(members[name], rng)
+    elif what == "operation":
+        members[name] = change_operation(members[name], rng)
+    elif what == "lacking":
+        del members[rng.choice(list(members))]
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED if what == "deflated" else zipfile.ZIP_STORED) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content + bytes(100_000_000 if what == "deflated" and member == name else 0))
+    return what, stream.getvalue()
+
+
+def change_operation(data: bytes, rng: random.Random) -> bytes:
+    """A pickle with some of its instructions replaced, by others of its own or by numbers."""
+    places = [place for _, _, place in pickletools.genops(data)]
+    parts = [data[a:b] for a, b in zip(places, [*places[1:], len(data)], strict=True)]
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        number = pickle.dumps(rng.choice(NUMBERS), 2)[2:-1]
+        parts[rng.randrange(1, len(parts))] = rng.choice(
+            (rng.choice(parts), number, number, b"}", b"]", b"R", b"2", b"N")
+        )
+    return b"".join(parts)
+
+
+def change_header(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """A safetensors file with some values of its header replaced."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    what = rng.choice(("shape", "data_offsets", "dtype", "entry", "names"))
+    for name in rng.sample(sorted(header), rng.choice((1, 1, 5))):
+        if what in ("shape", "data_offsets") and header[name][what]:
+            values = header[name][what]
+            values[rng.randrange(len(values))] = rng.choice((*NUMBERS, None, "1", 1.5, [1]))
+        elif what == "dtype":
+            header[name]["dtype"] = rng.choice(("F64", "I8", "BOOL", "F8_E4M3", "X", None, 3, []))
+        elif what == "names":
+            header[rng.choice(("x", "\n", "\x1b[31m", "a" * 10_000, "lora_up.weight"))] = header.pop(name)
+        else:
+            header[name] = rng.choice((None, 1, "x", [], {}, {"shape": []}))
+    text = json.dumps(header).encode()
+    return what, len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def odd_object(rng: random.Random) -> tuple[str, Any]:
+    """What torch.save writes and no network has."""
+    import torch
+
+    cycle: dict[str, Any] = {}
+    cycle["model"] = cycle
+    deep: Any = {"state_dict": {}}
+    for _ in range(rng.choice((10, 300))):
+        deep = {"state_dict": deep}
+    bomb: Any = ()
+    for _ in range(60):
+        bomb = (bomb, bomb)
+    one = torch.ones(1)
+    objects = {
+        "cycle": cycle,
+        "deep": deep,
+        "doubling": {"model": bomb},
+        "view": {"w": one.expand(1 << 20, 1 << 20)},
+        "no strides": {"w": one.as_strided((1 << 30, 1 << 10), (0, 0))},
+        "meta": {"w": torch.empty(1 << 40, device="meta")},
+        "sparse": {"w": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 30, 1 << 30))},
+        "quantised": {"w": torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.quint8)},
+        "complex": {"w": torch.ones(2, dtype=torch.complex64)},
+        "empty": {"w": torch.empty(0, 1 << 40)},
+        "keys": {float("nan"): one, None: one, (1, 2): one, b"x": one, 2**200: one},
+        "long key": {"w" * 1_000_000: one},
+        "no text": {"w\n\x1b[2J": one},
+        "many": {f"w{i}": one for i in range(20_000)},
+        "values": {"w": {1, 2}, "v": frozenset((1,)), "u": 1j, "t": torch.Size((2,)), "s": torch.float32},
+        "list": [one] * 1000,
+        "number": 2**10_000,
+        "nothing": {},
+    }
+    what = rng.choice(sorted(objects))
+    return what, objects[what]
+
+
+def prepare_checkpoints(folder: Path) -> Any:
+    """The files that are changed; how one is opened."""
+    import torch
+    from golden import golden_state
+    from safetensors.torch import save_file
+
+    from moebius_edge.model import StudentConfig, build_student, load_checkpoint
+
+    torch.set_num_threads(1)
+    config = StudentConfig((32, 32), 2, 16, 16, latent_size=8, window=3, layers_per_block=1)
+    student = build_student(config)
+    state = golden_state(student)
+    torch.save(state, folder / "zip.weights")
+    torch.save({"state_dict": state}, folder / "old.weights", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "safetensors.weights")
+
+    def opens(path: Path) -> int:
+        from moebius_edge.errors import MoebiusError
+
+        try:
+            load_checkpoint(student, path)
+        except MoebiusError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        return 0
+
+    return make_checkpoint, opens
+
+
+# --- bundles ---------------------------------------------------------------------------------------------
+
+_OPERATORS = (
+    "Tile",
+    "Expand",
+    "ConstantOfShape",
+    "Range",
+    "Loop",
+    "NonZero",
+    "Exp",
+    "Conv",
+    "Resize",
+    "Pad",
+    "MatMul",
+    "If",
+)
+
+
+def make_bundle(folder: Path, seed: int) -> tuple[str, Path]:
+    from toy import describe_again
+
+    rng = random.Random(seed)
+    made = folder / str(seed)
+    shutil.copytree(folder / rng.choice(("tiny", "toy")), made)
+    path = rng.choice(sorted(made.glob("*.onnx")))
+    kind, data = (change_bytes if rng.random() < 0.4 else change_graph)(path.read_bytes(), rng)
+    path.write_bytes(data)
+    return f"{path.stem}: {kind}", describe_again(made)
+
+
+def change_graph(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """A graph with some attributes, sizes, constants, edges, operators or functions replaced, well formed as a
+    message."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(data)
+    nodes = list(model.graph.node)
+    kind = rng.choice(("attribute", "dims", "constant", "edge", "operator", "function", "shape", "many"))
+    for _ in range(rng.choice((1, 1, 3))):
+        if kind == "attribute" and (found := [a for n in nodes for a in n.attribute if a.i or a.ints or a.f]):
+            _change_attribute(rng.choice(found), rng)
+        elif kind == "dims" and (tensor := rng.choice(model.graph.initializer)).dims:
+            tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(NUMBERS)
+        elif kind == "constant":
+            _change_constant(model, rng)
+        elif kind == "edge":
+            node = rng.choice([n for n in nodes if n.input])
+            names = [name for n in nodes for name in n.output] + [t.name for t in model.graph.initializer]
+            node.input[rng.randrange(len(node.input))] = rng.choice(names)
+        elif kind == "operator":
+            rng.choice(nodes).op_type = rng.choice(_OPERATORS)
+        elif kind == "function" and model.functions:
+            node = rng.choice(rng.choice(model.functions).node)
+            node.op_type, node.domain = rng.choice(("LocalLambda", "InteractiveLambda")), "moebius"
+        elif kind == "shape":
+            value = rng.choice([*model.graph.value_info, *model.graph.input, *model.graph.output])
+            if dims := value.type.tensor_type.shape.dim:
+                dims[rng.randrange(len(dims))].dim_value = rng.choice(NUMBERS)
+        elif kind == "many":
+            at = rng.randrange(len(nodes))
+            copies = [nodes[at]] * rng.choice((100, 30_000))
+            model.graph.node.extend(copies)
+    return kind, model.SerializeToString()
+
+
+def _change_attribute(attribute: Any, rng: random.Random) -> None:
+    if attribute.ints:
+        attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice(NUMBERS)
+    elif attribute.i:
+        attribute.i = rng.choice(NUMBERS)
+    else:
+        attribute.f = rng.choice((0.0, -1.0, 1e38, float("nan"), 1e-38))
+
+
+def _change_constant(model: Any, rng: random.Random) -> None:
+    from onnx import numpy_helper
+
+    tensors = [t for t in model.graph.initializer if t.raw_data and (t.data_type == 7 or len(t.raw_data) <= 32)]
+    if tensors:
+        tensor = rng.choice(tensors)
+        values = numpy_helper.to_array(tensor).copy().reshape(-1)
+        with contextlib.suppress(OverflowError):
+            values[rng.randrange(values.size)] = rng.choice(NUMBERS)
+        tensor.raw_data = values.tobytes()
+
+
+def prepare_bundles(folder: Path) -> Any:
+    import onnxruntime  # noqa: F401 - once, and not in every process
+    from toy import make_toy_bundle
+
+    from moebius_edge.bundle import ASSETS
+    from moebius_edge.cli import main
+
+    make_toy_bundle(folder / "toy", deep=True)
+    shutil.copytree(ASSETS / "tiny", folder / "tiny", ignore=shutil.ignore_patterns("checkpoint"))
+    examples = Path(__file__).parents[1] / "examples"
+
+    def opens(bundle: Path) -> int:
+        image, mask, output = examples / "coffee.png", examples / "coffee_mask.png", f"{bundle}.png"
+        settings = ["--steps", "4", "--cache-interval", "2", "--runtime", "onnxruntime", "--device", "cpu"]
+        return main(["run", str(image), str(mask), "--bundle", str(bundle), "--output", output, *settings])
+
+    return make_bundle, opens
+
+
+# --- the processes ---------------------------------------------------------------------------------------
+
+
+def run_case(opens: Any, path: Path) -> dict[str, Any]:
+    """``opens(path)`` in a fork of this process."""
+    reading, writing = os.pipe()
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        for stream in (1, 2):
+            os.dup2(writing, stream)
+        sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)  # theirs would go on as files of the old kind
+        own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (own + BYTES, own + BYTES))
+        code = 99
+        try:
+            code = opens(path)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writing)
+    said, ended = b"", False
+    while (left := start + SECONDS - time.monotonic()) > 0 and not ended:
+        if select.select([reading], [], [], left)[0]:
+            said += (part := os.read(reading, 65536))
+            ended = not part
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    os.close(reading)
+    _, status, usage = os.wait4(child, 0)
+    text = said.decode(errors="replace")
+    outcome: Any = os.waitstatus_to_exitcode(status)
+    outcome = "time" if not ended else "traceback" if "Traceback" in text else outcome
+    return {
+        "outcome": outcome,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_mb": usage.ru_maxrss // 1024,
+        "message": (text.strip().splitlines() or [""])[-1][:400],
+        "lines": sum(line.startswith("error:") for line in text.splitlines()),
+    }
+
+
+def work(kind: str, first: int, count: int, folder: Path) -> None:
+    make, opens = {"checkpoint": prepare_checkpoints, "bundle": prepare_bundles}[kind](folder)
+    for seed in range(first, first + count):
+        what, path = make(folder, seed)
+        print(json.dumps({"seed": seed, "what": what, **run_case(opens, path)}), flush=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -32,9 +32,7 @@ _cleaned: set[str] = set()  # the folders in which this process has looked for w
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-def refuse_loss(
-    output: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str] | None], what: str
-) -> None:
+def refuse_loss(output: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str] | None], what: str) -> None:
     """Raise ``UsageError`` where one of ``paths`` lies in the folder ``output``: replacing it would delete that.
 
     ``what`` ends the message, such as "which is being exported".
@@ -105,15 +103,18 @@ def check_replaceable(path: str | os.PathLike[str], overwrite: bool = False, mar
 
 def check_name(path: str | os.PathLike[str]) -> None:
     """Raise ``UsageError`` where the file system takes no name as long as that of ``path``: before long work."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            length = len(os.fsencode(Path(path).name))
-            raise UsageError(
-                f"the name of the output {path} is too long, {length} bytes where most file systems take 255: "
-                "name a shorter one with --output"
-            ) from None
+    shown = Path(path)
+    existing = next((folder for folder in (shown, *shown.parents) if os.path.isdir(folder)), Path())
+    for name in shown.relative_to(existing).parts:
+        try:
+            os.lstat(existing / name)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                size = len(os.fsencode(name))
+                raise UsageError(
+                    f"the name of the output {shown} is too long, {size} bytes where most file systems take 255: "
+                    "name a shorter one"
+                ) from None
 
 
 @contextmanager

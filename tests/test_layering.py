@@ -22,7 +22,7 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # What runs on a device, lowest first: a layer imports the layers before it, never its own or a later one.
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
-    {"errors", "spec"},
+    {"errors", "spec", "text"},
     {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
     {"classical"},
     {"decoding", "manifest", "regions"},

@@ -9,7 +9,6 @@ one line on stderr, a traceback a bug of ours. The commands are in ``commands/``
 
 from __future__ import annotations
 
-import atexit
 import signal
 import sys
 import threading
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``arguments`` are by default those of the process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
-    with console.guarded_output() as output, _noticing_signals() as received:
+    with console.guarded_output() as output, _noticing_signals(ending=arguments is None) as received:
         try:
             code, message = _run(given)
         except KeyboardInterrupt:
@@ -57,10 +56,11 @@ def _ended_by(number: int, code: int, message: str) -> tuple[int, str]:
 
 
 @contextmanager
-def _noticing_signals() -> Iterator[list[int]]:
+def _noticing_signals(ending: bool) -> Iterator[list[int]]:
     """Yield a list that Ctrl-C, SIGTERM and SIGHUP add to, besides raising ``KeyboardInterrupt`` as Ctrl-C always does.
 
     Temporary files are then removed and child processes ended by the same ``finally`` clauses, whatever the signal.
+    ``ending`` says that the process ends after this.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -70,9 +70,6 @@ def _noticing_signals() -> Iterator[list[int]]:
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal last
-        if not received:
-            # Ctrl-C while the interpreter ends would print a traceback.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         received.append(number)
         now = time.monotonic()
         if now - last > _CLEANING_S:
@@ -88,6 +85,8 @@ def _noticing_signals() -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old or signal.SIG_DFL)
+        if ending and received:  # another Ctrl-C while the interpreter shuts down would print a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import MachineError, UsageError
-from ..files import check_name
 from . import console
 from .folders import Found, Key, find_pictures
 
@@ -107,6 +106,8 @@ def _check_suffix(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Fail in milliseconds where writing ``path`` would fail after minutes of work."""
+    from ..files import check_name
+
     parent = path.parent
     if not os.path.isdir(parent):
         make = shlex.join(["mkdir", "-p", str(parent)])
@@ -260,6 +261,8 @@ def _check_outputs(jobs: list[Job], inputs: list[Path]) -> None:
 
 def _with_name_checked(job: Job) -> Job:
     """A name that is too long is the problem of that pair alone."""
+    from ..files import check_name
+
     try:
         check_name(job.output)
     except UsageError as error:

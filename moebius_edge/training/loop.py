@@ -88,7 +88,9 @@ class NumberedLoader:
                 receiver.close()
 
     def _work(self, turn: int, receivers: list[Connection], sender: Connection) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends this one
+        for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process: the parent ends this one
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for receiver in receivers:
             receiver.close()
         cv2.setNumThreads(0)

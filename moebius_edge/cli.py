@@ -9,6 +9,7 @@ one line on stderr, a traceback a bug of ours. The commands are in ``commands/``
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -93,6 +94,10 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     """The exit code of a command, and the error to print, if any."""
     from .commands.app import Abort, ParseError, app, parse_message
 
+    try:
+        os.getcwd()
+    except OSError as error:
+        return MachineError.exit_code, f"the current folder is gone ({error.strerror}): run `cd` to one that exists"
     try:
         code = app(args=arguments or ["--help"], prog_name="moebius-edge", standalone_mode=False)
     except MoebiusError as error:

@@ -135,7 +135,7 @@ def _guarded(descriptor: int, stream: TextIO | None) -> tuple[TextIO, _GuardedFi
 def error(message: str, exit_code: int, as_json: bool) -> int:
     """Print an error as one line on stderr, and as a document on stdout for ``--json``; return the code."""
     line = _one_line(message)
-    prefix = "" if exit_code == INTERRUPTED else _coloured("error:", 31) + " "
+    prefix = "" if exit_code > 128 else _coloured("error:", 31) + " "  # being ended by a signal is no error
     print(f"{prefix}{line}", file=sys.stderr)
     if as_json:
         print_json({"error": line, "exit_code": exit_code})

@@ -138,6 +138,38 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def utf8_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a name in valid UTF-8 for the file ``path``, for the C++ libraries that take no other.
+
+    It is ``path`` itself wherever that is valid. Else, on Linux, it leads through the open folder, so that what lies
+    beside the file is found beside the name too.
+
+    Raises:
+        MachineError: ``path`` is not valid UTF-8, and this system offers no other name for it.
+    """
+    shown = Path(path)
+    folder, name = (_is_utf8(part) for part in (os.fspath(shown.parent), shown.name))
+    if folder and name:
+        yield os.fspath(path)
+        return
+    if not os.path.isdir("/proc/self/fd"):
+        raise MachineError(f"the path {shown} is not valid UTF-8, which some libraries need: rename it")
+    descriptor = os.open(shown.parent if name else shown, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{descriptor}" + (f"/{shown.name}" if name else "")
+    finally:
+        os.close(descriptor)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     """``root / name`` for a relative ``name`` with forward slashes that stays inside ``root``.
 

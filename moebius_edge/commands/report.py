@@ -98,6 +98,7 @@ def report(
     from ..report.configurations import Choices
     from ..report.kept import claim
     from ..report.results import save
+    from ..text import printable_values
 
     configurations = _configurations(
         bundles, Choices(**axes, seed=seed), _several("baseline", baseline, str), reference
@@ -110,7 +111,7 @@ def report(
             def on_progress(label: str) -> Callable[[str, int, int], None]:
                 return lambda what, done, total: update(f"{label}: {what}", done, total)
 
-            results = collect(plan, output, on_progress)
+            results = printable_values(collect(plan, output, on_progress))
     except KeyboardInterrupt:
         raise console.Interrupted(
             f"interrupted; what was measured is kept in {output}: run the same command to go on"

@@ -90,19 +90,16 @@ def guarded_output() -> Iterator[Output]:
     What cannot be written is dropped and the work goes on, but for a pipe whose reader has gone: nobody waits any more
     then, and a ``BrokenPipeError`` ends the command. Names that no encoding can print are printed with escapes.
     """
-    output = Output()
-    if os.name != "posix":
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors=ESCAPED)
-        yield output
-        return
-    _occupy_closed_descriptors()
-    before = sys.stdout, sys.stderr
-    if sys.stdout is sys.__stdout__:  # not replaced, as tests do
-        sys.stdout, output.stdout = _guarded(1, sys.stdout)
-    if sys.stderr is sys.__stderr__:
-        sys.stderr, output.stderr = _guarded(2, sys.stderr)
+    output, before = Output(), (sys.stdout, sys.stderr)
+    if os.name == "posix":
+        _occupy_closed_descriptors()
+        if sys.stdout is sys.__stdout__:  # a test or a notebook has its own
+            sys.stdout, output.stdout = _guarded(1, sys.stdout)
+        if sys.stderr is sys.__stderr__:
+            sys.stderr, output.stderr = _guarded(2, sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPED)
     try:
         yield output
     finally:
@@ -129,7 +126,7 @@ def _guarded(descriptor: int, stream: TextIO | None) -> tuple[TextIO, _GuardedFi
     file = _GuardedFile(descriptor, "w", closefd=False)
     lines = descriptor == 2 or file.isatty()
     encoding = "utf-8" if stream is None else stream.encoding
-    return io.TextIOWrapper(io.BufferedWriter(file), encoding, ESCAPED, line_buffering=lines), file
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding, line_buffering=lines), file
 
 
 def error(message: str, exit_code: int, as_json: bool) -> int:

@@ -178,7 +178,7 @@ def _problem(
         )
     if isinstance(error, OSError) and error.filename is not None or getattr(error, "errno", None) == 28:
         return MachineError(f"cannot write to {where}: {error}: free space there or choose --output DIR")
-    server = hub.constants.ENDPOINT
+    from huggingface_hub.constants import ENDPOINT as server
     statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
     if status := next((status for status in statuses if isinstance(status, int) and status >= 400), None):
         remedy = _status_remedy(status, repo, server)

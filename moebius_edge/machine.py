@@ -106,14 +106,15 @@ def cache_directory() -> Path:
         return Path(os.path.expanduser(chosen))
     if has_home():
         return Path.home() / ".cache"
-    folder = Path(tempfile.gettempdir()) / f"moebius-edge-{os.getuid()}"
+    user = os.getuid() if hasattr(os, "getuid") else 0  # as os.stat has it on Windows
+    folder = Path(tempfile.gettempdir()) / f"moebius-edge-{user}"
     problem, remedy = f"there is no home folder, and {folder}", "set XDG_CACHE_HOME to a folder of yours"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         owner = os.lstat(folder).st_uid
     except OSError as error:
         raise MachineError(f"{problem} cannot be made ({error.strerror}): {remedy}") from None
-    if owner != os.getuid():
+    if owner != user:
         raise MachineError(f"{problem} belongs to another user: {remedy}")
     return folder
 

@@ -839,13 +839,15 @@ def test_the_longest_name_is_checked_before_the_work(
         refused(2, "_inpainted.png is too long, 260 bytes", here, toy, capsys, f"{stem}.png", "photo_mask.png")
     assert run(toy, f"{stem}.png", "photo_mask.png", "-o", "short.png") == 0
 
-    write_folders(here)
+    write_folders(here, **{"folder.png": "folder.png"})
+    (here / "out" / "folder.png").mkdir(parents=True)
     (here / f"{stem}.png").rename(here / "images" / f"{stem}写写.j")
     (here / "masks" / f"{stem}写写.p").write_bytes((here / "masks" / "a.png").read_bytes())
     capsys.readouterr()
     assert run(toy, "images", "masks", "-o", "out") == 6
     out, err = capsys.readouterr()
     assert saved(out) == ["out/a.png"]
+    assert "error: folder.png: output out/folder.png is no file" in err and "[2/3] folder.png" not in err
     assert f"error: {stem}写写.j: the name of the output out/{stem}写写.png is too long, 256 bytes" in err
 
 

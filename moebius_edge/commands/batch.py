@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import MachineError, UsageError
+from ..errors import MachineError, MoebiusError, UsageError
 from . import console
 from .folders import Found, Key, find_pictures
 
@@ -106,23 +106,28 @@ def _check_suffix(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Fail in milliseconds where writing ``path`` would fail after minutes of work."""
-    from ..files import check_name
-
     parent = path.parent
     if not os.path.isdir(parent):
         make = shlex.join(["mkdir", "-p", str(parent)])
         raise MachineError(f"cannot write {path}, there is no folder {parent}: run `{make}`")
-    check_name(path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(f"output {path} is no file: name another")
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        raise MachineError(f"cannot write {path}, it is write-protected: name another output")
+    _check_replaceable(path)
     try:  # asking for rights would say yes on a read-only file system, and always to root
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise MachineError(f"cannot write to {parent} ({reason}): name an output elsewhere") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise where ``path`` has a name that is too long, or is there and cannot be replaced."""
+    from ..files import check_name
+
+    check_name(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"output {path} is no file: name another")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise MachineError(f"cannot write {path}, it is write-protected: name another output")
 
 
 def _folders(images: Path, masks: Path, output: Path | None, recursive: bool | None, by_order: bool) -> Plan:
@@ -159,7 +164,7 @@ def _folders(images: Path, masks: Path, output: Path | None, recursive: bool | N
             notes.append(f"{console.counted(len(unused), 'mask')} without an image: {console.listed(unused)}")
     inputs = [*found.pictures, *candidates.pictures]
     _check_outputs(jobs, inputs)
-    return Plan([_with_name_checked(job) for job in jobs], inputs, notes)
+    return Plan([_checked(job) for job in jobs], inputs, notes)
 
 
 def _by_name(images: Found, masks: Found, output: Path, shared: bool) -> list[Job]:
@@ -259,12 +264,10 @@ def _check_outputs(jobs: list[Job], inputs: list[Path]) -> None:
         check_writable(existing / "any.png")
 
 
-def _with_name_checked(job: Job) -> Job:
-    """A name that is too long is the problem of that pair alone."""
-    from ..files import check_name
-
+def _checked(job: Job) -> Job:
+    """A result that cannot be written is the problem of that pair alone."""
     try:
-        check_name(job.output)
-    except UsageError as error:
+        _check_replaceable(job.output)
+    except MoebiusError as error:
         return replace(job, problem=job.problem or str(error))
     return job

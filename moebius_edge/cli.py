@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``arguments`` are by default those of the process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
+    # ONNX Runtime would keep an identifier in the home folder, and complain on stderr where there is none.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     with console.guarded_output() as output, _noticing_signals(ending=arguments is None) as received:
         try:
             code, message = _run(given)

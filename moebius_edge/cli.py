@@ -42,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, message = (console.INTERRUPTED, "interrupted") if received else (console.BROKEN_PIPE, "")
         if received and message:
             code, message = _ended_by(received[0], code, message)
-        return output.finish(message, code, as_json)
+        try:
+            return output.finish(message, code, as_json)
+        except KeyboardInterrupt:  # only what is printed is cut short
+            return 128 + (received or [signal.SIGINT])[0]
 
 
 def _ended_by(number: int, code: int, message: str) -> tuple[int, str]:
@@ -88,8 +91,8 @@ def _noticing_signals(ending: bool) -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old or signal.SIG_DFL)
-        if ending and received:  # another Ctrl-C while the interpreter shuts down would print a traceback
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if ending:  # Python's own handler would print a traceback while the interpreter shuts down
+            signal.signal(signal.SIGINT, signal.SIG_IGN if received else signal.SIG_DFL)
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:

@@ -294,17 +294,16 @@ def test_a_signal_cleans_up_even_if_another_comes(
         "    with files.atomic_write('a.txt') as file, files.atomic_directory('b'):\n"
         "        file.write_text('half'); print('ready', flush=True)\n"
         "        try: time.sleep(60)\n"
-        "        finally: time.sleep(0.5)\n"
+        "        finally: sys.stdin.read()\n"
         "module.app = app\nsys.exit(cli.main())\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, text=True, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for name in signals:
         process.send_signal(getattr(signal, name))
         time.sleep(0.1)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate("", timeout=30)  # the cleaning ends with its input
     assert (process.returncode, err) == (code, f"{line}\n")
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 
 from ..errors import MachineError
+from ..files import utf8_path
 from .quantise import quantised_nodes
 
 INTEGER = ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "ConvInteger", "QGemm")
@@ -31,7 +32,8 @@ def integer_kernels(path: str | os.PathLike[str]) -> dict[str, int]:
     options.log_severity_level = 3  # it warns that an optimised file is for this machine alone, as this one is
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        with utf8_path(path) as name:
+            onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
         kinds = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
     found = {kind: kinds[kind] for kind in INTEGER if kinds[kind]}
     if sum(found.values()) < wanted:

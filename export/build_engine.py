@@ -7,8 +7,10 @@ parent (``engine_process``) lives to say so. What TensorRT is told stands in ``t
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,6 +78,7 @@ def main() -> int:
         replies.write(json.dumps({"event": event, **values}) + "\n")
         replies.flush()
 
+    _end_with_parent()
     try:
         tell("done", result=build(json.load(sys.stdin), tell))
     except BundleError as error:
@@ -85,6 +88,13 @@ def main() -> int:
     except MemoryError:
         tell("failed", kind="machine", message="memory ran out during the build: close other programs")
     return 0
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent is killed, which cannot end it any more."""
+    if sys.platform == "linux":
+        kill_on_parent_death = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(kill_on_parent_death, signal.SIGKILL)
 
 
 if __name__ == "__main__":

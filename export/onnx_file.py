@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import BundleError, UsageError
+from ..files import utf8_path
 from ..spec import Component
 from .graphs import example_inputs
 from .trt_rules import problems
@@ -82,7 +83,8 @@ def check_onnx(path: Path, component: Component) -> None:
 
     Raises ``BundleError`` for a valid one that the oldest TensorRT would refuse or misread, see ``trt_rules``.
     """
-    onnx.checker.check_model(str(path), full_check=True)
+    with utf8_path(path) as name:
+        onnx.checker.check_model(name, full_check=True)
     model = onnx.load(str(path), load_external_data=False)
     found = {entry.domain: entry.version for entry in model.opset_import}
     if found.get("") != OPSET:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, MachineError, MoebiusError
+from ..files import utf8_path
 from ..runtimes.flavours import FLAVOURS, load_package, make_logger, max_opset, version_of
 from ..runtimes.onnx_check import check_onnx_file
 from ..runtimes.update import update_component
@@ -105,7 +106,9 @@ class TrtBuilder:
     def parse(self, onnx: Path) -> Any:
         network = self._empty_network()
         parser = self.package.OnnxParser(network, self._logger)
-        if not parser.parse_from_file(os.fspath(onnx)):  # by path, so that external weights are found
+        with utf8_path(onnx) as name:  # by path, so that external weights are found
+            parsed = parser.parse_from_file(name)
+        if not parsed:
             raise BundleError(f"{self._title} cannot parse {onnx} ({_parse_error(parser)}): export the bundle again")
         return network
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +25,7 @@ from .manifest import (
     resolved_components,
 )
 from .spec import LATENT_DOWNSCALE, Component
+from .text import json_text
 
 BUNDLE_FILE = "bundle.json"
 ENGINES_FOLDER = "engines"  # built later, for one machine each, so the hashes do not cover it
@@ -166,7 +166,7 @@ def write_bundle(
             for name in _contents(root)
         },
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(content, indent=2, ensure_ascii=False)
     with atomic_write(root / BUNDLE_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
     Bundle.load(root, verify=False)  # what cannot be loaded must not be handed on

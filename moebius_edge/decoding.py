@@ -32,6 +32,33 @@ _PLAIN_MODES = {
 _pillow_limit = threading.Lock()
 
 
+_SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+)
+
+
+def picture_format(head: bytes) -> str | None:
+    """The format of a picture by the first bytes of its file, 64 or more; None for no picture that is known."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
+        return "BMP"
+    if head[4:8] == b"ftyp" and b"avif" in head[8:64]:
+        return "AVIF"
+    if head[:2] in (b"P5", b"P6") and head[2:3].isspace():
+        return "PPM"
+    return next((name for signature, name in _SIGNATURES if head.startswith(signature)), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Decoded:
     """Samples (H, W, C), uint8 or uint16, upright: C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.

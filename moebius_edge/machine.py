@@ -11,10 +11,13 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from .errors import MachineError
 
 # The instructions that decide how fast a CPU multiplies matrices in float32, float16, bfloat16 and int8.
 CPU_FEATURES = (
@@ -88,6 +91,41 @@ def available_memory_bytes() -> int | None:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         sizes.append(max(0, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
     return min(sizes, default=None)
+
+
+def cache_directory() -> Path:
+    """Where downloads and engines are kept: ``XDG_CACHE_HOME``, else ``.cache`` in the home folder.
+
+    A user without a home folder, as in many containers, has a private folder among the temporary files instead. It is
+    made here, for everybody may write beside it.
+
+    Raises:
+        MachineError: that folder cannot be made, or is another user's.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.path.expanduser(chosen))
+    if has_home():
+        return Path.home() / ".cache"
+    user = os.getuid() if hasattr(os, "getuid") else 0  # as os.stat has it on Windows
+    folder = Path(tempfile.gettempdir()) / f"moebius-edge-{user}"
+    problem, remedy = f"there is no home folder, and {folder}", "set XDG_CACHE_HOME to a folder of yours"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = os.lstat(folder).st_uid
+    except OSError as error:
+        raise MachineError(f"{problem} cannot be made ({error.strerror}): {remedy}") from None
+    if owner != user:
+        raise MachineError(f"{problem} belongs to another user: {remedy}")
+    return folder
+
+
+def has_home() -> bool:
+    """Whether ``HOME`` or the list of users names a home folder."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return False
+    return True
 
 
 def oom_kills() -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BundleError, MachineError, UsageError
+from ..files import utf8_path
 from ..machine import available_cores
 from .base import Arrays, Runtime, batched
 from .binding import BoundSession
@@ -124,8 +125,10 @@ class OrtRuntime(Runtime):
             options.profile_file_prefix = os.fspath(profile)
         providers = session_providers(self._ort, self._device, self.components[name], self._engines(name))
         try:
-            with self._limit_load(path):
-                session = self._ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
+            with utf8_path(path) as name_on_disk, self._limit_load(path):
+                session = self._ort.InferenceSession(name_on_disk, options, providers=providers, enable_fallback=0)
+        except MachineError:
+            raise
         except Exception as error:  # onnxruntime raises a class of its own for every cause
             raise self._problem(f"cannot load {path}", error) from error
         if self._provider not in session.get_providers():

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..bundle import ASSETS, ENGINES_FOLDER
 from ..errors import MachineError
-from ..machine import gpu_name, package_version
+from ..machine import cache_directory, gpu_name, package_version
 from ..spec import DENOISER, SHALLOW, Component
 from .base import batched
 
@@ -128,8 +128,7 @@ def engine_folder(bundle: Bundle, component: str, version: str) -> Path:
     installed = ASSETS in bundle.path.parents
     if not installed and os.access(bundle.path, os.W_OK):
         return bundle.path / ENGINES_FOLDER / inner
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "moebius-edge" / ENGINES_FOLDER / inner
+    return cache_directory() / "moebius-edge" / ENGINES_FOLDER / inner
 
 
 def engines_missing(bundle: Bundle, version: str) -> list[str]:

@@ -226,12 +226,93 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["fails"])
 
 
-def test_a_reader_that_leaves_causes_no_traceback() -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m moebius_edge doctor | head -1", shell=True, capture_output=True, text=True
+OUTPUT_COMMANDS = ("--help", "doctor", "inspect tiny --json")
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """A command line of bash, in which ``moebius-edge`` is this program; the pipe's first failure is its exit code."""
+    program = f"moebius-edge() {{ '{sys.executable}' -m moebius_edge \"$@\"; }}; set -o pipefail; "
+    return subprocess.run(["bash", "-c", program + command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("command", OUTPUT_COMMANDS)
+def test_a_full_or_closed_stdout_is_one_line(command: str, where: str) -> None:
+    done = shell(f"moebius-edge {command} {where}")
+    reason = "No space left on device" if "full" in where else "Bad file descriptor"
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"error: cannot write to standard output ({reason})")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("command", OUTPUT_COMMANDS)
+def test_a_reader_that_has_gone_ends_it_quietly(command: str) -> None:
+    done = shell(f"(sleep 0.1; moebius-edge {command}) | true")
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-", "2>&- <&-", "2>&- >&-", "2>/dev/full >/dev/full"])
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(where: str) -> None:
+    done = shell(f"moebius-edge run missing missing {where}")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
+def test_closed_descriptors_are_not_given_to_our_files(tmp_path: Path) -> None:
+    """A file that were opened as descriptor 1 would get what compiled code prints."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\nfrom moebius_edge import cli\nfrom moebius_edge.commands import app as module\n"
+        "def app(**options):\n"
+        "    with open(sys.argv[1], 'w') as stream:\n"
+        "        stream.write(str(stream.fileno() > 2))\n"
+        "module.app = app\nsys.exit(cli.main())\n"
     )
-    assert done.stdout.startswith("moebius-edge")
-    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    done = shell(f"'{sys.executable}' {program} {tmp_path}/a.txt <&- >&-")
+    assert (done.returncode, (tmp_path / "a.txt").read_text()) == (0, "True")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("signals", "code", "line"),
+    [
+        (("SIGINT",), 130, "interrupted, nothing written"),
+        (("SIGTERM",), 143, "terminated, nothing written"),
+        (("SIGHUP",), 129, "terminated, nothing written"),
+        (("SIGINT", "SIGINT", "SIGTERM", "SIGHUP"), 130, "interrupted, nothing written"),
+    ],
+)
+def test_a_signal_cleans_up_even_if_another_comes(
+    signals: tuple[str, ...], code: int, line: str, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time\n"
+        "from moebius_edge.commands import app as module\nfrom moebius_edge import cli, files\n"
+        "def app(**options):\n"
+        "    with files.atomic_write('a.txt') as file, files.atomic_directory('b'):\n"
+        "        file.write_text('half'); print('ready', flush=True)\n"
+        "        try: time.sleep(60)\n"
+        "        finally: sys.stdin.read()\n"
+        "module.app = app\nsys.exit(cli.main())\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for name in signals:
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.1)
+    _, err = process.communicate("", timeout=30)  # the cleaning ends with its input
+    assert (process.returncode, err) == (code, f"{line}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in use cannot be removed elsewhere")
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    done = shell(f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; moebius-edge doctor")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert done.stderr.startswith("error: the current folder is gone")
 
 
 def test_a_name_no_encoding_can_print_is_an_error_not_a_crash(tmp_path: Path) -> None:
@@ -240,6 +321,7 @@ def test_a_name_no_encoding_can_print_is_an_error_not_a_crash(tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 3
     assert done.stderr.startswith(b"error: there is no image") and b"Traceback" not in done.stderr
+    assert b"/\\xff\\xe9.png: check the path" in done.stderr
 
 
 def test_colour_is_for_terminals_only(

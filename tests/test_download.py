@@ -6,8 +6,12 @@ import builtins
 import errno
 import hashlib
 import json
+import os
 import shlex
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +310,86 @@ def test_weights_prefer_the_safe_format(hub: Hub, capsys: Captured) -> None:
     assert main(["download", "places2"]) == 0
     assert "ft_places2/diffusion_pytorch_model.safetensors --vae" in capsys.readouterr().out
     assert download.WEIGHTS[0].endswith(".safetensors")
+
+
+# --- a server in place of the hub ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that gives everybody ``answer``: status, headers, body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = made.answer  # type: ignore[attr-defined]
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{made.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+HTML = b"<html>please log in</html>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {"Content-Type": "text/html"}, HTML), "answered with something else than a list of files: open it in a"),
+        ((200, {"Content-Type": "application/json"}, b"[]"), "answered with something else than a list of files"),
+        ((200, {"Content-Type": "application/json"}, b'{"a":'), "answered with something else than a list of files"),
+        ((401, {}, b""), "it answered 401: run `hf auth login`, or unset HF_TOKEN"),
+        ((401, {"X-Error-Code": "GatedRepo"}, b""), "asks for a login: run `hf auth login`, accept its terms"),
+        ((403, {}, HTML), "it answered 403: accept the licence on http://127.0.0.1:"),
+        ((404, {}, HTML), "it answered 404: name another repository with --repo or --vae-repo, or check HF_ENDPOINT"),
+        ((407, {}, b""), "it answered 407: the proxy asks for a login: set HTTPS_PROXY="),
+        ((418, {}, b""), "it answered 418: open http://127.0.0.1:"),
+        ((429, {}, b""), "it answered 429: these were too many requests: wait some minutes"),
+        ((503, {}, HTML), "it answered 503: the server has a fault: run the same command again later"),
+    ],
+)
+def test_what_a_server_answers_is_one_line_with_its_own_remedy(
+    answer: tuple[int, dict[str, str], bytes], message: str, server: Any, capsys: Captured
+) -> None:
+    server.answer = answer
+    assert main(["download", "places2"]) == 3
+    out, err = capsys.readouterr()
+    note, line = err.splitlines()
+    assert out == "" and note.startswith("note: downloading hustvl/Moebius")
+    assert line.startswith("error: ") and message in line and "check the connection" not in line
+
+
+def test_a_user_without_a_home_has_a_cache_of_his_own(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    private = tmp_path / f"moebius-edge-{os.getuid()}"
+    assert main(["download", "places2"]) == 0
+    err = capsys.readouterr().err
+    assert f"note: there is no home folder: downloads are kept in {private}/huggingface; HF_HOME chooses another" in err
+    assert private.stat().st_mode & 0o777 == 0o700
+
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setattr("os.getuid", lambda: private.stat().st_uid + 1)
+    (tmp_path / f"moebius-edge-{os.getuid()}").mkdir()
+    assert main(["download", "places2"]) == 3
+    assert "belongs to another user: set XDG_CACHE_HOME to a folder of yours" in capsys.readouterr().err
+    assert main(["doctor"]) in (0, 3)
+    assert "belongs to another user" in capsys.readouterr().out

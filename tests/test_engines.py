@@ -474,6 +474,34 @@ def test_ctrl_c_ends_the_build_and_leaves_nothing(
     assert [child.returncode for child in children] == [0, -signal.SIGKILL]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot be asked to")
+def test_a_build_ends_with_its_parent() -> None:
+    """Killed outright, the parent ends nothing itself; here not even the build's input comes to an end."""
+    reading, writing = os.pipe()
+    code = "import subprocess, sys\nchild = subprocess.Popen(sys.argv[1:], stdin=0, stderr=1)\n"
+    code += "print(child.pid, flush=True)\nchild.wait()"
+    slow = "import sys; from moebius_edge.export import build_engine\nplain = build_engine._end_with_parent\n"
+    slow += "build_engine._end_with_parent = lambda: (plain(), sys.stderr.write('ready'), sys.stderr.flush())\n"
+    slow += "build_engine.main()"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", slow], stdin=reading, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert parent.stdout.read(5) == "ready"
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read() == "", "the child has closed its end, so it has ended"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(child, 0)
+            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                raise ProcessLookupError
+            time.sleep(0.05)
+    os.close(writing)
+    os.close(reading)
+
+
 def test_an_unwritable_place_is_told(toy: Bundle, target: Target) -> None:
     (toy.path / "engines").write_text("a file where the folder should be")
     with pytest.raises(MachineError, match=r"cannot (make|write) .*engines.*: "):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moebius_edge import files
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.files import (
     atomic_directory,
@@ -20,6 +21,7 @@ from moebius_edge.files import (
     safe_join,
     scratch_directory,
     sha256_file,
+    utf8_path,
 )
 
 
@@ -310,3 +312,87 @@ def test_interrupt_signal_leaves_no_partial_file(tmp_path: Path) -> None:
     )
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
     assert names(tmp_path) == []
+
+
+# --- what a killed process leaves -------------------------------------------------------------------------
+
+HOLDER = """
+import os, signal, sys
+from moebius_edge.files import atomic_directory, atomic_write
+with atomic_write(sys.argv[1] + "/a.txt") as file, atomic_directory(sys.argv[1] + "/b") as folder:
+    file.write_text("half")
+    (folder / "c").write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_next_process_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """But not what a living one holds, nor what is set aside while it is replaced, nor other hidden files."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    killed, living = processes
+    assert len(temporaries := names(tmp_path)) == 4
+    killed.kill()
+    killed.communicate()
+    assert names(tmp_path) == temporaries
+
+    others = [".moebius-0123456789ab.old", ".moebius-mine.part", ".moebius-0123456789abc", "photo.png"]
+    for name in others:
+        (tmp_path / name).write_text("stays")
+    (tmp_path / ".moebius-0123456789ab.part").symlink_to("photo.png")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from moebius_edge.files import atomic_write\n"
+         "with atomic_write(sys.argv[1]) as file: file.write_text('new')", str(tmp_path / "d.txt")]
+    )  # fmt: skip
+    assert done.returncode == 0
+    left = set(names(tmp_path)) - {*others, "d.txt", ".moebius-0123456789ab.part"}
+    assert len(left) == 2 and left < set(temporaries)
+    living.communicate("")
+    assert living.returncode == 0 and (tmp_path / "b" / "c").read_text() == (tmp_path / "a.txt").read_text() == "half"
+    assert left.isdisjoint(names(tmp_path))
+
+
+def test_a_temporary_that_is_taken_for_a_left_over_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may remove a folder between its making and its locking."""
+    lock, calls = files._lock, []
+
+    def late(path: Path) -> int | None:
+        calls.append(path)
+        if len(calls) == 1:
+            path.rmdir()
+        return lock(path)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with scratch_directory(tmp_path / "out") as folder:
+        assert folder.is_dir() and folder == calls[1]
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit of POSIX file systems")
+@pytest.mark.parametrize("name", ["あ" * 90 + ".png", "x" * 300 + "/a.png"])
+def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    for enter in (lambda: atomic_write(tmp_path / name), lambda: atomic_directory(tmp_path / name)):
+        with pytest.raises(UsageError, match=r"is too long, (274|300) bytes .*: name a shorter one"), enter():
+            pytest.fail("the work was begun")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names, or no other way to a file")
+@pytest.mark.parametrize("path", [b"plain/a.bin", b"b\xe9/a.bin", b"plain/b\xe9.bin", b"b\xe9/b\xe9.bin"])
+def test_every_file_has_a_name_in_utf8(tmp_path: Path, path: bytes) -> None:
+    file = tmp_path / os.fsdecode(path)
+    file.parent.mkdir()
+    file.write_text("contents")
+    (file.parent / "beside").write_text("beside")
+    with utf8_path(file) as name:
+        assert Path(name).read_text() == "contents" and name.encode("utf-8")
+        assert (name == str(file)) == (b"\xe9" not in path)
+        if b"\xe9.bin" not in path:
+            assert (Path(name).parent / "beside").read_text() == "beside"

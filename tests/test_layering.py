@@ -22,7 +22,7 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 # What runs on a device, lowest first: a layer imports the layers before it, never its own or a later one.
 # A layer is a module of moebius_edge or a whole sub-package (which may import itself).
 DEVICE_LAYERS = (
-    {"errors", "inert_pickle", "spec"},
+    {"errors", "inert_pickle", "spec", "text"},
     {"documents", "files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml", "weights_file"},
     {"classical", "network_names"},
     {"decoding", "manifest", "windows"},
@@ -206,7 +206,7 @@ def test_the_torch_backend_is_imported_inside_functions_only(imports: list[Impor
 
 
 def test_the_command_line_imports_lazily(imports: list[Import]) -> None:
-    light = {"", "errors", "spec"} | COMMAND_LINE
+    light = {"", "errors", "spec", "text"} | COMMAND_LINE
     wrong = [
         f"{i.where} imports {i.target}"
         for i in imports

@@ -207,3 +207,26 @@ def test_it_needs_no_pytorch(toy: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moebius_edge", *arguments(tmp_path, toy, "--steps", "2", "--truth", "images")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_names_that_are_not_utf8(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Of the bundle, the photographs and the report: every file of it is valid, and the page has its pictures."""
+    name = os.fsdecode(b"b\xe9")
+    folder = tmp_path / name
+    toy.rename(tmp_path / f"{name}.bundle")
+    asked = arguments(folder, tmp_path / f"{name}.bundle", "--steps", "3", output=name)
+    for kind in ("images", "masks"):
+        first = min((folder / kind).iterdir())
+        first.rename(first.with_name(f"{name}{first.suffix}"))
+    assert main(asked) == 0
+    assert f"saved {tmp_path}/b\\xe9/b\\xe9/report.html" in capsys.readouterr().out
+    results = load(folder / name)
+    inputs = {entry["name"] for entry in results["inputs"]}
+    (row,) = results["configurations"]
+    assert row["bundle"]["path"] == f"{tmp_path}/b\\xe9.bundle"
+    assert set(row["pictures"]) == inputs and any(entry.startswith("b\\xe9.") for entry in inputs)
+    assert all((folder / name / path).is_file() for path in row["pictures"].values())
+    page = (folder / name / "report.html").read_text("utf-8")
+    assert page.count("data:image") == 3 * len(inputs)
+    assert "\\\\xe9" in (folder / name / "report.md").read_text("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -693,6 +694,220 @@ def test_ctrl_c_in_a_batch_says_what_is_done(
     assert run(toy, "in", "in", "-o", "out") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted, 1 of 3 done"
     assert contents(here / "out") == {"a.png"}
+
+
+def write_folders(here: Path, **pairs: str) -> None:
+    """The folders ``images`` and ``masks``: each image below the one, its mask below the other; ``""``: no mask."""
+    write_pair(here / "made")
+    for name, mask in {"a.png": "a.png", **pairs}.items():
+        for folder, file, made in (("images", name, "photo.png"), ("masks", mask, "photo_mask.png")):
+            if file:
+                (here / folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (here / folder / file).write_bytes((here / "made" / made).read_bytes())
+
+
+def saved(out: str) -> list[str]:
+    return [line.removeprefix("saved ") for line in out.splitlines() if line.startswith("saved ")]
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "of the folder", "of the mask", "of an unused mask"])
+def test_no_input_is_overwritten_through_a_link(here: Path, toy: Path, capsys: Captured, kind: str) -> None:
+    write_folders(here, **{"b.png": "b.png", "sub/c.png": "sub/c.png"})
+    (here / "masks" / "unused.png").write_bytes((here / "masks" / "a.png").read_bytes())
+    (here / "out").mkdir()
+    options = []
+    if kind == "hard":
+        os.link("images/a.png", "out/b.png")
+    elif kind == "of the folder":
+        os.symlink("../images/sub", "out/sub")
+        options = ["--recursive"]
+    else:
+        names = {"symbolic": "images/b.png", "of the mask": "masks/a.png", "of an unused mask": "masks/unused.png"}
+        os.symlink(f"../{names[kind]}", "out/b.png")
+    message = refused(2, "is a link to the input", here, toy, capsys, "images", "masks", "-o", "out", *options)
+    assert "out/" in message and ("images/" in message or "masks/" in message)
+
+
+def test_two_results_are_never_one_file(here: Path, toy: Path, capsys: Captured) -> None:
+    write_folders(here, **{"b.png": "b.png"})
+    (here / "out").mkdir()
+    os.symlink("b.png", "out/a.png")
+    arguments = ("images", "masks", "-o", "out")
+    assert "out/b.png" in refused(2, "the results of a.png and b.png would be one", here, toy, capsys, *arguments)
+    os.remove("out/a.png")
+    os.symlink("images/b.png", "l.json")
+    options = ("--latency-report", "l.json")
+    refused(2, "the latency report l.json is one of the pictures", here, toy, capsys, *arguments, *options)
+
+
+def test_pictures_are_known_by_their_contents(here: Path, toy: Path, capsys: Captured) -> None:
+    """And what is no picture is skipped by name."""
+    write_folders(here, **{"scan": "scan.png", "wrong.dat": "wrong_mask.gif", "jf.jfif": "jf.png"})
+    Image.open(here / "images" / "a.png").convert("RGB").save(here / "images" / "jf.jfif", "JPEG")
+    for number in range(7):
+        (here / "images" / f"note{number}.txt").write_text("text")
+    (here / "images" / ".hidden.png").write_text("hidden")
+    (here / "images" / "a.png~").write_bytes((here / "images" / "a.png").read_bytes())
+    (here / "images" / "gone.png").symlink_to("nowhere")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(here / "images" / "pipe.png")
+    (here / "images" / "sub").mkdir()
+    assert run(toy, "images", "masks", "-o", "out") == 0
+    out, err = capsys.readouterr()
+    assert saved(out) == [f"out/{name}.png" for name in ("a", "jf", "scan", "wrong")]
+    notes = [line.removeprefix("note: ") for line in err.splitlines() if line.startswith("note: ")]
+    files, folders = notes
+    assert files.startswith("10 files of images skipped, no readable pictures: a.png~, gone.png, note0.txt, note1.txt")
+    assert files.endswith(", note2.txt and 5 more")
+    assert folders == "1 sub-folder of images skipped: sub; add --recursive"
+
+    assert run(toy, "images", "masks", "-o", "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == notes
+
+
+def test_a_folder_without_pictures_says_what_it_holds(here: Path, toy: Path, capsys: Captured) -> None:
+    write_folders(here, **{"sub/b.png": "sub/b.png"})
+    os.remove("images/a.png")
+    (here / "images" / "list.csv").write_text("a,b")
+    message = refused(2, "folder images holds no images", here, toy, capsys, "images", "masks", "-o", "out")
+    assert "1 file of images skipped, no readable pictures: list.csv" in message
+    assert "1 sub-folder of images skipped: sub; add --recursive" in message
+
+
+def test_sub_folders_keep_their_place(here: Path, toy: Path, capsys: Captured) -> None:
+    """Even where results and masks lie in the same tree, and links make it endless."""
+    write_folders(here, **{"x/a.png": "x/a_mask.png", "x/y/b.jpg": "x/y/b.png", "z/lonely.png": ""})
+    (here / "masks").rename(here / "images" / "masks")
+    os.symlink("..", "images/x/up")
+    os.mkdir("elsewhere")
+    os.rename("images/x/y", "elsewhere/y")
+    os.symlink("../../elsewhere/y", "images/x/y")
+    asked = ("images", "images/masks", "-o", "images/out", "--recursive")
+    for _ in range(2):  # the second time there are results in the tree
+        assert run(toy, *asked) == 6
+        out, err = capsys.readouterr()
+        assert saved(out) == ["images/out/a.png", "images/out/x/a.png", "images/out/x/y/b.png"]
+        assert "z/lonely.png: lonely.png has no mask: put lonely.png or lonely_mask.png into images/masks/z" in err
+        assert "error: 3 of 4 done, 1 failed" in err and "[3/4] x/y/b.jpg" in err and "note: " not in err
+    assert contents(here / "images" / "out") == {"a.png", "x", "x/a.png", "x/y", "x/y/b.png"}
+    (here / "images" / "out2").mkdir()
+    (here / "images" / "out2" / "x").write_text("a file")
+    refused(2, "images/out2/x is not a folder", here, toy, capsys, *asked[:3], "images/out2", "--recursive")
+    refused(2, "--recursive is for folders", here, toy, capsys, "made/photo.png", "made/photo_mask.png", "--recursive")
+
+
+def test_names_are_compared_in_one_form_of_unicode(here: Path, toy: Path, capsys: Captured) -> None:
+    """As of files that have been on a Mac. The result keeps the image's spelling."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_folders(here, **{f"{decomposed}/{decomposed}.png": f"{composed}/{composed}.png"})
+    assert run(toy, "images", "masks", "-o", "out", "--recursive") == 0
+    assert saved(capsys.readouterr().out) == ["out/a.png", f"out/{decomposed}/{decomposed}.png"]
+
+    write_folders(here, **{f"{decomposed}.png": "", f"{composed}.jpg": f"{composed}.png"})
+    assert run(toy, "images", "masks", "-o", "out") == 6
+    assert "share a name: rename one" in capsys.readouterr().err
+
+
+def test_pairs_by_order(here: Path, toy: Path, capsys: Captured) -> None:
+    write_folders(here, **{"b.png": "1.png", "c.png": "10.png"})
+    asked = ("images", "masks", "-o", "out", "--pair-by", "order", "--json")
+    assert run(toy, *asked) == 0
+    document = json.loads(capsys.readouterr().out)
+    pairs = [(entry["image"], entry["mask"], entry["output"]) for entry in document["results"]]
+    masks = ["1.png", "10.png", "a.png"]
+    assert pairs == [(f"images/{s}.png", f"masks/{m}", f"out/{s}.png") for s, m in zip("abc", masks, strict=True)]
+    assert document["notes"] == ["paired by order: a.png with masks/1.png, and so on"]
+
+    os.remove("masks/1.png")
+    options = ("-o", "new", "--pair-by", "order")
+    refused(2, "images holds 3 pictures and masks 2: add or remove", here, toy, capsys, "images", "masks", *options)
+    refused(2, "needs two folders, but images is both", here, toy, capsys, "images", "images", *options)
+    refused(2, "--pair-by order is for folders", here, toy, capsys, "images/a.png", "masks/a.png", *options[2:])
+    (here / "images" / "c.png").rename(here / "images" / "b.jpg")
+    (here / "masks" / "1.png").write_bytes((here / "masks" / "a.png").read_bytes())
+    assert run(toy, "images", "masks", *options) == 6
+    assert capsys.readouterr().err.count("b.jpg and b.png share a name: rename one") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of Linux, in bytes")
+def test_the_longest_name_is_checked_before_the_work(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stem = "写" * 82  # 246 bytes, and .png fits
+    write_pair(here)
+    (here / "photo.png").rename(here / f"{stem}.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("moebius_edge.imaging.read_picture", lambda path: pytest.fail("the picture was read"))
+        refused(2, "_inpainted.png is too long, 260 bytes", here, toy, capsys, f"{stem}.png", "photo_mask.png")
+    assert run(toy, f"{stem}.png", "photo_mask.png", "-o", "short.png") == 0
+
+    write_folders(here, **{"folder.png": "folder.png"})
+    (here / "out" / "folder.png").mkdir(parents=True)
+    (here / f"{stem}.png").rename(here / "images" / f"{stem}写写.j")
+    (here / "masks" / f"{stem}写写.p").write_bytes((here / "masks" / "a.png").read_bytes())
+    capsys.readouterr()
+    assert run(toy, "images", "masks", "-o", "out") == 6
+    out, err = capsys.readouterr()
+    assert saved(out) == ["out/a.png"]
+    assert "error: folder.png: output out/folder.png is no file" in err and "[2/3] folder.png" not in err
+    assert f"error: {stem}写写.j: the name of the output out/{stem}写写.png is too long, 256 bytes" in err
+
+
+# --- the process -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")
+def test_paths_that_are_not_utf8(here: Path, toy: Path, capsys: Captured) -> None:
+    """Of the bundle, the folders and the pictures; what is printed and written is valid all the same."""
+    name = os.fsdecode(b"b\xe9")
+    write_pair(here, "b")
+    (here / name).mkdir()
+    for ending in (".png", "_mask.png"):
+        (here / f"b{ending}").rename(here / name / f"{name}{ending}")
+    bundle = here / name / "bundle"
+    shutil.copytree(toy, bundle)
+    capsys.readouterr()
+    out = os.path.join(name, "out")
+    assert run(bundle, name, name, "-o", out, "--json", "--latency-report", f"{name}/l.json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["results"][0]["image"] == "b\\xe9/b\\xe9.png"
+    assert json.loads((here / name / "l.json").read_text("utf-8"))["bundle"]["name"] == "toy"
+    assert (here / out / f"{name}.png").is_file()
+    assert contents(here / out) == {f"{name}.png"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_sigterm_in_a_batch_says_what_is_done(
+    here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stem in "abc":
+        write_pair(here / "in", stem)
+    from moebius_edge.runtimes.ort import OrtRuntime
+
+    plain, calls = OrtRuntime._run, []
+
+    def terminated(self: OrtRuntime, component: str, feeds: dict, outputs: list) -> dict:
+        calls.append(component)
+        if calls.count("denoiser") == 25:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, component, feeds, outputs)
+
+    monkeypatch.setattr(OrtRuntime, "_run", terminated)
+    assert run(toy, "in", "in", "-o", "out") == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "terminated, 1 of 3 done"
+    assert contents(here / "out") == {"a.png"}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_stdout_stops_no_batch(here: Path, toy: Path) -> None:
+    write_folders(here, **{"b.png": "", "c.png": "c.png"})
+    command = [sys.executable, "-m", "moebius_edge", "run", "images", "masks", "-o", "out", "--bundle", str(toy)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert contents(here / "out") == {"a.png", "c.png"}
+    assert done.returncode == 6 and "Traceback" not in done.stderr
+    assert "error: cannot write to standard output (No space left on device)" in done.stderr.splitlines()[-1]
 
 
 # --- a terminal ------------------------------------------------------------------------------------------

@@ -151,11 +151,16 @@ def _places() -> list[Check]:
     """Where downloads and results go."""
     from .download import cache_folder
 
-    return [_place("this folder", Path.cwd()), _place("download cache", cache_folder())]
+    places = [_place("this folder", Path.cwd())]
+    try:
+        places.append(_place("download cache", cache_folder()))
+    except MachineError as error:
+        places.append(Check("download cache", BROKEN, str(error), "export XDG_CACHE_HOME=FOLDER"))
+    return places
 
 
 def _place(name: str, folder: Path) -> Check:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    existing = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     free = shutil.disk_usage(existing).free
     detail = f"{folder}, {console.size(free)} free"
     if not os.access(existing, os.W_OK):

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,14 +161,21 @@ def _place_distance(folder: Path, root: Path) -> Path:
 
 def cache_folder() -> Path:
     """Where huggingface_hub keeps downloads, by its documented environment variables."""
+    from ..machine import cache_directory
+
     if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or Path(base) / "huggingface"
-    return Path(home).expanduser() / "hub"
+        return Path(os.path.expanduser(cache))
+    home = os.environ.get("HF_HOME") or cache_directory() / "huggingface"
+    return Path(os.path.expanduser(home)) / "hub"
 
 
 def _import_hub() -> ModuleType:
+    from ..machine import cache_directory, has_home
+
+    if not has_home() and not os.environ.get("HF_HOME"):  # huggingface_hub would make a folder that is called "~"
+        home = cache_directory() / "huggingface"
+        os.environ["HF_HOME"] = os.fspath(home)
+        console.note(f"there is no home folder: downloads are kept in {home}; HF_HOME chooses another place")
     try:
         import huggingface_hub
     except ImportError as error:
@@ -237,31 +245,76 @@ def _problem(
     hub: ModuleType, error: Exception, repo: str, folder: str, revision: str | None, where: Path
 ) -> MachineError | UsageError | None:
     """Our one line for what huggingface_hub and the HTTP library under it raise; None for a bug."""
-    errors = hub.errors
-    if isinstance(error, errors.GatedRepoError):
+    errors, causes = hub.errors, _causes(error)
+
+    def is_a(kind: type[Exception]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if is_a(errors.GatedRepoError):
         return MachineError(f"{repo} asks for a login: run `hf auth login`, accept its terms, and try again")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return UsageError(
-            f"there is no repository {repo}, or it is private: name another, or run `hf auth login`"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UsageError(
-            f"{repo} has no revision {revision!r}: name a branch, a tag or a commit, the VAE's with --vae-revision"
-        )
-    if isinstance(error, errors.HFValidationError):
+    if is_a(errors.RepositoryNotFoundError):
+        return UsageError(f"there is no repository {repo}, or it is private: name another, or run `hf auth login`")
+    if is_a(errors.RevisionNotFoundError):
+        return UsageError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit, the VAE's with --vae-revision")
+    if is_a(errors.HFValidationError):
         return UsageError(f"{repo!r} is no repository: write OWNER/NAME, such as {REPO}")
     by_hand = "run it with `--output DIR` on a machine that has a network, and copy DIR here"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return MachineError(
             f"{repo} {folder} is not in {where} and HF_HUB_OFFLINE is set: unset it, or {by_hand}"
         )
-    library = type(error).__module__.split(".")[0]
     if isinstance(error, OSError) and error.filename is not None or getattr(error, "errno", None) == 28:
         return MachineError(f"cannot write to {where}: {error}: free space there or choose --output DIR")
+    from huggingface_hub.constants import ENDPOINT as server
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    if status := next((status for status in statuses if isinstance(status, int) and status >= 400), None):
+        remedy = _status_remedy(status, repo, server)
+        return MachineError(f"{server} does not give {repo}, it answered {status}: {remedy}")
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
+    if any(type(cause).__name__ == "ProxyError" for cause in causes):
+        return MachineError(f"cannot reach {repo} through the proxy ({reason}): check HTTPS_PROXY, or {by_hand}")
+    if any("CERTIFICATE_VERIFY_FAILED" in str(cause) for cause in causes):
+        return MachineError(
+            f"the certificate of {server} is not trusted here ({reason}): set SSL_CERT_FILE to your organisation's "
+            f"certificates, or {by_hand}"
+        )
+    library = type(error).__module__.split(".")[0]
     if isinstance(error, (ConnectionError, TimeoutError)) or library in _NETWORK_LIBRARIES:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
         return MachineError(f"cannot reach {repo} ({reason}): check the connection, or {by_hand}")
+    if isinstance(error, OSError):  # a file that is not as long as the server has said
+        return MachineError(f"the download of {repo} went wrong ({reason}): run the same command again")
+    *_, place = traceback.extract_tb(error.__traceback__)
+    reading = isinstance(error, TypeError) and place.filename.endswith("hf_api.py")
+    if isinstance(error, (ValueError, KeyError, AttributeError)) or reading:
+        return MachineError(
+            f"{server} answered with something else than a list of files: open it in a browser, this network may ask "
+            f"for a login; or check HF_ENDPOINT, or {by_hand}"
+        )
     return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and all that it was raised from: huggingface_hub wraps what a server answered."""
+    causes: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in causes:
+        causes.append(current)
+        current = current.__cause__ or current.__context__
+    return causes
+
+
+def _status_remedy(status: int, repo: str, server: str) -> str:
+    """What to do about an HTTP status that huggingface_hub has no error of its own for."""
+    remedies = {
+        401: "run `hf auth login`, or unset HF_TOKEN if an old token stands in it",
+        403: f"accept the licence on {server}/{repo}, run `hf auth login`, and check that the token may read it",
+        404: "name another repository with --repo or --vae-repo, or check HF_ENDPOINT",
+        407: "the proxy asks for a login: set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
+        429: "these were too many requests: wait some minutes and run the same command again; a login raises the limit",
+    }
+    if status >= 500:
+        return "the server has a fault: run the same command again later"
+    return remedies.get(status, f"open {server}/{repo} in a browser to see why")
 
 
 _NETWORK_LIBRARIES = {

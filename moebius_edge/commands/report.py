@@ -98,6 +98,7 @@ def report(
     from ..report.configurations import Choices
     from ..report.kept import claim
     from ..report.results import save
+    from ..text import printable_values
 
     configurations = _configurations(
         bundles, Choices(**axes, seed=seed), _several("baseline", baseline, str), reference
@@ -110,7 +111,7 @@ def report(
             def on_progress(label: str) -> Callable[[str, int, int], None]:
                 return lambda what, done, total: update(f"{label}: {what}", done, total)
 
-            results = collect(plan, output, on_progress)
+            results = printable_values(collect(plan, output, on_progress))
     except KeyboardInterrupt:
         raise console.Interrupted(
             f"interrupted; what was measured is kept in {output}: run the same command to go on"
@@ -178,25 +179,28 @@ def _inputs(images: Path | None, masks: Path | None, truth: str, output: Path) -
     """The photographs with their masks, paired as ``run`` pairs a folder's; every one must have its mask."""
     if images is None:
         raise UsageError("--images DIR is missing: a folder of photographs, with --masks DIR or photo_mask.png beside")
-    from .batch import by_stem, plan, unused_masks
+    from .batch import plan
+    from .folders import find_pictures, name_key
 
     if not images.is_dir():
         raise UsageError(f"--images {images} is no folder: name one that holds photographs")
-    jobs = plan(images, masks or images, output)
+    planned = plan(images, masks or images, output)
+    jobs = planned.jobs
     if problem := next((job.problem for job in jobs if job.problem), ""):
         hint = "" if masks else ", or name the masks' folder with --masks"
         raise UsageError(f"{problem}{hint}")
-    if masks and (unused := unused_masks(jobs, masks)):
-        console.note(f"{console.counted(len(unused), 'mask')} without an image: {', '.join(unused)}")
+    for text in planned.notes:
+        console.note(text)
     from ..report.inputs import Input
 
     if truth not in ("", IMAGES) and not Path(truth).is_dir():
         raise UsageError(f"--truth {truth} is no folder: name one with true pictures, or say `--truth images`")
-    true = by_stem(Path(truth), masks_too=True) if truth not in ("", IMAGES) else {}
+    found = find_pictures(Path(truth)) if truth not in ("", IMAGES) else None
+    true = {} if found is None else found.by_key()
     inputs = []
     for job in jobs:
         assert job.mask is not None
-        right = job.image if truth == IMAGES else next(iter(true.get(job.image.stem, [])), None)
+        right = job.image if truth == IMAGES else next(iter(true.get(name_key(Path(job.name)), [])), None)
         if truth and right is None:
             raise UsageError(f"{job.image.name} has no true picture: put {job.image.stem}.png into {truth}")
         inputs.append(Input(job.image, job.mask, right))

@@ -6,7 +6,6 @@ milliseconds. The work itself is ``pipeline.Inpainter``'s; what is printed is ``
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ import typer
 
 from ..errors import BundleError, MoebiusError, PartialFailure, UsageError
 from . import console
-from .batch import Job, check_writable, plan, unused_masks
+from .batch import Job, Plan, check_writable, plan, same_file
 from .summary import print_entry, print_result
 
 if TYPE_CHECKING:
@@ -35,6 +34,13 @@ class Sampler(str, Enum):
 
     ddim = "ddim"
     dpm = "dpm++2m"
+
+
+class PairBy(str, Enum):
+    """How the images of a folder find their masks."""
+
+    name = "name"
+    order = "order"
 
 
 class Preset(str, Enum):
@@ -58,6 +64,12 @@ def run(
         Path | None,
         typer.Option("--output", "-o", metavar="PATH", help="Result; default IMAGE_inpainted.png here."),
     ] = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Sub-folders too; results keep their place.")
+    ] = False,
+    pair_by: Annotated[
+        PairBy, typer.Option("--pair-by", help="Masks of a folder by name, or in sorted order.")
+    ] = PairBy.name,
     bundle: Annotated[str, typer.Option("--bundle", "-b", metavar="DIR", help="The model.")] = "tiny",
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, metavar="N", help="Sampling steps; default the bundle's.")
@@ -112,9 +124,10 @@ def run(
     In folders, photo.jpg goes with photo.png or photo_mask.png, and --output names a folder; one bad pair
     does not stop the others. PNG results keep every pixel outside the mask and its seam.
     """
-    jobs = plan(image, mask, output)
+    planned = plan(image, mask, output, recursive, pair_by is PairBy.order)
+    jobs = planned.jobs
     if latency_report is not None:
-        _check_report(latency_report, jobs)
+        _check_report(latency_report, planned)
     chosen = {
         "steps": steps,
         "guidance": guidance,
@@ -138,19 +151,19 @@ def run(
         preset=None if preset is None else preset.value,
     )
     batch = image.is_dir()
-    if batch and (unused := unused_masks(jobs, mask)):
-        console.note(f"{console.counted(len(unused), 'mask')} without an image: {', '.join(unused)}")
+    for text in planned.notes:
+        console.note(text)
     entries: list[dict[str, Any]] = []
     try:
         with session:
             for job in jobs:
-                label = f"[{len(entries) + 1}/{len(jobs)}] {job.image.name}" if batch else job.image.name
+                label = f"[{len(entries) + 1}/{len(jobs)}] {job.name}" if batch else job.name
                 entries.append(_process(session, job, label, batch))
-                print_entry(entries[-1], batch, as_json)
+                print_entry(entries[-1], job.name if batch else "", as_json)
     except KeyboardInterrupt:
         what = f"{_done(entries)} of {len(jobs)} done" if batch else "nothing written"
         raise console.Interrupted(f"interrupted, {what}") from None
-    return _finish(session, entries, latency_report, batch, as_json)
+    return _finish(session, entries, planned.notes, latency_report, batch, as_json)
 
 
 def _process(session: Session, job: Job, label: str, batch: bool) -> dict[str, Any]:
@@ -167,13 +180,19 @@ def _process(session: Session, job: Job, label: str, batch: bool) -> dict[str, A
 
 
 def _finish(
-    session: Session, entries: list[dict[str, Any]], report_path: Path | None, batch: bool, as_json: bool
+    session: Session,
+    entries: list[dict[str, Any]],
+    notes: list[str],
+    report_path: Path | None,
+    batch: bool,
+    as_json: bool,
 ) -> int:
     """Write the latency report, print what the whole run has to say, and return its exit code."""
     from ..files import atomic_write
     from ..latency import latency_report
+    from ..text import json_text
 
-    document: dict[str, Any] = {"exit_code": 0, "results": entries, "latency": None}
+    document: dict[str, Any] = {"exit_code": 0, "notes": notes, "results": entries, "latency": None}
     done = [entry["settings"] for entry in entries if "error" not in entry]
     if len(done) < len(entries):
         document["error"] = f"{len(done)} of {len(entries)} done, {len(entries) - len(done)} failed"
@@ -184,15 +203,14 @@ def _finish(
         document["latency"] = latency_report(session.timer, session.runtime_info, session.bundle, settings)
         if report_path is not None:
             with atomic_write(report_path) as temporary:
-                temporary.write_text(json.dumps(document["latency"], indent=2) + "\n", encoding="utf-8")
+                temporary.write_text(json_text(document["latency"], indent=2), encoding="utf-8")
     print_result(document, report_path, batch, as_json)
     return int(document["exit_code"])
 
 
-def _check_report(path: Path, jobs: list[Job]) -> None:
+def _check_report(path: Path, planned: Plan) -> None:
     check_writable(path)
-    taken = {p.resolve() for job in jobs for p in (job.image, job.mask, job.output) if p is not None}
-    if path.resolve() in taken:
+    if same_file(path, [*planned.inputs, *(job.output for job in planned.jobs)]):
         raise UsageError(f"the latency report {path} is one of the pictures: name another file")
 
 

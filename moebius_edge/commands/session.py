@@ -125,6 +125,6 @@ class Session:
 def _make_folder(folder: Path) -> None:
     """The results' folder, made for the first of them so that a run without results leaves none."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(f"cannot make folder {folder} ({error.strerror}): name another output") from error

@@ -11,9 +11,12 @@ from . import console
 DEMONSTRATION = "tiny"
 
 
-def print_entry(entry: Mapping[str, Any], batch: bool, as_json: bool) -> None:
-    """One picture's record: what was saved on stdout, unless JSON goes there; the rest on stderr."""
-    name = f"{Path(entry['image']).name}: " if batch else ""
+def print_entry(entry: Mapping[str, Any], name: str, as_json: bool) -> None:
+    """One picture's record: what was saved on stdout, unless JSON goes there; the rest on stderr.
+
+    ``name`` is what the picture of a folder is called; of a single one it is empty.
+    """
+    name = f"{name}: " if name else ""
     if "error" in entry:
         console.error(f"{name}{entry['error']}", entry["exit_code"], as_json=False)
         return

@@ -6,7 +6,6 @@ An ONNX model, such as an export of LaMa or MI-GAN, is described by a few lines 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..classical import navier_stokes, telea
 from ..errors import BundleError, MachineError, UsageError
+from ..files import utf8_path
 from ..machine import available_cores
 from ..masks import Mask
 from ..sampling import check_finite
@@ -129,9 +129,12 @@ class OnnxBaseline:
             raise MachineError(lack)
         options = quiet_options(ort, available_cores())  # as many threads as a bundle gets
         try:
-            session = ort.InferenceSession(
-                os.fspath(description.model), options, providers=list(PROVIDERS[device].chain), enable_fallback=0
-            )
+            with utf8_path(description.model) as name:
+                session = ort.InferenceSession(
+                    name, options, providers=list(PROVIDERS[device].chain), enable_fallback=0
+                )
+        except MachineError:
+            raise
         except Exception as error:  # onnxruntime raises a class of its own for every cause
             raise BundleError(f"cannot load {description.model}: {first_line(error)}: copy it again") from error
         inputs = {node.name: node for node in session.get_inputs()}

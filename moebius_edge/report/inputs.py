@@ -14,7 +14,7 @@ from ..errors import MachineError, UsageError
 from ..files import sha256_file
 from ..imaging import Picture, read_mask, read_picture, write_picture
 from ..masks import Mask
-from .results import PICTURES_FOLDER
+from .results import PICTURES_FOLDER, shown_stem
 
 _HELD_BYTES = 128 << 20  # pictures that are kept in memory between passes; more are read again each time
 
@@ -34,7 +34,7 @@ class Input:
     @property
     def shown(self) -> str:
         """The file name of its pictures in the report's folder."""
-        return f"{self.image.stem}.png"
+        return f"{shown_stem(self.name)}.png"
 
     def to_json(self) -> dict[str, str | None]:
         return {key: None if path is None else str(path) for key, path in asdict(self).items()}
@@ -104,7 +104,8 @@ def describe_inputs(inputs: Sequence[Input], folder: Path) -> list[dict[str, Any
         loaded = load_input(source)
         width, height = loaded.picture.size
         shown = {"inputs": (source.shown, rgb8(loaded.picture))}
-        write_shown(folder, "inputs", f"{source.image.stem}_mask.png", loaded.hole.astype(np.uint8)[..., None] * 255)
+        mask = loaded.hole.astype(np.uint8)[..., None] * 255
+        write_shown(folder, "inputs", f"{shown_stem(source.name)}_mask.png", mask)
         if loaded.truth is not None:
             shown["truth"] = (source.shown, loaded.truth)
         for kind, (name, pixels) in shown.items():

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..machine import cache_directory
+
 # What torchmetrics would fetch: torchvision's AlexNet for LPIPS, torch-fidelity's Inception for FID.
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 FID_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -64,8 +66,7 @@ def absence(name: str) -> str:
 
 def _checkpoints() -> Path:
     """Where PyTorch keeps what it has downloaded."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TORCH_HOME") or cache / "torch") / "hub" / "checkpoints"
+    return Path(os.environ.get("TORCH_HOME") or cache_directory() / "torch") / "hub" / "checkpoints"
 
 
 def _create(name: str) -> Any:

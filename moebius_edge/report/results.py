@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import MachineError, UsageError
 from ..files import atomic_write, safe_join
+from ..text import json_text, printable
 from .schema import SchemaProblem, check
 
 RESULTS_FILE = "results.json"
@@ -49,7 +50,7 @@ def save(results: Results, folder: str | os.PathLike[str]) -> Path:
     except SchemaProblem as problem:
         raise ValueError(f"these are no results: {problem}") from None
     path = Path(folder) / RESULTS_FILE
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(results, indent=1, ensure_ascii=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -71,6 +72,11 @@ def merge(documents: Sequence[tuple[str, Results]]) -> Results:
         _add(merged, copy.deepcopy(document), name)
     merged["created"] = max(document["created"] for _, document in documents)
     return merged
+
+
+def shown_stem(name: str) -> str:
+    """What the files of the picture ``name`` begin with in a report's folder: a name that every system can open."""
+    return PurePosixPath(printable(name)).stem.replace("\\", "%")
 
 
 def copy_pictures(results: Results, sources: Sequence[tuple[Path, Results]], folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -20,6 +20,7 @@ from ..files import safe_join
 from ..imaging import read_picture
 from ..masks import bounds
 from .figures import Configuration, Results, clean, label, reference_of
+from .results import shown_stem
 
 AMPLIFICATION = 4  # of differences
 BUDGET_BYTES = 5_000_000  # of all thumbnails together, about
@@ -77,7 +78,7 @@ def shown_inputs(results: Results, folder: Path) -> Iterator[Shown | str]:
 
 
 def _shown(entry: dict[str, Any], results: Results, folder: Path, edge: int) -> Shown:
-    name, stem = clean(entry["name"]), PurePosixPath(entry["name"]).stem
+    name, stem = clean(entry["name"]), shown_stem(entry["name"])
     image, image_path, image_problem = _read(folder, f"pictures/inputs/{stem}.png")
     mask, mask_path, mask_problem = _read(folder, f"pictures/inputs/{stem}_mask.png")
     truth, truth_path, truth_problem = (

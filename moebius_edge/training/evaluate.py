@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..classical import telea
-from ..files import atomic_write
+from ..files import atomic_write, utf8_path
 from ..manifest import resolved_components
 from ..masks import latent_mask
 from ..pipeline import Inpainter
@@ -150,5 +150,5 @@ def _write_sheet(path: Path, cases: list[Case], outputs: dict[str, list[np.ndarr
     for column, name in enumerate(["original", "masked", *outputs]):
         cv2.putText(heading, name, (width * column + 8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
     sheet = cv2.cvtColor(np.vstack([heading, *rows]), cv2.COLOR_RGB2BGR)
-    with atomic_write(path) as temporary:
-        cv2.imwrite(str(temporary), sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])
+    with atomic_write(path) as temporary, utf8_path(temporary) as name:
+        cv2.imwrite(name, sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])

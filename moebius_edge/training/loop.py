@@ -28,7 +28,7 @@ from rich.table import Column
 from torch import nn
 
 from ..errors import BundleError, MachineError, MoebiusError, UsageError
-from ..files import atomic_write
+from ..files import atomic_write, utf8_path
 
 PREFETCH = 8  # batches drawn ahead: a slow picture then holds nobody up
 
@@ -88,7 +88,9 @@ class NumberedLoader:
                 receiver.close()
 
     def _work(self, turn: int, receivers: list[Connection], sender: Connection) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent ends this one
+        for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process: the parent ends this one
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for receiver in receivers:
             receiver.close()
         cv2.setNumThreads(0)
@@ -167,7 +169,8 @@ def load_state(path: Path, recipe: dict[str, Any], device: str) -> dict[str, Any
         UsageError: the state belongs to another recipe. BundleError: it is damaged. MachineError: unreadable.
     """
     try:
-        state = torch.load(path, weights_only=True, map_location=device)
+        with utf8_path(path) as name:
+            state = torch.load(name, weights_only=True, map_location=device)
         theirs = plain(state.pop("recipe"))
     except FileNotFoundError:
         return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MachineError
-from ..files import atomic_write
+from ..files import atomic_write, utf8_path
 from ..manifest import resolved_components
 from ..runtimes.pytorch import TorchRuntime
 from ..sampling import denoise, initial_noise
@@ -75,8 +75,8 @@ class Monitor:
     def picture(self, step: int, grid: np.ndarray) -> None:
         """``grid``, uint8 RGB (H, W, 3), as a PNG and in TensorBoard."""
         make_folder(self._output / "samples")
-        with atomic_write(self._output / "samples" / f"step-{step:09d}.png") as temporary:
-            cv2.imwrite(str(temporary), cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
+        with atomic_write(self._output / "samples" / f"step-{step:09d}.png") as temporary, utf8_path(temporary) as name:
+            cv2.imwrite(name, cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
         self._writer.add_image("samples", grid, step, dataformats="HWC")
 
 

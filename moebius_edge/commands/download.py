@@ -255,7 +255,9 @@ def _problem(
     if is_a(errors.RepositoryNotFoundError):
         return UsageError(f"there is no repository {repo}, or it is private: name another, or run `hf auth login`")
     if is_a(errors.RevisionNotFoundError):
-        return UsageError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit, the VAE's with --vae-revision")
+        return UsageError(
+            f"{repo} has no revision {revision!r}: name a branch, a tag or a commit, the VAE's with --vae-revision"
+        )
     if is_a(errors.HFValidationError):
         return UsageError(f"{repo!r} is no repository: write OWNER/NAME, such as {REPO}")
     by_hand = "run it with `--output DIR` on a machine that has a network, and copy DIR here"

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
-import cv2
 import numpy as np
 
 from .errors import UsageError
@@ -36,6 +35,7 @@ from .mask_evidence import (
     Bytes,
     Colour,
     along,
+    channels_of,
     colour_distance,
     colour_of,
     common_colour,
@@ -99,13 +99,15 @@ def read_hole(content: MaskContent, name: str, source: str | None = None) -> Rea
     if source is not None:
         return Reading(_chosen(content, name, check_source(source)))
     pixels, alpha = eight_bits(content.pixels), None if content.alpha is None else eight_bits(content.alpha)
+    if alpha is not None and 0 < alpha.max() <= NOISE:  # of 0 and 1, or all but invisible
+        alpha = (alpha > int(alpha.max()) / 2) * np.uint8(WHITE)
     if alpha is not None and int(alpha.max()) - int(alpha.min()) > NOISE:
         if alpha.min() <= NOISE / 2:
             reading = _of_layer(pixels, alpha, name)
             if reading is not None:
                 return reading
         pixels = on_black(pixels, alpha)
-    elif alpha is not None and alpha.max() <= NOISE / 2:  # a layer on which nothing was painted
+    elif alpha is not None and alpha.max() == 0:  # a layer on which nothing was painted
         if np.ptp(pixels) > NOISE:
             _refuse(name, "is transparent everywhere, but has colours", "fill by those with --mask-from luma")
         return Reading(np.zeros(alpha.shape, bool))
@@ -148,7 +150,7 @@ def _chosen(content: MaskContent, name: str, source: str) -> Mask:
         return threshold(luma(pixels), name)
     channel = pixels[..., CHANNELS.index(source)]
     if common_colour(pixels).min() > WHITE / 2:  # on a white background: what of the channel is not white
-        channel = channel - smallest(cv2.split(pixels))
+        channel = channel - smallest(channels_of(pixels))
     return threshold(channel, name)
 
 
@@ -204,8 +206,8 @@ def _of_indices(indices: np.ndarray, pixels: Bytes, name: str) -> Reading | None
     others = [label for label in labels if label != background]
     if len(others) > 1:
         shares = [f"{label} ({_percent(float((indices == label).mean()))})" for label in others]
-        what = f"is a palette picture with {len(others)} labels besides {background}: {_listed(shares)}"
-        _refuse(name, what, "fill one with --mask-from index:N")
+        seen = f"has {len(others)} palette labels besides {background}, {_listed(shares)}"
+        _refuse(name, seen, "fill one with --mask-from index:N")
     return Reading(indices != background, f"{name} tells its parts apart by palette index: {others[0]} is filled")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from moebius_edge.errors import MachineError, MoebiusError, UsageError
+from moebius_edge.errors import MachineError, UsageError
 from moebius_edge.imaging import MAX_PIXELS, Picture, check_output, read_picture, write_picture
 from moebius_edge.png_tiff import write_png, write_tiff
 

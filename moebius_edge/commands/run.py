@@ -89,7 +89,7 @@ def run(
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Fill black instead of white.")] = False,
     mask_from: Annotated[
         str | None,
-        typer.Option(metavar="alpha|luma|red|green|blue|index:N", help="What of MASK marks the hole; default found out."),
+        typer.Option(metavar="alpha|luma|red|green|blue|index:N", help="What of MASK marks the hole."),
     ] = None,
     mask_dilate: Annotated[float, typer.Option(min=0.0, metavar="PX", help="Grow the mask by PX pixels.")] = 0,
     feather: Annotated[
@@ -107,7 +107,7 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """Fill the part of IMAGE that is white or painted in MASK; the rest stays.
+    """Fill what MASK marks in IMAGE, white or painted; the rest stays.
 
     In folders, photo.jpg goes with photo.png or photo_mask.png, and --output names a folder; one bad pair
     does not stop the others. PNG results keep every pixel outside the mask and its seam.

@@ -68,7 +68,8 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
             notes.append(f"{path} is CMYK: converted to sRGB {how}")
             samples, icc = _decode8(image), None
         else:
-            image.load()
+            if image.format != "TIFF":  # Pillow turns a TIFF file itself when it loads it
+                image.load()
             orientation = _orientation(image)
             samples = _decode8(image)
         indices = np.asarray(image) if image.mode == "P" else None  # upright: _decode8 turns the image itself

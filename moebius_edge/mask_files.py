@@ -48,7 +48,7 @@ def read_mask(
     """
     name = f"mask {path}"
     decoded = decode(Path(path), contents)
-    notes = list(decoded.notes)
+    notes = []  # what the decoder says of metadata and colours matters to a picture alone
     if _is_raw(decoded, picture):
         notes.append(f"{name} has the sides of the picture before its EXIF rotation: turned with it")
         decoded = _turned(decoded, picture.orientation)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from moebius_edge.errors import MoebiusError, UsageError
-from moebius_edge.imaging import Picture
+from moebius_edge.imaging import Picture, read_picture
 from moebius_edge.mask_files import MaskFile, read_mask
 from moebius_edge.mask_reading import MaskContent, check_source, read_hole
 
@@ -51,7 +51,7 @@ def test_white_on_black_of_any_mode(tmp_path: Path, mode: str) -> None:
         Image.fromarray(HOLE * np.uint8(255)).convert("RGB").convert(mode).save(path)
     hole, notes = read(path)
     np.testing.assert_array_equal(hole, HOLE)
-    assert not any("fill" in note for note in notes)
+    assert notes == ()
     np.testing.assert_array_equal(read(path, invert=True).hole, ~HOLE)
 
 
@@ -455,6 +455,16 @@ def test_a_mask_of_the_stored_picture_is_turned_with_it(tmp_path: Path, kind: st
     assert notes == (f"mask {tmp_path}/m.png has the sides of the picture before its EXIF rotation: turned with it",)
     with pytest.raises(UsageError, match="resize the mask"):
         read(tmp_path / "upright.png", (34, 21), orientation)  # it says itself how it stands
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp", "deep.png"])
+def test_pictures_know_their_orientation(tmp_path: Path, name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    mask = save(tmp_path / "m.png", HOLE * np.uint8(255))
+    dtype = np.uint16 if name == "deep.png" else np.uint8
+    picture = read_picture(save(tmp_path / name, np.zeros(HOLE.shape, dtype), exif=exif))
+    np.testing.assert_array_equal(read_mask(mask, picture).hole, np.rot90(HOLE))
 
 
 # Anything at all

@@ -329,6 +329,8 @@ REFUSED = [
     (PHOTOGRAPH, SWAPPED),
     (PHOTOGRAPH[..., 1], SWAPPED),
     (scribbled(), SWAPPED),
+    (np.asarray(Image.fromarray(PHOTOGRAPH).convert("1")), SWAPPED),
+    (np.asarray(Image.fromarray(PHOTOGRAPH).quantize(32).convert("RGB")), SWAPPED),
     (cut(PHOTOGRAPH, spot(PHOTOGRAPH)), "is a photograph of which 7% is transparent: --mask-from alpha --in"),
     (cut(PHOTOGRAPH, ~spot(PHOTOGRAPH)), "is a photograph of which 93% is transparent: --mask-from alpha --inv"),
     (

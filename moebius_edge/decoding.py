@@ -63,12 +63,15 @@ def picture_format(head: bytes) -> str | None:
 class Decoded:
     """Samples (H, W, C), uint8 or uint16, upright: C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
 
-    ``notes`` says what was changed or left out, a sentence each.
+    ``notes`` says what was changed or left out, a sentence each. ``orientation`` is the EXIF orientation that was
+    undone, at least where it swaps the sides; ``indices`` (H, W) are those of a palette picture, upright too.
     """
 
     samples: np.ndarray
     icc: bytes | None
     notes: tuple[str, ...]
+    orientation: int = 1
+    indices: np.ndarray | None = None
 
 
 def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
@@ -79,21 +82,28 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
     notes = []
     with _opened(path, contents) as (stream, image):
         icc: bytes | None = image.info.get("icc_profile")
+        stored, orientation = image.size, 1
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # in MPO the others are previews and depth maps
             notes.append(f"{path} has {frames} frames or pages: only the first is used")
         if _sample_bits(stream, image) == 16:
             samples = _decode16(stream, image)
+            if samples.shape[1::-1] != stored:  # asked only then, for asking may make Pillow decode the file as well
+                orientation = _orientation(image)
         elif image.mode == "CMYK":
             how = "without a profile" if icc is None else "by its profile"
             notes.append(f"{path} is CMYK: converted to sRGB {how}")
             samples, icc = _decode8(image), None
         else:
+            if image.format != "TIFF":  # Pillow turns a TIFF file itself when it loads it
+                image.load()
+            orientation = _orientation(image)
             samples = _decode8(image)
+        indices = np.asarray(image) if image.mode == "P" else None  # upright: _decode8 turns the image itself
     if icc is not None and icc[16:20] != (b"GRAY" if samples.shape[2] < 3 else b"RGB "):
         notes.append(f"the ICC profile of {path} does not fit its pixels: left out")
         icc = None
-    return Decoded(samples, icc, tuple(notes))
+    return Decoded(samples, icc, tuple(notes), orientation, indices)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -185,11 +195,18 @@ def _decode16(stream: BinaryIO, image: Image.Image) -> np.ndarray:
 
 
 def _upright(samples: np.ndarray, image: Image.Image | None) -> np.ndarray:
-    """Undo the EXIF orientation (1..8) of ``image``."""
-    orientation = 1
-    if image is not None:
-        with suppress(Exception):  # a damaged EXIF block says nothing on the orientation
-            orientation = image.getexif().get(_ORIENTATION, 1)
+    return upright(samples, 1 if image is None else _orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    with suppress(Exception):  # a damaged EXIF block says nothing on the orientation
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        return orientation if orientation in range(1, 9) else 1
+    return 1
+
+
+def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         samples = samples.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,4 +1,4 @@
-"""Pictures and masks from files and to files: upright, in their own depth, with alpha and ICC profile.
+"""Pictures from files and to files: upright, in their own depth, with alpha and ICC profile.
 
 Of the metadata only the ICC profile is kept: EXIF may hold a thumbnail that still shows what was removed.
 Nothing here knows of networks or regions, and how a file is decoded is ``decoding``'s business.
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from .decoding import MAX_PIXELS, decode
 from .errors import UsageError
 from .files import atomic_write
-from .masks import Mask, latent_mask, threshold
-from .masks import dilate as dilated
 from .png_tiff import write_png, write_tiff
 
 __all__ = [
@@ -28,8 +25,6 @@ __all__ = [
     "OUTPUT_FORMATS",
     "Picture",
     "check_output",
-    "latent_mask",
-    "read_mask",
     "read_picture",
     "write_picture",
 ]
@@ -51,12 +46,14 @@ class Picture:
         alpha: (H, W) of the same type, or None. Colours are not multiplied by it.
         icc: the ICC profile the pixels are meant in, or None.
         notes: what the reader changed or left out, a sentence each.
+        orientation: the EXIF orientation that the reader undid; a mask may have been drawn before that.
     """
 
     pixels: np.ndarray
     alpha: np.ndarray | None = None
     icc: bytes | None = None
     notes: tuple[str, ...] = field(default=())
+    orientation: int = 1
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 3 or self.pixels.shape[2] not in (1, 3) or 0 in self.pixels.shape:
@@ -114,41 +111,8 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
     """
     decoded = decode(Path(path), contents)
-    return Picture.from_array(decoded.samples, decoded.icc, decoded.notes)
-
-
-def read_mask(
-    path: str | os.PathLike[str],
-    size: tuple[int, int],
-    invert: bool = False,
-    dilate: float = 0,
-    contents: BinaryIO | None = None,
-) -> Mask:
-    """Read a mask file of any kind ``read_picture`` reads: bool (H, W), True (white) where to fill.
-
-    White means brightness (ITU-R BT.601) above half. With alpha: where it varies while all that is visible
-    has one colour, as of strokes on a transparent layer, the alpha alone is the mask, opaque fills; else what
-    is transparent counts as black.
-
-    Args:
-        size: (width, height) of the picture, which the mask must have once both are upright.
-        invert: black fills instead of white.
-        dilate: grow the part to fill by so many pixels, after inverting.
-        contents: as for ``read_picture``.
-
-    Raises:
-        MachineError, UsageError: as ``read_picture``; sizes that differ; a mask with one dim value (see
-            ``masks.threshold``); ``dilate`` below 0.
-    """
-    picture = read_picture(path, contents)
-    if picture.size != size:
-        (width, height), (mask_width, mask_height) = size, picture.size
-        raise UsageError(
-            f"mask {path} is {mask_width}x{mask_height} and the picture is {width}x{height}: "
-            f"resize the mask to {width}x{height}"
-        )
-    mask = threshold(_brightness(picture), f"mask {path}")
-    return dilated(~mask if invert else mask, dilate)
+    picture = Picture.from_array(decoded.samples, decoded.icc, decoded.notes)
+    return replace(picture, orientation=decoded.orientation)
 
 
 def check_output(path: str | os.PathLike[str], picture: Picture) -> str:
@@ -216,16 +180,3 @@ def _encoded(form: str, picture: Picture) -> bytes:
         icc = picture.icc if picture.pixels.shape[2] == 3 else None  # a profile for grey does not fit RGB
         image.save(buffer, form, lossless=True, exact=True, quality=40, method=2, icc_profile=icc)
     return buffer.getvalue()
-
-
-def _brightness(picture: Picture) -> np.ndarray:
-    """What of a mask file is thresholded, (H, W): see ``read_mask``."""
-    pixels, alpha = picture.pixels, picture.alpha
-    grey = pixels[..., 0] if pixels.shape[2] == 1 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    if alpha is None:
-        return grey
-    visible = pixels[alpha > 0]
-    if alpha.min() < alpha.max() and (visible == visible[0]).all():
-        return alpha
-    white = np.iinfo(pixels.dtype).max
-    return (grey.astype(np.float32) * alpha / white).round().astype(pixels.dtype)

@@ -1,6 +1,6 @@
 """Masks: which pixels to fill, from any array of brightness; grown; and brought to the latent grid.
 
-A mask is a bool array (H, W), True where the picture is to be filled. Files are read by ``imaging``.
+A mask is a bool array (H, W), True where the picture is to be filled. Files are read by ``mask_files``.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import numpy.typing as npt
 from .errors import UsageError
 
 Mask = npt.NDArray[np.bool_]
+FAINT = 1 / 16  # of white: several values below are the noise of a black mask, as JPEG leaves it
 
 
 def threshold(values: np.ndarray, name: str = "mask") -> Mask:
-    """True above half of the type's range: 127 of 255, 32767 of 65535, 0.5 for floats; bool stays.
+    """True where ``values`` are above half of white, which is 255, 65535, or 1 for floats; bool stays as it is.
+
+    Where nothing is above half, as in a mask of 0 and 1 or one painted with a translucent brush, half of the
+    brightest value counts instead. Signed integers need one value besides 0, for they have no white.
 
     Args:
-        values: brightness (H, W) or (H, W, 1); bool, uint8, uint16 or float.
+        values: brightness (H, W) or (H, W, 1); bool, integer or float.
         name: what to call the mask in an error.
 
     Raises:
-        UsageError: another type or shape, a value that is not finite, or a mask whose only value besides
-            black is at most half, as of one that marks the hole with 1: it would silently fill nothing.
+        UsageError: another type or shape, a value that is not finite, or an integer type with more values.
     """
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
@@ -31,22 +34,21 @@ def threshold(values: np.ndarray, name: str = "mask") -> Mask:
         raise UsageError(f"{name} has shape {values.shape}: give one value a pixel, (height, width)")
     if values.dtype == np.bool_:
         return values
+    brightest = values.max(initial=0) if values.dtype.kind in "uif" else 0
     if values.dtype in (np.uint8, np.uint16):
         white = float(np.iinfo(values.dtype).max)
     elif np.issubdtype(values.dtype, np.floating):
         white = 1.0
         if not np.isfinite(values).all():
             raise UsageError(f"{name} has values that are not finite: give numbers from 0 to 1")
+    elif values.dtype.kind in "ui" and ((values == 0) | (values == brightest)).all():
+        return np.asarray(values > 0)
     else:
         raise UsageError(f"{name} has type {values.dtype}: convert it to bool, or to uint8 with white as 255")
-    filled = values > white / 2
-    brightest = values.max(initial=0)
-    if 0 < brightest <= white / 2 and not ((values > 0) & (values < brightest)).any():
-        raise UsageError(
-            f"{name} fills nothing: white ({white:g}) fills, and its brightest value is {brightest:g}; "
-            "scale it so that the part to fill is white"
-        )
-    return filled
+    if 0 < brightest <= white / 2:
+        one_value = not ((values > 0) & (values < brightest)).any()
+        white = float(brightest) if one_value or brightest > FAINT * white else white
+    return np.asarray(values > white / 2)
 
 
 def bounds(mask: Mask) -> tuple[int, int, int, int] | None:

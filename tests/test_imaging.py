@@ -1,4 +1,4 @@
-"""Pictures and masks as people have them: any depth, mode, orientation and profile, and any damage."""
+"""Pictures as people have them: any depth, mode, orientation and profile, and any damage."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from moebius_edge.errors import MachineError, MoebiusError, UsageError
-from moebius_edge.imaging import MAX_PIXELS, Picture, check_output, read_mask, read_picture, write_picture
+from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.imaging import MAX_PIXELS, Picture, check_output, read_picture, write_picture
 from moebius_edge.png_tiff import write_png, write_tiff
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -441,104 +441,3 @@ def test_pictures_from_arrays() -> None:
             Picture.from_array(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="does not fit the pixels"):
         Picture(np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), np.uint8))
-
-
-# Masks
-
-HOLE = np.zeros((21, 34), bool)
-HOLE[4:12, 5:20] = True
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_masks_of_any_mode(tmp_path: Path, mode: str) -> None:
-    white = Image.fromarray(HOLE * np.uint8(255))
-    path = tmp_path / ("mask.jpg" if mode == "CMYK" else "mask.png")
-    if mode == "I;16":
-        Image.fromarray(HOLE * np.uint16(65535)).save(path)
-    else:
-        white.convert("RGB").convert(mode).save(path)
-    np.testing.assert_array_equal(read_mask(path, (34, 21)), HOLE)
-    np.testing.assert_array_equal(read_mask(path, (34, 21), invert=True), ~HOLE)
-
-
-@pytest.mark.parametrize(("dtype", "half"), [(np.uint8, 128), (np.uint16, 32768)])
-def test_the_threshold_is_at_half(tmp_path: Path, dtype: type, half: int) -> None:
-    ramp = np.array([[0, half - 1, half, np.iinfo(dtype).max]], dtype)
-    save(tmp_path / "m.png", ramp)
-    assert read_mask(tmp_path / "m.png", (4, 1)).tolist() == [[False, False, True, True]]
-
-
-def test_an_antialiased_edge_moves_by_less_than_a_pixel(tmp_path: Path) -> None:
-    y, x = np.mgrid[:64, :64] - 31.5
-    soft = np.clip(20.5 - np.hypot(x, y), 0, 1) * 255
-    save(tmp_path / "m.png", soft.round().astype(np.uint8))
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", (64, 64)), np.hypot(x, y) < 20)
-
-
-@pytest.mark.parametrize("stroke", [(0, 0, 0), (255, 255, 255), (200, 30, 30)])
-def test_strokes_on_a_transparent_layer(tmp_path: Path, stroke: tuple[int, int, int]) -> None:
-    """One visible colour, whatever it is; the invisible pixels hold anything."""
-    layer = samples(4)
-    layer[..., 3] = HOLE * 255
-    layer[HOLE, :3] = stroke
-    save(tmp_path / "m.png", layer)
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", (34, 21)), HOLE)
-
-
-def test_alpha_otherwise_counts_as_black(tmp_path: Path) -> None:
-    painted = np.zeros((21, 34, 4), np.uint8)
-    painted[..., 3] = 255
-    painted[HOLE, :3] = 255
-    save(tmp_path / "opaque.png", painted)
-    np.testing.assert_array_equal(read_mask(tmp_path / "opaque.png", (34, 21)), HOLE)
-    painted[:8, :, 3] = 0  # two visible colours remain, black and white
-    save(tmp_path / "cut.png", painted)
-    visible = HOLE.copy()
-    visible[:8] = False
-    np.testing.assert_array_equal(read_mask(tmp_path / "cut.png", (34, 21)), visible)
-    save(tmp_path / "clear.png", np.zeros((21, 34, 4), np.uint8))
-    assert not read_mask(tmp_path / "clear.png", (34, 21)).any()
-
-
-def test_a_mask_of_another_size_names_both(tmp_path: Path) -> None:
-    save(tmp_path / "m.png", HOLE * np.uint8(255))
-    expected = r"mask .*m\.png is 34x21 and the picture is 21x34: resize the mask to 21x34"
-    with pytest.raises(UsageError, match=expected):
-        read_mask(tmp_path / "m.png", (21, 34))
-
-
-def test_sizes_are_compared_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save(tmp_path / "m.png", HOLE * np.uint8(255), exif=exif)
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", (21, 34)), np.rot90(HOLE, -1))
-
-
-def test_a_mask_of_zeros_and_ones_is_an_error_and_a_black_one_is_not(tmp_path: Path) -> None:
-    save(tmp_path / "labels.png", HOLE.astype(np.uint8))
-    with pytest.raises(UsageError, match=r"labels\.png fills nothing: white \(255\) fills, .* brightest value is 1;"):
-        read_mask(tmp_path / "labels.png", (34, 21))
-    save(tmp_path / "black.png", np.zeros((21, 34), np.uint8))
-    assert not read_mask(tmp_path / "black.png", (34, 21)).any()
-    noisy = np.random.default_rng(0).integers(0, 6, (21, 34), dtype=np.uint8)  # black, saved as JPEG
-    save(tmp_path / "noisy.png", noisy)
-    assert not read_mask(tmp_path / "noisy.png", (34, 21)).any()
-
-
-def test_dilate_grows_by_a_disc_after_inverting(tmp_path: Path) -> None:
-    mask = np.zeros((41, 41), np.uint8)
-    mask[20, 20] = 255
-    save(tmp_path / "m.png", mask)
-    y, x = np.mgrid[:41, :41] - 20
-    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", (41, 41), dilate=7), np.hypot(x, y) <= 7)
-    save(tmp_path / "inverse.png", 255 - mask)
-    inverse = read_mask(tmp_path / "inverse.png", (41, 41), invert=True, dilate=7)
-    np.testing.assert_array_equal(inverse, np.hypot(x, y) <= 7)
-    assert read_mask(tmp_path / "m.png", (41, 41), dilate=1000).all()
-    with pytest.raises(UsageError, match="mask-dilate is -1: give 0 or more pixels"):
-        read_mask(tmp_path / "m.png", (41, 41), dilate=-1)
-
-
-def test_errors_of_masks_are_those_of_pictures(tmp_path: Path) -> None:
-    with pytest.raises(MoebiusError, match="there is no picture"):
-        read_mask(tmp_path / "gone.png", (1, 1))

@@ -17,6 +17,17 @@ from moebius_edge.masks import bounds, dilate, distance_outside, latent_mask, th
         (np.array([[32767, 32768]], np.uint16), [False, True]),
         (np.array([[0.5, 0.51]]), [False, True]),
         (np.array([[[0], [255]]], np.uint8), [False, True]),
+        (np.array([[0, 1]], np.uint8), [False, True]),
+        (np.array([[0, 1]]), [False, True]),
+        (np.array([[0, 300]], np.uint16), [False, True]),
+        (np.array([[0, 7]], np.int32), [False, True]),
+        (np.array([[0, 0]]), [False, False]),
+        (np.array([[0, 0.001]], np.float32), [False, True]),
+        (np.array([[0, 10, 40, 102]], np.uint8), [False, False, False, True]),  # a soft brush at 40%
+        (np.array([[0, 60, 102]], np.uint8), [False, True, True]),
+        (np.array([[0, 3, 5]], np.uint8), [False, False, False]),  # black, saved as JPEG
+        (np.array([[0, 100, 255]], np.uint8), [False, False, True]),
+        (np.array([[0.0, 254.0, 255.0]]), [False, True, True]),
     ],
 )
 def test_threshold(values: np.ndarray, expected: list[bool]) -> None:
@@ -26,13 +37,10 @@ def test_threshold(values: np.ndarray, expected: list[bool]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            np.array([[0, 1]], np.uint8),
-            r"mask fills nothing: white \(255\) fills, and its brightest value is 1;",
-        ),
-        (np.array([[0, 300]], np.uint16), r"white \(65535\) fills, and its brightest value is 300"),
         (np.array([[0.0, np.nan]]), "values that are not finite"),
-        (np.zeros((2, 2), np.int64), "type int64: convert it to bool"),
+        (np.array([[0, 1, 2]]), "type int64: convert it to bool"),
+        (np.array([[-1, 0]]), "type int64: convert it to bool"),
+        (np.array([["a"]]), "type <U1: convert it to bool"),
         (np.zeros((2, 2, 3), np.uint8), r"shape \(2, 2, 3\): give one value a pixel"),
     ],
 )

@@ -304,7 +304,45 @@ def test_masks_inverted_dilated_and_empty(here: Path, toy: Path, capsys: Capture
     assert (np.asarray(Image.open("same.png")) == original).all()
 
     assert run(toy, "photo.png", "empty.png", "-o", "all.png", "--invert-mask") == 0
-    assert "mask covers 100% of the image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "mask covers 100% of the image" in said and "leave out --invert-mask if white marks the hole" in said
+
+
+def test_what_marks_the_hole_is_found_out_or_chosen(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    mask = np.asarray(Image.open(here / "photo_mask.png"))
+    Image.fromarray(np.dstack([mask, mask * 0, mask * 0])).save(here / "red.png")
+    assert run(toy, "photo.png", "photo_mask.png", "-o", "white.png") == 0
+    capsys.readouterr()
+    assert run(toy, "photo.png", "red.png", "-o", "red_filled.png", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)["results"]
+    assert entry["notes"] == ["mask red.png has red (#ff0000) strokes on black (#000000): the strokes are filled"]
+    labels = mask // 255 + np.uint8(2) * (np.arange(96) < 20).astype(np.uint8)
+    Image.fromarray(labels).save(here / "labels.png")
+    message = "has 3 grey levels, 0, 1 and 2: --mask-from index:N fills one"
+    refused(2, message, here, toy, capsys, "photo.png", "labels.png")
+    assert run(toy, "photo.png", "labels.png", "-o", "label.png", "--mask-from", "index:1") == 0
+    assert len({(here / name).read_bytes() for name in ("white.png", "red_filled.png", "label.png")}) == 1
+    capsys.readouterr()
+    message = "--mask-from purple is unknown: choose alpha, luma, red, green, blue, or index:N"
+    refused(2, message, here, toy, capsys, "photo.png", "labels.png", "--mask-from", "purple")
+
+
+def test_swapped_arguments_are_recognised(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    refused(2, "are IMAGE and MASK swapped?", here, toy, capsys, "photo_mask.png", "photo.png")
+
+
+def test_a_mask_of_the_picture_before_its_rotation(here: Path, toy: Path, capsys: Captured) -> None:
+    write_pair(here)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(here / "photo.png").save(here / "turned.png", exif=exif)
+    assert run(toy, "turned.png", "photo_mask.png", "-o", "out.png") == 0
+    assert "has the sides of the picture before its EXIF rotation: turned with it" in capsys.readouterr().err
+    original, result = (np.asarray(Image.open(here / name)) for name in ("photo.png", "out.png"))
+    hole = np.rot90(np.asarray(Image.open(here / "photo_mask.png")) > 0, -1)
+    assert (np.rot90(original, -1) != result).any(axis=-1)[hole].mean() > 0.9
 
 
 def test_the_same_command_gives_the_same_bytes(here: Path, toy: Path, capsys: Captured) -> None:

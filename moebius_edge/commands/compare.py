@@ -41,6 +41,10 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the noise, and of the drawn scene.")] = SEED,
     image: Annotated[Path | None, typer.Option(metavar="IMAGE", help="A photograph; default a drawn scene.")] = None,
     mask: Annotated[Path | None, typer.Option(metavar="MASK", help="Its mask: white is filled.")] = None,
+    mask_from: Annotated[
+        str | None,
+        typer.Option(metavar="alpha|luma|red|green|blue|index:N", help="What of MASK marks the hole, as of run."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Compare two bundles, or two runtimes, on the same noise.
@@ -64,7 +68,7 @@ def compare(
         )
     guides = _guides(bundles, guidance)
     check_cache_interval(cache_interval, second)
-    scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, first.resolution)
+    scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, first.resolution, mask_from)
     # Both are made before either runs: a wrong name must not wait for the other side's minutes.
     choices = ((runtime_a, device_a), (runtime_b, device_b))
     runtimes = [create_runtime(name, b, device) for b, (name, device) in zip(bundles, choices, strict=True)]
@@ -112,17 +116,18 @@ def _guides(bundles: tuple[Bundle, Bundle], chosen: float | None) -> list[Guidan
     return [choose_guidance(next(iter(known), None) if chosen is None else chosen, g) for g in distilled]
 
 
-def _scene(image: Path, mask: Path, resolution: int) -> tuple[Scene, list[str]]:
+def _scene(image: Path, mask: Path, resolution: int, mask_from: str | None) -> tuple[Scene, list[str]]:
     """The picture's part with the largest hole as the network sees it, and what the user should know."""
-    from ..imaging import read_mask, read_picture
+    from ..imaging import read_picture
+    from ..mask_files import read_mask
     from ..trajectory import cut_scene
 
     picture = read_picture(image)
-    hole = read_mask(mask, picture.size)
+    hole, mask_notes = read_mask(mask, picture, source=mask_from)
     if not hole.any():
         raise UsageError(f"mask {mask} is empty, nothing would be filled: white must mark the hole")
     scene, windows = cut_scene(picture.pixels, hole, resolution)
-    notes = list(picture.notes)
+    notes = [*picture.notes, *mask_notes]
     if windows > 1:
         notes.append(f"{mask} takes {windows} windows of the picture: the one that fills most is compared")
     return scene, notes

@@ -59,7 +59,7 @@ def _interval(text: str) -> tuple[int, int]:
 
 def run(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph, or a folder of them.")],
-    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Its mask, or a folder: white is filled.")],
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Its mask, or a folder: white, or strokes, are filled.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="PATH", help="Result; default IMAGE_inpainted.png here."),
@@ -99,6 +99,10 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same result.")] = 0,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Fill black instead of white.")] = False,
+    mask_from: Annotated[
+        str | None,
+        typer.Option(metavar="alpha|luma|red|green|blue|index:N", help="What of MASK marks the hole."),
+    ] = None,
     mask_dilate: Annotated[float, typer.Option(min=0.0, metavar="PX", help="Grow the mask by PX pixels.")] = 0,
     feather: Annotated[
         float | None, typer.Option(min=0.0, metavar="PX", help="Width of the seam round the mask.")
@@ -119,11 +123,15 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """Fill the white part of MASK in IMAGE; the rest stays.
+    """Fill what MASK marks in IMAGE, white or painted; the rest stays.
 
     In folders, photo.jpg goes with photo.png or photo_mask.png, and --output names a folder; one bad pair
     does not stop the others. PNG results keep every pixel outside the mask and its seam.
     """
+    if mask_from is not None:
+        from ..mask_reading import check_source
+
+        check_source(mask_from)
     planned = plan(image, mask, output, recursive, pair_by is PairBy.order)
     jobs = planned.jobs
     if latency_report is not None:
@@ -147,7 +155,7 @@ def run(
         runtime,
         device,
         settings={name: value for name, value in chosen.items() if value is not None},
-        mask_options={"invert": invert_mask, "dilate": mask_dilate},
+        mask_options={"invert": invert_mask, "dilate": mask_dilate, "source": mask_from},
         preset=None if preset is None else preset.value,
     )
     batch = image.is_dir()

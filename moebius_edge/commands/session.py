@@ -56,7 +56,8 @@ class Session:
         The picture is read before the model is opened: of two mistakes the cheap one is reported first.
         """
         assert job.mask is not None, "a job without a mask has nothing to process"
-        from ..imaging import check_output, read_mask, read_picture, write_picture
+        from ..imaging import check_output, read_picture, write_picture
+        from ..mask_files import read_mask
 
         with console.progress() as update:
 
@@ -75,7 +76,7 @@ class Session:
             with self.timer.measure("read"):
                 picture = read_picture(job.image)
                 check_output(job.output, picture)
-                hole = read_mask(job.mask, picture.size, **self._mask_options)
+                hole, mask_notes = read_mask(job.mask, picture, **self._mask_options)
             inpainter = self._inpainter or self._open()
             result = inpainter.inpaint(
                 picture, hole, on_plan=on_plan, on_step=on_step, timer=self.timer, **self._settings
@@ -89,7 +90,7 @@ class Session:
             "mask": str(job.mask),
             "output": str(job.output),
             "settings": {"preset": self._preset, **result.settings},
-            "notes": [*result.notes, *written],
+            "notes": [*mask_notes, *result.notes, *written],
         }
 
     def _open(self) -> Inpainter:

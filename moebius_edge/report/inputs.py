@@ -12,7 +12,8 @@ import numpy as np
 
 from ..errors import MachineError, UsageError
 from ..files import sha256_file
-from ..imaging import Picture, read_mask, read_picture, write_picture
+from ..imaging import Picture, read_picture, write_picture
+from ..mask_files import read_mask
 from ..masks import Mask
 from .results import PICTURES_FOLDER, shown_stem
 
@@ -85,7 +86,7 @@ def load_input(source: Input) -> Loaded:
         UsageError, MachineError: as ``read_picture`` and ``read_mask``; an empty mask, or a truth of another size.
     """
     picture = read_picture(source.image)
-    hole = read_mask(source.mask, picture.size)
+    hole = read_mask(source.mask, picture).hole
     if not hole.any():
         raise UsageError(f"mask {source.mask} is empty, nothing would be filled: give one with a white part")
     truth = None

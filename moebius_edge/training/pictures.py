@@ -14,7 +14,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from ..errors import MachineError, UsageError
-from ..imaging import Picture, read_mask, read_picture
+from ..imaging import Picture, read_picture
+from ..mask_files import read_mask
 
 SMALLEST_SIDE = 8  # pixels: one cell of the latent grid
 
@@ -85,8 +86,8 @@ class Pictures:
         16 bits are rounded to 8, grey becomes three equal channels, alpha and ICC profile are left out.
 
         Raises:
-            MachineError, UsageError: as ``imaging.read_picture`` and ``read_mask``; also for a picture of which a
-                side is below ``SMALLEST_SIDE``, and for a mask that fills nothing, or everything.
+            MachineError, UsageError: as ``imaging.read_picture`` and ``mask_files.read_mask``; also for a picture of
+                which a side is below ``SMALLEST_SIDE``, and for a mask that fills nothing, or everything.
         """
         place, given = self.pictures[i], self.masks[i]
         picture = read_picture(place.shown, place.contents())
@@ -95,7 +96,7 @@ class Pictures:
             raise UsageError(f"picture {place.shown} is {width}x{height}: give at least {SMALLEST_SIDE} pixels a side")
         if given is None:
             return _rgb8(picture), None
-        mask = read_mask(given.shown, picture.size, contents=given.contents())
+        mask = read_mask(given.shown, picture, contents=given.contents()).hole
         if not mask.any():
             raise UsageError(f"mask {given.shown} is all black, it fills nothing: mark the hole white")
         if mask.all():

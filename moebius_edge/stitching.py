@@ -121,8 +121,8 @@ def seam(filled: Mask, feather: float, hole: Mask | None = None) -> Floats:
             the seam is about as wide as half of that. The width at a pixel of the hole is that of the largest disc in
             the hole that covers it, of radii falling by √2 from ``feather`` on.
     """
-    if hole is None:
-        return np.maximum(filled, _falloff(filled, feather))
+    if hole is None or hole.all():  # a hole without an edge has no thickness
+        return _falloff(filled, feather)
     alpha = filled.astype(np.float32)
     depth = distance_outside(~hole)  # from a pixel's centre to that of the nearest pixel beyond: half a pixel too much
     width = feather

@@ -245,6 +245,11 @@ def test_the_seam_is_as_wide_as_half_the_hole_at_that_place() -> None:
     assert np.abs(np.diff(alpha[70])).max() < 0.35, "and it goes from one to the other without a step"
 
 
+def test_a_hole_over_all_of_the_picture_has_no_seam() -> None:
+    whole = np.ones((30, 40), bool)
+    assert (seam(whole, 4, whole) == 1).all()
+
+
 def test_the_seam_of_a_part_takes_its_width_from_the_whole_hole() -> None:
     mask = boxes(100, 100, (30, 10, 40, 80))
     sliver = mask.copy()

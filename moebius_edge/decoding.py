@@ -16,20 +16,52 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 from .errors import MachineError, UsageError
 from .png_tiff import Unreadable, decode_png16, decode_tiff16, png_chunks
 
 MAX_PIXELS = 250_000_000  # above the largest camera sensors (200 MP), below what a hostile header would claim
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")  # none of these starts another program
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")  # what a folder is searched for
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "JPEG2000")  # none of these starts another program
+_SUFFIXES = {  # by format
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpx"),
+}
+SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)  # what a folder is searched for
 _ORIENTATION = 0x0112  # EXIF tag
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La"), "L"),
     **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"), "RGB"),
 }
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
 _pillow_limit = threading.Lock()
+
+
+def picture_format(head: bytes) -> str | None:
+    """The member of ``FORMATS`` that a file with these first bytes (32 are enough) is in, whatever its name."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head[4:8] == b"ftyp" and (head[8:12] in (b"avif", b"avis") or b"avif" in head[16:32]):
+        return "AVIF"
+    if head.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")):
+        return "JPEG2000"
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +120,20 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, I
     """The file and its header; what goes wrong with the contents in the block becomes a ``UsageError``."""
     with _open(path) if contents is None else contents as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's: on sizes, which are checked here, and on odd metadata
-        head = stream.read(16)
+        head = stream.read(32)
         if not head:
             raise UsageError(f"picture {path} is empty (0 bytes): copy it again")
         stream.seek(0)
+        form = picture_format(head)
+        if form is None:
+            raise UsageError(
+                f"{path} is not a picture of a known kind, or its header is damaged (it begins "
+                f"with {head[:16]!r}): convert it to PNG, JPEG, TIFF, WebP, BMP or GIF"
+            )
+        if form == "AVIF" and not features.check("avif"):
+            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `pip install 'pillow>=11.3'`")
         try:
-            image = _header(stream)
+            image = _header(stream, form)
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UsageError(
@@ -104,10 +144,7 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, I
         except UsageError:
             raise
         except UnidentifiedImageError:
-            raise UsageError(
-                f"{path} is not a picture of a known kind, or its header is damaged (it begins "
-                f"with {head!r}): convert it to PNG, JPEG, TIFF, WebP, BMP or GIF"
-            ) from None
+            raise UsageError(f"the header of {form} picture {path} is damaged: copy it again") from None
         except Unreadable as error:
             raise UsageError(f"cannot read picture {path}: {error}: copy or save it again") from None
         except MemoryError:
@@ -117,12 +154,12 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, I
             raise UsageError(f"picture {path} is truncated or damaged ({reason}): copy it again") from None
 
 
-def _header(stream: BinaryIO) -> Image.Image:
+def _header(stream: BinaryIO, form: str) -> Image.Image:
     """Open without Pillow's own limit on the size, which is lower than some cameras' and names no size."""
     with _pillow_limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(stream, formats=FORMATS)
+            return Image.open(stream, formats=[form])
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -1,12 +1,14 @@
 """From a picture file to upright samples in the file's own depth, without loss and without surprises.
 
-Pillow reads headers and 8-bit files, ``png_tiff`` the 16-bit ones. Whatever is wrong with a file becomes an
-error of one line. What the samples mean to the program (``Picture``, masks) is ``imaging``'s business.
+``containers`` takes the first picture out of a file, Pillow decodes those of 8 bits and OpenCV those of 16. Whatever
+is wrong with a file becomes an error of one line. What the samples mean to the program (``Picture``, masks) is
+``imaging``'s business.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,12 +18,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
-from .errors import MachineError, UsageError
-from .png_tiff import Unreadable, decode_png16, decode_tiff16, png_chunks
+from .containers import JPEG_END, MAX_PIXELS, FirstPicture, TooLarge, check_size, first_picture, png_is_complete
+from .errors import MachineError, MoebiusError, UsageError
+from .metadata import Metadata, fits, is_profile, plausible_dpi, set_size, take_orientation, take_resolution
+from .png_tiff import Unreadable, decode16, decode_png16, decode_with_opencv
+from .tiff_page import first_page
 
-MAX_PIXELS = 250_000_000  # above the largest camera sensors (200 MP), below what a hostile header would claim
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "JPEG2000")  # none of these starts another program
 _SUFFIXES = {  # by format
     "PNG": (".png", ".apng"),
@@ -34,13 +38,17 @@ _SUFFIXES = {  # by format
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpx"),
 }
 SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)  # what a folder is searched for
-_ORIENTATION = 0x0112  # EXIF tag
+# What these decoders take in memory and time for a pixel is a multiple of the others'.
+_MAX_PIXELS = {"WEBP": 70_000_000, "AVIF": 70_000_000, "JPEG2000": 70_000_000}
+_WITH_PILLOWS_METADATA = ("WEBP", "BMP", "AVIF", "JPEG2000")
+_COPIED_PIXELS = 1 << 20  # at a time
+_NOISE = bytes((73 * i + i // 7) % 251 for i in range(4096))  # decodes to anything but a blank
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La"), "L"),
     **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"), "RGB"),
 }
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
-_pillow_limit = threading.Lock()
+_process_state = threading.Lock()  # held while Pillow's limit or stderr is changed
 
 
 def picture_format(head: bytes) -> str | None:
@@ -72,7 +80,7 @@ class Decoded:
     """
 
     samples: np.ndarray
-    icc: bytes | None
+    metadata: Metadata
     notes: tuple[str, ...]
 
 
@@ -81,24 +89,33 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
 
     ``imaging.read_picture`` says what becomes of each kind.
     """
-    notes = []
-    with _opened(path, contents) as (stream, image):
-        icc: bytes | None = image.info.get("icc_profile")
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # in MPO the others are previews and depth maps
-            notes.append(f"{path} has {frames} frames or pages: only the first is used")
-        if _sample_bits(stream, image) == 16:
-            samples = _decode16(stream, image)
-        elif image.mode == "CMYK":
-            how = "without a profile" if icc is None else "by its profile"
-            notes.append(f"{path} is CMYK: converted to sRGB {how}")
-            samples, icc = _decode8(image), None
+    with _opened(path, contents) as (stream, form):
+        first = first_page(stream) if form == "TIFF" else first_picture(form, stream)
+        image = _header(first, form)
+        check_size(*image.size, _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else "")
+        if form in _WITH_PILLOWS_METADATA:
+            _take_metadata(first, image)
+        notes = _notes(first, form)
+        orientation = take_orientation(first.exif)
+        dpi = take_resolution(first.exif) or first.dpi
+        if first.bits == 16 and form in ("PNG", "TIFF"):
+            samples = _decode16(first, form)
         else:
-            samples = _decode8(image)
-    if icc is not None and icc[16:20] != (b"GRAY" if samples.shape[2] < 3 else b"RGB "):
-        notes.append(f"the ICC profile of {path} does not fit its pixels: left out")
+            samples = _decode8(first, image, form, notes)
+        if first.bits > 8 * samples.itemsize:
+            notes.append(f"has {first.bits} bits a sample, of which {8 * samples.itemsize} are read")
+        samples = _upright(samples, orientation)
+    icc = first.icc
+    if image.mode == "CMYK":
         icc = None
-    return Decoded(samples, icc, tuple(notes))
+    elif icc is not None and not fits(icc, samples.shape[2]):
+        notes.append("has an ICC profile that is damaged or does not fit its pixels: left out")
+        icc = None
+    if dpi is not None and orientation > 4:
+        dpi = dpi[::-1]
+    set_size(first.exif, samples.shape[1], samples.shape[0])
+    metadata = Metadata(icc, dpi, tuple(first.png_colour), first.exif)
+    return Decoded(samples, metadata, tuple(f"{path} {note}" for note in notes))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -116,8 +133,8 @@ def _open(path: Path) -> BinaryIO:
 
 
 @contextmanager
-def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """The file and its header; what goes wrong with the contents in the block becomes a ``UsageError``."""
+def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, str]]:
+    """The file and its format; what goes wrong with the contents in the block becomes a ``UsageError``."""
     with _open(path) if contents is None else contents as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's: on sizes, which are checked here, and on odd metadata
         head = stream.read(32)
@@ -131,20 +148,16 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, I
                 f"with {head[:16]!r}): convert it to PNG, JPEG, TIFF, WebP, BMP or GIF"
             )
         if form == "AVIF" and not features.check("avif"):
-            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `pip install 'pillow>=11.3'`")
+            command = "pip install 'pillow>=11.3'"
+            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `{command}`")
         try:
-            image = _header(stream, form)
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UsageError(
-                    f"picture {path} is {width}x{height}, {width * height / 1e6:.0f} megapixels: at most "
-                    f"{MAX_PIXELS / 1e6:.0f} are read; scale it down or cut it first"
-                )
-            yield stream, image
-        except UsageError:
+            yield stream, form
+        except MoebiusError:
             raise
         except UnidentifiedImageError:
             raise UsageError(f"the header of {form} picture {path} is damaged: copy it again") from None
+        except TooLarge as error:
+            raise UsageError(f"picture {path} is {error}; scale it down or cut it first") from None
         except Unreadable as error:
             raise UsageError(f"cannot read picture {path}: {error}: copy or save it again") from None
         except MemoryError:
@@ -154,52 +167,158 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, I
             raise UsageError(f"picture {path} is truncated or damaged ({reason}): copy it again") from None
 
 
-def _header(stream: BinaryIO, form: str) -> Image.Image:
+def _header(first: FirstPicture, form: str) -> Image.Image:
     """Open without Pillow's own limit on the size, which is lower than some cameras' and names no size."""
-    with _pillow_limit:
+    first.file.seek(0)
+    with _process_state:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(stream, formats=[form])
+            return Image.open(first.file, formats=[form])
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _sample_bits(stream: BinaryIO, image: Image.Image) -> int:
-    """8 or 16: how the samples are to be read. Kinds that would silently lose depth are refused."""
-    bits: set[int] = {8}
-    if image.format == "PNG":
-        place = stream.tell()  # Pillow goes on reading from here
-        stream.seek(24)
-        bits = set(stream.read(1))
-        stream.seek(place)
-    elif image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        bits = set(tags.get(258, (1,)))
-        integer, interleaved = set(tags.get(339, (1,))) == {1}, tags.get(284, 1) == 1
-        plain = tags.get(262) in (1, 2) and 1 not in tags.get(338, ())  # grey or RGB, alpha not multiplied in
-        if not integer or (bits == {16} and not (interleaved and plain)) or not bits <= {1, 2, 4, 8, 16}:
-            kind = f"TIFF with {max(bits)}-bit samples of this kind"
-            raise Unreadable(f"{kind} is not supported, grey and RGB of 8 or 16 bits are")
-    return max(bits)
+def _take_metadata(first: FirstPicture, image: Image.Image) -> None:
+    """Fill in what Pillow says of a format that ``containers`` does not take apart."""
+    first.icc = first.icc or image.info.get("icc_profile")
+    if exif := image.info.get("exif"):
+        first.take_exif(exif)
+    if dpi := image.info.get("dpi"):
+        first.dpi = plausible_dpi(*dpi)
+    first.xmp = "xmp" in image.info
+    first.several = getattr(image, "n_frames", 1) > 1
 
 
-def _decode16(stream: BinaryIO, image: Image.Image) -> np.ndarray:
-    """Samples (H, W, 1 to 4), uint16, upright."""
-    stream.seek(0)
-    data = stream.read()
-    if image.format == "PNG":
-        # Asking Pillow for EXIF decodes a PNG that has none, so look first.
-        has_exif = b"eXIf" in png_chunks(data) or "Raw profile type exif" in image.info
-        return _upright(decode_png16(data), image if has_exif else None)
-    return _upright(decode_tiff16(data), image)
+def _notes(first: FirstPicture, form: str) -> list[str]:
+    notes = list(first.notes)
+    if first.several:
+        notes.append("has more frames or pages than one: only the first is used")
+    if not first.ended:
+        notes.append(f"lacks the mark that ends a {form} file: its pixels are all there")
+    if not first.exif_sound:
+        notes.append("has damaged EXIF metadata: what could not be read of them is left out")
+    if first.xmp:
+        notes.append("has XMP or IPTC metadata, which may hold a small copy of the picture: left out")
+    return notes
 
 
-def _upright(samples: np.ndarray, image: Image.Image | None) -> np.ndarray:
-    """Undo the EXIF orientation (1..8) of ``image``."""
-    orientation = 1
-    if image is not None:
-        with suppress(Exception):  # a damaged EXIF block says nothing on the orientation
-            orientation = image.getexif().get(_ORIENTATION, 1)
+def _decode16(first: FirstPicture, form: str) -> np.ndarray:
+    """Samples (H, W, 1 to 4), uint16, as stored."""
+    data = first.contents()
+    if form == "TIFF":
+        return decode16(data)
+    if not png_is_complete(first.file):
+        raise Unreadable("it is truncated")
+    return decode_png16(data, first.transparent_colour)
+
+
+def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str]) -> np.ndarray:
+    """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
+    if form == "BMP" and image.info.get("compression") in (1, 2):  # run lengths, which Pillow decodes in Python
+        return decode_with_opencv(first.contents())
+    with _without_libtiffs_reports(form):
+        image.load()
+    _check_complete(first, image, form)
+    if image.mode == "CMYK":
+        image = _cmyk_to_srgb(image, first.icc, notes)
+    if image.mode == "I;16":
+        return np.asarray(image)[..., None]
+    if image.mode not in _PLAIN_MODES:
+        raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
+    mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
+    return _samples(image if image.mode == mode else image.convert(mode))
+
+
+@contextmanager
+def _without_libtiffs_reports(form: str) -> Iterator[None]:
+    """Keep stderr from what libtiff writes there on damaged files; Pillow offers no other way to silence it."""
+    if form != "TIFF":
+        yield
+        return
+    with _process_state:
+        try:
+            saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        except OSError:  # there is no stderr
+            yield
+            return
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(nowhere)
+
+
+def _samples(image: Image.Image) -> np.ndarray:
+    """The pixels as an array (H, W, C)."""
+    width, height = image.size
+    samples = np.empty((height, width, len(image.getbands())), np.uint8)
+    for top, rows in _rows(image):
+        samples[top : top + len(rows)] = rows.reshape(len(rows), width, -1)
+    return samples
+
+
+def _rows(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, some rows) from top to bottom: Pillow makes two copies of what is asked of it in one piece."""
+    width, height = image.size
+    step = max(1, _COPIED_PIXELS // width)
+    for top in range(0, height, step):
+        yield top, np.asarray(image.crop((0, top, width, min(top + step, height))))
+
+
+def _check_complete(first: FirstPicture, image: Image.Image, form: str) -> None:
+    """Raise ``Unreadable`` where Pillow has made up pixels that the file lacks, which it does without a word.
+
+    The check takes as long as decoding, so where the end is marked, it is made only if the last pixels are blank, as
+    made up ones are.
+    """
+    width, height = image.size
+    if form == "PNG":
+        last_rows = [image.crop((0, row, width, row + 1)) for row in range(max(0, height - 2), height)]
+        blank = not all(np.asarray(row).any() for row in last_rows)  # interlaced, the last row may come first
+        if (blank or not first.ended) and not png_is_complete(first.file):
+            raise Unreadable("it is truncated")
+    elif form == "JPEG":
+        corner = np.asarray(image.crop((max(0, width - 8), max(0, height - 8), width, height)))
+        blank = (corner == corner[-1, -1]).all()
+        if (blank or not first.ended) and not _jpeg_is_complete(first, image):
+            raise Unreadable("it is truncated")
+
+
+def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
+    """Whether a JPEG, decoded in ``image``, has all of its pixels: then, what follows them makes no difference.
+
+    Where the end is marked, it is decoded at an eighth of its size, which shows whether a block is there at all; else
+    every bit counts.
+    """
+    coded = first.contents()
+    files = [coded, coded.removesuffix(JPEG_END) + _NOISE + JPEG_END]
+    variants: list[Image.Image] = [Image.open(io.BytesIO(file), formats=["JPEG"]) for file in files]
+    if first.ended:
+        for variant in variants:
+            variant.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+    else:
+        variants[0] = image
+    return all(np.array_equal(one, other) for (_, one), (_, other) in zip(*map(_rows, variants), strict=True))
+
+
+def _cmyk_to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    how = "without a profile"
+    converted = None
+    if profile is not None:
+        how = "without its profile, which is damaged or not for CMYK"
+        if is_profile(profile) and profile[16:20] == b"CMYK":
+            with suppress(ImageCms.PyCMSError):
+                srgb = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
+                how = "by its profile"
+    notes.append(f"is CMYK: converted to sRGB {how}")
+    return image.convert("RGB") if converted is None else converted
+
+
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         samples = samples.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -207,30 +326,3 @@ def _upright(samples: np.ndarray, image: Image.Image | None) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         samples = samples[:, ::-1]
     return np.ascontiguousarray(samples)
-
-
-def _decode8(image: Image.Image) -> np.ndarray:
-    """Samples (H, W, 1 to 4), uint8, upright."""
-    image.load()
-    with suppress(Exception):  # as in _upright
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "CMYK":
-        image = _cmyk_to_srgb(image)
-    if image.mode not in _PLAIN_MODES:
-        raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
-    mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
-    samples = np.asarray(image if image.mode == mode else image.convert(mode))
-    return samples[..., None] if samples.ndim == 2 else samples
-
-
-def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.pop("icc_profile", None)
-    if profile is None:
-        return image.convert("RGB")
-    srgb = ImageCms.createProfile("sRGB")
-    try:
-        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
-    except ImageCms.PyCMSError as error:
-        raise Unreadable(f"its CMYK profile cannot be used ({error})") from None
-    assert converted is not None  # it is, unless asked to convert in place
-    return converted

@@ -24,7 +24,9 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 DEVICE_LAYERS = (
     {"errors", "spec"},
     {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
-    {"classical"},
+    {"classical", "metadata"},
+    {"containers"},
+    {"tiff_page"},
     {"decoding", "manifest", "regions"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"deep_cache", "presets", "runtimes"},

@@ -66,8 +66,8 @@ class Session:
             update(label, 0, 0)
             with self.timer.measure("read"):
                 picture = read_picture(job.image)
-                check_output(job.output, picture)
                 hole = read_mask(job.mask, picture.size, **self._mask_options)
+                check_output(job.output, picture.opaque_in(hole))
             inpainter = self._inpainter or self._open()
             result = inpainter.inpaint(picture, hole, on_step=on_step, timer=self.timer, **self._settings)
             self.runtime_info = inpainter.runtime.report()  # a runtime may learn about itself while it runs

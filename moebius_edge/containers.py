@@ -19,6 +19,7 @@ from . import metadata as meta
 from .png_tiff import (
     MAX_ICC_BYTES,
     PNG_SIGNATURE,
+    Buffer,
     Directory,
     Unreadable,
     png_chunk,
@@ -29,7 +30,7 @@ _MAX_PARTS = 1_000_000  # chunks of a PNG, segments of a JPEG, blocks of a GIF: 
 _MAX_JPEG_BYTES = 1 << 29
 JPEG_END = b"\xff\xd9"
 _MAX_SCANS = 20  # of a JPEG of any size; the usual script for progressive CMYK has 18
-_MAX_SCANNED_PIXELS = 4_000_000_000  # pixels times scans, where there are more scans; about four seconds of work
+_MAX_SCANNED_PIXELS = 1_500_000_000  # pixels times scans, where there are more scans; two or three seconds of work
 _SLACK = 1 << 16  # bytes that the estimates of a compressed size may be off by
 DEFLATE_RATIO = 1032  # deflate cannot compress better
 _PNG_METADATA = (b"iCCP", b"pHYs", b"eXIf", *meta.PNG_COLOUR_CHUNKS)
@@ -54,8 +55,8 @@ class FirstPicture:
     """The first picture of a file.
 
     Attributes:
-        file: a file of the same format that holds that picture alone; of a format that is not taken apart, the
-            file itself.
+        file: a file of the same format that holds that picture alone, in memory; of a format that is not taken
+            apart, the file itself.
         bits: of one sample in the file, 8 for less.
         ended: the end of the picture is marked, or its length is checked.
         several: the file holds further pictures (frames or pages).
@@ -79,8 +80,10 @@ class FirstPicture:
     xmp: bool = False
     notes: list[str] = field(default_factory=list)
 
-    def contents(self) -> bytes:
+    def contents(self) -> Buffer:
         """All of ``file``."""
+        if isinstance(self.file, io.BytesIO):
+            return self.file.getbuffer()
         self.file.seek(0)
         return self.file.read()
 
@@ -101,8 +104,8 @@ def first_picture(form: str, stream: BinaryIO) -> FirstPicture:
 
 def _png(stream: BinaryIO) -> FirstPicture:
     found = FirstPicture(io.BytesIO(), ended=False)
-    kept = [PNG_SIGNATURE]
-    coded_bytes = 0
+    found.file.write(PNG_SIGNATURE)
+    header, coded_bytes = b"", 0
     stream.seek(len(PNG_SIGNATURE))
     for _ in range(_MAX_PARTS):
         head = stream.read(8)
@@ -121,7 +124,7 @@ def _png(stream: BinaryIO) -> FirstPicture:
             continue
         body, checksum = stream.read(length), stream.read(4)
         if len(checksum) < 4:
-            kept += [png_chunk(name, body)] if name == b"IDAT" else []
+            found.file.write(png_chunk(name, body) if name == b"IDAT" else b"")
             break
         if zlib.crc32(body, zlib.crc32(name)) != int.from_bytes(checksum, "big"):
             if critical:
@@ -129,21 +132,22 @@ def _png(stream: BinaryIO) -> FirstPicture:
             found.notes.append(f"has a damaged {name.decode('latin-1')} chunk: left out")
             continue
         if critical:
-            kept.append(png_chunk(name, body))
+            for part in (head, body, checksum):
+                found.file.write(part)
+            header = header or body
             coded_bytes += length if name == b"IDAT" else 0
             found.transparent_colour = body if name == b"tRNS" else found.transparent_colour
         else:
             _png_metadata(found, name, body)
     else:
         raise Unreadable(f"it has more than {_MAX_PARTS} chunks")
-    header = kept[1][8:-4] if len(kept) > 1 and kept[1][4:8] == b"IHDR" else b""
     if len(header) != 13 or not coded_bytes:
         raise Unreadable("it is truncated")
     found.bits = 16 if header[8] == 16 else 8
     check_size(*struct.unpack(">II", header[:8]))
     if png_bytes(header) > DEFLATE_RATIO * coded_bytes + _SLACK:
         raise Unreadable(f"it is truncated: {coded_bytes} bytes cannot hold its pixels")
-    found.file = io.BytesIO(b"".join([*kept, png_chunk(b"IEND", b"")]))
+    found.file.write(png_chunk(b"IEND", b""))
     return found
 
 
@@ -216,9 +220,9 @@ def png_is_complete(file: BinaryIO) -> bool:
 
 
 def _jpeg(stream: BinaryIO) -> FirstPicture:
-    data = stream.read(_MAX_JPEG_BYTES)
+    data = memoryview(stream.read(_MAX_JPEG_BYTES))
     found = FirstPicture(io.BytesIO(), ended=False)
-    kept = [data[:2]]
+    found.file.write(data[:2])
     profile: dict[int, bytes] = {}  # its parts by number
     scans, pixels, coded_bytes, arithmetic = 0, 0, 0, False
     unfinished: dict[int, int] = {}  # by component: bits of those coefficients that lack their last bit
@@ -233,14 +237,14 @@ def _jpeg(stream: BinaryIO) -> FirstPicture:
             at = start
             continue
         at = start + int.from_bytes(data[start : start + 2], "big")
-        body = data[start + 2 : at]
+        body = bytes(data[start + 2 : at])
         if at < start + 2 or at > len(data):
             break
         if 0xE0 <= code <= 0xEF or code == 0xFE:
             _jpeg_metadata(found, profile, code, body)
             if not (body.startswith((b"JFIF\0", b"Adobe"))):
                 continue
-        kept.append(data[marker.start() : at])
+        found.file.write(data[marker.start() : at])
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:
             height, width = struct.unpack_from(">HH", body, 1)
             check_size(width, height)
@@ -250,7 +254,7 @@ def _jpeg(stream: BinaryIO) -> FirstPicture:
             scans += 1
             following = _MARKER.search(data, at)
             stop = following.start() if following else len(data)
-            kept.append(data[at:stop])
+            found.file.write(data[at:stop])
             coded_bytes += stop - at
             at = stop
             _finish_coefficients(unfinished, body)
@@ -264,7 +268,7 @@ def _jpeg(stream: BinaryIO) -> FirstPicture:
         raise Unreadable(f"it is truncated: {coded_bytes} bytes cannot hold its pixels")
     if profile:
         found.icc = b"".join(profile[number] for number in sorted(profile))
-    found.file = io.BytesIO(b"".join([*kept, JPEG_END]))
+    found.file.write(JPEG_END)
     return found
 
 

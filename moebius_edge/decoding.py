@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +40,7 @@ _SUFFIXES = {  # by format
 SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)  # what a folder is searched for
 # What these decoders take in memory and time for a pixel is a multiple of the others'.
 _MAX_PIXELS = {"WEBP": 70_000_000, "AVIF": 70_000_000, "JPEG2000": 70_000_000}
+_MAX_BYTES_AT_16_BITS = 1_000_000_000  # OpenCV takes as much again
 _WITH_PILLOWS_METADATA = ("WEBP", "BMP", "AVIF", "JPEG2000")
 _COPIED_PIXELS = 1 << 20  # at a time
 _NOISE = bytes((73 * i + i // 7) % 251 for i in range(4096))  # decodes to anything but a blank
@@ -91,8 +92,8 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
     """
     with _opened(path, contents) as (stream, form):
         first = first_page(stream) if form == "TIFF" else first_picture(form, stream)
-        image = _header(first, form)
-        check_size(*image.size, _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else "")
+        image = _header(first.file, form)
+        _check_size(image, form, first.bits)
         if form in _WITH_PILLOWS_METADATA:
             _take_metadata(first, image)
         notes = _notes(first, form)
@@ -167,15 +168,25 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, s
             raise UsageError(f"picture {path} is truncated or damaged ({reason}): copy it again") from None
 
 
-def _header(first: FirstPicture, form: str) -> Image.Image:
+def _header(stream: BinaryIO, form: str) -> Image.Image:
     """Open without Pillow's own limit on the size, which is lower than some cameras' and names no size."""
-    first.file.seek(0)
+    stream.seek(0)
     with _process_state:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(first.file, formats=[form])
+            return Image.open(stream, formats=[form])
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(image: Image.Image, form: str, bits: int) -> None:
+    """Raise ``TooLarge`` where decoding would take gigabytes above the samples, or many seconds."""
+    most, of_what = _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else ""
+    if bits == 16:
+        channels = len(image.getbands())
+        if most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
+            most, of_what = deepest, f" with {channels} channels of 16 bits"
+    check_size(*image.size, most, of_what)
 
 
 def _take_metadata(first: FirstPicture, image: Image.Image) -> None:
@@ -202,39 +213,9 @@ def _notes(first: FirstPicture, form: str) -> list[str]:
     return notes
 
 
-def _decode16(first: FirstPicture, form: str) -> np.ndarray:
-    """Samples (H, W, 1 to 4), uint16, as stored."""
-    data = first.contents()
-    if form == "TIFF":
-        return decode16(data)
-    if not png_is_complete(first.file):
-        raise Unreadable("it is truncated")
-    return decode_png16(data, first.transparent_colour)
-
-
-def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str]) -> np.ndarray:
-    """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
-    if form == "BMP" and image.info.get("compression") in (1, 2):  # run lengths, which Pillow decodes in Python
-        return decode_with_opencv(first.contents())
-    with _without_libtiffs_reports(form):
-        image.load()
-    _check_complete(first, image, form)
-    if image.mode == "CMYK":
-        image = _cmyk_to_srgb(image, first.icc, notes)
-    if image.mode == "I;16":
-        return np.asarray(image)[..., None]
-    if image.mode not in _PLAIN_MODES:
-        raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
-    mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
-    return _samples(image if image.mode == mode else image.convert(mode))
-
-
 @contextmanager
-def _without_libtiffs_reports(form: str) -> Iterator[None]:
-    """Keep stderr from what libtiff writes there on damaged files; Pillow offers no other way to silence it."""
-    if form != "TIFF":
-        yield
-        return
+def _silent_decoders() -> Iterator[None]:
+    """Keep stderr from what libtiff and libpng write there on damaged files: there is no other way to silence them."""
     with _process_state:
         try:
             saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -248,6 +229,32 @@ def _without_libtiffs_reports(form: str) -> Iterator[None]:
             os.dup2(saved, 2)
             os.close(saved)
             os.close(nowhere)
+
+
+def _decode16(first: FirstPicture, form: str) -> np.ndarray:
+    """Samples (H, W, 1 to 4), uint16, as stored."""
+    if form == "PNG" and not first.ended and not png_is_complete(first.file):
+        raise Unreadable("it is truncated")
+    data = first.contents()
+    with _silent_decoders():
+        return decode16(data) if form == "TIFF" else decode_png16(data, first.transparent_colour)
+
+
+def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str]) -> np.ndarray:
+    """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
+    if form == "BMP" and image.info.get("compression") in (1, 2):  # run lengths, which Pillow decodes in Python
+        return decode_with_opencv(first.contents())
+    with _silent_decoders() if form == "TIFF" else nullcontext():
+        image.load()
+    _check_complete(first, image, form)
+    if image.mode == "CMYK":
+        image = _cmyk_to_srgb(image, first.icc, notes)
+    if image.mode == "I;16":
+        return np.asarray(image)[..., None]
+    if image.mode not in _PLAIN_MODES:
+        raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
+    mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
+    return _samples(image if image.mode == mode else image.convert(mode))
 
 
 def _samples(image: Image.Image) -> np.ndarray:
@@ -280,8 +287,11 @@ def _check_complete(first: FirstPicture, image: Image.Image, form: str) -> None:
         if (blank or not first.ended) and not png_is_complete(first.file):
             raise Unreadable("it is truncated")
     elif form == "JPEG":
-        corner = np.asarray(image.crop((max(0, width - 8), max(0, height - 8), width, height)))
-        blank = (corner == corner[-1, -1]).all()
+        # The last block, up to 16 pixels wide, but for an edge that its neighbours' colours may run into.
+        left, top = (min(side - 1, (side - 1) // 16 * 16 + 2) for side in (width, height))
+        corner = np.asarray(image.crop((left, top, width, height)))
+        # The check would decode each of many scans thrice; what a progressive file lacks at its end is mere detail.
+        blank = (corner == corner[-1, -1]).all() and "progressive" not in image.info
         if (blank or not first.ended) and not _jpeg_is_complete(first, image):
             raise Unreadable("it is truncated")
 
@@ -292,9 +302,9 @@ def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
     Where the end is marked, it is decoded at an eighth of its size, which shows whether a block is there at all; else
     every bit counts.
     """
-    coded = first.contents()
+    coded = bytes(first.contents())
     files = [coded, coded.removesuffix(JPEG_END) + _NOISE + JPEG_END]
-    variants: list[Image.Image] = [Image.open(io.BytesIO(file), formats=["JPEG"]) for file in files]
+    variants = [_header(io.BytesIO(file), "JPEG") for file in files]
     if first.ended:
         for variant in variants:
             variant.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))

@@ -21,6 +21,8 @@ _UP = 2  # PNG's filter "difference to the row above": within a few percent of t
 _LEVEL = 3  # deflate; 6 takes three times as long for 8% on photographs
 _BLOCK_BYTES = 1 << 20  # compressed at a time
 
+Buffer = bytes | memoryview
+
 # Tags of a directory: its type's number and the values as little-endian bytes, or a directory within it.
 Directory = dict[int, Union[tuple[int, bytes], "Directory"]]
 ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 2, 3, 4, 5, 7  # types, by the names of the specification (TIFF 6.0)
@@ -36,7 +38,7 @@ class Unreadable(Exception):
     """The file is damaged, or uses a feature that cannot be read without loss; the text says which."""
 
 
-def decode_png16(data: bytes, key: bytes | None) -> np.ndarray:
+def decode_png16(data: Buffer, key: bytes | None) -> np.ndarray:
     """The samples of a 16-bit PNG. ``key`` is the body of its tRNS chunk: that colour gets an alpha of 0."""
     colour_type = data[25]
     decoded = decode16(data)
@@ -54,7 +56,7 @@ def decode_png16(data: bytes, key: bytes | None) -> np.ndarray:
     return np.dstack([colour, alpha])
 
 
-def decode16(data: bytes) -> np.ndarray:
+def decode16(data: Buffer) -> np.ndarray:
     """The samples of a 16-bit PNG or TIFF, (H, W, C) in RGB order. A TIFF must not have an orientation tag."""
     decoded = decode_with_opencv(data, cv2.IMREAD_UNCHANGED)
     if decoded.dtype != np.uint16:
@@ -62,7 +64,7 @@ def decode16(data: bytes) -> np.ndarray:
     return decoded
 
 
-def decode_with_opencv(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+def decode_with_opencv(data: Buffer, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """The samples of a file, (H, W, C) in RGB order."""
     set_log_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel  # 4.8, 5.0
     level = set_log_level(0)  # silent: it would report a damaged file on stderr
@@ -76,8 +78,11 @@ def decode_with_opencv(data: bytes, flags: int = cv2.IMREAD_COLOR) -> np.ndarray
         raise Unreadable("it is truncated or damaged")
     if decoded.ndim == 2:
         return decoded[..., None]
-    order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}
-    return cv2.cvtColor(decoded, order[decoded.shape[2]])
+    order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[decoded.shape[2]]
+    step = max(1, _BLOCK_BYTES // decoded[0].nbytes)
+    for start in range(0, len(decoded), step):  # a second array might be gigabytes
+        decoded[start : start + step] = cv2.cvtColor(decoded[start : start + step], order)
+    return decoded
 
 
 def read_directory(

@@ -61,7 +61,7 @@ def first_page(stream: BinaryIO) -> FirstPicture:
     described = {tag: value for tag, value in tags.items() if tag in EXIF_TAGS}
     found.exif, found.exif_sound = read_inner_directories(stream, described, order, big)
     kept = {tag: value for tag, value in tags.items() if tag in _DECODING_TAGS}
-    found.file = _write(kept, layout, list(_parts(stream, tags, layout)), order)
+    found.file = _write(kept, layout, _parts(stream, tags, layout), order)
     return found
 
 
@@ -153,23 +153,25 @@ def _parts(stream: BinaryIO, tags: Directory, layout: _Layout) -> Iterator[bytes
         yield part[:raw] if layout.compression == _NO_COMPRESSION and layout.exact else part
 
 
-def _write(tags: Directory, layout: _Layout, parts: list[bytes], order: str) -> io.BytesIO:
+def _write(tags: Directory, layout: _Layout, parts: Iterator[bytes], order: str) -> io.BytesIO:
     """A TIFF file of these tags and strips or tiles; its numbers in the byte order that the samples have."""
-    height = layout.height
-    if layout.compression == _NO_COMPRESSION and layout.exact and not layout.tiled and layout.planes == 1:
-        parts, height = [b"".join(parts)], (layout.down - 1) * height + layout.last_rows  # quicker to decode
     stream = io.BytesIO()
     stream.write((b"II*\0" if order == "<" else b"MM\0*") + bytes(4))
-    places = []
+    places, sizes, height = [], [], layout.height
     for part in parts:
         places.append(stream.tell())
-        stream.write(part + b"\0" * (len(part) % 2))
+        sizes.append(len(part))
+        stream.write(part)
+    if layout.compression == _NO_COMPRESSION and layout.exact and not layout.tiled and layout.planes == 1:
+        # They follow each other: one strip is quicker to decode than a hundred thousand.
+        places, sizes, height = places[:1], [sum(sizes)], (layout.down - 1) * height + layout.last_rows
     if layout.tiled:
         shape: Directory = {_TILE_WIDTH: longs(layout.width), _TILE_HEIGHT: longs(height)}
-        shape |= {_TILE_PLACES: longs(*places), _TILE_BYTES: longs(*map(len, parts))}
+        shape |= {_TILE_PLACES: longs(*places), _TILE_BYTES: longs(*sizes)}
     else:
         shape = {_ROWS_PER_STRIP: longs(height)}
-        shape |= {_STRIP_PLACES: longs(*places), _STRIP_BYTES: longs(*map(len, parts))}
+        shape |= {_STRIP_PLACES: longs(*places), _STRIP_BYTES: longs(*sizes)}
+    stream.write(bytes(stream.tell() % 2))  # a directory begins at an even place
     place = write_directory(stream, tags | shape, order)
     stream.seek(4)
     stream.write(struct.pack(order + "I", place))

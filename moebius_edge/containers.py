@@ -1,15 +1,14 @@
 """Takes out of a picture file what its first picture needs, so that decoders see nothing else.
 
 The parts of a file that describe it are a decoder's most fragile ones: text that inflates to gigabytes, a hundred
-thousand directories, a profile of the wrong type. Here PNG, JPEG and GIF files (TIFF: ``tiff_page``) are read part by
-part, within limits, into a file of the same format that holds the coded pixels of the first picture alone, and its
-metadata beside it. Work that no picture needs is refused before it is done.
+thousand directories, a profile of the wrong type. Here PNG and GIF files (JPEG: ``jpeg_file``, TIFF: ``tiff_page``) are
+read part by part, within limits, into a file of the same format that holds the coded pixels of the first picture
+alone, and its metadata beside it. Work that no picture needs is refused before it is done.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -26,17 +25,11 @@ from .png_tiff import (
 )
 
 MAX_PIXELS = 250_000_000  # above the largest camera sensors (200 MP), below what a hostile header would claim
-_MAX_PARTS = 1_000_000  # chunks of a PNG, segments of a JPEG, blocks of a GIF: reading so many takes a second or two
-_MAX_JPEG_BYTES = 1 << 29
-JPEG_END = b"\xff\xd9"
-_MAX_SCANS = 20  # of a JPEG of any size; the usual script for progressive CMYK has 18
-_MAX_SCANNED_PIXELS = 1_500_000_000  # pixels times scans, where there are more scans; two or three seconds of work
-_SLACK = 1 << 16  # bytes that the estimates of a compressed size may be off by
+MAX_PARTS = 1_000_000  # chunks of a PNG, segments of a JPEG, blocks of a GIF: reading so many takes a second or two
+SLACK = 1 << 16  # bytes that the estimates of a compressed size may be off by
 DEFLATE_RATIO = 1032  # deflate cannot compress better
 _PNG_METADATA = (b"iCCP", b"pHYs", b"eXIf", *meta.PNG_COLOUR_CHUNKS)
 _MAX_TEXT = 1 << 20  # bytes of a text chunk that holds EXIF
-# A marker of a JPEG: none of the bytes that stand in coded data, which are stuffing (0) and restarts (D0 to D7).
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class TooLarge(Unreadable):
@@ -93,12 +86,12 @@ class FirstPicture:
 
 
 def first_picture(form: str, stream: BinaryIO) -> FirstPicture:
-    """The first picture of the file in ``stream``, which is in the format ``form`` and no TIFF.
+    """The first picture of the file in ``stream``, which is in the format ``form``: neither JPEG nor TIFF.
 
     Raises:
         Unreadable: the file is damaged, of a kind that would lose depth, or asks for far too much work.
     """
-    formats = {"PNG": _png, "JPEG": _jpeg, "GIF": _gif, "BMP": _bmp, "AVIF": _avif, "JPEG2000": _jpeg2000}
+    formats = {"PNG": _png, "GIF": _gif, "BMP": _bmp, "AVIF": _avif, "JPEG2000": _jpeg2000}
     return formats.get(form, FirstPicture)(stream)
 
 
@@ -107,7 +100,7 @@ def _png(stream: BinaryIO) -> FirstPicture:
     found.file.write(PNG_SIGNATURE)
     header, coded_bytes = b"", 0
     stream.seek(len(PNG_SIGNATURE))
-    for _ in range(_MAX_PARTS):
+    for _ in range(MAX_PARTS):
         head = stream.read(8)
         name = head[4:]
         if len(head) < 8 or name == b"IEND":
@@ -140,12 +133,12 @@ def _png(stream: BinaryIO) -> FirstPicture:
         else:
             _png_metadata(found, name, body)
     else:
-        raise Unreadable(f"it has more than {_MAX_PARTS} chunks")
+        raise Unreadable(f"it has more than {MAX_PARTS} chunks")
     if len(header) != 13 or not coded_bytes:
         raise Unreadable("it is truncated")
     found.bits = 16 if header[8] == 16 else 8
     check_size(*struct.unpack(">II", header[:8]))
-    if png_bytes(header) > DEFLATE_RATIO * coded_bytes + _SLACK:
+    if png_bytes(header) > DEFLATE_RATIO * coded_bytes + SLACK:
         raise Unreadable(f"it is truncated: {coded_bytes} bytes cannot hold its pixels")
     found.file.write(png_chunk(b"IEND", b""))
     return found
@@ -210,96 +203,15 @@ def png_is_complete(file: BinaryIO) -> bool:
         file.seek(4, io.SEEK_CUR)
         if head[4:] == b"IHDR":
             missing = png_bytes(body)
-        try:
-            while head[4:] == b"IDAT" and body and missing > 0:
-                missing -= len(inflate.decompress(body, _SLACK))
-                body = inflate.unconsumed_tail
-        except zlib.error:
-            return False
+        for start in range(0, len(body) if head[4:] == b"IDAT" else 0, SLACK):
+            part = body[start : start + SLACK]
+            try:
+                while part and missing > 0:
+                    missing -= len(inflate.decompress(part, SLACK))
+                    part = inflate.unconsumed_tail
+            except zlib.error:
+                return False
     return missing <= 0
-
-
-def _jpeg(stream: BinaryIO) -> FirstPicture:
-    data = memoryview(stream.read(_MAX_JPEG_BYTES))
-    found = FirstPicture(io.BytesIO(), ended=False)
-    found.file.write(data[:2])
-    profile: dict[int, bytes] = {}  # its parts by number
-    scans, pixels, coded_bytes, arithmetic = 0, 0, 0, False
-    unfinished: dict[int, int] = {}  # by component: bits of those coefficients that lack their last bit
-    at = 2
-    for _ in range(_MAX_PARTS):
-        marker = _MARKER.search(data, at)
-        if marker is None or marker[0] == JPEG_END:
-            found.ended = marker is not None
-            break
-        code, start = marker[0][1], marker.end()
-        if code in (0x01, 0xD8):  # without a length
-            at = start
-            continue
-        at = start + int.from_bytes(data[start : start + 2], "big")
-        body = bytes(data[start + 2 : at])
-        if at < start + 2 or at > len(data):
-            break
-        if 0xE0 <= code <= 0xEF or code == 0xFE:
-            _jpeg_metadata(found, profile, code, body)
-            if not (body.startswith((b"JFIF\0", b"Adobe"))):
-                continue
-        found.file.write(data[marker.start() : at])
-        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC) and len(body) >= 6:
-            height, width = struct.unpack_from(">HH", body, 1)
-            check_size(width, height)
-            pixels, arithmetic = width * height, code > 0xC8
-            unfinished = dict.fromkeys(body[6::3], 2**64 - 1)
-        if code == 0xDA:
-            scans += 1
-            following = _MARKER.search(data, at)
-            stop = following.start() if following else len(data)
-            found.file.write(data[at:stop])
-            coded_bytes += stop - at
-            at = stop
-            _finish_coefficients(unfinished, body)
-    else:
-        raise Unreadable(f"it has more than {_MAX_PARTS} segments")
-    if not scans or (not found.ended and any(unfinished.values())):
-        raise Unreadable("it is truncated")
-    check_scans(scans, pixels)
-    # A Huffman code takes a bit or more for each block of the finest component: 8x8 pixels, of a quarter of them.
-    if not arithmetic and pixels > 8 * 256 * coded_bytes + _SLACK:
-        raise Unreadable(f"it is truncated: {coded_bytes} bytes cannot hold its pixels")
-    if profile:
-        found.icc = b"".join(profile[number] for number in sorted(profile))
-    found.file.write(JPEG_END)
-    return found
-
-
-def check_scans(scans: int, pixels: int) -> None:
-    """Raise ``Unreadable`` where so many scans of a JPEG of so many pixels would take too long."""
-    if scans > _MAX_SCANS and scans * pixels > _MAX_SCANNED_PIXELS:
-        raise Unreadable(f"it has {scans} scans of {pixels / 1e6:.1f} megapixels, which take too long to decode")
-
-
-def _finish_coefficients(unfinished: dict[int, int], scan: bytes) -> None:
-    """Strike out what the scan with this header completes."""
-    if len(scan) < 4 or len(scan) < 4 + 2 * scan[0]:
-        return
-    first, last, position = scan[1 + 2 * scan[0] :][:3]
-    if position & 15 == 0:  # the last bit of each coefficient, or all of them at once
-        for component in scan[1 : 1 + 2 * scan[0] : 2]:
-            if component in unfinished and first <= last < 64:
-                unfinished[component] &= ~((2 ** (last + 1) - 1) ^ (2**first - 1))
-
-
-def _jpeg_metadata(found: FirstPicture, profile: dict[int, bytes], code: int, body: bytes) -> None:
-    if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 12 and body[7] in (1, 2):
-        scale = 1 if body[7] == 1 else 2.54
-        x, y = struct.unpack_from(">HH", body, 8)
-        found.dpi = meta.plausible_dpi(x * scale, y * scale)
-    elif code == 0xE1 and body.startswith(b"Exif\0\0") and not found.exif:
-        found.take_exif(body)
-    elif code == 0xE1 and body.startswith(b"http://ns.adobe.com/") or code == 0xED:
-        found.xmp = True
-    elif code == 0xE2 and body.startswith(b"ICC_PROFILE\0") and len(body) > 14:
-        profile.setdefault(body[12], body[14:])
 
 
 def _gif(stream: BinaryIO) -> FirstPicture:
@@ -319,13 +231,13 @@ def _gif(stream: BinaryIO) -> FirstPicture:
             lead += stream.read(3 << (lead[9] & 7) + 1) if len(lead) == 10 and lead[9] & 0x80 else b""
             lead += stream.read(1)  # bits of the shortest code
         parts = [lead]
-        while (size := stream.read(1)) and blocks < _MAX_PARTS:
+        while (size := stream.read(1)) and blocks < MAX_PARTS:
             blocks += 1
             parts += [size, stream.read(size[0])]
             if size == b"\0":
                 break
-        if blocks >= _MAX_PARTS:
-            raise Unreadable(f"it has more than {_MAX_PARTS} blocks")
+        if blocks >= MAX_PARTS:
+            raise Unreadable(f"it has more than {MAX_PARTS} blocks")
         if lead == b"!\xf9":
             control = b"".join(parts)
         if kind == b",":
@@ -349,7 +261,7 @@ def _bmp(stream: BinaryIO) -> FirstPicture:
 def _avif(stream: BinaryIO) -> FirstPicture:
     """Takes the depth and the colour space, which Pillow does not give."""
     found = FirstPicture(stream)
-    head = stream.read(_SLACK)
+    head = stream.read(SLACK)
     if (start := head.find(b"av1C")) >= 0 and len(head) > start + 6:
         found.bits = {0: 8, 0x40: 10}.get(head[start + 6] & 0x60, 12)
     if (start := head.find(b"colrnclx")) >= 0 and len(head) > start + 12:
@@ -362,7 +274,7 @@ def _avif(stream: BinaryIO) -> FirstPicture:
 def _jpeg2000(stream: BinaryIO) -> FirstPicture:
     """Takes the depth, which Pillow does not give."""
     found = FirstPicture(stream)
-    head = stream.read(_SLACK)
+    head = stream.read(SLACK)
     if (start := head.find(b"\xff\x4f\xff\x51")) >= 0 and len(head) > start + 42:
         found.bits = max(8, (head[start + 42] & 127) + 1)
     return found

@@ -11,7 +11,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 
-from .containers import JPEG_END, MAX_PIXELS, FirstPicture, TooLarge, check_size, first_picture, png_is_complete
+from .containers import MAX_PIXELS, FirstPicture, TooLarge, check_size, first_picture, png_is_complete
 from .errors import MachineError, MoebiusError, UsageError
+from .jpeg_file import END as JPEG_END
+from .jpeg_file import first_jpeg
 from .metadata import Metadata, fits, is_profile, plausible_dpi, set_size, take_orientation, take_resolution
 from .png_tiff import Unreadable, decode16, decode_png16, decode_with_opencv
 from .tiff_page import first_page
@@ -91,7 +93,8 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
     ``imaging.read_picture`` says what becomes of each kind.
     """
     with _opened(path, contents) as (stream, form):
-        first = first_page(stream) if form == "TIFF" else first_picture(form, stream)
+        own = {"JPEG": first_jpeg, "TIFF": first_page}.get(form)
+        first = first_picture(form, stream) if own is None else own(stream)
         image = _header(first.file, form)
         _check_size(image, form, first.bits)
         if form in _WITH_PILLOWS_METADATA:
@@ -247,31 +250,31 @@ def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str
     with _silent_decoders() if form == "TIFF" else nullcontext():
         image.load()
     _check_complete(first, image, form)
-    if image.mode == "CMYK":
-        image = _cmyk_to_srgb(image, first.icc, notes)
     if image.mode == "I;16":
         return np.asarray(image)[..., None]
+    if image.mode == "CMYK":
+        return _samples(image, "RGB", _cmyk_to_srgb(first.icc, notes))
     if image.mode not in _PLAIN_MODES:
         raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
     mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
-    return _samples(image if image.mode == mode else image.convert(mode))
+    return _samples(image, mode, lambda part: part if part.mode == mode else part.convert(mode))
 
 
-def _samples(image: Image.Image) -> np.ndarray:
-    """The pixels as an array (H, W, C)."""
+def _samples(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """The pixels as an array (H, W, C) in ``mode``, converted part by part to save memory."""
     width, height = image.size
-    samples = np.empty((height, width, len(image.getbands())), np.uint8)
+    samples = np.empty((height, width, len(mode)), np.uint8)
     for top, rows in _rows(image):
-        samples[top : top + len(rows)] = rows.reshape(len(rows), width, -1)
+        samples[top : top + rows.height] = np.asarray(convert(rows)).reshape(rows.height, width, -1)
     return samples
 
 
-def _rows(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+def _rows(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """(first row, some rows) from top to bottom: Pillow makes two copies of what is asked of it in one piece."""
     width, height = image.size
     step = max(1, _COPIED_PIXELS // width)
     for top in range(0, height, step):
-        yield top, np.asarray(image.crop((0, top, width, min(top + step, height))))
+        yield top, image.crop((0, top, width, min(top + step, height)))
 
 
 def _check_complete(first: FirstPicture, image: Image.Image, form: str) -> None:
@@ -310,21 +313,21 @@ def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
             variant.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
     else:
         variants[0] = image
-    return all(np.array_equal(one, other) for (_, one), (_, other) in zip(*map(_rows, variants), strict=True))
+    pairs = zip(*map(_rows, variants), strict=True)
+    return all(np.array_equal(np.asarray(one), np.asarray(other)) for (_, one), (_, other) in pairs)
 
 
-def _cmyk_to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    how = "without a profile"
-    converted = None
-    if profile is not None:
-        how = "without its profile, which is damaged or not for CMYK"
-        if is_profile(profile) and profile[16:20] == b"CMYK":
-            with suppress(ImageCms.PyCMSError):
-                srgb = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
-                how = "by its profile"
+def _cmyk_to_srgb(profile: bytes | None, notes: list[str]) -> Callable[[Image.Image], Image.Image]:
+    """A conversion of images, by ``profile`` if it can be used; a note says whether it was."""
+    how = "without a profile" if profile is None else "without its profile, which is damaged or not for CMYK"
+    transform = None
+    if profile is not None and is_profile(profile) and profile[16:20] == b"CMYK":
+        with suppress(ImageCms.PyCMSError):
+            srgb = ImageCms.createProfile("sRGB")
+            transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, "CMYK", "RGB")
+            how = "by its profile"
     notes.append(f"is CMYK: converted to sRGB {how}")
-    return image.convert("RGB") if converted is None else converted
+    return lambda image: image.convert("RGB") if transform is None else transform.apply(image)
 
 
 def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from .containers import DEFLATE_RATIO, FirstPicture, check_scans, check_size
+from .containers import DEFLATE_RATIO, FirstPicture, check_size
+from .jpeg_file import check_scans
 from .metadata import EXIF_TAGS, ICC_TAG, read_inner_directories
 from .png_tiff import Directory, Unreadable, integers, longs, read_directory, write_directory
 

@@ -26,6 +26,7 @@ DEVICE_LAYERS = (
     {"files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml"},
     {"classical", "metadata"},
     {"containers"},
+    {"jpeg_file"},
     {"tiff_page"},
     {"decoding", "manifest", "regions"},
     {"bundle", "imaging", "scheduler", "stitching"},

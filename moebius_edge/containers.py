@@ -113,6 +113,7 @@ def _png(stream: BinaryIO) -> FirstPicture:
             continue
         if not critical and (name not in _PNG_METADATA or length > MAX_ICC_BYTES):
             found.several |= name == b"fdAT"
+            found.icc = b"" if name == b"iCCP" else found.icc  # too long: it counts as damaged
             stream.seek(length + 4, io.SEEK_CUR)
             continue
         body, checksum = stream.read(length), stream.read(4)

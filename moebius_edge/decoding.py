@@ -41,7 +41,7 @@ _SUFFIXES = {  # by format
 }
 SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)  # what a folder is searched for
 # What these decoders take in memory and time for a pixel is a multiple of the others'.
-_MAX_PIXELS = {"WEBP": 70_000_000, "AVIF": 70_000_000, "JPEG2000": 70_000_000}
+_MAX_PIXELS = {"WEBP": 70_000_000, "AVIF": 70_000_000, "JPEG2000": 60_000_000}
 _MAX_BYTES_AT_16_BITS = 1_000_000_000  # OpenCV takes as much again
 _WITH_PILLOWS_METADATA = ("WEBP", "BMP", "AVIF", "JPEG2000")
 _COPIED_PIXELS = 1 << 20  # at a time
@@ -101,7 +101,8 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
             _take_metadata(first, image)
         notes = _notes(first, form)
         orientation = take_orientation(first.exif)
-        dpi = take_resolution(first.exif) or first.dpi
+        exif_dpi = take_resolution(first.exif)
+        dpi = first.dpi or exif_dpi
         if first.bits == 16 and form in ("PNG", "TIFF"):
             samples = _decode16(first, form)
         else:

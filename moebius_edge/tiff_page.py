@@ -143,11 +143,14 @@ def _parts(stream: BinaryIO, tags: Directory, layout: _Layout) -> Iterator[bytes
         rows = layout.last_rows if number % layout.down == layout.down - 1 else layout.height
         raw = layout.row_bytes * rows
         stream.seek(place)
-        part = stream.read(min(size, 2 * raw + _SLACK))
+        part = stream.read(size := min(size, 2 * raw + _SLACK))
         slack = 0 if layout.compression == _NO_COMPRESSION else _SLACK
-        if raw > _RATIOS[layout.compression] * len(part) + slack or (
-            layout.compression in _FAX and rows > 8 * len(part)  # a row takes a bit or more
-        ):
+        truncated = raw > _RATIOS[layout.compression] * len(part) + slack
+        if layout.compression in (*_FAX, _JPEG):  # their decoders make up what is missing
+            truncated |= len(part) < size
+        if layout.compression in _FAX:  # a row takes a bit or more
+            truncated |= rows > 8 * len(part)
+        if truncated:
             raise Unreadable(f"it is truncated: {len(part)} bytes cannot hold {layout.width}x{rows} pixels")
         if layout.compression == _JPEG:
             check_scans(layout.count * part.count(b"\xff\xda"), layout.width * layout.height)

@@ -162,6 +162,11 @@ def measure(read: Callable[[], int]) -> Figures:
     return Figures(outcome, time.process_time() - start, _peak_bytes() - before - needed)
 
 
+def sample_bytes(picture: Picture) -> int:
+    """The memory that the samples of ``picture`` take."""
+    return picture.pixels.nbytes + (0 if picture.alpha is None else picture.alpha.nbytes)
+
+
 def use(path: Path, folder: Path) -> int:
     """Read a file as picture and as mask and write it in every format; return the bytes of its samples."""
     picture = read_picture(path)
@@ -170,7 +175,7 @@ def use(path: Path, folder: Path) -> int:
     if picture.pixels.size < 1 << 18:
         for suffix in OUTPUT_FORMATS:
             _write(folder / f"out{suffix}", picture)
-    return picture.samples.nbytes
+    return sample_bytes(picture)
 
 
 def _write(path: Path, picture: Picture) -> None:

@@ -56,6 +56,7 @@ class FirstPicture:
         transparent_colour: body of a PNG's tRNS chunk.
         icc, dpi, png_colour: as of ``Metadata``; the profile unchecked.
         exif, exif_sound: as ``metadata.read_exif`` returns them.
+        has_exif: an EXIF block was met; of several the first counts.
         xmp: the file has XMP or IPTC metadata, which are not kept.
         notes: what was left out, each the end of a sentence that begins with the file's name.
     """
@@ -70,6 +71,7 @@ class FirstPicture:
     png_colour: list[tuple[bytes, bytes]] = field(default_factory=list)
     exif: Directory = field(default_factory=dict)
     exif_sound: bool = True
+    has_exif: bool = False
     xmp: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -81,8 +83,10 @@ class FirstPicture:
         return self.file.read()
 
     def take_exif(self, block: bytes) -> None:
-        """Read an EXIF block into ``exif``."""
-        self.exif, self.exif_sound = meta.read_exif(block)
+        """Read an EXIF block into ``exif``, unless there was one before."""
+        if not self.has_exif:
+            self.has_exif = True
+            self.exif, self.exif_sound = meta.read_exif(block)
 
 
 def first_picture(form: str, stream: BinaryIO) -> FirstPicture:
@@ -99,6 +103,7 @@ def _png(stream: BinaryIO) -> FirstPicture:
     found = FirstPicture(io.BytesIO(), ended=False)
     found.file.write(PNG_SIGNATURE)
     header, coded_bytes = b"", 0
+    taken = set()  # of the other chunks, the first of each kind counts
     stream.seek(len(PNG_SIGNATURE))
     for _ in range(MAX_PARTS):
         head = stream.read(8)
@@ -111,11 +116,17 @@ def _png(stream: BinaryIO) -> FirstPicture:
         if name in (b"tEXt", b"zTXt", b"iTXt"):
             _png_text(found, stream, length, name == b"zTXt")
             continue
-        if not critical and (name not in _PNG_METADATA or length > MAX_ICC_BYTES):
+        if not critical and (name not in _PNG_METADATA or name in taken or length > MAX_ICC_BYTES):
             found.several |= name == b"fdAT"
-            found.icc = b"" if name == b"iCCP" else found.icc  # too long: it counts as damaged
+            found.icc = b"" if name == b"iCCP" and name not in taken else found.icc  # too long: it counts as damaged
             stream.seek(length + 4, io.SEEK_CUR)
             continue
+        if name == b"IDAT":
+            coded_bytes += length
+            if len(header) != 13:
+                raise Unreadable("its header is damaged")
+            if coded_bytes > 2 * png_bytes(header) + SLACK:
+                raise Unreadable("it has more coded data than its pixels can take")
         body, checksum = stream.read(length), stream.read(4)
         if len(checksum) < 4:
             found.file.write(png_chunk(name, body) if name == b"IDAT" else b"")
@@ -123,15 +134,16 @@ def _png(stream: BinaryIO) -> FirstPicture:
         if zlib.crc32(body, zlib.crc32(name)) != int.from_bytes(checksum, "big"):
             if critical:
                 raise Unreadable(f"its {name.decode('latin-1')} chunk is damaged")
+            taken.add(name)
             found.notes.append(f"has a damaged {name.decode('latin-1')} chunk: left out")
             continue
         if critical:
             for part in (head, body, checksum):
                 found.file.write(part)
-            header = header or body
-            coded_bytes += length if name == b"IDAT" else 0
+            header = body if name == b"IHDR" else header
             found.transparent_colour = body if name == b"tRNS" else found.transparent_colour
         else:
+            taken.add(name)
             _png_metadata(found, name, body)
     else:
         raise Unreadable(f"it has more than {MAX_PARTS} chunks")
@@ -159,7 +171,7 @@ def _png_metadata(found: FirstPicture, name: bytes, body: bytes) -> None:
     elif name == b"eXIf":
         found.take_exif(body)
     elif meta.check_png_colour(name, body):
-        found.png_colour = [chunk for chunk in found.png_colour if chunk[0] != name] + [(name, body)]
+        found.png_colour.append((name, body))
     else:
         found.notes.append(f"has a damaged {name.decode('latin-1')} chunk: left out")
 
@@ -169,14 +181,14 @@ def _png_text(found: FirstPicture, stream: BinaryIO, length: int, compressed: bo
     body = stream.read(min(length, 32))
     keyword = body.partition(b"\0")[0]
     rest = length - len(body)
-    if keyword in (b"Raw profile type exif", b"Raw profile type APP1") and length <= _MAX_TEXT:
+    if keyword in (b"Raw profile type exif", b"Raw profile type APP1") and length <= _MAX_TEXT and not found.has_exif:
         body, rest = body + stream.read(rest), 0
         text = body[len(keyword) + 1 :]
         try:
             text = zlib.decompressobj().decompress(text[1:], _MAX_TEXT) if compressed else text
             found.take_exif(bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("latin-1")))
         except (zlib.error, ValueError):
-            found.exif_sound = False
+            found.take_exif(b"")  # damaged
     found.xmp |= keyword == b"XML:com.adobe.xmp"
     stream.seek(rest + 4, io.SEEK_CUR)
 

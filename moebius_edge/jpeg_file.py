@@ -152,7 +152,7 @@ def _take_metadata(found: FirstPicture, profile: dict[int, bytes], code: int, bo
         scale = 1 if body[7] == 1 else 2.54
         x, y = struct.unpack_from(">HH", body, 8)
         found.dpi = plausible_dpi(x * scale, y * scale)
-    elif code == 0xE1 and body.startswith(b"Exif\0\0") and not found.exif:
+    elif code == 0xE1 and body.startswith(b"Exif\0\0"):
         found.take_exif(body)
     elif code == 0xE1 and body.startswith(b"http://ns.adobe.com/") or code == 0xED:
         found.xmp = True

@@ -325,6 +325,11 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "png: a profile of a gigabyte": lambda: small_png((b"iCCP", b"x\0\0" + bomb(1 << 30))),
     "png: pixels of a gigabyte": lambda: png_of(1, 1, pixels=bomb(1 << 30)),
     "png: EXIF as text of a gigabyte": lambda: small_png((b"zTXt", b"Raw profile type exif\0\0" + bomb(1 << 30))),
+    "png: a thousand long profiles": lambda: small_png(*[(b"iCCP", b"x\0\0" + bomb(32 << 20))] * 1000),
+    "png: ten thousand EXIF texts": lambda: small_png(
+        *[(b"zTXt", b"Raw profile type exif\0\0" + bomb(1 << 20))] * 10_000
+    ),
+    "png: a thousand damaged chunks": lambda: small_png(*[(b"gAMA", b"")] * 1000),
     "png: no pixels": lambda: png_of(15_000, 15_000, pixels=zlib.compress(b"")),
     "png: half of the pixels": lambda: png_of(15_000, 15_000, pixels=bomb(15_000 * 15_000 * 3 // 2)),
     "png: black": lambda: png_of(15_000, 15_000, pixels=bomb(15_001 * 15_001 * 3 + (1 << 20))),

@@ -178,6 +178,18 @@ def test_damaged_exif_is_left_out_with_a_note_and_what_is_sound_of_it_counts(tmp
         write_picture(tmp_path / "out.png", picture)
 
 
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt"])
+def test_exif_in_hexadecimal_text(tmp_path: Path, name: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    digits = exif.tobytes().hex()
+    lines = "\n".join(digits[at : at + 72] for at in range(0, len(digits), 72))
+    text = f"\nexif\n{len(digits) // 2:8}\n{lines}\n".encode()
+    body = b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if name == b"zTXt" else text)
+    picture = read(tmp_path, png_with((name, body)))
+    assert picture.size == (21, 34) and picture.metadata.exif[0x010F] == (2, b"Maker\0") and picture.notes == ()
+
+
 def test_xmp_is_left_out_with_a_note(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")

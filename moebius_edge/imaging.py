@@ -1,7 +1,7 @@
-"""Pictures from files and to files: upright, in their own depth, with alpha and ICC profile.
+"""Pictures from files and to files: upright, in their own depth, with alpha and metadata.
 
-Of the metadata only the ICC profile is kept: EXIF may hold a thumbnail that still shows what was removed.
-Nothing here knows of networks or regions, and how a file is decoded is ``decoding``'s business.
+``metadata`` says which of a file's metadata are kept: none that may hold a copy of what was removed. Nothing here
+knows of networks or regions, and how a file is decoded is ``decoding``'s business.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,8 @@ from PIL import Image
 from .decoding import MAX_PIXELS, decode
 from .errors import UsageError
 from .files import atomic_write
+from .masks import Mask
+from .metadata import Metadata, exif_block
 from .png_tiff import write_png, write_tiff
 
 __all__ = [
@@ -34,6 +36,7 @@ OUTPUT_FORMATS = {  # by extension
     ".bmp": "BMP",
 }
 JPEG_QUALITY = 95
+_LONGEST_EXIF = 65_000  # bytes, in a JPEG
 _LONGEST_SIDE = {"JPEG": 65500, "WEBP": 16383}  # limits of the formats
 
 
@@ -44,14 +47,14 @@ class Picture:
     Attributes:
         pixels: (H, W, C), uint8 or uint16; C is 1 for grey, 3 for RGB.
         alpha: (H, W) of the same type, or None. Colours are not multiplied by it.
-        icc: the ICC profile the pixels are meant in, or None.
+        metadata: the ICC profile and what else says how the pixels are meant; EXIF.
         notes: what the reader changed or left out, a sentence each.
         orientation: the EXIF orientation that the reader undid; a mask may have been drawn before that.
     """
 
     pixels: np.ndarray
     alpha: np.ndarray | None = None
-    icc: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = field(default=())
     orientation: int = 1
 
@@ -67,7 +70,9 @@ class Picture:
             raise ValueError(f"alpha {self.alpha.shape} {self.alpha.dtype} does not fit the pixels")
 
     @classmethod
-    def from_array(cls, array: np.ndarray, icc: bytes | None = None, notes: tuple[str, ...] = ()) -> Picture:
+    def from_array(
+        cls, array: np.ndarray, metadata: Metadata | None = None, notes: tuple[str, ...] = ()
+    ) -> Picture:
         """From (H, W) or (H, W, C), C being 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
 
         Raises:
@@ -78,9 +83,10 @@ class Picture:
         samples = array[..., None] if array.ndim == 2 else array
         if samples.ndim != 3 or samples.shape[2] not in (1, 2, 3, 4) or 0 in samples.shape:
             raise UsageError(f"the picture has shape {array.shape}: give (height, width, 1 to 4 channels)")
+        metadata = metadata or Metadata()
         if samples.shape[2] in (1, 3):
-            return cls(samples, None, icc, notes)
-        return cls(samples[..., :-1], samples[..., -1], icc, notes)
+            return cls(samples, None, metadata, notes)
+        return cls(samples[..., :-1], samples[..., -1], metadata, notes)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -97,6 +103,27 @@ class Picture:
         """Pixels and alpha in one array, (H, W, 1 to 4); the inverse of ``from_array``."""
         return self.pixels if self.alpha is None else np.dstack([self.pixels, self.alpha])
 
+    @property
+    def opaque(self) -> bool:
+        """There is no alpha, or none that shows."""
+        return self.alpha is None or bool((self.alpha == np.iinfo(self.alpha.dtype).max).all())
+
+    def opaque_in(self, hole: Mask) -> Picture:
+        """The picture with full alpha in ``hole``: what is filled there is meant to be seen. A note says so.
+
+        Outside of the hole alpha stays as it is, in the seam too: there it says where the picture itself ends.
+        """
+        if self.alpha is None:
+            return self
+        opaque = np.iinfo(self.alpha.dtype).max
+        transparent = hole & (self.alpha < opaque)
+        if not transparent.any():
+            return self
+        note = f"{transparent.sum()} of the pixels to fill were transparent: they become opaque"
+        alpha = self.alpha.copy()
+        alpha[hole] = opaque
+        return replace(self, alpha=alpha, notes=(*self.notes, note))
+
 
 def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None) -> Picture:
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
@@ -111,7 +138,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
     """
     decoded = decode(Path(path), contents)
-    picture = Picture.from_array(decoded.samples, decoded.icc, decoded.notes)
+    picture = Picture.from_array(decoded.samples, decoded.metadata, decoded.notes)
     return replace(picture, orientation=decoded.orientation)
 
 
@@ -130,7 +157,7 @@ def check_output(path: str | os.PathLike[str], picture: Picture) -> str:
     lacks = ""
     if form not in ("PNG", "TIFF") and picture.bits == 16:
         lacks = "16-bit samples"
-    elif form in ("JPEG", "BMP") and picture.alpha is not None:
+    elif form in ("JPEG", "BMP") and not picture.opaque:
         lacks = "an alpha channel"
     elif longest > _LONGEST_SIDE.get(form, longest):
         lacks = f"a side of {longest} pixels"
@@ -144,8 +171,8 @@ def check_output(path: str | os.PathLike[str], picture: Picture) -> str:
 def write_picture(path: str | os.PathLike[str], picture: Picture) -> tuple[str, ...]:
     """Write in the format of the extension, whole or not at all; return notes on what the file does not keep.
 
-    PNG, TIFF, BMP and WebP (in its lossless form, where grey becomes RGB) keep every sample. JPEG does not,
-    and BMP has no ICC profile: the notes say so.
+    PNG, TIFF, BMP and WebP (in its lossless form, where grey becomes RGB) keep every sample, JPEG does not. PNG holds
+    all of the metadata, the others a part.
 
     Raises:
         UsageError: as ``check_output``.
@@ -154,29 +181,48 @@ def write_picture(path: str | os.PathLike[str], picture: Picture) -> tuple[str, 
     form = check_output(path, picture)
     with atomic_write(path) as temporary, temporary.open("wb") as stream:
         if form == "PNG":
-            write_png(stream, picture.samples, picture.icc)
+            write_png(stream, picture.samples, picture.metadata.png_chunks())
         elif form == "TIFF":
-            write_tiff(stream, picture.samples, picture.icc)
+            write_tiff(stream, picture.samples, picture.metadata.tiff_tags())
         else:
             stream.write(_encoded(form, picture))
+    return tuple(f"{path} is {form}, {note}" for note in _losses(form, picture))
+
+
+def _losses(form: str, picture: Picture) -> list[str]:
+    """What a file in the format ``form`` does not keep of ``picture``; none of it for PNG."""
+    metadata, losses = picture.metadata, []
     if form == "JPEG":
-        return (f"{path} is JPEG, which is lossy: pixels outside the mask change slightly; .png keeps them",)
-    if form == "BMP" and picture.icc is not None:
-        return (f"{path} is BMP, which holds no ICC profile: colours may look different; .png keeps it",)
-    return ()
+        losses.append("which is lossy: pixels outside the mask change slightly; .png keeps them")
+    if form == "BMP" and metadata.icc is not None:
+        losses.append("which holds no ICC profile: colours may look different; .png keeps it")
+    if form == "WEBP" and metadata.icc is not None and picture.pixels.shape[2] == 1:
+        losses.append("which holds no ICC profile for grey: shades may look different; .png keeps it")
+    if form != "PNG" and (chunks := metadata.special_colours()):
+        losses.append(f"which holds no {' and '.join(chunks)}: colours may look different; .png keeps them")
+    if metadata.exif and (form == "BMP" or (form == "JPEG" and len(exif_block(metadata.exif)) > _LONGEST_EXIF)):
+        losses.append("which holds no EXIF metadata of this length: left out; .png keeps them")
+    return losses
 
 
 def _encoded(form: str, picture: Picture) -> bytes:
     """A JPEG, BMP or WebP file; in memory, since Pillow does not tell a full disk from a fault of its own."""
-    samples = picture.samples
+    metadata = picture.metadata
+    samples = picture.samples if form == "WEBP" else picture.pixels
     image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+    options: dict[str, Any] = {} if metadata.dpi is None else {"dpi": metadata.dpi}
+    # WebP has no other place for the resolution.
+    exif = metadata.exif | metadata.resolution_tags() if form == "WEBP" else metadata.exif
+    if exif and len(block := exif_block(exif)) <= _LONGEST_EXIF:
+        options["exif"] = b"Exif\0\0" + block
     buffer = io.BytesIO()
     if form == "JPEG":  # 4:4:4, or the colours of a filled edge would bleed
-        image.save(buffer, form, quality=JPEG_QUALITY, subsampling=0, icc_profile=picture.icc)
+        options["icc_profile"] = metadata.icc
+        image.save(buffer, form, quality=JPEG_QUALITY, subsampling=0, **options)
     elif form == "BMP":
-        image.save(buffer, form)
+        image.save(buffer, form, **options)
     else:  # exact: also what lies under full transparency
         image = image.convert("RGB" if picture.alpha is None else "RGBA")
-        icc = picture.icc if picture.pixels.shape[2] == 3 else None  # a profile for grey does not fit RGB
-        image.save(buffer, form, lossless=True, exact=True, quality=40, method=2, icc_profile=icc)
+        icc = metadata.icc if picture.pixels.shape[2] == 3 else None  # a profile for grey does not fit RGB
+        image.save(buffer, form, lossless=True, exact=True, quality=40, method=2, icc_profile=icc, **options)
     return buffer.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -76,4 +77,4 @@ def _is_raw(mask: Decoded, picture: Picture) -> bool:
 
 def _turned(mask: Decoded, orientation: int) -> Decoded:
     indices = None if mask.indices is None else upright(mask.indices, orientation)
-    return Decoded(upright(mask.samples, orientation), mask.icc, mask.notes, orientation, indices)
+    return replace(mask, samples=upright(mask.samples, orientation), orientation=orientation, indices=indices)

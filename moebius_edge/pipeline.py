@@ -118,8 +118,8 @@ class Inpainter:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
 
         Args:
-            image: a picture, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept as it is, and grey
-                stays grey.
+            image: a picture, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept as it is outside the mask
+                and becomes opaque in it; grey stays grey.
             mask: (H, W), True or above half of its type's range where to fill.
             steps: length of the sampler's schedule, of which ``strength`` executes a part.
             guidance: e = eu + guidance (ec - eu); 1 needs half the network's work. Absent, 2; a model with distilled
@@ -155,6 +155,7 @@ class Inpainter:
         with measured(timer, "total"):
             picture = image if isinstance(image, Picture) else Picture.from_array(image)
             hole = _checked_mask(mask, picture)
+            picture = picture.opaque_in(hole)
             strength = _checked_strength(start, strength)
             guide = choose_guidance(guidance, self.bundle.distilled_guidance)
             check_interval(guidance_interval, self.bundle.distilled_guidance)

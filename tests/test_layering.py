@@ -24,7 +24,10 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 DEVICE_LAYERS = (
     {"errors", "inert_pickle", "spec", "text"},
     {"documents", "files", "guidance", "jetson", "machine", "masks", "png_tiff", "products", "toml", "weights_file"},
-    {"classical", "mask_evidence", "network_names"},
+    {"classical", "mask_evidence", "metadata", "network_names"},
+    {"containers"},
+    {"jpeg_file"},
+    {"tiff_page"},
     {"decoding", "manifest", "mask_reading", "windows"},
     {"bundle", "imaging", "scheduler", "stitching"},
     {"deep_cache", "presets", "runtimes"},

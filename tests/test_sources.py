@@ -174,7 +174,7 @@ def test_sources_of_no_kind_or_without_pictures_are_refused(tmp_path: Path) -> N
     write_list(tmp_path / "empty.jsonl")
     make_shard(tmp_path / "empty.tar", ["empty/a.txt"], tmp_path)
     for name in ("empty", "empty.jsonl", "empty.tar"):
-        with pytest.raises(UsageError, match=rf"{name} holds no picture: they end in .png, .jpg"):
+        with pytest.raises(UsageError, match=rf"{name} holds no picture: they end in .png, .apng, .jpg"):
             open_pictures(tmp_path / name)
     with pytest.raises(UsageError, match=r"a.jpg is neither a folder, a .jsonl list nor .tar shards: name one"):
         open_pictures(tmp_path / "a.jpg")

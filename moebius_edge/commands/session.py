@@ -75,8 +75,8 @@ class Session:
             update(label, 0, 0)
             with self.timer.measure("read"):
                 picture = read_picture(job.image)
-                check_output(job.output, picture)
                 hole, mask_notes = read_mask(job.mask, picture, **self._mask_options)
+                check_output(job.output, picture.opaque_in(hole))
             inpainter = self._inpainter or self._open()
             result = inpainter.inpaint(
                 picture, hole, on_plan=on_plan, on_step=on_step, timer=self.timer, **self._settings

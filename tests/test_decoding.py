@@ -1,0 +1,403 @@
+"""Pictures that valid files of every kind hold, and files made to take a decoder's time or memory."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import mutations
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from moebius_edge.decoding import FORMATS, picture_format
+from moebius_edge.errors import UsageError
+from moebius_edge.imaging import read_picture
+from moebius_edge.png_tiff import PNG_SIGNATURE, longs, png_chunk, shorts, write_directory, write_png
+
+MAX_SECONDS = 5.0
+MAX_BYTES = 1 << 30  # above the samples
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def flat(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (width, height), 100 if mode == "L" else (10, 200, 30))
+
+
+def photo(width: int = 90, height: int = 70) -> np.ndarray:
+    """Smooth colours with some noise, (height, width, 3)."""
+    y, x = np.mgrid[:height, :width]
+    noise = np.random.default_rng(0).integers(0, 30, (height, width, 3))
+    return (np.stack([2 * x, 3 * y, x + y], 2) % 220 + noise).astype(np.uint8)
+
+
+def read(folder: Path, contents: bytes):  # noqa: ANN201
+    path = folder / "picture"
+    path.write_bytes(contents)
+    return read_picture(path)
+
+
+# Formats
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_picture_is_told_by_its_first_bytes_and_read_whatever_its_name(tmp_path: Path, form: str) -> None:
+    contents = encoded(flat(64, 48), form)
+    assert picture_format(contents[:32]) == form
+    picture = read(tmp_path, contents)
+    assert picture.size == (64, 48) and picture.notes == ()
+    assert np.abs(picture.pixels.astype(int) - (10, 200, 30)).max() <= 5
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"BM is a text", b"%PDF-1.7", b"<svg", b"PK\3\4", b"\0\0\0\x18ftypheic\0\0\0\0heicmif1", b"RIFF1234WAVEfmt"],
+)
+def test_what_is_no_picture(head: bytes) -> None:
+    assert picture_format(head.ljust(32, b" ") if head else b"") is None
+
+
+def test_grey_jpeg_2000_keeps_its_16_bits_and_colour_says_that_it_does_not(tmp_path: Path) -> None:
+    deep = photo()[..., 0].astype(np.uint16) * 257 + 3
+    np.testing.assert_array_equal(read(tmp_path, encoded(Image.fromarray(deep), "JPEG2000")).pixels[..., 0], deep)
+    eight = encoded(Image.fromarray(photo()), "JPEG2000")
+    at = eight.index(b"\xff\x4f\xff\x51") + 42
+    twelve = eight[:at] + b"\x0b\1\1\x0b\1\1\x0b" + eight[at + 7 :]  # the file only claims it
+    assert read(tmp_path, twelve).notes == (f"{tmp_path}/picture has 12 bits a sample, of which 8 are read",)
+
+
+TIFFS = {
+    "planar": {"planarconfig": "separate"},
+    "tiled": {"tile": (32, 16)},
+    "tiled and deflated": {"tile": (32, 16), "compression": "zlib"},
+    "many strips": {"rowsperstrip": 1},
+    "big": {"bigtiff": True},
+    "big and large end first": {"bigtiff": True, "byteorder": ">"},
+}
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_of_any_layout(tmp_path: Path, kind: str, dtype: type) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
+    array = photo().astype(dtype) * (np.iinfo(dtype).max // 255)
+    stored = np.moveaxis(array, -1, 0) if kind == "planar" else array
+    try:
+        tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", metadata=None, **TIFFS[kind])
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"tifffile needs another package: {error}")
+    if kind == "planar" and dtype is np.uint16:
+        with pytest.raises(UsageError, match="16-bit samples of this kind"):
+            read_picture(tmp_path / "a.tif")
+    else:
+        np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels, array)
+
+
+# Whole pictures whose end is not marked, and parts of pictures whose end is
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_without_an_end(tmp_path: Path, mode: str, options: dict) -> None:
+    whole = encoded(Image.fromarray(photo()).convert(mode), "JPEG", **options)
+    expected, unmarked = read(tmp_path, whole), read(tmp_path, whole[:-2])
+    np.testing.assert_array_equal(unmarked.pixels, expected.pixels)
+    assert f"{tmp_path}/picture lacks the mark that ends a JPEG file: its pixels are all there" in unmarked.notes
+    for missing in (12, 40, len(whole) // 3, len(whole) // 2):
+        with pytest.raises(UsageError, match="truncated"):
+            read(tmp_path, whole[:-missing])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_jpeg_with_an_end_but_without_its_last_rows(tmp_path: Path, share: float) -> None:
+    whole = encoded(Image.fromarray(photo(), "RGB"), "JPEG")
+    with pytest.raises(UsageError, match="cannot read picture .*: it is truncated: copy or save it again"):
+        read(tmp_path, whole[: int(len(whole) * share)] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (7, 5), (200, 3)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_flat_jpeg_is_whole(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    for options in ({}, {"progressive": True}):
+        assert read(tmp_path, encoded(flat(*size, mode), "JPEG", **options)).size == size
+
+
+CODED = {
+    "png": ("PNG", "RGB", {}),
+    "jpeg": ("JPEG", "RGB", {}),
+    "tiff": ("TIFF", "RGB", {}),
+    "tiff, LZW": ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    "tiff, deflate": ("TIFF", "RGB", {"compression": "tiff_adobe_deflate"}),
+    "tiff, JPEG": ("TIFF", "RGB", {"compression": "jpeg"}),
+    "tiff, PackBits": ("TIFF", "RGB", {"compression": "packbits"}),
+    "tiff, fax": ("TIFF", "1", {"compression": "group4"}),
+    "tiff, older fax": ("TIFF", "1", {"compression": "group3"}),
+    "webp": ("WEBP", "RGB", {}),
+    "webp, lossless": ("WEBP", "RGB", {"lossless": True}),
+    "bmp": ("BMP", "RGB", {}),
+    "gif": ("GIF", "P", {}),
+    "avif": ("AVIF", "RGB", {}),
+    "jpeg 2000": ("JPEG2000", "RGB", {"irreversible": True, "quality_layers": [20]}),
+    "jpeg 2000, tiled": ("JPEG2000", "RGB", {"tile_size": (64, 64)}),
+}
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_a_part_of_a_picture_is_never_taken_for_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    form, mode, options = CODED[kind]
+    whole = encoded(Image.fromarray(photo(300, 200)).convert(mode), form, **options)
+    assert read(tmp_path, whole).size == (300, 200)
+    for share in (0.3, 0.6, 0.9, 0.97):
+        with pytest.raises(UsageError):
+            read(tmp_path, whole[: int(len(whole) * share)])
+    if form == "TIFF":  # the directory is there, the pixels are not all
+        place = int.from_bytes(whole[4:8], "little")
+        with pytest.raises(UsageError):
+            read(tmp_path, whole[: place // 2] if place < 50 else whole[: len(whole) - 500])
+    assert capfd.readouterr() == ("", ""), "the libraries beneath print nothing of their own"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_without_an_end(tmp_path: Path, dtype: type) -> None:
+    stream = io.BytesIO()
+    write_png(stream, photo().astype(dtype))
+    whole = stream.getvalue()
+    picture = read(tmp_path, whole[:-12])
+    np.testing.assert_array_equal(picture.pixels, photo())
+    assert picture.notes == (f"{tmp_path}/picture lacks the mark that ends a PNG file: its pixels are all there",)
+    for missing in (60, len(whole) // 2):
+        with pytest.raises(UsageError, match="truncated"):
+            read(tmp_path, whole[:-missing])
+
+
+def test_png_that_ends_early_and_black_ones_that_do_not(tmp_path: Path) -> None:
+    row = b"\0" + bytes(range(1, 31))
+    assert read(tmp_path, png_of(10, 20, pixels=zlib.compress(row * 20))).size == (10, 20)
+    with pytest.raises(UsageError, match="truncated"):
+        read(tmp_path, png_of(10, 20, pixels=zlib.compress(row * 11)))
+    assert not read(tmp_path, png_of(10, 20, pixels=zlib.compress(bytes(31 * 20)))).pixels.any()
+    with pytest.raises(UsageError, match="truncated"):
+        read(tmp_path, png_of(10, 20, pixels=zlib.compress(bytes(31 * 19))))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (13, 21)])
+def test_a_black_interlaced_png_is_whole(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The bytes of its seven passes are counted from the pattern of the specification, 8x8 pixels."""
+    pattern = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
+    passes = np.array([[int(pattern[y % 8][x % 8]) for x in range(size[0])] for y in range(size[1])])
+    length = 0
+    for number in range(1, 8):
+        rows = (passes == number).sum(1)
+        length += sum(1 + 3 * int(count) for count in rows if count)
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 1)
+
+    def png(pixels: bytes) -> bytes:
+        parts = [(b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+        return PNG_SIGNATURE + b"".join(png_chunk(*part) for part in parts)
+
+    assert read(tmp_path, png(bytes(length))).size == size
+    with pytest.raises(UsageError, match="truncated"):
+        read(tmp_path, png(bytes(length - 1)))
+
+
+def test_other_damage_is_left_out_with_a_note(tmp_path: Path) -> None:
+    contents = small_png((b"gAMA", b"\0\0\xb1\x8f"))
+    at = contents.index(b"gAMA")
+    picture = read(tmp_path, contents[: at + 5] + b"\1" + contents[at + 6 :])
+    assert picture.notes == (f"{tmp_path}/picture has a damaged gAMA chunk: left out",)
+    with pytest.raises(UsageError, match="its IDAT chunk is damaged"):
+        read(tmp_path, contents.replace(zlib.compress(b"\0\1\2\3"), zlib.compress(b"\0\1\2\4")))
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, 4, 5, 7, 9, 11, 12])
+def test_a_profile_of_any_type_in_a_tiff(tmp_path: Path, kind: int) -> None:
+    picture = read(tmp_path, tiff_of({34675: (kind, bytes(240))}))
+    note = "has an ICC profile that is damaged or does not fit its pixels: left out"
+    assert picture.size == (8, 8) and picture.metadata.icc is None and picture.notes == (f"{tmp_path}/picture {note}",)
+    grey = PROFILE[:16] + b"GRAY" + PROFILE[20:]
+    assert read(tmp_path, tiff_of({34675: (1, grey)})).metadata.icc == grey
+
+
+@pytest.mark.parametrize("profile", [PROFILE, b"", b"no profile", PROFILE[:200]])
+def test_cmyk_with_a_profile_of_another_kind(tmp_path: Path, profile: bytes) -> None:
+    image = Image.fromarray(photo()).convert("CMYK")
+    picture = read(tmp_path, encoded(image, "JPEG", icc_profile=profile))
+    np.testing.assert_array_equal(picture.pixels, read(tmp_path, encoded(image, "JPEG")).pixels)
+    assert picture.metadata.icc is None and "converted to sRGB without" in picture.notes[0]
+
+
+# Files that ask for too much
+
+
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bytes = b"", colour_type: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    return PNG_SIGNATURE + b"".join(png_chunk(*part) for part in parts)
+
+
+def small_png(*chunks: tuple[bytes, bytes]) -> bytes:
+    return png_of(1, 1, *chunks, pixels=zlib.compress(b"\0\1\2\3"))
+
+
+@functools.cache
+def bomb(length: int) -> bytes:
+    """Zeros of so many bytes, deflated."""
+    deflate = zlib.compressobj(1)
+    blocks = [deflate.compress(bytes(1 << 20)) for _ in range(length >> 20)]
+    return b"".join([*blocks, deflate.flush()])
+
+
+def tiff_of(tags: dict, data: bytes = b"", directories: int = 1) -> bytes:
+    """A grey TIFF of 8x8 pixels but for ``tags``; its directory stands at the end, and there may be many."""
+    stream = io.BytesIO(b"II*\0\0\0\0\0" + bytes(64) + data)
+    stream.seek(0, io.SEEK_END)
+    base = {256: longs(8), 257: longs(8), 258: shorts(8), 259: shorts(1), 262: shorts(1), 273: longs(8)}
+    directory = base | {278: longs(8), 279: longs(64)} | tags
+    places = [write_directory(stream, directory) for _ in range(directories)]
+    contents = bytearray(stream.getvalue())
+    ends = [*(place - 4 for place in places[1:]), len(contents) - 4]  # of each directory: the place of the next
+    struct.pack_into("<I", contents, 4, places[0])
+    for end, place in zip(ends, places[1:], strict=False):
+        struct.pack_into("<I", contents, end, place)
+    return bytes(contents)
+
+
+def many_tags() -> bytes:
+    """A directory of 65535 tags, each a megabyte, and all of them the same megabyte."""
+    entries = b"".join(struct.pack("<HHII", tag, 1, 1 << 20, 8) for tag in range(65535))
+    return b"II*\0" + struct.pack("<I", 8 + (1 << 20)) + bytes(1 << 20) + struct.pack("<H", 65535) + entries + bytes(4)
+
+
+def jpeg_scans(scans: int, side: int, arithmetic: bool = False) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = encoded(flat(side, side, "L"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * scans + data[-2:]
+
+
+def gif_of(width: int, height: int, *blocks: bytes) -> bytes:
+    data = encoded(flat(8, 8, "L"), "GIF")
+    start = data.index(b",")
+    return data[:6] + struct.pack("<HH", width, height) + data[10:start] + b"".join(blocks) + data[start:]
+
+
+def gif_frames(frames: int) -> bytes:
+    data = encoded(flat(1, 1, "L"), "GIF")
+    start = data.index(b",")
+    return data[:start] + data[start:-1] * frames + b";"
+
+
+def bmp_runs(side: int) -> bytes:
+    """Run lengths of one pixel each."""
+    pixels = (b"\1\7" * side + b"\0\0") * side + b"\0\1"
+    palette = bytes(1024)
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 1024 + len(pixels), 0, 0, 54 + 1024) + header + palette + pixels
+
+
+def jp2_size(width: int, height: int, tile: int) -> bytes:
+    """A JPEG 2000 file that claims another size, cut into tiles of another size."""
+    data = bytearray(encoded(flat(64, 64), "JPEG2000", no_jp2=True))
+    struct.pack_into(">8I", data, 8, width, height, 0, 0, tile, tile, 0, 0)
+    return bytes(data)
+
+
+HOSTILE: dict[str, Callable[[], bytes]] = {
+    "png: a million chunks": lambda: small_png(*[(b"teSt", b"")] * 1_000_001),
+    "png: text of a gigabyte": lambda: small_png((b"zTXt", b"Comment\0\0" + bomb(1 << 30))),
+    "png: a profile of a gigabyte": lambda: small_png((b"iCCP", b"x\0\0" + bomb(1 << 30))),
+    "png: pixels of a gigabyte": lambda: png_of(1, 1, pixels=bomb(1 << 30)),
+    "png: EXIF as text of a gigabyte": lambda: small_png((b"zTXt", b"Raw profile type exif\0\0" + bomb(1 << 30))),
+    "png: a thousand long profiles": lambda: small_png(*[(b"iCCP", b"x\0\0" + bomb(32 << 20))] * 1000),
+    "png: ten thousand EXIF texts": lambda: small_png(
+        *[(b"zTXt", b"Raw profile type exif\0\0" + bomb(1 << 20))] * 10_000
+    ),
+    "png: a thousand damaged chunks": lambda: small_png(*[(b"gAMA", b"")] * 1000),
+    "png: no pixels": lambda: png_of(15_000, 15_000, pixels=zlib.compress(b"")),
+    "png: half of the pixels": lambda: png_of(15_000, 15_000, pixels=bomb(15_000 * 15_000 * 3 // 2)),
+    "png: black": lambda: png_of(15_000, 15_000, pixels=bomb(15_001 * 15_001 * 3 + (1 << 20))),
+    "tiff: a hundred thousand directories": lambda: tiff_of({}, directories=100_000),
+    "tiff: a megabyte in each of 65535 tags": many_tags,
+    "tiff: a tile of 65535x65535": lambda: tiff_of(
+        {322: longs(65535), 323: longs(65535), 324: longs(8), 325: longs(64)}
+    ),
+    "tiff: two hundred million strips": lambda: tiff_of({256: longs(1), 257: longs(200_000_000), 278: longs(1)}),
+    "tiff: one strip many times": lambda: tiff_of(
+        {256: longs(999), 257: longs(99_999), 278: longs(1), 273: longs(*[8] * 99_999), 279: longs(*[999] * 99_999)},
+        bytes(999),
+    ),
+    "tiff: a strip of a gigabyte": lambda: tiff_of(
+        {259: shorts(8), 273: longs(72), 279: longs(1 << 20)}, bomb(1 << 30)
+    ),
+    "tiff: damaged fax rows": lambda: tiff_of(
+        {256: longs(9), 257: longs(900_000), 258: shorts(1), 259: shorts(4), 273: longs(72), 278: longs(900_000),
+         279: longs(300_000)},
+        b"\x5a\x01\x33" * 100_000,
+    ),  # fmt: skip
+    "tiff: a JPEG of a thousand scans": lambda: tiff_of(
+        {256: longs(3000), 257: longs(3000), 259: shorts(7), 273: longs(72), 278: longs(3000), 279: longs(1 << 28)},
+        jpeg_scans(1000, 3000),
+    ),
+    "tiff: an EXIF directory in itself": lambda: tiff_of({34665: longs(72 + 4)}, b"\1\0" + bytes(100)),
+    "jpeg: two thousand scans": lambda: jpeg_scans(2000, 2000),
+    "jpeg: twenty large scans": lambda: jpeg_scans(10, 15_000),
+    "jpeg: two thousand small scans": lambda: jpeg_scans(2000, 1000),
+    "jpeg: a million segments": lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * 1_000_001 + encoded(flat(8, 8), "JPEG")[2:],
+    "jpeg: marker bytes alone": lambda: encoded(flat(8, 8), "JPEG")[:-2] + b"\xff" * (50 << 20),
+    "jpeg: a size without data": lambda: encoded(flat(8, 8), "JPEG").replace(b"\0\x08\0\x08\3", b"\x3a\x98\x3a\x98\3"),
+    "gif: a comment of twenty million blocks": lambda: gif_of(8, 8, b"!\xfe" + b"\1 " * 20_000_000 + b"\0"),
+    "gif: a comment of a million bytes in blocks": lambda: gif_of(8, 8, b"!\xfe" + b"\1 " * 900_000 + b"\0"),
+    "gif: half a million frames": lambda: gif_frames(500_000),
+    "gif: a large screen": lambda: gif_of(15_000, 15_000),
+    "bmp: run lengths": lambda: bmp_runs(3000),
+    "webp: flat": lambda: encoded(flat(16_000, 15_000), "WEBP", lossless=True, quality=0, method=0),
+    "webp: flat, at the limit": lambda: encoded(flat(8000, 8700), "WEBP", lossless=True, quality=0, method=0),
+    "avif: flat": lambda: encoded(flat(8300, 8300), "AVIF", speed=10),
+    "jpeg 2000: a large size": lambda: jp2_size(7700, 7700, 7700),
+    "jpeg 2000: small tiles": lambda: jp2_size(7700, 7700, 33),
+    "jpeg 2000: tiny tiles": lambda: jp2_size(7700, 7700, 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_file_takes_long_or_much_memory(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "hostile"
+    path.write_bytes(HOSTILE[name]())
+    figures = mutations.measure(lambda: mutations.sample_bytes(read_picture(path)))
+    print(f"{name}: {figures}")
+    assert figures.outcome == "read" or figures.outcome.startswith("UsageError"), figures
+    assert figures.seconds < MAX_SECONDS and figures.bytes < MAX_BYTES, figures
+
+
+@pytest.mark.slow
+def test_two_thousand_damaged_pictures(tmp_path: Path) -> None:
+    """Each is read, or refused in one line. In a process of its own, so that the seed is known of one that kills it."""
+    command = [sys.executable, mutations.__file__, "0", "2000"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    lines = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert finished.returncode == 0, f"{finished.stderr[-2000:]} at {lines[-1:]}"
+    assert finished.stderr == "", "the libraries beneath print nothing of their own"
+    figures = [line for line in lines if "outcome" in line]
+    assert len(figures) == 2000
+    assert sum(line["outcome"] == "read" for line in figures) > 200, "not all of them are refused at once"
+    for line in figures:
+        assert line["outcome"] == "read" or line["outcome"].startswith(("UsageError", "MachineError")), line
+        assert "\n" not in line["outcome"] and line["seconds"] < MAX_SECONDS and line["bytes"] < MAX_BYTES, line

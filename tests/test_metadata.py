@@ -1,0 +1,240 @@
+"""What a picture file says besides its samples: kept in each format that can hold it, but no copy of the picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from moebius_edge.errors import UsageError
+from moebius_edge.imaging import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
+from moebius_edge.png_tiff import PNG_SIGNATURE, png_chunk, write_png
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GAMMA_1 = struct.pack(">I", 100_000)
+WIDE_PRIMARIES = struct.pack(">8I", 31270, 32900, 70800, 29200, 17000, 79700, 13100, 4600)  # BT.2020
+PQ = bytes([9, 16, 0, 1])
+
+
+def png_with(*chunks: tuple[bytes, bytes], dtype: type = np.uint8) -> bytes:
+    stream = io.BytesIO()
+    write_png(stream, PIXELS.astype(dtype), chunks)
+    return stream.getvalue()
+
+
+def chunks_of(path: Path) -> dict[bytes, bytes]:
+    data, at, chunks = path.read_bytes(), len(PNG_SIGNATURE), {}
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        chunks[data[at + 4 : at + 8]] = data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return chunks
+
+
+def read(folder: Path, contents: bytes, name: str = "source") -> Picture:
+    (folder / name).write_bytes(contents)
+    return read_picture(folder / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_png_keeps_what_says_colour_and_size(tmp_path: Path, dtype: type) -> None:
+    chunks = [
+        (b"gAMA", GAMMA_1),
+        (b"cHRM", WIDE_PRIMARIES),
+        (b"cICP", PQ),
+        (b"sRGB", b"\1"),
+        (b"iCCP", b"any name\0\0" + zlib.compress(PROFILE)),
+        (b"pHYs", struct.pack(">IIB", 11811, 5906, 1)),
+    ]
+    picture = read(tmp_path, png_with(*chunks, dtype=dtype))
+    assert picture.notes == () and picture.metadata.icc == PROFILE
+    assert write_picture(tmp_path / "out.png", picture) == ()
+    written = chunks_of(tmp_path / "out.png")
+    assert [written[name] for name, _ in chunks if name != b"iCCP"] == [b for name, b in chunks if name != b"iCCP"]
+    np.testing.assert_array_equal(read_picture(tmp_path / "out.png").pixels, PIXELS)
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix, form in OUTPUT_FORMATS.items() if form != "PNG"])
+@pytest.mark.parametrize(
+    ("chunks", "lost"),
+    [
+        ([(b"gAMA", GAMMA_1)], "gAMA"),
+        ([(b"cHRM", WIDE_PRIMARIES), (b"gAMA", GAMMA_1)], "gAMA and cHRM"),
+        ([(b"cICP", PQ), (b"gAMA", GAMMA_1)], "cICP"),
+        ([(b"gAMA", struct.pack(">I", 45455))], ""),  # these say no more than that it is sRGB
+        ([(b"sRGB", b"\0"), (b"gAMA", GAMMA_1)], ""),
+        ([(b"cICP", bytes([1, 13, 0, 1]))], ""),
+    ],
+)
+def test_other_formats_say_which_colours_they_cannot_hold(
+    tmp_path: Path, suffix: str, chunks: list[tuple[bytes, bytes]], lost: str
+) -> None:
+    notes = write_picture(tmp_path / f"out{suffix}", read(tmp_path, png_with(*chunks)))
+    losses = [note for note in notes if "lossy" not in note]
+    assert len(losses) == bool(lost)
+    if lost:
+        assert f"which holds no {lost}: colours may look different; .png keeps" in losses[0]
+
+
+@pytest.mark.parametrize("source", [".png", ".jpg", ".tif", ".bmp", ".webp"])
+@pytest.mark.parametrize("target", [".png", ".jpg", ".tif", ".bmp", ".webp"])
+def test_resolution_from_any_format_to_any(tmp_path: Path, source: str, target: str) -> None:
+    image = Image.fromarray(PIXELS)
+    if source == ".webp":  # in its EXIF block, as no other place is there
+        exif = Image.Exif()
+        exif[282], exif[283], exif[296] = 300.0, 150.0, 2
+        image.save(tmp_path / "a.webp", exif=exif)
+    else:
+        image.save(tmp_path / f"a{source}", dpi=(300, 150))
+    write_picture(tmp_path / f"b{target}", read_picture(tmp_path / f"a{source}"))
+    again = read_picture(tmp_path / f"b{target}").metadata.dpi
+    assert again == pytest.approx((300, 150), abs=0.02)
+    if target != ".webp":
+        with Image.open(tmp_path / f"b{target}") as opened:
+            assert opened.info["dpi"] == pytest.approx((300, 150), abs=0.02)
+
+
+def test_resolution_turns_with_the_picture_and_none_is_made_up(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", dpi=(300, 150), exif=exif)
+    assert read_picture(tmp_path / "a.png").metadata.dpi == pytest.approx((150, 300), abs=0.02)
+    for name in ("a.png", "a.jpg", "a.tif", "a.webp"):
+        Image.fromarray(PIXELS).save(tmp_path / name)
+        assert read_picture(tmp_path / name).metadata.dpi is None, name
+    aspect = read(tmp_path, png_with((b"pHYs", struct.pack(">IIB", 2, 1, 0))))
+    assert aspect.metadata.dpi is None and "gives the shape of its pixels without a unit: left out" in aspect.notes[0]
+
+
+def photographed(folder: Path, suffix: str, order: str = "<") -> Path:
+    """A photograph on its side with all that cameras write: a thumbnail, a maker note with another, a place."""
+    thumbnail = io.BytesIO()
+    Image.fromarray(PIXELS).resize((16, 10)).save(thumbnail, "JPEG")
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x0112], exif[0x010F], exif[0x8298] = 6, "Maker", "the owner"
+    exif[0x00FE + 0xC000] = thumbnail.getvalue()  # a private tag
+    inner = exif.get_ifd(0x8769)
+    inner[0x9003], inner[0x829A], inner[0xA002], inner[0xA003] = "2026:01:02 03:04:05", 0.01, 34, 21
+    inner[0x927C] = b"MAKER NOTE" + thumbnail.getvalue()
+    inner[0x9286] = b"ASCII\0\0\0" + thumbnail.getvalue()
+    exif.get_ifd(0x8825)[2] = (52.0, 30.0, 15.0)
+    exif.get_ifd(0x8825)[1] = "N"
+    block = exif.tobytes()
+    if suffix != ".tif":  # the directory of the thumbnail, which Pillow does not write
+        tiff = bytearray(block.removeprefix(b"Exif\0\0"))
+        (count,) = struct.unpack_from(order + "H", tiff, 8)
+        struct.pack_into(order + "I", tiff, 10 + 12 * count, len(tiff))
+        place = len(tiff) + 2 + 24 + 4
+        entries = [(513, 4, 1, place), (514, 4, 1, len(thumbnail.getvalue()))]
+        tiff += struct.pack(order + "H", 2) + b"".join(struct.pack(order + "HHII", *e) for e in entries) + bytes(4)
+        block = b"Exif\0\0" + bytes(tiff) + thumbnail.getvalue()
+    path = folder / f"photo{suffix}"
+    Image.fromarray(PIXELS).save(path, exif=block)
+    assert b"MAKER NOTE\xff\xd8\xff" in path.read_bytes()
+    return path
+
+
+@pytest.mark.parametrize("target", [".png", ".jpg", ".tif", ".webp"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("source", [".png", ".jpg", ".tif", ".webp"])
+def test_exif_is_kept_without_any_copy_of_the_picture(tmp_path: Path, source: str, order: str, target: str) -> None:
+    picture = read_picture(photographed(tmp_path, source, order))
+    assert picture.size == (21, 34) and picture.notes == ()
+    assert not [note for note in write_picture(tmp_path / f"out{target}", picture) if "EXIF" in note]
+    data = (tmp_path / f"out{target}").read_bytes()
+    assert b"MAKER NOTE" not in data and data.count(b"\xff\xd8\xff") == (target == ".jpg")
+    with Image.open(tmp_path / f"out{target}") as image:
+        assert image.size == (21, 34)
+        exif = image.getexif()
+        inner, place = exif.get_ifd(0x8769), exif.get_ifd(0x8825)
+        assert 0x0112 not in exif and exif[0x010F] == "Maker" and exif[0x8298] == "the owner"
+        assert exif.get_ifd(1) == {}, "there is no directory of a thumbnail"
+    assert inner[0x9003] == "2026:01:02 03:04:05" and inner[0x829A] == pytest.approx(0.01)
+    assert (inner[0xA002], inner[0xA003]) == (21, 34)
+    assert place[1] == "N" and place[2] == (52.0, 30.0, 15.0)
+
+
+def test_bmp_says_that_it_holds_no_exif(tmp_path: Path) -> None:
+    notes = write_picture(tmp_path / "out.bmp", read_picture(photographed(tmp_path, ".jpg")))
+    assert len(notes) == 1 and "which holds no EXIF metadata" in notes[0]
+
+
+def test_damaged_exif_is_left_out_with_a_note_and_what_is_sound_of_it_counts(tmp_path: Path) -> None:
+    path = photographed(tmp_path, ".png")
+    whole = path.read_bytes()
+    body = chunks_of(path)[b"eXIf"]
+    for cut, turned in ((len(body) // 2, True), (9, False), (3, False)):
+        picture = read(tmp_path, whole.replace(png_chunk(b"eXIf", body), png_chunk(b"eXIf", body[:cut])))
+        assert picture.size == ((21, 34) if turned else (34, 21))
+        assert turned or "has damaged EXIF metadata: what could not be read of them is left out" in picture.notes[0]
+        write_picture(tmp_path / "out.png", picture)
+
+
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt"])
+def test_exif_in_hexadecimal_text(tmp_path: Path, name: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Maker"
+    digits = exif.tobytes().hex()
+    lines = "\n".join(digits[at : at + 72] for at in range(0, len(digits), 72))
+    text = f"\nexif\n{len(digits) // 2:8}\n{lines}\n".encode()
+    body = b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if name == b"zTXt" else text)
+    picture = read(tmp_path, png_with((name, body)))
+    assert picture.size == (21, 34) and picture.metadata.exif[0x010F] == (2, b"Maker\0") and picture.notes == ()
+
+
+def test_xmp_is_left_out_with_a_note(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=text)
+    for name in ("a.jpg", "a.webp"):
+        Image.fromarray(PIXELS).save(tmp_path / name, xmp=b"<x:xmpmeta/>")
+    for name in ("a.png", "a.jpg", "a.webp"):
+        assert "has XMP or IPTC metadata, which may hold a small copy" in read_picture(tmp_path / name).notes[0]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_long_text_and_profiles_are_no_damage(tmp_path: Path, dtype: type) -> None:
+    long = os.urandom(1 << 20) + bytes(2 << 20)
+    profile = struct.pack(">I", len(PROFILE) + len(long)) + PROFILE[4:] + long
+    picture = read(
+        tmp_path,
+        png_with(
+            (b"zTXt", b"Comment\0\0" + zlib.compress(long)),
+            (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(long)),
+            (b"tEXt", b"Comment\0" + bytes(4 << 20)),
+            (b"iCCP", b"x\0\0" + zlib.compress(profile)),
+            dtype=dtype,
+        ),
+    )
+    np.testing.assert_array_equal(picture.pixels, PIXELS)
+    assert picture.metadata.icc == profile and picture.notes == ()
+    for name in ("out.png", "out.tif", "out.jpg"):
+        write_picture(tmp_path / name, Picture(PIXELS, None, picture.metadata))
+        assert read_picture(tmp_path / name).metadata.icc == profile
+
+
+def test_filled_pixels_become_opaque_and_an_opaque_alpha_does_not_matter(tmp_path: Path) -> None:
+    alpha = np.full(PIXELS.shape[:2], 255, np.uint8)
+    alpha[5:9, 5:9], alpha[0, 0] = 0, 7
+    picture = Picture(PIXELS, alpha)
+    hole = np.zeros(alpha.shape, bool)
+    hole[4:10, 4:10] = True
+    filled = picture.opaque_in(hole)
+    assert filled.alpha is not None and (filled.alpha[hole] == 255).all()
+    np.testing.assert_array_equal(filled.alpha[~hole], alpha[~hole])
+    assert filled.notes == ("16 of the pixels to fill were transparent: they become opaque",)
+    hole[:] = True
+    assert picture.opaque_in(hole).opaque and not filled.opaque
+    for name in ("a.jpg", "a.bmp"):
+        with pytest.raises(UsageError, match="cannot hold an alpha channel"):
+            check_output(tmp_path / name, filled)
+        write_picture(tmp_path / name, picture.opaque_in(hole))
+        assert read_picture(tmp_path / name).alpha is None

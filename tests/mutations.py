@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
 from moebius_edge.errors import MoebiusError
-from moebius_edge.imaging import OUTPUT_FORMATS, Picture, check_output, read_mask, read_picture, write_picture
+from moebius_edge.imaging import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
+from moebius_edge.mask_files import read_mask
 
 MEMORY_LIMIT = 8 << 30  # bytes of address space: what asks for more is ended, and the seed is known
 _SIZE = (72, 60)  # of all the pictures, so that where a file gives its size can be found
@@ -171,7 +172,7 @@ def use(path: Path, folder: Path) -> int:
     """Read a file as picture and as mask and write it in every format; return the bytes of its samples."""
     picture = read_picture(path)
     with suppress(MoebiusError):
-        read_mask(path, picture.size)
+        read_mask(path, picture)
     if picture.pixels.size < 1 << 18:
         for suffix in OUTPUT_FORMATS:
             _write(folder / f"out{suffix}", picture)

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in given
     # ONNX Runtime would keep an identifier in the home folder, and complain on stderr where there is none.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if arguments is None:  # this process is the command and nothing else
+        os.environ["MOEBIUS_EDGE_OWNS_PROCESS"] = "1"
     with console.guarded_output() as output, _noticing_signals(ending=arguments is None) as received:
         try:
             code, message = _run(given)

@@ -70,9 +70,8 @@ class Window:
 def plan_windows(mask: Mask, resolution: int) -> list[Window]:
     """The windows that fill ``mask``, in the order in which they are to be filled.
 
-    1. A hole that is too long for the inner part of a window of the network's resolution, and at most three times as
-       long as it is thick, gets one window of twice its length, or what the picture has: it is filled in one piece,
-       with surroundings on every side.
+    1. A hole that is longer than half the resolution, and at most three times as long as it is thick, gets one window
+       of twice its length, or what the picture has: it is filled in one piece, with surroundings on every side.
     2. A band thicker than half the resolution is covered by windows of twice its thickness.
     3. All the rest (wires, text, specks, small holes) is covered by windows of exactly ``resolution``, from the top
        to the bottom, each centred on what it fills.
@@ -147,7 +146,6 @@ def _large_parts(mask: Mask, resolution: int) -> Iterator[tuple[Box, float]]:
     depth = np.asarray(cv2.distanceTransform(np.pad(solid, 1).view(np.uint8), cv2.DIST_L2, 5))[1:-1, 1:-1]
     thickness = 2 * cell * depth
     _, labels, stats, _ = cv2.connectedComponentsWithStats(touched.view(np.uint8), connectivity=8)
-    inner_side = resolution - 2 * _margin(resolution)
     for label in 1 + np.flatnonzero(stats[1:, 2:4].max(axis=1) * cell > resolution // 2):
         x, y, w, h = stats[label, :4].tolist()
         part = np.s_[y : y + h, x : x + w]
@@ -155,7 +153,7 @@ def _large_parts(mask: Mask, resolution: int) -> Iterator[tuple[Box, float]]:
         box = _tight(mask, outer, cell, (y, x, y + h, x + w), 0)
         longest, thickest = _longest(box), float(own.max())
         if longest <= _COMPACT * thickest:
-            if longest > inner_side or thickest > resolution / 2:
+            if longest > resolution // 2:
                 yield box, thickest
             continue
         thick = (own > resolution / 2).astype(np.uint8)

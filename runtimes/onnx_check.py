@@ -209,10 +209,12 @@ def _text(data: mmap.mmap, span: Span) -> str:
 
 @contextmanager
 def time_limit(seconds: float, message: str, stop: Callable[[], None] | None = None) -> Iterator[None]:
-    """Ends the process with the one-line error ``message`` and exit code 4 where the block takes longer.
+    """Limits how long the block may take.
 
     A runtime's native code cannot be interrupted from Python. ``stop`` may ask it to return: it is called first, and
-    has ``_STOP_SECONDS`` to succeed.
+    has ``_STOP_SECONDS`` to succeed. After that the process is ended, with the one-line error ``message`` and exit code
+    4, if it is the command line's own (the environment has MOEBIUS_EDGE_OWNS_PROCESS): a program that uses the Python
+    interface is not ended.
     """
     done = threading.Event()
 
@@ -223,6 +225,8 @@ def time_limit(seconds: float, message: str, stop: Callable[[], None] | None = N
             stop()
             if done.wait(_STOP_SECONDS):
                 return
+        if "MOEBIUS_EDGE_OWNS_PROCESS" not in os.environ:
+            return
         os.write(2, f"error: {message}\n".encode(errors="replace"))
         os._exit(BundleError.exit_code)
 

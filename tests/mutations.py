@@ -10,6 +10,7 @@ import argparse
 import io
 import itertools
 import json
+import os
 import random
 import resource
 import struct
@@ -30,9 +31,15 @@ from moebius_edge.errors import MoebiusError
 from moebius_edge.imaging import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
 from moebius_edge.mask_files import read_mask
 
+
 MEMORY_LIMIT = 8 << 30  # bytes of address space: what asks for more is ended, and the seed is known
 _SIZE = (72, 60)  # of all the pictures, so that where a file gives its size can be found
 _NUMBERS = (0, 1, 2, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
+def share(count: int) -> int:
+    """``count``, or the part of it that the environment asks for (MUTATION_SHARE, 1 for all), at least 10."""
+    return max(10, round(count * float(os.environ.get("MUTATION_SHARE", "1"))))
 
 
 def corpus() -> dict[str, bytes]:

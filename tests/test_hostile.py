@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutations import share
 
 WORKER = Path(__file__).with_name("hostile_worker.py")
-COUNT = 100
+COUNT = share(100)
 PEAK_MB = {"checkpoint": 1500, "bundle": 2500}  # PyTorch, or ONNX Runtime, is in it
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_trt import ORIN, VERSION, write_engine
+from mutations import share
 from PIL import Image
 from toy import INT8, make_toy_bundle
 
@@ -31,7 +32,7 @@ from moebius_edge.manifest import component_tables, resolved_components
 from moebius_edge.runtimes.engine_files import choose_engine
 from moebius_edge.runtimes.flavours import FLAVOURS
 
-BUNDLES = 500
+BUNDLES = share(500)
 SECONDS = 5.0
 BYTES = 1_000_000_000
 CODES = {0, 2, 3, 4}

@@ -31,7 +31,6 @@ from moebius_edge.errors import MoebiusError
 from moebius_edge.imaging import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
 from moebius_edge.mask_files import read_mask
 
-
 MEMORY_LIMIT = 8 << 30  # bytes of address space: what asks for more is ended, and the seed is known
 _SIZE = (72, 60)  # of all the pictures, so that where a file gives its size can be found
 _NUMBERS = (0, 1, 2, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)

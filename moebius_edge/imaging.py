@@ -1,7 +1,7 @@
 """Pictures from files and to files: upright, in their own depth, with alpha and metadata.
 
 ``metadata`` says which of a file's metadata are kept: none that may hold a copy of what was removed. Nothing here
-knows of networks or regions, and how a file is decoded is ``decoding``'s business.
+knows of networks or windows, and how a file is decoded is ``decoding``'s business.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Picture:
         transparent = hole & (self.alpha < opaque)
         if not transparent.any():
             return self
-        note = f"{transparent.sum()} of the pixels to fill were transparent: they become opaque"
+        note = f"transparent pixels to fill, {transparent.sum()}, become opaque"
         alpha = self.alpha.copy()
         alpha[hole] = opaque
         return replace(self, alpha=alpha, notes=(*self.notes, note))

@@ -300,7 +300,7 @@ def _mask_notes(hole: Mask) -> list[str]:
     if share == 0:
         return ["mask is empty: image returned unchanged"]
     if share > LARGE_SHARE:
-        return [f"mask covers {share:.0%} of the image: little is left to guide the fill; is it inverted?"]
+        return [f"mask covers {share:.0%} of the image: little is left to guide the fill"]
     return []
 
 

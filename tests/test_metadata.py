@@ -230,7 +230,7 @@ def test_filled_pixels_become_opaque_and_an_opaque_alpha_does_not_matter(tmp_pat
     filled = picture.opaque_in(hole)
     assert filled.alpha is not None and (filled.alpha[hole] == 255).all()
     np.testing.assert_array_equal(filled.alpha[~hole], alpha[~hole])
-    assert filled.notes == ("16 of the pixels to fill were transparent: they become opaque",)
+    assert filled.notes == ("transparent pixels to fill, 16, become opaque",)
     hole[:] = True
     assert picture.opaque_in(hole).opaque and not filled.opaque
     for name in ("a.jpg", "a.bmp"):

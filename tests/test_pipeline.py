@@ -529,7 +529,7 @@ def test_a_mask_over_nearly_everything_warns(photo: np.ndarray, rows: int, warne
     assert bool(notes) == warned
     if warned:
         assert notes == [
-            f"mask covers {rows / 150:.0%} of the image: little is left to guide the fill; is it inverted?"
+            f"mask covers {rows / 150:.0%} of the image: little is left to guide the fill"
         ]
 
 

@@ -201,13 +201,18 @@ class PictureMixture:
         return draw_graphics(rng, side)
 
 
-def validation_pictures(cache: PhotoCache, side: int = NETWORK_SIDE) -> list[np.ndarray]:
-    """Cut two pictures from each photograph: its centred square shrunk to ``side``, and its centre at full size."""
-    pictures = []
-    for photo in (cache[i] for i in range(len(cache))):
-        for cut in dict.fromkeys((min(photo.shape[:2]), min(side, *photo.shape[:2]))):
-            y, x = ((n - cut) // 2 for n in photo.shape[:2])
-            square = photo[y : y + cut, x : x + cut]
-            interpolation = cv2.INTER_AREA if cut > side else cv2.INTER_CUBIC
-            pictures.append(cv2.resize(square, (side, side), interpolation=interpolation))
-    return pictures
+def validation_pictures(cache: PhotoCache, side: int = NETWORK_SIDE) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Cut two pictures from each photograph: its centred square shrunk to ``side``, and its centre at full size.
+
+    Returns the shrunk pictures and those at full size, uint8 RGB (side, side, 3). A photograph that is smaller than
+    ``side`` is enlarged.
+    """
+
+    def centre(photo: np.ndarray, cut: int) -> np.ndarray:
+        y, x = ((n - cut) // 2 for n in photo.shape[:2])
+        interpolation = cv2.INTER_AREA if cut > side else cv2.INTER_CUBIC
+        return np.asarray(cv2.resize(photo[y : y + cut, x : x + cut], (side, side), interpolation=interpolation))
+
+    photos = [cache[number] for number in range(len(cache))]
+    shrunk = [centre(photo, min(photo.shape[:2])) for photo in photos]
+    return shrunk, [centre(photo, min(side, *photo.shape[:2])) for photo in photos]

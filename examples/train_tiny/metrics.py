@@ -26,31 +26,47 @@ def laplacian_variance(picture: np.ndarray) -> float:
     return float(cv2.Laplacian(grey, cv2.CV_32F).var())
 
 
-def grid_energies(picture: np.ndarray) -> tuple[float, float]:
-    """Return the energy near the frequencies of a mesh of the latent cells, and that half-way between them.
+def power_spectrum(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the summed power spectrum of the brightness of square pictures, seen through a Hann window."""
+    side = len(pictures[0])
+    window = np.outer(np.hanning(side), np.hanning(side))
+    greys = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float64) for picture in pictures)
+    return np.asarray(sum(np.square(np.abs(np.fft.fft2((grey - grey.mean()) * window))) for grey in greys))
+
+
+def mesh_figures(decoded: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Compare decoded and original square pictures at the frequencies of a mesh of the latent cells.
 
     A pattern that repeats from cell to cell has the frequencies (i/8, j/8) per pixel, not both zero. It is seldom
     equally strong everywhere, which spreads each frequency; hence the bins around it are counted as well.
+
+    Returns:
+        The energy at all those frequencies, decoded over original; and the geometric mean over them of the same ratio
+        divided by that of the four places half-way to the neighbouring frequencies. Blur and sharpening leave the
+        second at 1, and a mesh raises it.
     """
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(np.float64)
-    side = min(grey.shape) // (2 * CELL) * 2 * CELL
-    window = np.hanning(side)
-    grey = (grey[:side, :side] - grey[:side, :side].mean()) * window * window[:, None]
-    spectrum = np.square(np.abs(np.fft.fft2(grey)))
-    period = side // CELL  # bins from one harmonic to the next
+    spectra = [power_spectrum(decoded), power_spectrum(pictures)]
+    side = len(pictures[0])
+    period, half = side // CELL, side // CELL // 2  # in frequency bins
     offsets = range(-HALF_WIDTH, HALF_WIDTH + 1)
 
-    def near(row: int, column: int) -> float:
-        return float(sum(spectrum[(row + i) % side, (column + j) % side] for i, j in product(offsets, offsets)))
+    def energies(row: int, column: int) -> np.ndarray:
+        """The energies of both around a place of the spectrum, (2,)."""
+        rows, columns = ([(place + offset) % side for offset in offsets] for place in (row, column))
+        return np.array([spectrum[np.ix_(rows, columns)].sum() + 1e-9 for spectrum in spectra])
 
-    pairs = [(i * period, j * period) for i, j in product(range(CELL), range(CELL)) if (i, j) != (0, 0)]
-    half = period // 2
-    # A neighbour half-way to the zero frequency would hold a natural picture's strongest part: go outwards.
-    outward = [
-        (row + (half if row <= side // 2 else -half), column + (half if column <= side // 2 else -half))
-        for row, column in pairs
+    def log_ratio(row: int, column: int) -> float:
+        first, second = np.log(energies(row, column))
+        return float(first - second)
+
+    places = [(i * period, j * period) for i, j in product(range(CELL), repeat=2) if (i, j) != (0, 0)]
+    beside = ((half, 0), (-half, 0), (0, half), (0, -half))
+    excesses = [
+        log_ratio(row, column) - np.mean([log_ratio(row + down, column + right) for down, right in beside])
+        for row, column in places
     ]
-    return sum(near(*pair) for pair in pairs), sum(near(*pair) for pair in outward)
+    total = np.sum([energies(*place) for place in places], 0)
+    return float(total[0] / total[1]), float(np.exp(np.mean(excesses)))
 
 
 def flat_colour_errors(reconstruct: Reconstruct, values: Sequence[int], side: int = 256) -> np.ndarray:
@@ -69,20 +85,18 @@ def evaluate(
     """Measure an autoencoder on uint8 RGB pictures and on flat colours.
 
     ``texture_ratio`` is the median over the pictures of decoded over original variance of the Laplacian.
-    ``mesh_ratio`` is the energy at the latent cell's frequency and its harmonics, decoded over original, summed over
-    the pictures. Blur lowers it as well, so ``mesh_excess`` divides it by the same ratio half-way between those
-    frequencies: above 1 there is a mesh, however blurred the picture is.
+    ``mesh_ratio`` and ``mesh_excess`` are those of ``mesh_figures``; errors of flat colours are in levels of 255.
     """
     decoded = [reconstruct(picture) for picture in pictures]
-    textures = [laplacian_variance(d) / max(laplacian_variance(p), 1e-9) for d, p in zip(decoded, pictures, strict=True)]
-    grid, between = np.sum([grid_energies(picture) for picture in decoded], 0)
-    true_grid, true_between = np.sum([grid_energies(picture) for picture in pictures], 0)
+    pairs = list(zip(decoded, pictures, strict=True))
+    textures = [laplacian_variance(result) / max(laplacian_variance(original), 1e-9) for result, original in pairs]
+    mesh_ratio, mesh_excess = mesh_figures(decoded, pictures)
     flat = flat_colour_errors(reconstruct, flat_values, pictures[0].shape[0])
     return {
-        "psnr_db": float(np.mean([psnr_db(d, p) for d, p in zip(decoded, pictures, strict=True)])),
+        "psnr_db": float(np.mean([psnr_db(result, original) for result, original in pairs])),
         "texture_ratio": float(np.median(textures)),
-        "mesh_ratio": float(grid / true_grid),
-        "mesh_excess": float(grid / true_grid / (between / true_between)),
+        "mesh_ratio": mesh_ratio,
+        "mesh_excess": mesh_excess,
         "flat_error_max": float(flat.max()),
         "flat_error_median": float(np.median(flat)),
     }

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from examples.train_tiny import autoencoder, data, decoder, metrics, training
+from examples.train_tiny import autoencoder, data, decoder, denoiser, metrics, objects, training
 from moebius_edge.errors import UsageError
 
 SMALL = ["--set", "block_out_channels=[8,8,8,8]", "--set", "validation=1", "--batch", "2", "--side", "64"]
@@ -114,3 +114,39 @@ def test_an_interrupted_training_continues_exactly(photos: Path, tmp_path: Path)
     decoder_options.remove("--set")
     decoder.main([*decoder_options, "--vae", vae, "--output", str(tmp_path / "decoder"), "--steps", "2"])
     assert (tmp_path / "decoder" / "sheet-000002.png").exists()
+
+
+def test_only_holes_of_the_foreground_branch_hold_an_object(photos: Path, tmp_path: Path) -> None:
+    mixture = data.PictureMixture(data.open_cache(tmp_path / "photos.bin", photos, ["a.png", "b.png"]), seed=0)
+    samples = objects.BranchSamples(mixture, side=64)
+    drawn = [samples(number) for number in range(40)]
+    assert {branch for _, _, branch in drawn} == {objects.BACKGROUND, objects.FOREGROUND}
+    assert all(mask.any() and not mask.all() and picture.shape == (64, 64, 3) for picture, mask, _ in drawn)
+    again = samples(11)
+    assert all(np.array_equal(a, b) for a, b in zip(again, drawn[11], strict=True))
+
+    rng = np.random.default_rng(0)
+    outline = objects.draw_outline(rng, 64)
+    black, white = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8)
+    changed = objects.paste_object(rng, black, white, outline).any(-1)
+    assert 0.01 < changed.mean() < 0.5 and not (changed & ~objects.covering_mask(rng, outline)).any()
+
+
+@pytest.mark.slow
+def test_an_interrupted_denoiser_continues_exactly(photos: Path, tmp_path: Path) -> None:
+    vae = autoencoder.build_autoencoder(autoencoder.Recipe(block_out_channels=(8, 8, 8, 8)))
+    vae.save_pretrained(tmp_path / "vae")
+    common = ["--vae", str(tmp_path / "vae"), "--photos", str(photos), "--device", "cpu", "--batch", "3"]
+
+    def run(output: str, save_every: int) -> bytes:
+        folder = tmp_path / output
+        denoiser.main([*common, "--output", str(folder), "--steps", "2", "--save-every", str(save_every)])
+        return (folder / "student.safetensors").read_bytes()
+
+    whole = run("whole", 1)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-000000001.pt").write_bytes(
+        (tmp_path / "whole" / "checkpoints" / "step-000000001.pt").read_bytes()
+    )
+    assert run("parts", 2) == whole

@@ -190,11 +190,11 @@ class PictureMixture:
     def __call__(self, number: int, side: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, number])
         kind = rng.random()
-        if kind < 0.76:
+        if kind < 0.72:
             return random_photo_crop(rng, self.cache[int(rng.integers(len(self.cache)))], side)
-        if kind < 0.87:
+        if kind < 0.82:
             return draw_scene(rng, side)
-        if kind < 0.91:
+        if kind < 0.90:
             return draw_flat(rng, side)
         if kind < 0.94:
             return draw_gradient(rng, side)

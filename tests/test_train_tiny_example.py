@@ -11,7 +11,7 @@ import pytest
 from examples.train_tiny import autoencoder, data, decoder, denoiser, metrics, objects, training
 from moebius_edge.errors import UsageError
 
-SMALL = ["--set", "block_out_channels=[8,8,8,8]", "--set", "validation=1", "--batch", "2", "--side", "64"]
+SMALL = ["--set", "block_out_channels=[8,8,8,8]", "--set", "validation=1", "--pixels", "8192", "--sides", "64", "32"]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ class Recipe:
     layers_per_block: int = 1
     norm_num_groups: int = 1
     attention: bool = False
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup: int = 100
     anchor_weight: float = 0.3
     anchor_steps: int = 1500
@@ -112,7 +112,7 @@ def draw_batch(mixture: PictureMixture, hole_share: float, first: int, count: in
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, batch=6, side=96).parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     recipe = changed(Recipe(), options.set)
     cv2.setNumThreads(0)
     options.output.mkdir(parents=True, exist_ok=True)

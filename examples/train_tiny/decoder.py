@@ -86,7 +86,7 @@ def unit_latents(model: AutoencoderKL, mixture: PictureMixture, count: int = 48)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, batch=4, side=128)
+    options = parser(__doc__)
     options.add_argument("--vae", type=Path, required=True, help="diffusers folder of the trained autoencoder")
     options = options.parse_args(arguments)
     recipe = changed(Recipe(), options.set)

@@ -195,7 +195,9 @@ def train(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stop_signals.append(received))
     while not (training.finished or stop_signals or (options.steps and training.step >= options.steps)):
-        figures = training.train_step(draw(training.drawn, options.batch, options.side), loss)
+        side = options.sides[training.step % len(options.sides)]
+        count = max(1, options.pixels // side**2)
+        figures = training.train_step(draw(training.drawn, count, side), loss)
         if training.step % options.log_every == 0:
             elapsed = round(time.monotonic() - begun, 1)
             log(step=training.step, **figures, learning_rate=training.learning_rate(), elapsed_s=elapsed)
@@ -208,15 +210,17 @@ def train(
         validate(training, pictures, log)
 
 
-def parser(description: str | None, batch: int, side: int) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """Return the options that every phase of the training has."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
     options.add_argument("--exclude", action="append", default=[], help="name of a folder in it to leave out")
     options.add_argument("--output", type=Path, required=True, help="folder for the state, the model and the log")
     options.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
-    options.add_argument("--batch", type=int, default=batch)
-    options.add_argument("--side", type=int, default=side, help="pixels of the square training pictures")
+    options.add_argument("--pixels", type=int, default=65536, help="in all pictures of a step together")
+    options.add_argument(
+        "--sides", type=int, nargs="+", default=[96, 256, 128, 256], help="of the square training pictures, in turn"
+    )
     options.add_argument("--decay-over", type=int, default=0, help="let the learning rate fall to zero over N steps")
     options.add_argument("--steps", type=int, default=0, help="stop after this many steps in total")
     options.add_argument("--save-every", type=int, default=500)

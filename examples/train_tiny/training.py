@@ -192,15 +192,18 @@ def train(
     """
     log, begun = Log(training.folder / "log.jsonl"), time.monotonic()
     stop_signals: list[int] = []
+    recent: list[dict[str, float]] = []  # the figures since the last line of the log
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stop_signals.append(received))
     while not (training.finished or stop_signals or (options.steps and training.step >= options.steps)):
         side = options.sides[training.step % len(options.sides)]
         count = max(1, options.pixels // side**2)
-        figures = training.train_step(draw(training.drawn, count, side), loss)
+        recent.append(training.train_step(draw(training.drawn, count, side), loss))
         if training.step % options.log_every == 0:
+            means = {name: float(np.mean([figures[name] for figures in recent])) for name in recent[0]}
             elapsed = round(time.monotonic() - begun, 1)
-            log(step=training.step, **figures, learning_rate=training.learning_rate(), elapsed_s=elapsed)
+            log(step=training.step, **means, learning_rate=training.learning_rate(), elapsed_s=elapsed)
+            recent.clear()
         if training.step % options.save_every == 0:
             training.save()
         if training.step % options.validate_every == 0:

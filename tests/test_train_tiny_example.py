@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from examples.train_tiny import autoencoder, data, decoder, denoiser, metrics, objects, training
+from examples.train_tiny import autoencoder, data, denoiser, metrics, objects, sharpen, training
 from moebius_edge.errors import UsageError
 
 SMALL = ["--set", "block_out_channels=[8,8,8,8]", "--set", "validation=1", "--pixels", "8192", "--sides", "64", "32"]
@@ -110,10 +110,10 @@ def test_an_interrupted_training_continues_exactly(photos: Path, tmp_path: Path)
     assert run("parts") == whole
 
     vae = str(tmp_path / "whole" / "vae")
-    decoder_options = [option for option in common if not option.startswith("block_out")]
-    decoder_options.remove("--set")
-    decoder.main([*decoder_options, "--vae", vae, "--output", str(tmp_path / "decoder"), "--steps", "2"])
-    assert (tmp_path / "decoder" / "sheet-000002.png").exists()
+    sharpen_options = [option for option in common if not option.startswith("block_out")]
+    sharpen_options.remove("--set")
+    sharpen.main([*sharpen_options, "--vae", vae, "--output", str(tmp_path / "sharpened"), "--steps", "2"])
+    assert (tmp_path / "sharpened" / "sheet-000002.png").exists()
 
 
 def test_only_holes_of_the_foreground_branch_hold_an_object(photos: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Train the demonstration model's denoiser on the latents of a trained autoencoder.
 
-    python -m examples.train_tiny.denoiser --vae runs/decoder/vae --photos PHOTOS --output runs/denoiser --steps 20000
+    python -m examples.train_tiny.denoiser --vae runs/sharpened/vae --photos PHOTOS --output runs/denoiser --steps 20000
 
 Every sample has a new crop, flip and mask; each is encoded once and used with several noises. The branch says what the
 hole holds, background or an object (see objects.py), so that guidance has something to lead away from. The same
 command continues an interrupted training exactly. It writes ``student.safetensors``, ``student.json`` and ``vae/``,
-which ``moebius-edge export`` reads.
+which ``moebius-edge export`` reads. The autoencoder in it gives every latent channel zero mean and unit deviation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moebius_edge.files import atomic_write
 from moebius_edge.model import StudentConfig, build_student
-from moebius_edge.training.autoencoder import load_autoencoder, save_autoencoder
+from moebius_edge.training.autoencoder import load_autoencoder, normalise_latents, save_autoencoder
 from moebius_edge.training.encoding import encode_batch
 from moebius_edge.training.loop import atomic_save
 from moebius_edge.training.networks import identity_start
@@ -37,7 +37,7 @@ from moebius_edge.training.objectives import Task
 from moebius_edge.training.recipe import LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
-from .data import PictureMixture, list_photographs, open_cache
+from .data import NETWORK_SIDE, PictureMixture, list_photographs, open_cache
 from .objects import BranchSamples
 
 STUDENT = StudentConfig(
@@ -47,6 +47,18 @@ STUDENT = StudentConfig(
     prompt_embedding_dim=32,
     latent_size=32,
 )
+
+
+@torch.no_grad()
+def settle_latents(vae: AutoencoderKL, mixture: PictureMixture, count: int = 48) -> None:
+    """Give the latent channels zero mean and unit deviation over training pictures, in place; no picture changes.
+
+    The posterior's variance, which nothing has trained, becomes so small that a sample of it is its mean.
+    """
+    normalise_latents(vae, np.stack([mixture(number, NETWORK_SIDE) for number in range(count)]))
+    channels = vae.config["latent_channels"]
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = -20  # the logarithm of the variance
 
 
 class EncodedSamples:
@@ -133,13 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = list_photographs(options.photos, options.exclude)
     cache = open_cache(options.cache or options.output / "photos.bin", options.photos, names)
     accelerator = make_accelerator(options.device)
-    vae = load_autoencoder(options.vae).to(accelerator.device)
     recipe = recipe_of(options)
+    mixture = PictureMixture(cache, recipe.seed)
+    vae = load_autoencoder(options.vae)
+    settle_latents(vae, mixture)
+    vae = vae.to(accelerator.device)
     torch.manual_seed(recipe.seed)
     network = build_student(recipe.student)
     identity_start(network)
     objective = Task(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision)
-    source = EncodedSamples(vae, BranchSamples(PictureMixture(cache, recipe.seed)), options.repeats)
+    source = EncodedSamples(vae, BranchSamples(mixture), options.repeats)
     trainer = BranchTrainer(
         recipe,
         network.to(accelerator.device),

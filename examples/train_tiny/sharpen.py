@@ -1,10 +1,11 @@
-"""Sharpen a trained autoencoder's decoder, the encoder left as it is.
+"""Sharpen a trained autoencoder: texture statistics, a discriminator, and a loss on the mesh of the latent grid.
 
-    python -m examples.train_tiny.decoder --vae runs/autoencoder/vae --photos PHOTOS --output runs/decoder
+    python -m examples.train_tiny.sharpen --vae runs/autoencoder/vae --photos PHOTOS --output runs/sharpened
 
 Pixel losses answer doubt with blur. This phase also asks for the right amount of local texture, and lets a small
 discriminator tell decoded pictures from real ones; a loss on patterns that repeat from cell to cell keeps the texture
-from becoming a mesh. First every latent channel is given zero mean and unit deviation, which changes no picture.
+from becoming a mesh. The encoder learns as well, so that the latents can say how much texture there is; once a
+denoiser has been trained on the latents, --set train_encoder=false leaves them as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -25,14 +25,13 @@ from torch.nn import functional as F
 from moebius_edge.training.adversary import Adversary, balance
 from moebius_edge.training.autoencoder import (
     load_autoencoder,
-    normalise_latents,
+    mean_colours,
     pattern_loss,
     pyramid_l1,
     texture_loss,
 )
 
 from .autoencoder import add_noise, draw_batch
-from .data import NETWORK_SIDE, PictureMixture
 from .training import Loss, Training, changed, open_data, parser, train
 
 
@@ -46,7 +45,9 @@ class Recipe:
 
     learning_rate: float = 5e-4
     warmup: int = 100
+    train_encoder: bool = True
     square_weight: float = 4.0
+    colour_weight: float = 0.5
     texture_weight: float = 0.1
     pattern_weight: float = 10.0
     adversary_weight: float = 0.1
@@ -60,15 +61,16 @@ class Recipe:
 
 
 def sharpening_loss(recipe: Recipe, adversary: Adversary) -> Loss:
-    """Return the loss of the decoder alone; calling it also trains the discriminator by one step."""
+    """Return the loss of the phase; calling it also trains the discriminator by one step."""
 
     def loss(model: AutoencoderKL, image: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast(image.device.type, torch.bfloat16):
-            with torch.no_grad():
-                latent = add_noise(model.encode(image).latent_dist.mean.float(), recipe.latent_noise)
-            decoded = model.decode(latent).sample.float()
+            with torch.set_grad_enabled(recipe.train_encoder):
+                latent = model.encode(image).latent_dist.mean.float()
+            decoded = model.decode(add_noise(latent, recipe.latent_noise)).sample.float()
             judged = adversary.judge(decoded).float()
         pixels = pyramid_l1(decoded, image) + recipe.square_weight * F.mse_loss(decoded, image)
+        pixels = pixels + recipe.colour_weight * F.l1_loss(mean_colours(decoded), mean_colours(image))
         texture = texture_loss(decoded, image)
         total = pixels + recipe.texture_weight * texture + recipe.pattern_weight * pattern_loss(decoded, image)
         share = recipe.adversary_weight * min(1.0, step / max(1, recipe.adversary_warmup))
@@ -78,11 +80,6 @@ def sharpening_loss(recipe: Recipe, adversary: Adversary) -> Loss:
         return total, {"loss": pixels.item(), "texture": texture.item(), "adversary": learnt}
 
     return loss
-
-
-def unit_latents(model: AutoencoderKL, mixture: PictureMixture, count: int = 48) -> None:
-    """Give every latent channel zero mean and unit deviation over ``count`` training pictures, in place."""
-    normalise_latents(model, np.stack([mixture(number, NETWORK_SIDE) for number in range(count)]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,10 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mixture, pictures = open_data(options, recipe.validation, recipe.seed)
     torch.manual_seed(recipe.seed)
     model = load_autoencoder(options.vae)
-    unit_latents(model, mixture)
-    model.requires_grad_(False)
-    model.decoder.requires_grad_(True)
-    model.post_quant_conv.requires_grad_(True)
+    for encoding_part in (model.encoder, model.quant_conv):
+        encoding_part.requires_grad_(recipe.train_encoder)
     adversary = Adversary(recipe.adversary_learning_rate, options.device)
     training = Training(recipe, model, options.output, options.device, {"adversary": adversary})
     training.resume()

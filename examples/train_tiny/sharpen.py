@@ -50,7 +50,7 @@ class Recipe:
     colour_weight: float = 0.5
     texture_weight: float = 0.1
     pattern_weight: float = 10.0
-    adversary_weight: float = 0.1
+    adversary_weight: float = 0.1  # 0 leaves the discriminator out
     adversary_learning_rate: float = 2e-4
     adversary_warmup: int = 500
     latent_noise: float = 0.05
@@ -61,23 +61,26 @@ class Recipe:
 
 
 def sharpening_loss(recipe: Recipe, adversary: Adversary) -> Loss:
-    """Return the loss of the phase; calling it also trains the discriminator by one step."""
+    """Return the loss of the phase; calling it also trains the discriminator by one step, if that has a weight."""
 
     def loss(model: AutoencoderKL, image: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast(image.device.type, torch.bfloat16):
             with torch.set_grad_enabled(recipe.train_encoder):
                 latent = model.encode(image).latent_dist.mean.float()
             decoded = model.decode(add_noise(latent, recipe.latent_noise)).sample.float()
+        squared, texture = F.mse_loss(decoded, image), texture_loss(decoded, image)
+        total = pyramid_l1(decoded, image) + recipe.square_weight * squared
+        total = total + recipe.colour_weight * F.l1_loss(mean_colours(decoded), mean_colours(image))
+        total = total + recipe.texture_weight * texture + recipe.pattern_weight * pattern_loss(decoded, image)
+        figures = {"loss": total.item(), "squared": squared.item(), "texture": texture.item()}
+        if not recipe.adversary_weight:
+            return total, figures
+        with torch.autocast(image.device.type, torch.bfloat16):
             judged = adversary.judge(decoded).float()
-        pixels = pyramid_l1(decoded, image) + recipe.square_weight * F.mse_loss(decoded, image)
-        pixels = pixels + recipe.colour_weight * F.l1_loss(mean_colours(decoded), mean_colours(image))
-        texture = texture_loss(decoded, image)
-        total = pixels + recipe.texture_weight * texture + recipe.pattern_weight * pattern_loss(decoded, image)
         share = recipe.adversary_weight * min(1.0, step / max(1, recipe.adversary_warmup))
         total = total + share * balance(total, judged, model.decoder.conv_out.weight) * judged
         with torch.autocast(image.device.type, torch.bfloat16):
-            learnt = adversary.learn(image, decoded)
-        return total, {"loss": pixels.item(), "texture": texture.item(), "adversary": learnt}
+            return total, {**figures, "adversary": adversary.learn(image, decoded)}
 
     return loss
 

@@ -98,6 +98,7 @@ def test_a_wrong_setting_is_named(setting: str, message: str) -> None:
         training.changed(autoencoder.Recipe(), [setting])
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_continues_exactly(photos: Path, tmp_path: Path) -> None:
     common = ["--photos", str(photos), "--exclude", "aside", "--cache", str(tmp_path / "photos.bin"), *SMALL]
 
@@ -132,6 +133,7 @@ def test_only_holes_of_the_foreground_branch_hold_an_object(photos: Path, tmp_pa
     assert 0.01 < changed.mean() < 0.5 and not (changed & ~objects.covering_mask(rng, outline)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_an_interrupted_denoiser_continues_exactly(photos: Path, tmp_path: Path) -> None:
     vae = autoencoder.build_autoencoder(autoencoder.Recipe(block_out_channels=(8, 8, 8, 8)))

@@ -1,7 +1,7 @@
 """Filling a picture window by window: what the network made is blended in through a seam.
 
-The seam lies outside the mask, and is as wide as half the hole is thick at that place, up to a limit: a thin wire has a
-thin seam. Beyond the seam every pixel keeps its bytes, at 8 and at 16 bits: nothing is computed there, so nothing can
+The seam lies outside the mask, and its width is a quarter of the hole's thickness at that place, up to a limit: a thin
+wire has a thin seam. Beyond the seam every pixel keeps its bytes, at 8 and at 16 bits: nothing is computed there, so nothing can
 be rounded.
 """
 
@@ -62,7 +62,7 @@ class Filling:
         if self._match:
             generated = match_colours(generated, *self.view(window))
         feather = self.feather(window)
-        reach = 2 * math.ceil(feather)  # twice the seam, so that the hole's thickness is right as far as the seam goes
+        reach = 4 * math.ceil(feather)  # as far as a disc goes that decides on the seam's width
         top, left, bottom, right = window.fills
         y, x = max(0, top - reach), max(0, left - reach)
         near = np.s_[y : bottom + reach, x : right + reach]
@@ -117,23 +117,23 @@ def seam(filled: Mask, feather: float, hole: Mask | None = None) -> Floats:
     Args:
         filled: the pixels that are filled now.
         feather: the seam's width in pixels.
-        hole: the whole mask. With it, ``feather`` is the largest width, and round a part of the hole that is thinner
-            the seam is about as wide as half of that. The width at a pixel of the hole is that of the largest disc in
-            the hole that covers it, of radii falling by √2 from ``feather`` on.
+        hole: the whole mask. With it, ``feather`` is the largest width, and round a part of the hole that is less than
+            four times as thick the seam is a quarter of the thickness wide: half the radius of the largest disc in the
+            hole that covers the place, of radii falling by √2 from twice ``feather`` on.
     """
     if hole is None or hole.all():  # a hole without an edge has no thickness
         return _falloff(filled, feather)
     alpha = filled.astype(np.float32)
     depth = distance_outside(~hole)  # from a pixel's centre to that of the nearest pixel beyond: half a pixel too much
-    width = feather
-    while width > 1:
-        centres = depth >= width + 0.5
+    radius = 2 * feather
+    while radius > 2:  # a seam of one pixel or less changes nothing
+        centres = depth >= radius + 0.5
         if centres.any():
-            covered = filled & (distance_outside(centres) <= width)
-            np.maximum(alpha, _falloff(covered, width), out=alpha)
+            covered = filled & (distance_outside(centres) <= radius + 0.5)
+            np.maximum(alpha, _falloff(covered, radius / 2), out=alpha)
             if np.array_equal(covered, filled):
                 break
-        width /= math.sqrt(2)
+        radius /= math.sqrt(2)
     return alpha
 
 

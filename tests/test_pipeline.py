@@ -419,10 +419,10 @@ def test_several_windows_count_and_draw_through(hole: np.ndarray) -> None:
 def test_each_window_is_handed_over_before_it_is_pasted(hole: np.ndarray) -> None:
     image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
     mask = np.zeros((300, 500), bool)
-    mask[20:30, 20:40] = mask[200:240, 300:330] = True
+    mask[20:30, 20:40] = mask[200:230, 300:330] = True
     seen = []
     inpaint(image, mask, FakeRuntime(), on_window=lambda *given: seen.append(given), steps=4)
-    assert [window.fills for window, _, _ in seen] == [(20, 20, 30, 40), (200, 300, 240, 330)]
+    assert [window.fills for window, _, _ in seen] == [(20, 20, 30, 40), (200, 300, 230, 330)]
     for window, made, hole in seen:
         top, left, bottom, right = window.fills
         assert hole.shape == (R, R) and hole.sum() == (bottom - top) * (right - left), "these windows are not scaled"

@@ -4,8 +4,8 @@
 
 Pixel losses answer doubt with blur. This phase also asks for the right amount of local texture, and lets a small
 discriminator tell decoded pictures from real ones; a loss on patterns that repeat from cell to cell keeps the texture
-from becoming a mesh. The encoder learns as well, so that the latents can say how much texture there is; once a
-denoiser has been trained on the latents, --set train_encoder=false leaves them as they are.
+from becoming a mesh. By default the encoder goes on learning as well; once a denoiser has been trained on the latents,
+--set train_encoder=false leaves them as they are.
 """
 
 from __future__ import annotations

@@ -131,8 +131,9 @@ class Inpainter:
             seed: the same seed gives the same noise on every runtime.
             strength: share of the schedule that is executed, in (0, 1]; absent, 0.99, and 1 for ``noise``.
             scheduler: a name in ``SCHEDULERS``.
-            feather: width of the seam in pixels; absent, a quarter of the hole's own thickness, at most 3% of each window's
-                side or 4 pixels. Where the hole comes closer than that to the edge of its window, it is narrower.
+            feather: width of the seam in pixels; absent, a quarter of the hole's own thickness, at most 3% of each
+                window's side or 4 pixels. Where the hole comes closer than that to the edge of its window, it is
+                narrower.
             on_step: called after each network call of the denoiser; with several windows in the picture,
                 index and total count through all of them.
             timer: collects the stages' latencies.

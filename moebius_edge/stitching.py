@@ -1,8 +1,8 @@
 """Filling a picture window by window: what the network made is blended in through a seam.
 
 The seam lies outside the mask, and its width is a quarter of the hole's thickness at that place, up to a limit: a thin
-wire has a thin seam. Beyond the seam every pixel keeps its bytes, at 8 and at 16 bits: nothing is computed there, so nothing can
-be rounded.
+wire has a thin seam. Beyond the seam every pixel keeps its bytes, at 8 and at 16 bits: nothing is computed there, so
+nothing can be rounded.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from .masks import Mask, distance_outside
-from .windows import Floats, Window, extract, extract_mask, plan_windows
+from .windows import Floats, Window, extract, extract_mask, parts, plan_windows
 
 _FEATHER_SHARE = 0.03  # of the window's side: about one latent cell of a 256-pixel model
 _LEAST_FEATHER = 4
@@ -125,27 +125,39 @@ def seam(filled: Mask, feather: float, hole: Mask | None = None) -> Floats:
         return _falloff(filled, feather)
     alpha = filled.astype(np.float32)
     depth = distance_outside(~hole)  # from a pixel's centre to that of the nearest pixel beyond: half a pixel too much
-    radius = 2 * feather
-    while radius > 2:  # a seam of one pixel or less changes nothing
-        centres = depth >= radius + 0.5
-        if centres.any():
-            covered = filled & (distance_outside(centres) <= radius + 0.5)
-            np.maximum(alpha, _falloff(covered, radius / 2), out=alpha)
-            if np.array_equal(covered, filled):
-                break
-        radius /= math.sqrt(2)
+    _add_seam(alpha, filled, depth, 2 * feather)
     return alpha
+
+
+def _add_seam(alpha: Floats, filled: Mask, depth: Floats, radius: float) -> None:
+    """Raise ``alpha`` round the pixels ``filled``, by discs of ``radius`` and less: see ``seam``.
+
+    Only where larger discs do not fit are smaller ones looked for, and only near there: it is quick where a large hole
+    has a few corners.
+    """
+    if radius <= 2:  # a seam of one pixel or less changes nothing
+        return
+    centres = depth >= radius + 0.5
+    if centres.any():
+        covered = filled & (distance_outside(centres) <= radius + 0.5)
+        np.maximum(alpha, _falloff(covered, radius / 2), out=alpha)
+        filled = filled & ~covered
+    reach = math.ceil(radius) + 1  # as far as the centre of a disc that covers a pixel
+    for top, left, bottom, right in parts(filled, reach):
+        near = np.s_[max(0, top - reach) : bottom + reach, max(0, left - reach) : right + reach]
+        _add_seam(alpha[near], filled[near], depth[near], radius / math.sqrt(2))
 
 
 def _falloff(mask: Mask, width: float) -> Floats:
     """The Gaussian of ``seam`` round ``mask``, which is 1 on it."""
+    share = mask.astype(np.float32)
     if width <= 0 or not mask.any():
-        return mask.astype(np.float32)
+        return share
     distance = distance_outside(mask)
+    seam = (distance > 0) & (distance < width)
     end = math.exp(-4.5)  # g(3 σ)
-    share = (np.exp(-4.5 * np.square(distance / np.float32(width))) - np.float32(end)) / np.float32(1 - end)
-    share[distance >= width] = 0
-    share[mask] = 1
+    gauss = np.exp(-4.5 * np.square(distance[seam] / np.float32(width)))
+    share[seam] = (gauss - np.float32(end)) / np.float32(1 - end)
     return share
 
 

@@ -58,13 +58,10 @@ class Window:
         )
         return min((distance for distance, counts in distances if counts), default=self.side)
 
-
     def overlaps(self, other: Window) -> bool:
         """Whether the two squares share a pixel."""
-        return (
-            abs(2 * (self.top - other.top) + self.side - other.side) < self.side + other.side
-            and abs(2 * (self.left - other.left) + self.side - other.side) < self.side + other.side
-        )
+        rows = self.top < other.top + other.side and other.top < self.top + self.side
+        return rows and self.left < other.left + other.side and other.left < self.left + self.side
 
 
 def plan_windows(mask: Mask, resolution: int) -> list[Window]:
@@ -161,6 +158,19 @@ def _large_parts(mask: Mask, resolution: int) -> Iterator[tuple[Box, float]]:
         for core, (cx, cy, cw, ch) in enumerate(core_stats[1:, :4].tolist(), start=1):
             found = (y + cy, x + cx, y + cy + ch, x + cx + cw)
             yield _tight(mask, outer, cell, found, resolution // 4 + 2 * cell), float(own[cores == core].max())
+
+
+def parts(mask: Mask, cell: int) -> list[Box]:
+    """Boxes that hold all masked pixels: one for each connected part of ``mask`` on a grid of ``cell`` pixels."""
+    if not mask.any():
+        return []
+    grid = _pooled(mask, cell, np.any)
+    _, _, stats, _ = cv2.connectedComponentsWithStats(grid.view(np.uint8), connectivity=8)
+    height, width = mask.shape
+    return [
+        (cell * y, cell * x, min(cell * (y + h), height), min(cell * (x + w), width))
+        for x, y, w, h in stats[1:, :4].tolist()  # row 0 is the background
+    ]
 
 
 def _pooled(mask: Mask, cell: int, reduce: Callable[..., Mask]) -> Mask:

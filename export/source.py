@@ -116,10 +116,6 @@ def load_config(source: Source) -> StudentConfig:
         return StudentConfig.from_dict(_read_object(source.config))
     except (UsageError, BundleError) as error:
         raise type(error)(f"{source.config}: {error}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(
-            f"{source.config} is no student configuration ({error}): give another with --config"
-        ) from error
 
 
 def load_student(source: Source, config: StudentConfig) -> Student:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import BundleError
 from .inert_pickle import Opaque, StoredTensor
-from .weights_file import printable
+from .weights_file import shortened
 
 STUDENT, TEACHER = "student", "teacher"
 Tensors = dict[str, StoredTensor]
@@ -88,14 +88,14 @@ def network_tensors(path: Path, content: Any, notes: list[str]) -> Tensors:
     if not isinstance(content, dict) or not any(isinstance(value, StoredTensor) for value in content.values()):
         what = "no dictionary of tensors"
         if isinstance(content, dict) and (opaque := [v for v in content.values() if isinstance(v, Opaque)]):
-            what = f"no dense tensors but {printable(opaque[0].what)}"
+            what = f"no dense tensors but {shortened(opaque[0].what)}"
         raise BundleError(f"{path} holds {what}: save module.state_dict() itself")
     other = [name for name, value in content.items() if not isinstance(value, StoredTensor)]
     if other:
         value = content[other[0]]
         what = value.what if isinstance(value, Opaque) else f"a {type(value).__name__}"
         raise BundleError(
-            f"{path} holds no flat dictionary of tensors: {some(other)} beside them, {printable(what)}: "
+            f"{path} holds no flat dictionary of tensors: {some(other)} beside them, {shortened(what)}: "
             "save module.state_dict() itself"
         )
     if keys:
@@ -123,7 +123,7 @@ def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -
     names = list(names)
     if (match := next((name for name in names if _LORA_NAME.search(name)), None)) is not None:
         raise BundleError(
-            f"{path} is a LoRA, which changes a network and is none by itself (its tensor {printable(match)} says so): "
+            f"{path} is a LoRA, which changes a network and is none by itself (its tensor {shortened(match)} says so): "
             f"give the weights of a whole {wanted or 'network'}"
         )
     found = kind_of(names)
@@ -140,7 +140,7 @@ def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -
         )
     for pattern, what in _OTHERS if wanted is not None else ():
         if (match := next((name for name in names if pattern.search(name)), None)) is not None:
-            raise BundleError(f"{path}, by its tensor {printable(match)}, is {what}")
+            raise BundleError(f"{path}, by its tensor {shortened(match)}, is {what}")
 
 
 def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: list[str]) -> Tensors:
@@ -186,7 +186,7 @@ def _prefix(path: Path, names: Iterable[str], end: str) -> str | None:
     """What stands before ``end`` in the one name that ends so."""
     found = [name.removesuffix(end) for name in names if name == end or name.endswith("." + end)]
     if len(found) > 1:
-        under = ", ".join(printable(prefix or "no prefix", 30) for prefix in found[:_SHOWN])
+        under = ", ".join(shortened(prefix or "no prefix", 30) for prefix in found[:_SHOWN])
         raise BundleError(f"{path} holds several networks, under {under}: save the one that is meant by itself")
     return found[0] if found else None
 
@@ -201,4 +201,4 @@ def some(names: Iterable[str]) -> str:
     """How many ``names`` there are, and the first of them."""
     names = list(names)
     more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} ({', '.join(printable(name, 160) for name in names[:_SHOWN])}{more})"
+    return f"{len(names)} ({', '.join(shortened(name, 160) for name in names[:_SHOWN])}{more})"

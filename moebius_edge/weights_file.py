@@ -121,7 +121,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise MachineError(f"{path} cannot be read: {error.strerror or error}: give a readable file") from error
     except UnsafePickle as error:
         raise BundleError(
-            f"{path} was refused: its pickle asks to run code ({printable(str(error))}), which weights never need: do "
+            f"{path} was refused: its pickle asks to run code ({shortened(str(error))}), which weights never need: do "
             "not trust its source; from a module of your own save module.state_dict()"
         ) from None
     except PickleError as error:
@@ -133,7 +133,7 @@ def is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
 
 
-def printable(text: str, most: int = 80) -> str:
+def shortened(text: str, most: int = 80) -> str:
     """``text`` from a file as it may stand in a message: on one line, without control characters, not long."""
     return "".join(c if c.isprintable() else "?" for c in text[:most]) + ("..." if len(text) > most else "")
 
@@ -161,7 +161,7 @@ def _describe(path: Path, head: bytes) -> str:
     if text[:1] in (b"{", b"["):
         return f"is a JSON file: {_WANTED}, which may lie beside it"
     if len(text) >= 4 and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in text):
-        first = printable(text.decode("ascii").splitlines()[0], 40)
+        first = shortened(text.decode("ascii").splitlines()[0], 40)
         return f"is a text file that begins {first!r}: {_WANTED}"
     return f"is truncated, damaged or no file of weights: {_WANTED}, or {_GET_AGAIN}"
 
@@ -184,7 +184,7 @@ def _open_safetensors(path: Path, size: int) -> WeightsFile:
         if not all(isinstance(note, str) for note in metadata.values()):
             raise ValueError("a note is no text")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise damaged(printable(str(error))) from error
+        raise damaged(shortened(str(error))) from error
     begins = {name: begin for name, (_, begin) in tensors.items()}
 
     def read(storage: Storage) -> bytearray:
@@ -198,13 +198,13 @@ def _safetensors_entry(name: str, entry: dict[str, Any], size: int) -> tuple[Sto
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     numbers = (begin, end, *shape)
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers) or len(shape) > 16 or end > size:
-        raise ValueError(f"{printable(name)} has the shape {shape[:8]} at bytes {begin} to {end} of {size}")
+        raise ValueError(f"{shortened(name)} has the shape {shape[:8]} at bytes {begin} to {end} of {size}")
     dtype = _SAFETENSORS_TYPES.get(entry["dtype"])
     if dtype is None:
-        return Opaque(f"a tensor of {printable(str(entry['dtype'])[:20])} numbers"), begin
+        return Opaque(f"a tensor of {shortened(str(entry['dtype'])[:20])} numbers"), begin
     count = math.prod(shape)
     if count * ELEMENT_BYTES[dtype] != end - begin:
-        raise ValueError(f"{printable(name)} has {count} elements in {end - begin} bytes")
+        raise ValueError(f"{shortened(name)} has {count} elements in {end - begin} bytes")
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return StoredTensor(Storage(name, dtype, count), shape, strides), begin
 
@@ -220,7 +220,7 @@ def _open_archive(path: Path, size: int) -> WeightsFile:
         order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
         content = read_inert(io.BytesIO(archive.read(f"{root}data.pkl")))
     except _ZIP_ERRORS as error:
-        raise BundleError(f"{path} is truncated or damaged ({printable(str(error))}): {_GET_AGAIN}") from error
+        raise BundleError(f"{path} is truncated or damaged ({shortened(str(error))}): {_GET_AGAIN}") from error
     if order != b"little":
         raise BundleError(f"{path} was saved on a big-endian machine: save it again on this kind of machine")
 
@@ -228,13 +228,13 @@ def _open_archive(path: Path, size: int) -> WeightsFile:
         name = f"{root}data/{storage.key}"
         if name not in members or members[name].file_size != storage.size:
             raise BundleError(
-                f"{path} is damaged: it lacks the {storage.size} bytes of {printable(name)}: {_GET_AGAIN}"
+                f"{path} is damaged: it lacks the {storage.size} bytes of {shortened(name)}: {_GET_AGAIN}"
             )
         try:
             with _reading(path):
                 return bytearray(archive.read(name))  # compares the checksum: a flipped bit would become a weight
         except _ZIP_ERRORS as error:
-            raise BundleError(f"{path} is damaged at {printable(name)!r}: {_GET_AGAIN}") from error
+            raise BundleError(f"{path} is damaged at {shortened(name)!r}: {_GET_AGAIN}") from error
 
     return WeightsFile(path, content, read)
 
@@ -243,7 +243,7 @@ def _check_members(path: Path, size: int, members: dict[str, zipfile.ZipInfo]) -
     """The folder in an archive in which torch.save put everything, with a slash at its end."""
     pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(pickles) != 1:
-        some = ", ".join(printable(name, 40) for name in list(members)[:3])
+        some = ", ".join(shortened(name, 40) for name in list(members)[:3])
         raise BundleError(f"{path} is a zip archive of other files ({some}), not of torch.save: {_WANTED}")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in members:
@@ -251,7 +251,7 @@ def _check_members(path: Path, size: int, members: dict[str, zipfile.ZipInfo]) -
     for info in members.values():
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.file_size > size:
             raise BundleError(
-                f"{path} was packed again, {printable(info.filename, 40)} in it is compressed, which torch.save never "
+                f"{path} was packed again, {shortened(info.filename, 40)} in it is compressed, which torch.save never "
                 "does: load and save it with torch, or unpack what is in it"
             )
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:

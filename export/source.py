@@ -112,8 +112,9 @@ def load_config(source: Source) -> StudentConfig:
 
     if source.config is None:
         return StudentConfig()
+    values = _read_object(source.config)
     try:
-        return StudentConfig.from_dict(_read_object(source.config))
+        return StudentConfig.from_dict(values)
     except (UsageError, BundleError) as error:
         raise type(error)(f"{source.config}: {error}") from None
 

@@ -25,6 +25,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.export.graphs import PlainDenoiser
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, best_tile, function_bodies
@@ -36,14 +37,13 @@ from moebius_edge.export.specialise import (
     SpecialMixFFN,
     specialise,
 )
-from moebius_edge.machine import available_cores, machine_info
-from moebius_edge.manifest import resolved_components
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.model.lambdas import InteractiveLambda, LocalLambda
 from moebius_edge.model.layers import Upsample
 from moebius_edge.model.profile import multiplications
 from moebius_edge.model.student import MixFFN, SeparableConv
 from moebius_edge.spec import Component, Tensor
+from moebius_edge.system.machine import available_cores, machine_info
 
 Run = Callable[[], Any]
 CLASSES = {

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moebius_edge.classical import telea
+from moebius_edge.imaging.classical import telea
 from moebius_edge.model import build_student, load_checkpoint
 from moebius_edge.training.autoencoder import load_autoencoder
 from moebius_edge.training.evaluate import border_mean, figures, fill, held_out_cases

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from moebius_edge.bundle import Bundle
-from moebius_edge.pipeline import Inpainter
+from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.spec import DENOISER, SHALLOW

@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
 from moebius_edge.export.precision import ISLAND_MODULES, ISLANDS, to_float16
-from moebius_edge.fidelity import compare
-from moebius_edge.guidance import choose_guidance
+from moebius_edge.metrics.fidelity import compare
+from moebius_edge.metrics.trajectory import Trajectory, run_trajectory
 from moebius_edge.runtimes.ort import OrtRuntime
-from moebius_edge.trajectory import Trajectory, run_trajectory
+from moebius_edge.sampling.guidance import choose_guidance
 
 DENOISER, ENCODER, DECODER = "denoiser", "vae_encoder", "vae_decoder"
 SOFTMAX, NORMS = ("Softmax",), ("InstanceNormalization", "LayerNormalization")

@@ -16,12 +16,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from moebius_edge.classical import telea
-from moebius_edge.imaging import read_picture
-from moebius_edge.masks import Mask
-from moebius_edge.pipeline import Inpainter
-from moebius_edge.quality import hole_psnr_db
-from moebius_edge.windows import plan_windows
+from moebius_edge.imaging.classical import telea
+from moebius_edge.imaging.masks import Mask
+from moebius_edge.imaging.pictures import read_picture
+from moebius_edge.imaging.windows import plan_windows
+from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.pipeline.inpainter import Inpainter
 
 
 def wire(height: int, width: int, thickness: int, degrees: float) -> Mask:

@@ -16,8 +16,8 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
+from ..bundle.products import PRODUCTS, summed_axis
 from ..errors import BundleError
-from ..products import PRODUCTS, summed_axis
 from .blocks import infer_shapes, inlined
 from .quantise import rounded_outputs
 

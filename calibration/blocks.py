@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import ModelProto, NodeProto
 
+from ..bundle.products import PRODUCTS, attribute, multiplications
 from ..errors import BundleError
-from ..products import PRODUCTS, attribute, multiplications
 from .inlining import FUNCTION, inline, outline
 
 _BLOCK = re.compile(r"\w+_blocks\.\d+\.\w+\.\d+\.\w+|\w+")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.calibration_pictures import CalibrationPictures, Photographs, draw_hole, square
+from ..data.photographs import HELD_OUT
 from ..errors import UsageError
-from ..training.photographs import HELD_OUT
-from ..trajectory import Scene, cut_scene
-from .pictures import CalibrationPictures, Photographs, draw_hole, square
+from ..metrics.trajectory import Scene, cut_scene
 
 HELD_OUT_CASES = 16
 _FOLD = 5  # one picture of so many is held out

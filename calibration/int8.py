@@ -18,19 +18,19 @@ import onnx
 import onnxruntime
 
 from .. import __version__
-from ..bundle import Bundle, write_bundle
+from ..bundle.bundle import Bundle, write_bundle
+from ..data.calibration_pictures import open_calibration
 from ..errors import BundleError, UsageError
 from ..export.gate import judge_shallow, shallow_difference
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
-from ..files import atomic_directory, refuse_loss
 from ..runtimes.ort import OrtRuntime
 from ..spec import DENOISER, SHALLOW
+from ..system.files import atomic_directory, refuse_loss
 from .blocks import blocks
 from .cases import HELD_OUT_CASES, make_cases, part
 from .kernels import integer_kernels
-from .pictures import open_calibration
 from .quantise import check_target, quantised_nodes
 from .quantiser import Quantiser
 from .ranges import METHODS

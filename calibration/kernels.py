@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 
 from ..errors import MachineError
-from ..files import utf8_path
+from ..system.files import utf8_path
 from .quantise import quantised_nodes
 
 INTEGER = ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "ConvInteger", "QGemm")

@@ -19,8 +19,8 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import ModelProto, NodeProto
 
+from ..bundle.products import PRODUCTS
 from ..errors import UsageError
-from ..products import PRODUCTS
 from .blocks import block_of, blocks, inlined
 from .inlining import drop_unused
 from .pairs import PairWriter, producers, source

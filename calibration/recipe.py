@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ..documents import Flag, Text, read_document
 from ..errors import UsageError
-from ..files import atomic_write
+from ..system.files import atomic_write
 
 SCHEMA_VERSION = 1
 

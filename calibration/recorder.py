@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
+from ..data.calibration_pictures import MASK_SIZES
 from ..errors import BundleError
 from ..runtimes.base import Arrays
 from ..runtimes.ort import OrtRuntime
 from ..runtimes.providers import quiet_options
 from .activations import Activation, graphs, group, load_inlined
-from .statistics import MASK_SIZES, Statistics, Strata
+from .statistics import Statistics, Strata
 
 _MASK_CHANNEL = 4  # of the denoiser's input ``sample``
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import onnx
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
+from ..data.calibration_pictures import CalibrationPictures, check_number, picture_and_hole
 from ..errors import MachineError, UsageError
-from ..guidance import choose_guidance
-from ..pipeline import STRENGTH, Inpainter, Step
-from ..scheduler import SCHEDULERS
+from ..pipeline.inpainter import STRENGTH, Inpainter, Step
+from ..sampling.guidance import choose_guidance
+from ..sampling.scheduler import SCHEDULERS
 from .activations import find_activations, load_inlined
-from .pictures import CalibrationPictures, check_number, picture_and_hole
 from .quantise import check_target
 from .recorder import RecordingRuntime
 from .statistics import Statistics, TensorStatistics

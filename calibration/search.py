@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 
 from ..errors import QualityError
-from ..files import atomic_write
+from ..system.files import atomic_write
 from .quantiser import Quantiser
 from .recipe import Recipe
 from .trials import Figures, Progress, Trials, mean_hole_psnr_db

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, write_bundle
+from ..bundle.bundle import Bundle, write_bundle
 from ..export.precision import to_float16
-from ..files import scratch_directory
 from ..runtimes import Runtime
 from ..runtimes.base import drawn_feeds
 from ..runtimes.ort import OrtRuntime
 from ..runtimes.providers import absence, import_onnxruntime, start_problem
 from ..spec import DENOISER, SHALLOW
+from ..system.files import scratch_directory
 
 ROUNDS, WARM_UPS = 9, 2
 

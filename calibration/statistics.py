@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..data.calibration_pictures import MASK_SIZES
 from ..errors import BundleError, MachineError, UsageError
-from ..files import atomic_write
+from ..system.files import atomic_write
 from .histogram import BINS, Histogram
 
 STATE_FILE, SUMMARY_FILE = "statistics.npz", "statistics.json"
-MASK_SIZES = (0.1, 0.25, 1.0)  # largest share of the network's picture in a small, a medium and a large hole
 BRANCHES = 2
 _FORMAT = 1
 _CHUNK = 1 << 20  # values at a time: temporary arrays stay at a few MB whatever the tensor's size

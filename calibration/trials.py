@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle import Bundle
-from ..fidelity import PEAK, compare
-from ..guidance import choose_guidance
-from ..quality import fill_figures
+from ..bundle.bundle import Bundle
+from ..metrics.fidelity import PEAK, compare
+from ..metrics.quality import fill_figures
+from ..metrics.trajectory import Trajectory, run_trajectory
 from ..runtimes import Runtime
 from ..runtimes.base import Arrays
 from ..runtimes.ort import OrtRuntime
-from ..trajectory import Trajectory, run_trajectory
+from ..sampling.guidance import choose_guidance
 from .cases import Case
 
 Progress = Callable[[str, int, int], None]  # label, done, total

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, MoebiusError
-from ..files import atomic_write, sha256_file
-from ..machine import peak_memory_bytes
+from ..system.files import atomic_write, sha256_file
+from ..system.machine import peak_memory_bytes
 from .trt_builder import Tell, TrtBuilder, check_products, check_types
 
 # component, precision and the ONNX file (None for ``update``, which has none); the names of its quantised products;

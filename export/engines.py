@@ -17,10 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
+from ..bundle.bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
 from ..errors import BundleError, MachineError, UsageError
-from ..files import atomic_directory
-from ..machine import available_memory_bytes
 from ..runtimes.engine_files import (
     ENGINE_FILE,
     ENGINE_SCHEMA_VERSION,
@@ -33,6 +31,8 @@ from ..runtimes.engine_files import (
 from ..runtimes.flavours import FLAVOURS
 from ..runtimes.update import UPDATE, update_component
 from ..spec import DENOISER, SHALLOW, Component
+from ..system.files import atomic_directory
+from ..system.machine import available_memory_bytes
 from .engine_process import run_build
 from .engine_target import EngineOptions, Target
 

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..bundle import Bundle, write_bundle
+from ..bundle.bundle import Bundle, write_bundle
+from ..bundle.manifest import resolved_components
 from ..errors import MachineError, UsageError
-from ..files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
-from ..guidance import choose_guidance
-from ..manifest import resolved_components
 from ..runtimes.onnx_check import check_onnx_file
+from ..sampling.guidance import choose_guidance
 from ..spec import DENOISER, LATENT_DOWNSCALE, SHALLOW
+from ..system.files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from .engines import is_bundle
 from .source import Source, find_source, load_config, load_student, load_vae
 
 if TYPE_CHECKING:
+    from ..metrics.trajectory import Trajectory
     from ..runtimes import Runtime
-    from ..trajectory import Trajectory
 
 Progress = Callable[[str, float | None], None]
 
@@ -141,7 +141,7 @@ def _fill(
     guidance = choose_guidance(trajectory["guidance"], found.distilled_guidance).sampled
     tell("load packages", None)
     card["tools"] = _tools()
-    from ..fidelity import compare
+    from ..metrics.fidelity import compare
     from ..runtimes.ort import OrtRuntime
     from ..runtimes.pytorch import TorchRuntime
     from .gate import CONDITIONS, judge, judge_shallow, shallow_difference
@@ -190,7 +190,7 @@ def _fill(
 
 
 def _run(runtime: Runtime, steps: int, guidance: float, stage: str, tell: Progress) -> Trajectory:
-    from ..trajectory import run_trajectory
+    from ..metrics.trajectory import run_trajectory
 
     tell(stage, 0.0)
     return run_trajectory(

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import QualityError
-from ..pipeline import STRENGTH
+from ..metrics.trajectory import SEED
+from ..pipeline.inpainter import STRENGTH
 from ..runtimes import Runtime
 from ..runtimes.base import drawn_feeds
 from ..spec import DEEP, DENOISER, SHALLOW
-from ..trajectory import SEED
 
 CONDITIONS = {"seed": SEED, "strength": STRENGTH, "scheduler": "ddim"}
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..errors import BundleError, UsageError
-from ..files import utf8_path
 from ..spec import Component
+from ..system.files import utf8_path
 from .graphs import example_inputs
 from .trt_rules import problems
 

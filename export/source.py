@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import ASSETS, BUNDLED
+from ..bundle.bundle import ASSETS, BUNDLED
+from ..checkpoints.network_names import STUDENT, network_tensors, refuse_other_network
+from ..checkpoints.weights_file import open_weights
 from ..errors import BundleError, MachineError, UsageError
-from ..files import sha256_file
-from ..network_names import STUDENT, network_tensors, refuse_other_network
 from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE
-from ..weights_file import open_weights
+from ..system.files import sha256_file
 from .weights_metadata import find_guidance
 
 if TYPE_CHECKING:

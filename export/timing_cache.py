@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..files import atomic_write
+from ..system.files import atomic_write
 
 _MARK = "moebius-edge timing cache"
 _LONGEST_HEADER = 4096  # bytes

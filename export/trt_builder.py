@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, MachineError, MoebiusError
-from ..files import utf8_path
 from ..runtimes.flavours import FLAVOURS, load_package, make_logger, max_opset, version_of
 from ..runtimes.onnx_check import check_onnx_file
 from ..runtimes.update import update_component
 from ..spec import DENOISER
+from ..system.files import utf8_path
 from .build_progress import Fraction, make_monitor
 from .engine_layers import engine_information, products_in_int8
 from .timing_cache import read_timing_cache, write_timing_cache

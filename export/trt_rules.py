@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ..products import PRODUCTS  # TensorRT fuses each with the pairs before it
+from ..bundle.products import PRODUCTS  # TensorRT fuses each with the pairs before it
 from ..runtimes.flavours import max_opset
 
 OLDEST = (10, 3)

@@ -15,7 +15,7 @@ from .auto import AUTO, select
 from .base import Runtime
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, MachineError, UsageError
-from ..machine import gpu_name
+from ..system.machine import gpu_name
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 AUTO = "auto"
 CPU = "cpu"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ..errors import BundleError
-from ..scheduler import LinearStep
+from ..sampling.scheduler import LinearStep
 from ..spec import Component, Tensor
 
 Arrays = dict[str, np.ndarray]

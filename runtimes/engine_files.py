@@ -17,11 +17,11 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
-from ..bundle import ASSETS, ENGINES_FOLDER, Bundle, check_file
+from ..bundle.bundle import ASSETS, ENGINES_FOLDER, Bundle, check_file
+from ..bundle.manifest import FileRecord
 from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, Text, read_document
 from ..errors import BundleError, MachineError
-from ..files import safe_join
-from ..manifest import FileRecord
+from ..system.files import safe_join
 from .cuda import Gpu
 from .flavours import FLAVOURS, Flavour
 from .update import UPDATE

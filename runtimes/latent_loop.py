@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from ..scheduler import LinearStep
+from ..sampling.scheduler import LinearStep
 from ..spec import LATENT_CHANNELS
 from .cuda import Cuda, CudaError
 from .executor import Executor, LaunchError

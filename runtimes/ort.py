@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BundleError, MachineError, UsageError
-from ..files import utf8_path
-from ..machine import available_cores
+from ..system.files import utf8_path
+from ..system.machine import available_cores
 from .base import Arrays, Runtime, batched
 from .binding import BoundSession
 from .onnx_check import check_onnx_file, time_limit
@@ -38,7 +38,7 @@ from .providers import (
 )
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
 _STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bundle import ASSETS, ENGINES_FOLDER
+from ..bundle.bundle import ASSETS, ENGINES_FOLDER
 from ..errors import MachineError
-from ..machine import cache_directory, gpu_name, package_version
 from ..spec import DENOISER, SHALLOW, Component
+from ..system.machine import cache_directory, gpu_name, package_version
 from .base import batched
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # Rows an engine is built for: guidance needs two; the autoencoder sees one picture.

@@ -26,7 +26,7 @@ from .latent_loop import SHARED, LatentLoop
 from .update import UPDATE, update_component
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
 _loggers: dict[str, Any] = {}  # by flavour: TensorRT keeps the first logger it is given as long as it lives

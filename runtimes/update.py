@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..scheduler import LinearStep
+from ..sampling.scheduler import LinearStep
 from ..spec import LATENT_CHANNELS, Component, Tensor
 
 UPDATE = "update"

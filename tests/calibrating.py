@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 from toy import make_toy_bundle
 
-from moebius_edge.files import sha256_file
+from moebius_edge.system.files import sha256_file
 
 DOMAIN = "moebius"
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.export.update_network import define_update
-from moebius_edge.files import sha256_file
 from moebius_edge.runtimes.cuda import CudaError, Gpu
 from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
 from moebius_edge.runtimes.update import UPDATE, update_component
 from moebius_edge.spec import DENOISER, SHALLOW
+from moebius_edge.system.files import sha256_file
 
 ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
 VERSION = "10.3.0"

@@ -290,7 +290,7 @@ def prepare_bundles(folder: Path) -> Any:
     import onnxruntime  # noqa: F401 - once, and not in every process
     from toy import make_toy_bundle
 
-    from moebius_edge.bundle import ASSETS
+    from moebius_edge.bundle.bundle import ASSETS
     from moebius_edge.cli import main
 
     make_toy_bundle(folder / "toy", deep=True)

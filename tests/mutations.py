@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
 from moebius_edge.errors import MoebiusError
-from moebius_edge.imaging import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
-from moebius_edge.mask_files import read_mask
+from moebius_edge.imaging.mask_files import read_mask
+from moebius_edge.imaging.pictures import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
 
 MEMORY_LIMIT = 8 << 30  # bytes of address space: what asks for more is ended, and the seed is known
 _SIZE = (72, 60)  # of all the pictures, so that where a file gives its size can be found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.report.configurations import Choices, Configuration, grid
 from moebius_edge.report.inputs import Input
 from moebius_edge.report.references import with_references

@@ -12,12 +12,12 @@ import pytest
 from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
 from toy import make_toy_bundle
 
-from moebius_edge import machine
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import MachineError, UsageError
 from moebius_edge.runtimes import RUNTIMES, auto, create_runtime
 from moebius_edge.runtimes.auto import Candidate, select
 from moebius_edge.runtimes.providers import engine_folder
+from moebius_edge.system import machine
 
 
 @pytest.fixture

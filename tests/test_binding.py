@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from toy import encode, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.runtimes.binding import BoundSession
 
 

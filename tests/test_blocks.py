@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moebius_edge.bundle import ASSETS
+from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.calibration.blocks import blocks, inlined
 from moebius_edge.calibration.quantise import activations, quantise
 from moebius_edge.calibration.recipe import Recipe

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from toy import INT8
 
-from moebius_edge import bundle as bundle_module
-from moebius_edge.bundle import Bundle, resolve_bundle, write_bundle
+from moebius_edge.bundle import bundle as bundle_module
+from moebius_edge.bundle.bundle import Bundle, resolve_bundle, write_bundle
 from moebius_edge.errors import BundleError
-from moebius_edge.files import sha256_file
 from moebius_edge.spec import COMPONENTS
+from moebius_edge.system.files import sha256_file
 
 ONNX_FILES = {f"{name}.onnx": f"graph of {name}".encode() for name in COMPONENTS}
 SOURCE = {"checkpoint": {"file": "student.safetensors", "sha256": "00" * 32}}
@@ -405,7 +405,7 @@ def test_the_published_schemas_are_those_of_the_program(tmp_path: Path, name: st
 def test_loading_imports_no_runtime(tmp_path: Path) -> None:
     folder = make(tmp_path / "b")
     code = (
-        "import sys; from moebius_edge.bundle import Bundle; Bundle.load(sys.argv[1])\n"
+        "import sys; from moebius_edge.bundle.bundle import Bundle; Bundle.load(sys.argv[1])\n"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy', 'cv2'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from moebius_edge.bundle import ASSETS
+from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.calibration.activations import find_activations, load_inlined
 from moebius_edge.calibration.blocks import blocks
 from moebius_edge.calibration.quantise import activations

@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from moebius_edge.calibration.pictures import Photographs, draw_hole, open_calibration, picture_and_hole
 from moebius_edge.calibration.statistics import MASK_SIZES
+from moebius_edge.data.calibration_pictures import Photographs, draw_hole, open_calibration, picture_and_hole
+from moebius_edge.data.photographs import HELD_OUT
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.masks import latent_mask
-from moebius_edge.training.photographs import HELD_OUT
+from moebius_edge.imaging.masks import latent_mask
 
 
 def write(path: Path, value: int, hole: bool = False) -> None:

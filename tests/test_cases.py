@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moebius_edge.calibration.cases import HELD_OUT_CASES, make_cases, part
-from moebius_edge.calibration.pictures import Photographs, draw_hole, open_calibration, square
+from moebius_edge.data.calibration_pictures import Photographs, draw_hole, open_calibration, square
+from moebius_edge.data.photographs import HELD_OUT, TRAINING
 from moebius_edge.errors import UsageError
-from moebius_edge.training.photographs import HELD_OUT, TRAINING
 
 
 class Numbered:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moebius_edge.classical import navier_stokes, telea
+from moebius_edge.imaging.classical import navier_stokes, telea
 
 MASK = np.zeros((64, 64), bool)
 MASK[20:44, 20:44] = True

@@ -19,9 +19,9 @@ from moebius_edge.cli import main
 from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
 from moebius_edge.commands.run import Preset, Sampler, Start
-from moebius_edge.pipeline import STARTS
-from moebius_edge.presets import PRESETS
-from moebius_edge.scheduler import SCHEDULERS
+from moebius_edge.pipeline.inpainter import STARTS
+from moebius_edge.pipeline.presets import PRESETS
+from moebius_edge.sampling.scheduler import SCHEDULERS
 
 COMMANDS = ("run", "inspect", "compare", "profile", "doctor", "download", "export", "train")
 HEAVY = ("numpy", "cv2", "PIL", "torch", "onnxruntime", "onnx", "huggingface_hub", "rich.markdown")
@@ -58,7 +58,7 @@ def test_help_answers_in_a_blink() -> None:
 
 
 def test_the_device_path_never_imports_torch() -> None:
-    modules = ("cli", "pipeline", "bundle", "imaging", "latency", "runtimes.ort", "commands.session")
+    modules = ("cli", "pipeline.inpainter", "bundle.bundle", "imaging.pictures", "runtimes.ort", "commands.session")
     code = "import sys\n" + "".join(f"import moebius_edge.{m}\n" for m in modules)
     done = fresh(code + "print([m for m in ('torch', 'onnx', 'diffusers') if m in sys.modules])")
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
@@ -289,7 +289,7 @@ def test_a_signal_cleans_up_even_if_another_comes(
 ) -> None:
     program = (
         "import sys, time\n"
-        "from moebius_edge.commands import app as module\nfrom moebius_edge import cli, files\n"
+        "from moebius_edge.commands import app as module\nfrom moebius_edge import cli\nfrom moebius_edge.system import files\n"
         "def app(**options):\n"
         "    with files.atomic_write('a.txt') as file, files.atomic_directory('b'):\n"
         "        file.write_text('half'); print('ready', flush=True)\n"

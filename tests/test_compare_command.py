@@ -17,9 +17,9 @@ from PIL import Image
 from test_runtimes import make_manifest_true
 from toy import make_toy_bundle
 
-from moebius_edge import trajectory
 from moebius_edge.cli import main
 from moebius_edge.commands import compare as compare_command
+from moebius_edge.metrics import trajectory
 
 Captured = pytest.CaptureFixture[str]
 

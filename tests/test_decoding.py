@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from moebius_edge.decoding import FORMATS, picture_format
 from moebius_edge.errors import UsageError
-from moebius_edge.imaging import read_picture
-from moebius_edge.png_tiff import PNG_SIGNATURE, longs, png_chunk, shorts, write_directory, write_png
+from moebius_edge.imaging.decoding import FORMATS, picture_format
+from moebius_edge.imaging.pictures import read_picture
+from moebius_edge.imaging.png_tiff import PNG_SIGNATURE, longs, png_chunk, shorts, write_directory, write_png
 
 MAX_SECONDS = 5.0
 MAX_BYTES = 1 << 30  # above the samples

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
-from moebius_edge.deep_cache import check_cache_interval, whole_calls
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
+from moebius_edge.pipeline.deep_cache import check_cache_interval, whole_calls
 
 
 @pytest.mark.parametrize(

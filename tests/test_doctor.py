@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from toy import flip_byte, make_toy_bundle
 
-from moebius_edge import bundle as bundle_module
-from moebius_edge import machine
+from moebius_edge.bundle import bundle as bundle_module
 from moebius_edge.cli import main
+from moebius_edge.system import machine
 
 Captured = pytest.CaptureFixture[str]
 
@@ -156,7 +156,7 @@ def test_no_package_of_the_device_path_is_taken_for_granted(
 
 
 def test_a_jetson_is_described(tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moebius_edge import jetson
+    from moebius_edge.system import jetson
 
     monkeypatch.setattr(jetson, "ROOT", Path(__file__).parent / "data" / "jetson" / "orin-nano-8gb")
     found = checks(capsys, 0)
@@ -181,7 +181,7 @@ def test_a_jetson_is_described(tiny: Path, capsys: Captured, monkeypatch: pytest
 def test_other_machines_have_no_jetson(
     tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from moebius_edge import jetson
+    from moebius_edge.system import jetson
 
     monkeypatch.setattr(jetson, "ROOT", tmp_path)
     assert {"JetPack", "clocks", "memory"}.isdisjoint(checks(capsys, 0))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from moebius_edge.data.unreadable import Unreadable
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.masks import latent_mask
+from moebius_edge.imaging.masks import latent_mask
 from moebius_edge.training import encoding
 from moebius_edge.training.autoencoder import AutoencoderRecipe, build_autoencoder
 from moebius_edge.training.encoding import encode_batch, encode_latents, vae_hash
 from moebius_edge.training.latents import ARRAYS, LatentCache
-from moebius_edge.training.unreadable import Unreadable
 
 torch.set_num_threads(1)
 SIZE = 32

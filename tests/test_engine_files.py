@@ -11,7 +11,7 @@ import pytest
 from fake_trt import ORIN, VERSION, write_document, write_engine
 from toy import flip_byte, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import (

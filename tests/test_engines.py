@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.inliner import inline_local_functions
 from toy import INT8, call_int8, flip_byte, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export import build_engine, engine_process, engine_target, engines, trt_builder
@@ -32,11 +32,11 @@ from moebius_edge.export.build_progress import Fraction, make_monitor
 from moebius_edge.export.engine_target import EngineOptions, Target, find_target
 from moebius_edge.export.engines import build_engines, place_bundle
 from moebius_edge.export.trt_builder import TrtBuilder, check_types, network_facts
-from moebius_edge.files import sha256_file
-from moebius_edge.machine import available_memory_bytes
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import read_engine
 from moebius_edge.runtimes.update import update_component
+from moebius_edge.system.files import sha256_file
+from moebius_edge.system.machine import available_memory_bytes
 
 pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 

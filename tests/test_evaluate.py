@@ -12,19 +12,13 @@ import torch
 from pictures import noise, square
 from training_toys import STUDENT
 
+from moebius_edge.data.photographs import HELD_OUT, TRAINING
 from moebius_edge.errors import MachineError
+from moebius_edge.metrics.quality import hole_psnr_db
 from moebius_edge.model import build_student
-from moebius_edge.quality import hole_psnr_db
 from moebius_edge.training import evaluate
 from moebius_edge.training.autoencoder import AutoencoderRecipe, build_autoencoder
-from moebius_edge.training.evaluate import (
-    Case,
-    border_mean,
-    figures,
-    fill,
-    held_out_cases,
-)
-from moebius_edge.training.photographs import HELD_OUT, TRAINING
+from moebius_edge.training.evaluate import Case, border_mean, figures, fill, held_out_cases
 
 
 def test_the_border_mean_is_that_of_the_ring() -> None:

@@ -26,14 +26,14 @@ from golden import fill_golden
 from safetensors.torch import save
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.errors import BundleError, QualityError, UsageError
 from moebius_edge.export import export_bundle
 from moebius_edge.export.gate import judge
 from moebius_edge.export.onnx_file import check_onnx
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.export.weights_metadata import guidance_metadata
-from moebius_edge.manifest import resolved_components
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.runtimes.pytorch import TorchRuntime

@@ -16,7 +16,7 @@ import pytest
 from toy import INT8, call_int8, make_toy_bundle
 
 from moebius_edge import export as export_package
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.calibration import int8
 from moebius_edge.calibration.int8 import Int8Options
 from moebius_edge.calibration.quantise import TARGETS

@@ -16,6 +16,7 @@ from exporting import CONFIG
 from golden import fill_golden, golden_input
 from torch import Tensor
 
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.calibration.blocks import blocks
 from moebius_edge.calibration.pairs import quantise_weight
 from moebius_edge.calibration.quantise import quantise
@@ -24,7 +25,6 @@ from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
 from moebius_edge.export.specialise import specialise
-from moebius_edge.manifest import resolved_components
 from moebius_edge.model import Student, build_student
 from moebius_edge.training.fake_quantise import read_blocks, round_activation, round_weight, simulate
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from moebius_edge.fidelity import compare, psnr_db, ssim, worst_pixel
-from moebius_edge.trajectory import Trajectory, draw_scene
+from moebius_edge.metrics.fidelity import compare, psnr_db, ssim, worst_pixel
+from moebius_edge.metrics.trajectory import Trajectory, draw_scene
 
 
 def test_figures_of_a_known_difference() -> None:

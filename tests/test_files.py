@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from moebius_edge import files
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.files import (
+from moebius_edge.system import files
+from moebius_edge.system.files import (
     atomic_directory,
     atomic_write,
     check_replaceable,
@@ -301,7 +301,7 @@ def test_interrupt_signal_leaves_no_partial_file(tmp_path: Path) -> None:
     """A real SIGINT in a real process, in the middle of the block."""
     code = (
         "import os, signal, sys\n"
-        "from moebius_edge.files import atomic_write\n"
+        "from moebius_edge.system.files import atomic_write\n"
         "with atomic_write(sys.argv[1]) as temporary:\n"
         "    temporary.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -318,7 +318,7 @@ def test_interrupt_signal_leaves_no_partial_file(tmp_path: Path) -> None:
 
 HOLDER = """
 import os, signal, sys
-from moebius_edge.files import atomic_directory, atomic_write
+from moebius_edge.system.files import atomic_directory, atomic_write
 with atomic_write(sys.argv[1] + "/a.txt") as file, atomic_directory(sys.argv[1] + "/b") as folder:
     file.write_text("half")
     (folder / "c").write_text("half")
@@ -346,7 +346,7 @@ def test_the_next_process_removes_what_a_killed_one_left(tmp_path: Path) -> None
         (tmp_path / name).write_text("stays")
     (tmp_path / ".moebius-0123456789ab.part").symlink_to("photo.png")
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from moebius_edge.files import atomic_write\n"
+        [sys.executable, "-c", "import sys; from moebius_edge.system.files import atomic_write\n"
          "with atomic_write(sys.argv[1]) as file: file.write_text('new')", str(tmp_path / "d.txt")]
     )  # fmt: skip
     assert done.returncode == 0

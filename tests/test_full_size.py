@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.calibration.blocks import blocks
 from moebius_edge.calibration.quantise import activations, quantise, quantised_nodes
 from moebius_edge.calibration.recipe import Recipe
@@ -28,7 +29,6 @@ from moebius_edge.export.shallow import write_shallow
 from moebius_edge.export.specialise import specialise
 from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.export.trt_rules import problems
-from moebius_edge.manifest import resolved_components
 from moebius_edge.model import StudentConfig, build_student
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moebius_edge.errors import UsageError
-from moebius_edge.guidance import Interval, check_interval, choose_guidance, guidance_at, is_distillable
+from moebius_edge.sampling.guidance import Interval, check_interval, choose_guidance, guidance_at, is_distillable
 
 
 @pytest.mark.parametrize(

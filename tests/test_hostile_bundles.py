@@ -25,10 +25,10 @@ from mutations import share
 from PIL import Image
 from toy import INT8, make_toy_bundle
 
-from moebius_edge.bundle import ASSETS, Bundle
+from moebius_edge.bundle.bundle import ASSETS, Bundle
+from moebius_edge.bundle.manifest import component_tables, resolved_components
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError
-from moebius_edge.manifest import component_tables, resolved_components
 from moebius_edge.runtimes.engine_files import choose_engine
 from moebius_edge.runtimes.flavours import FLAVOURS
 

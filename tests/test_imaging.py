@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.imaging import MAX_PIXELS, Picture, check_output, read_picture, write_picture
-from moebius_edge.metadata import Metadata
-from moebius_edge.png_tiff import write_png, write_tiff
+from moebius_edge.imaging.metadata import Metadata
+from moebius_edge.imaging.pictures import MAX_PIXELS, Picture, check_output, read_picture, write_picture
+from moebius_edge.imaging.png_tiff import write_png, write_tiff
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GREY_PROFILE = RGB_PROFILE[:16] + b"GRAY" + RGB_PROFILE[20:]  # only the header is looked at
@@ -426,7 +426,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     (tmp_path / "old.png").write_bytes(b"old")
     for module, suffix in (("write_png", ".png"), ("write_tiff", ".tif")):
-        monkeypatch.setattr(f"moebius_edge.imaging.{module}", full)
+        monkeypatch.setattr(f"moebius_edge.imaging.pictures.{module}", full)
         with pytest.raises(MachineError, match="the disk is full"):
             write_picture(tmp_path / f"old{suffix}", Picture.from_array(samples(3)))
     assert (tmp_path / "old.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1

@@ -9,9 +9,9 @@ import pytest
 from fake_trt import write_engine
 from toy import INT8, call_int8, flip_byte, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
-from moebius_edge.files import sha256_file
+from moebius_edge.system.files import sha256_file
 
 Captured = pytest.CaptureFixture[str]
 

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from moebius_edge.bundle import ASSETS, Bundle
+from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.calibration import int8 as int8_module
 from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration import speed as speed_module
@@ -32,14 +32,14 @@ from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.calibration.recorder import RecordingRuntime
 from moebius_edge.calibration.statistics import Statistics
 from moebius_edge.cli import main
+from moebius_edge.data.photographs import HELD_OUT
 from moebius_edge.errors import QualityError, UsageError
 from moebius_edge.export.engine_target import EngineOptions, find_target
 from moebius_edge.export.engines import build_engines
 from moebius_edge.export.trt_builder import network_facts
-from moebius_edge.imaging import Picture
-from moebius_edge.pipeline import Inpainter
+from moebius_edge.imaging.pictures import Picture
+from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes.ort import OrtRuntime
-from moebius_edge.training.photographs import HELD_OUT
 
 TINY = Bundle.load("tiny", verify=False)
 FEED_FORWARD, ATTENTION = "down_blocks.0.attentions.0.ff", "down_blocks.0.attentions.0.attn1"

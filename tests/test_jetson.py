@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moebius_edge.jetson import NEED_BYTES, Board, Clock, findings, read_board
+from moebius_edge.system.jetson import NEED_BYTES, Board, Clock, findings, read_board
 
 SAMPLES = Path(__file__).parent / "data" / "jetson"
 

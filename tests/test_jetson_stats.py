@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from moebius_edge.jetson import read_board
 from moebius_edge.report.jetson_stats import JtopSource
 from moebius_edge.report.meter import Meter, SourceError
+from moebius_edge.system.jetson import read_board
 
 ROOT = Path(__file__).parent / "data" / "jetson" / "agx-orin-64gb"
 

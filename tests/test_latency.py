@@ -14,9 +14,9 @@ import pytest
 from toy import make_toy_bundle
 
 import moebius_edge
-from moebius_edge import machine
-from moebius_edge.bundle import Bundle
-from moebius_edge.latency import STAGES, StageTimer, latency_report, machine_info, peak_memory_bytes
+from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.pipeline.latency import STAGES, StageTimer, latency_report, machine_info, peak_memory_bytes
+from moebius_edge.system import machine
 
 
 def test_summary_of_known_values() -> None:
@@ -84,7 +84,7 @@ def test_report_is_json_and_complete(tmp_path: Path) -> None:
 
 def test_peak_memory_sees_an_allocation_and_its_release() -> None:
     code = (
-        "from moebius_edge.machine import peak_memory_bytes as peak\n"
+        "from moebius_edge.system.machine import peak_memory_bytes as peak\n"
         "before = peak(); block = bytearray(200 << 20); del block; print(peak() - before)"
     )
     grown = int(
@@ -96,7 +96,7 @@ def test_peak_memory_sees_an_allocation_and_its_release() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_peak_memory_is_not_the_parents() -> None:
     block = np.ones(300 << 17)  # 300 MiB, really touched
-    code = "from moebius_edge.machine import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from moebius_edge.system.machine import peak_memory_bytes; print(peak_memory_bytes())"
     child = int(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     )
@@ -108,7 +108,7 @@ def test_cores_follow_the_affinity() -> None:
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two CPUs whose affinity can be set")
     code = (
-        "import os; from moebius_edge.machine import available_cores\n"
+        "import os; from moebius_edge.system.machine import available_cores\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(available_cores())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "1"
@@ -116,7 +116,7 @@ def test_cores_follow_the_affinity() -> None:
 
 def test_machine_info_asks_no_package() -> None:
     code = (
-        "import json, sys; from moebius_edge.machine import machine_info; json.dumps(machine_info())\n"
+        "import json, sys; from moebius_edge.system.machine import machine_info; json.dumps(machine_info())\n"
         "print([m for m in ('numpy', 'cv2', 'torch', 'onnxruntime', 'rich') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

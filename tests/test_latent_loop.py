@@ -10,17 +10,17 @@ import pytest
 from fake_trt import NOT_PERMITTED, FakeCuda, FakeTensorRT, write_engine
 from toy import expected_latent, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError, MachineError
-from moebius_edge.guidance import Interval
-from moebius_edge.latency import StageTimer
-from moebius_edge.pipeline import denoise
+from moebius_edge.metrics.trajectory import run_trajectory
+from moebius_edge.pipeline.inpainter import denoise
+from moebius_edge.pipeline.latency import StageTimer
+from moebius_edge.pipeline.loop import Step
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.runtimes.trt import TrtRuntime
 from moebius_edge.runtimes.update import guidance_rows, update_component
-from moebius_edge.sampling import Step
-from moebius_edge.scheduler import DDIM, SCHEDULERS, DPMSolverPP2M, Scheduler
-from moebius_edge.trajectory import run_trajectory
+from moebius_edge.sampling.guidance import Interval
+from moebius_edge.sampling.scheduler import DDIM, SCHEDULERS, DPMSolverPP2M, Scheduler
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from moebius_edge.errors import MoebiusError, UsageError
-from moebius_edge.imaging import Picture, read_picture
-from moebius_edge.mask_files import MaskFile, read_mask
-from moebius_edge.mask_reading import MaskContent, check_source, read_hole
+from moebius_edge.imaging.mask_files import MaskFile, read_mask
+from moebius_edge.imaging.mask_reading import MaskContent, check_source, read_hole
+from moebius_edge.imaging.pictures import Picture, read_picture
 
 HOLE = np.zeros((21, 34), bool)
 HOLE[4:12, 5:20] = True

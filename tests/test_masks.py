@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moebius_edge.errors import UsageError
-from moebius_edge.masks import bounds, dilate, distance_outside, latent_mask, threshold
+from moebius_edge.imaging.masks import bounds, dilate, distance_outside, latent_mask, threshold
 
 
 @pytest.mark.parametrize(

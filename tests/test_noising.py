@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moebius_edge.scheduler import DDIM
+from moebius_edge.sampling.scheduler import DDIM
 from moebius_edge.training.noising import Noising, draw_noise, prompt_ids, timestep_at
 from moebius_edge.training.recipe import NoiseRecipe
 

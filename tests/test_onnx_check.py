@@ -14,7 +14,7 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from toy import describe_again, make_toy_bundle
 
-from moebius_edge.bundle import ASSETS, Bundle
+from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError
 from moebius_edge.runtimes import ort

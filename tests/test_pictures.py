@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moebius_edge.data.pictures import Pictures, Place
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.imaging import Picture, write_picture
-from moebius_edge.training.pictures import Pictures, Place
+from moebius_edge.imaging.pictures import Picture, write_picture
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 20, 3)).astype(np.uint8)
 HOLE = np.zeros((12, 20), np.uint8)

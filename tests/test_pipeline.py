@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moebius_edge.bundle import SCHEDULER, Bundle
+from moebius_edge.bundle.bundle import SCHEDULER, Bundle
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.errors import BundleError, UsageError
-from moebius_edge.guidance import Interval
-from moebius_edge.imaging import Picture
-from moebius_edge.latency import StageTimer
-from moebius_edge.manifest import resolved_components
-from moebius_edge.masks import distance_outside
-from moebius_edge.metadata import Metadata
-from moebius_edge.pipeline import Inpainter, Result, Step, denoise, initial_noise
+from moebius_edge.imaging.masks import distance_outside
+from moebius_edge.imaging.metadata import Metadata
+from moebius_edge.imaging.pictures import Picture
+from moebius_edge.pipeline.inpainter import Inpainter, Result, Step, denoise, initial_noise
+from moebius_edge.pipeline.latency import StageTimer
 from moebius_edge.runtimes import Runtime
-from moebius_edge.scheduler import DDIM, DPMSolverPP2M, Scheduler
+from moebius_edge.sampling.guidance import Interval
+from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M, Scheduler
 from moebius_edge.spec import COMPONENTS, LATENT_DOWNSCALE, NOISE_OFFSET, Component
 
 R = 64

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import MachineError
 from moebius_edge.runtimes.placement import check_placement, node_counts, read_placement
 

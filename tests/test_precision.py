@@ -12,7 +12,7 @@ import pytest
 from exporting import save_student, save_vae
 from onnx import TensorProto, helper, numpy_helper
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError, QualityError, UsageError
 from moebius_edge.export import export_bundle
 from moebius_edge.export.precision import ISLANDS, convert, to_float16, weight_bytes

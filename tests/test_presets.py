@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
-from moebius_edge.pipeline import STARTS, Inpainter
-from moebius_edge.presets import PRESETS, preset_notes, preset_settings
-from moebius_edge.scheduler import SCHEDULERS
+from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.pipeline.inpainter import STARTS, Inpainter
+from moebius_edge.pipeline.presets import PRESETS, preset_notes, preset_settings
+from moebius_edge.sampling.scheduler import SCHEDULERS
 
 FAST = PRESETS["fast"]["prefill"]
 FROM_NOISE = PRESETS["fast"]["noise"]

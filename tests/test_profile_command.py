@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from moebius_edge import machine
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.commands import profile as profile_command
 from moebius_edge.model import profile as networks
 from moebius_edge.model.profile import Size
+from moebius_edge.system import machine
 
 Captured = pytest.CaptureFixture[str]
 SIZES = {"student": Size(226_041_531, 154_873_901_056), "teacher": Size(862_251_708, 338_993_807_360)}

@@ -12,8 +12,8 @@ import pytest
 from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
 from toy import make_toy_bundle
 
-from moebius_edge import bundle as bundle_module
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle import bundle as bundle_module
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.runtimes import providers
 from moebius_edge.runtimes.providers import (
     PROBE,

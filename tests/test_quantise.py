@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moebius_edge.bundle import ASSETS
+from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.calibration.blocks import blocks
 from moebius_edge.calibration.kernels import integer_kernels
 from moebius_edge.calibration.pairs import quantise_weight

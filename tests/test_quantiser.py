@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from moebius_edge.bundle import Bundle
-from moebius_edge.calibration.pictures import Photographs
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.calibration.quantise import activations, quantised_nodes
 from moebius_edge.calibration.quantiser import Quantiser
 from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.calibration.recording import Settings, record
 from moebius_edge.calibration.statistics import Statistics, TensorStatistics
+from moebius_edge.data.calibration_pictures import Photographs
 from moebius_edge.errors import UsageError
 
 TINY = Bundle.load("tiny", verify=False)

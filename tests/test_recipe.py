@@ -9,13 +9,7 @@ import pytest
 
 from moebius_edge.errors import UsageError
 from moebius_edge.toml import read_toml
-from moebius_edge.training.recipe import (
-    Recipe,
-    RunOptions,
-    parse_setting,
-    recipe_toml,
-    with_values,
-)
+from moebius_edge.training.recipe import Recipe, RunOptions, parse_setting, recipe_toml, with_values
 from moebius_edge.training.tiny import stage_recipe
 
 

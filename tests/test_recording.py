@@ -10,12 +10,12 @@ import pytest
 from calibrating import make_calibration_bundle
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
-from moebius_edge.calibration.pictures import picture_and_hole
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.calibration.recording import Settings, record
 from moebius_edge.calibration.statistics import Statistics
+from moebius_edge.data.calibration_pictures import picture_and_hole
 from moebius_edge.errors import BundleError, UsageError
-from moebius_edge.pipeline import Inpainter
+from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
 

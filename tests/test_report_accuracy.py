@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from moebius_edge.errors import BundleError
-from moebius_edge.pipeline import Step
+from moebius_edge.imaging.windows import Window
+from moebius_edge.pipeline.inpainter import Step
 from moebius_edge.report import perceptual
 from moebius_edge.report.accuracy import AgainstReference, AgainstTruth, Trace
-from moebius_edge.windows import Window
 
 HOLE = np.zeros((64, 64), bool)
 HOLE[20:44, 20:44] = True

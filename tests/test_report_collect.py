@@ -11,7 +11,7 @@ from PIL import Image
 from reporting import rows, write_inputs
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
 from moebius_edge.report import collect as module
 from moebius_edge.report.baseline_rows import baseline_rows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.report import instruments
 from moebius_edge.report.configurations import Choices, grid
 from moebius_edge.report.peaks import Peaks

@@ -13,7 +13,6 @@ from PIL import Image
 from reporting import rows, spec, write_inputs
 from toy import make_toy_bundle
 
-from moebius_edge import machine
 from moebius_edge.errors import BundleError, MachineError, QualityError, UsageError
 from moebius_edge.report import inputs as inputs_module
 from moebius_edge.report import measuring, subjects
@@ -23,6 +22,7 @@ from moebius_edge.report.inputs import Loader
 from moebius_edge.report.measuring import measure
 from moebius_edge.report.power import open_meter
 from moebius_edge.report.worker import attempt
+from moebius_edge.system import machine
 
 
 @pytest.fixture

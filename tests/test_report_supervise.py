@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from moebius_edge import machine
-from moebius_edge.report import supervise as module
-from moebius_edge.report.supervise import WORKER, supervise
+from moebius_edge.system import machine
+from moebius_edge.system import subprocess_job as module
+from moebius_edge.system.subprocess_job import WORKER, supervise
 
 
 def run(code: str, seen: list[Any] | None = None) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_the_real_worker_answers_a_termination_by_tidying_up(tmp_path: Path) -> 
     assert WORKER[1:] == ("-m", "moebius_edge.report.worker")
     code = (
         "import signal, time\nfrom moebius_edge.report.worker import _leave\n"
-        "from moebius_edge.files import atomic_write\nsignal.signal(signal.SIGTERM, _leave)\n"
+        "from moebius_edge.system.files import atomic_write\nsignal.signal(signal.SIGTERM, _leave)\n"
         f"with atomic_write({str(tmp_path / 'x.png')!r}):\n    print('in', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

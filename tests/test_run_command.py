@@ -20,7 +20,7 @@ from PIL import Image
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.cli import main
-from moebius_edge.presets import PRESETS
+from moebius_edge.pipeline.presets import PRESETS
 
 Captured = pytest.CaptureFixture[str]
 
@@ -471,7 +471,7 @@ def test_a_full_disk(here: Path, toy: Path, capsys: Captured, monkeypatch: pytes
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("moebius_edge.imaging.write_png", full)
+    monkeypatch.setattr("moebius_edge.imaging.pictures.write_png", full)
     message = refused(3, "cannot write photo_inpainted.png", here, toy, capsys, "photo.png", "photo_mask.png")
     assert "the disk is full" in message
 
@@ -496,7 +496,7 @@ def test_outputs_that_cannot_be_written_fail_before_any_work(
     here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pair(here)
-    monkeypatch.setattr("moebius_edge.imaging.read_picture", lambda path: pytest.fail("the picture was read"))
+    monkeypatch.setattr("moebius_edge.imaging.pictures.read_picture", lambda path: pytest.fail("the picture was read"))
     pair = ("photo.png", "photo_mask.png")
     refused(3, "there is no folder no: run `mkdir -p no`", here, toy, capsys, *pair, "-o", "no/out.png")
     refused(
@@ -534,7 +534,7 @@ def test_the_choice_of_a_device_is_told_where_there_is_one(
     here: Path, toy: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pair(here)
-    monkeypatch.setattr("moebius_edge.machine.gpus", lambda: [])
+    monkeypatch.setattr("moebius_edge.system.machine.gpus", lambda: [])
     pair = ("photo.png", "photo_mask.png", "--json")
     assert run(toy, *pair) == 0
     plain, err = capsys.readouterr()
@@ -604,7 +604,7 @@ def test_ctrl_c_while_writing(
         stream.write(b"half a picture")  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moebius_edge.imaging.write_png", interrupted)
+    monkeypatch.setattr("moebius_edge.imaging.pictures.write_png", interrupted)
     before = contents(here)
     assert run(toy, "photo.png", "photo_mask.png", "--json") == 130
     assert json.loads(capsys.readouterr().out) == {"error": "interrupted, nothing written", "exit_code": 130}
@@ -718,7 +718,7 @@ def test_ctrl_c_in_a_batch_says_what_is_done(
 ) -> None:
     for stem in "abc":
         write_pair(here / "in", stem)
-    from moebius_edge import imaging
+    from moebius_edge.imaging import pictures as imaging
 
     plain, read = imaging.read_picture, []
 
@@ -875,7 +875,7 @@ def test_the_longest_name_is_checked_before_the_work(
     write_pair(here)
     (here / "photo.png").rename(here / f"{stem}.png")
     with monkeypatch.context() as patch:
-        patch.setattr("moebius_edge.imaging.read_picture", lambda path: pytest.fail("the picture was read"))
+        patch.setattr("moebius_edge.imaging.pictures.read_picture", lambda path: pytest.fail("the picture was read"))
         refused(2, "_inpainted.png is too long, 260 bytes", here, toy, capsys, f"{stem}.png", "photo_mask.png")
     assert run(toy, f"{stem}.png", "photo_mask.png", "-o", "short.png") == 0
 

@@ -14,13 +14,13 @@ import pytest
 from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
 from toy import call_int8, decode, encode, expected_latent, flip_byte, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.files import sha256_file
 from moebius_edge.runtimes import RUNTIMES, create_runtime
 from moebius_edge.runtimes.base import Arrays, Runtime
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.spec import COMPONENTS, Component
+from moebius_edge.system.files import sha256_file
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moebius_edge.data.pictures import Pictures, Place
+from moebius_edge.data.samples import MaskedPictures, Transform, _crop
 from moebius_edge.errors import UsageError
-from moebius_edge.imaging import Picture, write_picture
+from moebius_edge.imaging.pictures import Picture, write_picture
 from moebius_edge.training.loop import NumberedLoader, plain
-from moebius_edge.training.pictures import Pictures, Place
-from moebius_edge.training.samples import MaskedPictures, Transform, _crop
 
 SMALL = Transform(resolution=16)
 

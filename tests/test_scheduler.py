@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moebius_edge.errors import UsageError
-from moebius_edge.scheduler import DDIM, SCHEDULERS, Array, DPMSolverPP2M, LinearStep, Scheduler
+from moebius_edge.sampling.scheduler import DDIM, SCHEDULERS, Array, DPMSolverPP2M, LinearStep, Scheduler
 from moebius_edge.spec import BETA_END, BETA_START
 
 SHARED = {

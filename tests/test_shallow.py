@@ -10,7 +10,7 @@ import pytest
 from onnx import ModelProto
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import QualityError
 from moebius_edge.export.gate import judge_shallow, shallow_difference
 from moebius_edge.export.precision import to_float16

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from moebius_edge.data.shards import expand, index_shard
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.training.shards import expand, index_shard
 
 
 def make(path: Path, *names: str) -> Path:

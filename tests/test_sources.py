@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moebius_edge.data.pictures import Pictures
+from moebius_edge.data.sources import open_pictures
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.imaging import Picture, write_picture
-from moebius_edge.training.pictures import Pictures
-from moebius_edge.training.sources import open_pictures
+from moebius_edge.imaging.pictures import Picture, write_picture
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 20, 3)).astype(np.uint8)
 HOLE = np.zeros((12, 20), np.uint8)

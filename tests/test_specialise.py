@@ -13,6 +13,7 @@ from exporting import CONFIG
 from golden import fill_golden
 from torch import nn
 
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.export.graphs import PlainDenoiser
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
@@ -26,7 +27,6 @@ from moebius_edge.export.specialise import (
     folded,
     specialise,
 )
-from moebius_edge.manifest import resolved_components
 from moebius_edge.model import Student, build_student
 from moebius_edge.model.layers import SpatialTransformer, Upsample
 from moebius_edge.model.student import LambdaBlock, MixFFN, SeparableConv

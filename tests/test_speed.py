@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto
 from toy import make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.calibration import speed as speed_module
 from moebius_edge.calibration.speed import (
     ROUNDS,

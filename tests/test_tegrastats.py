@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from moebius_edge.jetson import Board, read_board
 from moebius_edge.report.meter import SourceError
 from moebius_edge.report.rails import total_watts
 from moebius_edge.report.tegrastats import TegrastatsSource, parse_line
+from moebius_edge.system.jetson import Board, read_board
 
 LINES = Path(__file__).parent / "data" / "tegrastats"
 BOARDS = Path(__file__).parent / "data" / "jetson"

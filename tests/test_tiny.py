@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
-from moebius_edge.bundle import ASSETS, Bundle
+from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
-from moebius_edge.pipeline import Inpainter
-from moebius_edge.presets import preset_settings
-from moebius_edge.quality import hole_psnr_db
+from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.pipeline.inpainter import Inpainter
+from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.training.evaluate import border_mean, held_out_cases, texture_ratio
@@ -30,7 +30,7 @@ def test_the_bundle_is_whole_and_within_its_size() -> None:
 
 
 def test_the_bundle_was_exported_from_the_checkpoint_beside_it() -> None:
-    from moebius_edge.files import sha256_file
+    from moebius_edge.system.files import sha256_file
 
     source = Bundle.load("tiny").source
     checkpoint = ASSETS / "tiny" / "checkpoint"

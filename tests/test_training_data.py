@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import skimage.data
 
+from moebius_edge.data import photographs
+from moebius_edge.data.masks import PRESETS, draw_mask, sample_mask
+from moebius_edge.data.photographs import HELD_OUT, TRAINING, load_photograph, random_crop
 from moebius_edge.errors import MachineError
-from moebius_edge.training import photographs
 from moebius_edge.training.data import CropSource, MaskedSource, PictureSource, to_network
-from moebius_edge.training.masks import PRESETS, draw_mask, sample_mask
-from moebius_edge.training.photographs import HELD_OUT, TRAINING, load_photograph, random_crop
 from moebius_edge.training.scenes import draw_scene, power_law_noise, random_colour, stripes, textured
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from toy import decode, encode, expected_latent, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
+from moebius_edge.metrics.trajectory import Scene, draw_scene, run_trajectory
 from moebius_edge.runtimes.ort import OrtRuntime
-from moebius_edge.trajectory import Scene, draw_scene, run_trajectory
 
 
 def test_the_scene_is_always_the_same() -> None:

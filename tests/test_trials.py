@@ -13,15 +13,15 @@ import pytest
 from onnx import numpy_helper
 from toy import alpha_bars, decode, encode, expected_latent, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.calibration.cases import Case
 from moebius_edge.calibration.trials import Figures, Trials, mean_hole_psnr_db
 from moebius_edge.errors import BundleError
-from moebius_edge.masks import latent_mask
-from moebius_edge.pipeline import STRENGTH, initial_noise
+from moebius_edge.imaging.masks import latent_mask
+from moebius_edge.metrics.trajectory import SEED, draw_scene
+from moebius_edge.pipeline.inpainter import STRENGTH, initial_noise
 from moebius_edge.runtimes.ort import OrtRuntime
-from moebius_edge.scheduler import DDIM
-from moebius_edge.trajectory import SEED, draw_scene
+from moebius_edge.sampling.scheduler import DDIM
 
 STEPS, GUIDANCE = 4, 2.0
 CASES = [Case(f"scene {seed}", draw_scene(64, seed)) for seed in (1, 2)]

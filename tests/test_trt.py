@@ -11,15 +11,15 @@ from fake_trt import ORIN, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, write_engine
 from PIL import Image
 from toy import decode, encode, make_toy_bundle
 
-from moebius_edge.bundle import Bundle
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.pipeline import denoise
+from moebius_edge.pipeline.inpainter import denoise
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.runtimes.trt import TrtRuntime
-from moebius_edge.scheduler import DDIM, DPMSolverPP2M
+from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_plan_that_tensorrt_refuses(bundle: Bundle) -> None:
     path.write_bytes(b"no plan")
     from fake_trt import write_document
 
-    from moebius_edge.files import sha256_file
+    from moebius_edge.system.files import sha256_file
 
     engine.plans["denoiser"].update(sha256=sha256_file(path), bytes=7)
     write_document(engine)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moebius_edge.data.unreadable import Unreadable
 from moebius_edge.errors import MachineError
-from moebius_edge.training.unreadable import Unreadable
 
 
 def test_what_several_processes_note_is_listed_once() -> None:

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from moebius_edge.checkpoints.weights_file import open_weights
 from moebius_edge.errors import BundleError, MoebiusError, UsageError
-from moebius_edge.weights_file import open_weights
 
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3)}
 

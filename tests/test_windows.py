@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from moebius_edge.imaging import Picture, read_picture, write_picture
-from moebius_edge.masks import distance_outside
-from moebius_edge.stitching import Filling, match_colours, seam
-from moebius_edge.windows import Window, extract, extract_mask, plan_windows, prefill
+from moebius_edge.imaging.masks import distance_outside
+from moebius_edge.imaging.pictures import Picture, read_picture, write_picture
+from moebius_edge.imaging.stitching import Filling, match_colours, seam
+from moebius_edge.imaging.windows import Window, extract, extract_mask, plan_windows, prefill
 
 R = 64  # the model's resolution in these tests
 

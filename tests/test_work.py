@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_blocks import tiled_model
 
-from moebius_edge.bundle import ASSETS
+from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.calibration.blocks import blocks
 from moebius_edge.calibration.quantise import activations, quantise
 from moebius_edge.calibration.recipe import Recipe

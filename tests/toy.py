@@ -17,17 +17,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from moebius_edge.bundle import write_bundle
+from moebius_edge.bundle.bundle import write_bundle
 from moebius_edge.export.shallow import write_shallow
-from moebius_edge.files import sha256_file
-from moebius_edge.spec import (
-    BETA_END,
-    BETA_START,
-    LATENT_DOWNSCALE,
-    NUM_TRAIN_TIMESTEPS,
-    Component,
-    components,
-)
+from moebius_edge.spec import BETA_END, BETA_START, LATENT_DOWNSCALE, NUM_TRAIN_TIMESTEPS, Component, components
+from moebius_edge.system.files import sha256_file
 
 TO_LATENT = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2], [0.5, 0, 0.5]], np.float32)  # (4 latent, 3 RGB)
 TO_IMAGE = np.linalg.pinv(TO_LATENT).astype(np.float32)

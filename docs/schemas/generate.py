@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from moebius_edge.manifest import BundleDocument
+from moebius_edge.bundle.manifest import BundleDocument
 from moebius_edge.runtimes.engine_files import Engine
 
 

@@ -20,8 +20,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from moebius_edge.data.masks import draw_mask
 from moebius_edge.training.autoencoder import mean_colours, pyramid_l1
-from moebius_edge.training.masks import draw_mask
 
 from .data import NETWORK_SIDE, PictureMixture
 from .training import Loss, Training, changed, open_data, parser, train

@@ -27,8 +27,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moebius_edge.files import atomic_write
 from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.system.files import atomic_write
 from moebius_edge.training.autoencoder import load_autoencoder, normalise_latents, save_autoencoder
 from moebius_edge.training.encoding import encode_batch
 from moebius_edge.training.loop import atomic_save

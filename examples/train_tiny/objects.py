@@ -11,7 +11,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from moebius_edge.training.masks import sample_mask
+from moebius_edge.data.masks import sample_mask
 from moebius_edge.training.scenes import draw_scene
 
 from .data import NETWORK_SIDE, PictureMixture, random_photo_crop

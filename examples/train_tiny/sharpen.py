@@ -23,13 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moebius_edge.training.adversary import Adversary, balance
-from moebius_edge.training.autoencoder import (
-    load_autoencoder,
-    mean_colours,
-    pattern_loss,
-    pyramid_l1,
-    texture_loss,
-)
+from moebius_edge.training.autoencoder import load_autoencoder, mean_colours, pattern_loss, pyramid_l1, texture_loss
 
 from .autoencoder import add_noise, draw_batch
 from .training import Loss, Training, changed, open_data, parser, train

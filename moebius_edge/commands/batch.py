@@ -97,7 +97,7 @@ def _identity(path: Path) -> tuple[int, int] | str:
 
 
 def _check_suffix(path: Path) -> None:
-    from ..imaging import OUTPUT_FORMATS
+    from ..imaging.pictures import OUTPUT_FORMATS
 
     if path.suffix.lower() not in OUTPUT_FORMATS:
         what = f"extension {path.suffix}" if path.suffix else "no extension"
@@ -121,7 +121,7 @@ def check_writable(path: Path) -> None:
 
 def _check_replaceable(path: Path) -> None:
     """Raise where ``path`` has a name that is too long, or is there and cannot be replaced."""
-    from ..files import check_name
+    from ..system.files import check_name
 
     check_name(path)
     if os.path.exists(path) and not os.path.isfile(path):

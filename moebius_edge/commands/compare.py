@@ -15,10 +15,10 @@ from ..errors import UsageError
 from . import console
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from ..guidance import Guidance
+    from ..bundle.bundle import Bundle
+    from ..metrics.trajectory import Scene, Trajectory
     from ..runtimes import Runtime
-    from ..trajectory import Scene, Trajectory
+    from ..sampling.guidance import Guidance
 
 SEED = 20  # the gate's: ``trajectory.SEED``, which is not imported here, for that takes numpy and OpenCV
 
@@ -52,9 +52,9 @@ def compare(
     Shows the drift of the latent after each step, then PSNR, SSIM and the worst pixel of the decoded picture.
     The two must have one resolution. A bundle against itself with --cache-interval shows what reuse costs.
     """
-    from ..bundle import Bundle
-    from ..deep_cache import check_cache_interval
-    from ..fidelity import compare as compare_trajectories
+    from ..bundle.bundle import Bundle
+    from ..metrics.fidelity import compare as compare_trajectories
+    from ..pipeline.deep_cache import check_cache_interval
     from ..runtimes import create_runtime
 
     if (image is None) != (mask is None):
@@ -104,7 +104,7 @@ def compare(
 
 def _guides(bundles: tuple[Bundle, Bundle], chosen: float | None) -> list[Guidance]:
     """One guidance on both sides, which one of them, or each, may have distilled into it."""
-    from ..guidance import choose_guidance
+    from ..sampling.guidance import choose_guidance
 
     distilled = [b.distilled_guidance for b in bundles]
     known = {g for g in distilled if g is not None}
@@ -118,9 +118,9 @@ def _guides(bundles: tuple[Bundle, Bundle], chosen: float | None) -> list[Guidan
 
 def _scene(image: Path, mask: Path, resolution: int, mask_from: str | None) -> tuple[Scene, list[str]]:
     """The picture's part with the largest hole as the network sees it, and what the user should know."""
-    from ..imaging import read_picture
-    from ..mask_files import read_mask
-    from ..trajectory import cut_scene
+    from ..imaging.mask_files import read_mask
+    from ..imaging.pictures import read_picture
+    from ..metrics.trajectory import cut_scene
 
     picture = read_picture(image)
     hole, mask_notes = read_mask(mask, picture, source=mask_from)
@@ -137,7 +137,7 @@ def _run(
     letter: str, runtime: Runtime, steps: int, guidance: float, seed: int, scene: Scene | None, cache_interval: int
 ) -> tuple[Trajectory, dict[str, Any]]:
     """One side's trajectory, and what executed it: asked while it is active, when all of it is known."""
-    from ..trajectory import run_trajectory
+    from ..metrics.trajectory import run_trajectory
 
     infos: list[dict[str, Any]] = []
     with console.progress() as update:

@@ -21,7 +21,7 @@ from ..errors import MachineError, MoebiusError
 from . import console
 
 if TYPE_CHECKING:
-    from ..jetson import Board
+    from ..system.jetson import Board
 
 OK, MISSING, BROKEN, WARNING = "ok", "missing", "broken", "warning"  # what a check finds
 _PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider")
@@ -44,8 +44,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the answe
 
     Exit code 0: `run` works here. 3: it does not, and the table says why.
     """
-    from ..jetson import read_board
-    from ..machine import machine_info
+    from ..system.jetson import read_board
+    from ..system.machine import machine_info
 
     machine, board = machine_info(), read_board()
     checks = [*_needed(bool(machine["gpus"])), *_optional(), *_places(), *_jetson(board)]
@@ -75,7 +75,7 @@ def _needed(has_gpu: bool) -> list[Check]:
         _onnxruntime(has_gpu),
     ]
     try:
-        from ..bundle import Bundle
+        from ..bundle.bundle import Bundle
 
         tiny = Bundle.load("tiny")
         total = console.size(tiny.summary()["total_bytes"])
@@ -96,7 +96,7 @@ def _imported(name: str, module: str, remedy: str) -> Check:
 
 
 def _onnxruntime(has_gpu: bool) -> Check:
-    from ..machine import package_version
+    from ..system.machine import package_version
 
     check = _imported("onnxruntime", "onnxruntime", 'pip install "moebius-edge[cpu]"')
     if check.state != OK:
@@ -115,7 +115,7 @@ def _onnxruntime(has_gpu: bool) -> Check:
 
 def _optional() -> list[Check]:
     """What other commands need, by its distributions' names."""
-    from ..machine import package_version
+    from ..system.machine import package_version
 
     rows = (
         ("tensorrt", "tensorrt tensorrt-cu13 tensorrt-cu12", "tensorrt", "for engines and --runtime tensorrt"),
@@ -140,7 +140,7 @@ def _optional() -> list[Check]:
 
 def _jetson(board: Board | None) -> list[Check]:
     """How a Jetson is set up; ``run`` works all the same, so nothing here is required."""
-    from ..jetson import findings
+    from ..system.jetson import findings
 
     if board is None:
         return []

@@ -132,7 +132,7 @@ def _checked_hash(path: Path, repo: str, folder: str, revision: str | None) -> s
 
     Raises BundleError for another file: a damaged one, or a newer publication, which is to be named by its revision.
     """
-    from ..files import sha256_file
+    from ..system.files import sha256_file
 
     size, found = path.stat().st_size, sha256_file(path)
     known_size, known = KNOWN.get((repo, f"{folder}/{path.name}"), (size, found))
@@ -146,7 +146,7 @@ def _checked_hash(path: Path, repo: str, folder: str, revision: str | None) -> s
 
 def _place_distance(folder: Path, root: Path) -> Path:
     """Copy E-LatentLPIPS's weights to where its package looks for them, below ``root``, and name the first of them."""
-    from ..files import atomic_write
+    from ..system.files import atomic_write
 
     target = root / _DISTANCE_FOLDER
     if lacking := [name for name in DISTANCE_FILES if not (folder / name).is_file()]:
@@ -161,7 +161,7 @@ def _place_distance(folder: Path, root: Path) -> Path:
 
 def cache_folder() -> Path:
     """Where huggingface_hub keeps downloads, by its documented environment variables."""
-    from ..machine import cache_directory
+    from ..system.machine import cache_directory
 
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(os.path.expanduser(cache))
@@ -170,7 +170,7 @@ def cache_folder() -> Path:
 
 
 def _import_hub() -> ModuleType:
-    from ..machine import cache_directory, has_home
+    from ..system.machine import cache_directory, has_home
 
     if not has_home() and not os.environ.get("HF_HOME"):  # huggingface_hub would make a folder that is called "~"
         home = cache_directory() / "huggingface"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import console
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
     from ..export.engine_target import EngineOptions, Target
 
 

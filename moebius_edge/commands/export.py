@@ -13,8 +13,8 @@ from . import console
 from .engines import EngineName, make_engines, prepare_engines
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from ..manifest import Int8
+    from ..bundle.bundle import Bundle
+    from ..bundle.manifest import Int8
 
 
 _INT8 = "int8"
@@ -131,7 +131,7 @@ def export(
     --output; without --engine it means the bundled checkpoint, exported again. Engines need:
     pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
     """
-    from ..bundle import BUNDLED
+    from ..bundle.bundle import BUNDLED
     from ..export import PRECISIONS, export_bundle, float32_bundle
 
     if precision is not None and precision not in (*PRECISIONS, _INT8):

@@ -89,7 +89,7 @@ def find_pictures(folder: Path, recursive: bool = False, leave_out: Sequence[Pat
 
 
 def _is_picture(path: Path) -> bool:
-    from ..decoding import SUFFIXES, picture_format
+    from ..imaging.decoding import SUFFIXES, picture_format
 
     if path.name.endswith("~") or not path.is_file():  # an editor's backup; a broken link, a pipe, a device
         return False

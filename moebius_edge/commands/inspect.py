@@ -14,8 +14,8 @@ from ..errors import BundleError
 from . import console
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from ..manifest import Block, Int8
+    from ..bundle.bundle import Bundle
+    from ..bundle.manifest import Block, Int8
 
 
 def inspect(
@@ -26,7 +26,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Show a bundle: model, gate, files, tensors and engines."""
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
     loaded = Bundle.load(bundle, verify=verify)
     engines = _engines(loaded, verify)

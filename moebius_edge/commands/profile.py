@@ -16,7 +16,7 @@ from ..errors import MachineError, UsageError
 from . import console
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 # Table 1 of arXiv 2606.19195: one NVIDIA L40S, batch 1, 512x512. Quoted, not measured by us.
 QUOTED: dict[str, dict[str, float]] = {
@@ -53,9 +53,9 @@ def profile(
     Student and teacher at the published size, beside the paper's figures. The weights are random, which does not matter
     to the time. A step is a guided one, two rows.
     """
-    from ..machine import available_cores, machine_info
-    from ..pipeline import STRENGTH
-    from ..scheduler import DDIM
+    from ..pipeline.inpainter import STRENGTH
+    from ..sampling.scheduler import DDIM
+    from ..system.machine import available_cores, machine_info
 
     try:
         from ..model import profile as networks
@@ -112,7 +112,7 @@ def _tell(update: console.Update, label: str, total: int, done: int) -> None:
 
 
 def _full_size(name: str) -> Bundle:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
     from ..model import StudentConfig
 
     loaded = Bundle.load(name)
@@ -125,7 +125,7 @@ def _full_size(name: str) -> Bundle:
 
 
 def _check_memory(network: str, needed: int) -> None:
-    from ..machine import available_memory_bytes
+    from ..system.machine import available_memory_bytes
 
     free = available_memory_bytes()
     if free is not None and free < needed:

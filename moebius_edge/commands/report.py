@@ -17,7 +17,7 @@ from . import console
 from .report_output import present, print_results
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
     from ..report.configurations import Choices, Configuration
     from ..report.inputs import Input
 
@@ -159,7 +159,7 @@ def _merge(files: Sequence[str], output: Path, limits: dict[str, Any], force: bo
 def _configurations(
     names: Sequence[str], choices: Choices, baselines: Sequence[str], reference: str
 ) -> list[Configuration]:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
     from ..report.baseline_rows import baseline_rows
     from ..report.configurations import TORCH, grid
     from ..report.references import with_references

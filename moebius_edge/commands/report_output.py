@@ -39,7 +39,7 @@ def print_results(results: Mapping[str, Any], written: Sequence[Path]) -> None:
 def _numbers(row: Mapping[str, Any]) -> list[str]:
     total = row["latency"]["stages"]["total"]["median_ms"]
     memory = row["memory"]["peak_host_bytes"]
-    from ..fidelity import PSNR_CAP_DB
+    from ..metrics.fidelity import PSNR_CAP_DB
 
     sides = [row["accuracy"][f"against_{name}"] for name in ("reference", "truth")]
     psnrs = [None if side is None else side["hole_psnr_db"] for side in sides]

@@ -129,7 +129,7 @@ def run(
     does not stop the others. PNG results keep every pixel outside the mask and its seam.
     """
     if mask_from is not None:
-        from ..mask_reading import check_source
+        from ..imaging.mask_reading import check_source
 
         check_source(mask_from)
     planned = plan(image, mask, output, recursive, pair_by is PairBy.order)
@@ -196,8 +196,8 @@ def _finish(
     as_json: bool,
 ) -> int:
     """Write the latency report, print what the whole run has to say, and return its exit code."""
-    from ..files import atomic_write
-    from ..latency import latency_report
+    from ..pipeline.latency import latency_report
+    from ..system.files import atomic_write
     from ..text import json_text
 
     document: dict[str, Any] = {"exit_code": 0, "notes": notes, "results": entries, "latency": None}

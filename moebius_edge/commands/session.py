@@ -11,8 +11,8 @@ from . import console
 from .batch import Job
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from ..pipeline import Inpainter, Step
+    from ..bundle.bundle import Bundle
+    from ..pipeline.inpainter import Inpainter, Step
 
 
 class Session:
@@ -32,7 +32,7 @@ class Session:
         mask_options: dict[str, Any],
         preset: str | None = None,
     ) -> None:
-        from ..latency import StageTimer
+        from ..pipeline.latency import StageTimer
 
         self._wanted = (bundle, runtime, device)
         self._settings, self._mask_options, self._preset = settings, mask_options, preset
@@ -56,8 +56,8 @@ class Session:
         The picture is read before the model is opened: of two mistakes the cheap one is reported first.
         """
         assert job.mask is not None, "a job without a mask has nothing to process"
-        from ..imaging import check_output, read_picture, write_picture
-        from ..mask_files import read_mask
+        from ..imaging.mask_files import read_mask
+        from ..imaging.pictures import check_output, read_picture, write_picture
 
         with console.progress() as update:
 
@@ -94,11 +94,11 @@ class Session:
         }
 
     def _open(self) -> Inpainter:
-        from ..bundle import Bundle
-        from ..deep_cache import check_cache_interval
-        from ..guidance import check_interval, choose_guidance
-        from ..pipeline import Inpainter
-        from ..presets import preset_notes, preset_settings
+        from ..bundle.bundle import Bundle
+        from ..pipeline.deep_cache import check_cache_interval
+        from ..pipeline.inpainter import Inpainter
+        from ..pipeline.presets import preset_notes, preset_settings
+        from ..sampling.guidance import check_interval, choose_guidance
 
         name, runtime, device = self._wanted
         self.unusable = True

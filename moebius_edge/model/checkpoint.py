@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import BundleError
-from ..inert_pickle import Storage, StoredTensor
-from ..network_names import (
+from ..checkpoints.inert_pickle import Storage, StoredTensor
+from ..checkpoints.network_names import (
     Tensors,
     kind_of,
     lacks_statistics,
@@ -25,7 +24,8 @@ from ..network_names import (
     some,
     unwrap_names,
 )
-from ..weights_file import WeightsFile, open_weights
+from ..checkpoints.weights_file import WeightsFile, open_weights
+from ..errors import BundleError
 
 _OTHER_CONFIG = "the file is of another configuration: give the configuration it was trained with"
 _GET_AGAIN = "copy or download it again"

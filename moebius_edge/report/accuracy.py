@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import BundleError
-from ..fidelity import PEAK, worst_pixel
-from ..files import atomic_write
-from ..masks import Mask
-from ..pipeline import Step
-from ..quality import fill_figures, planes, texture_ratio
-from ..windows import Floats, Window
+from ..imaging.masks import Mask
+from ..imaging.windows import Floats, Window
+from ..metrics.fidelity import PEAK, worst_pixel
+from ..metrics.quality import fill_figures, planes, texture_ratio
+from ..pipeline.inpainter import Step
+from ..system.files import atomic_write
 from .perceptual import Perceptual
 
 _FIGURES = ("hole_psnr_db", "psnr_db", "hole_ssim", "ssim")

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import ASSETS, Bundle
+from ..bundle.bundle import ASSETS, Bundle
 from ..errors import UsageError
-from ..files import sha256_file
+from ..system.files import sha256_file
 from ..toml import read_toml
 from .baselines import CLASSICAL, read_description
 from .configurations import FLOAT32, TORCH, Choices, Configuration, configuration, slug

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from ..classical import navier_stokes, telea
 from ..errors import BundleError, MachineError, UsageError
-from ..files import utf8_path
-from ..machine import available_cores
-from ..masks import Mask
-from ..sampling import check_finite
-from ..stitching import Filling
+from ..imaging.classical import navier_stokes, telea
+from ..imaging.masks import Mask
+from ..imaging.stitching import Filling
+from ..pipeline.loop import check_finite
+from ..system.files import utf8_path
+from ..system.machine import available_cores
 from ..toml import read_toml
 
 CLASSICAL: dict[str, tuple[str, Callable[[np.ndarray, Mask], np.ndarray]]] = {

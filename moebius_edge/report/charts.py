@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..fidelity import PSNR_CAP_DB
+from ..metrics.fidelity import PSNR_CAP_DB
 from . import svg
 
 WIDE, NARROW = 960, 380

@@ -16,8 +16,9 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UsageError
-from ..files import sha256_file
-from ..machine import machine_info, package_version
+from ..system.files import sha256_file
+from ..system.machine import machine_info, package_version
+from ..system.subprocess_job import Outcome, supervise
 from .configurations import Configuration
 from .inputs import Input, describe_inputs
 from .instruments import no_peaks
@@ -26,7 +27,6 @@ from .measuring import Progress, trace_name
 from .results import PICTURES_FOLDER, RESULTS_FILE, Results, load
 from .rows import machine_label, row
 from .schema import SCHEMA_VERSION
-from .supervise import Outcome, supervise
 
 _INPUTS = "inputs"  # their name among what is kept; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from ..bundle import Bundle
-from ..deep_cache import check_cache_interval
+from ..bundle.bundle import Bundle
 from ..errors import MachineError, UsageError
-from ..guidance import choose_guidance
-from ..pipeline import STARTS, STRENGTH
-from ..presets import PRESETS, preset_settings
+from ..pipeline.deep_cache import check_cache_interval
+from ..pipeline.inpainter import STARTS, STRENGTH
+from ..pipeline.presets import PRESETS, preset_settings
 from ..runtimes import AUTO, RUNTIMES
 from ..runtimes.auto import CANDIDATES, select
-from ..scheduler import SCHEDULERS
+from ..sampling.guidance import choose_guidance
+from ..sampling.scheduler import SCHEDULERS
 
 FLOAT32 = "float32"
 TORCH = "torch"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..jetson import Board
+from ..system.jetson import Board
 from .meter import Sample, Source, SourceError
 from .rails import Throttling, power_mode, total_watts
 

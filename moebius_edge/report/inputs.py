@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 
 from ..errors import MachineError, UsageError
-from ..files import sha256_file
-from ..imaging import Picture, read_picture, write_picture
-from ..mask_files import read_mask
-from ..masks import Mask
+from ..imaging.mask_files import read_mask
+from ..imaging.masks import Mask
+from ..imaging.pictures import Picture, read_picture, write_picture
+from ..system.files import sha256_file
 from .results import PICTURES_FOLDER, shown_stem
 
 _HELD_BYTES = 128 << 20  # pictures that are kept in memory between passes; more are read again each time

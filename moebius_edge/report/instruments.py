@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..bundle import Bundle
-from ..guidance import choose_guidance
-from ..sampling import plan_calls
-from ..scheduler import SCHEDULERS
+from ..bundle.bundle import Bundle
+from ..pipeline.loop import plan_calls
+from ..sampling.guidance import choose_guidance
+from ..sampling.scheduler import SCHEDULERS
 from ..spec import DENOISER, SHALLOW
 from .peaks import Peaks
 from .work import Amount, Work, count_work, mean_work

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from ..jetson import Board
+from ..system.jetson import Board
 from .meter import Sample, Source, SourceError
 from .rails import Throttling, power_mode
 

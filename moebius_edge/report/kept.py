@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MachineError, UsageError
-from ..files import atomic_write
+from ..system.files import atomic_write
 from .results import PICTURES_FOLDER, RESULTS_FILE
 
 MEASURED_FOLDER = "measured"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..files import atomic_write
+from ..system.files import atomic_write
 from . import table
 from .budget import Budget
 from .conditions import conditions_line, input_rows, machine_rows

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..latency import StageTimer
-from ..machine import gpu_memory_in_use, peak_memory_bytes
+from ..pipeline.latency import StageTimer
+from ..system.machine import gpu_memory_in_use, peak_memory_bytes
 from .accuracy import AgainstReference, AgainstTruth, Trace
 from .inputs import Input, Loader, write_shown
 from .power import open_meter

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..system.files import atomic_write
 from . import sections
 from .figures import Results, clean
 

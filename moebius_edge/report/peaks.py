@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import MachineError
-from ..machine import available_memory_bytes
 from ..spec import Component, Tensor
+from ..system.machine import available_memory_bytes
 from .onnx_bytes import TYPES, matrix_products, negations
 
 SIDE = 2048  # of the matrices

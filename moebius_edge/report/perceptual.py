@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..machine import cache_directory
+from ..system.machine import cache_directory
 
 # What torchmetrics would fetch: torchvision's AlexNet for LPIPS, torch-fidelity's Inception for FID.
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"

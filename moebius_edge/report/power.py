@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..jetson import ROOT, read_board
+from ..system.jetson import ROOT, read_board
 from .ina3221 import Ina3221Source
 from .jetson_stats import JtopSource
 from .meter import PERIOD_S, Meter, Source, SourceError

@@ -12,7 +12,7 @@ from ..errors import MachineError
 from ..runtimes import Runtime
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle.bundle import Bundle
 
 
 def open_checkpoint(checkpoint: Path, vae: Path, bundle: Bundle) -> Runtime:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..jetson import Board
+from ..system.jetson import Board
 
 # Measured at the input: alone the whole. Orin Nano, Orin NX, Xavier NX, TX2; Thor's board; the first Nano.
 INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")

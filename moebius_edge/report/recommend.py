@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..fidelity import PSNR_CAP_DB
+from ..metrics.fidelity import PSNR_CAP_DB
 from .budget import Budget, misses, shown_mb, shown_ms
 from .figures import (
     AGAINST,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..bundle import Bundle
+from ..bundle.bundle import Bundle
 from .configurations import FLOAT32, TORCH, Configuration
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import MachineError, UsageError
-from ..files import atomic_write, safe_join
+from ..system.files import atomic_write, safe_join
 from ..text import json_text, printable
 from .schema import SchemaProblem, check
 

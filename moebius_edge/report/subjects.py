@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..bundle import ENGINES_FOLDER, Bundle
-from ..latency import StageTimer
-from ..pipeline import Inpainter
+from ..bundle.bundle import ENGINES_FOLDER, Bundle
+from ..pipeline.inpainter import Inpainter
+from ..pipeline.latency import StageTimer
 from .accuracy import Trace
 from .baselines import Baseline, open_baseline
 from .inputs import Loaded, rgb8

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..fidelity import PSNR_CAP_DB
+from ..metrics.fidelity import PSNR_CAP_DB
 from .figures import (
     REFERENCE,
     TRUTH,

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..jetson import Board
+from ..system.jetson import Board
+from ..system.processes import end
 from .meter import Sample, Source, SourceError
-from .processes import end
 from .rails import Throttling, power_mode, total_watts
 
 _MILLIWATTS = re.compile(r"\b([A-Z][A-Z0-9_]*) (\d+)mW(?:/\d+mW)*(?!\w)|\b([A-Z][A-Z0-9_]*) (\d+)/\d+(?!\w)")

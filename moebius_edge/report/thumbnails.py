@@ -16,9 +16,9 @@ import cv2
 import numpy as np
 
 from ..errors import MoebiusError
-from ..files import safe_join
-from ..imaging import read_picture
-from ..masks import bounds
+from ..imaging.masks import bounds
+from ..imaging.pictures import read_picture
+from ..system.files import safe_join
 from .figures import Configuration, Results, clean, label, reference_of
 from .results import shown_stem
 

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bundle.products import PRODUCTS, attribute, multiplications
 from ..errors import BundleError
-from ..products import PRODUCTS, attribute, multiplications
 from .peaks import Peaks
 
 CLASSES = ("convolution", "depthwise convolution", "matrix product", "lambda", "other")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MachineError, MoebiusError
-from ..files import atomic_write
+from ..system.files import atomic_write
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -27,19 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import BundleError, UsageError
-from ..files import atomic_directory
+from ..system.files import atomic_directory
 from .adversary import Adversary, balance
 from .data import CropSource, PictureSource, to_network
-from .loop import (
-    Loader,
-    check_finite,
-    cosine,
-    load_state,
-    make_folder,
-    progress_bar,
-    save_state,
-    update_average,
-)
+from .loop import Loader, check_finite, cosine, load_state, make_folder, progress_bar, save_state, update_average
 
 PICTURE_SIDE = 256  # what crops are cut from: the scale at which the network will see pictures
 

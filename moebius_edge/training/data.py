@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .masks import sample_mask
-from .photographs import TRAINING, load_photograph, random_crop
+from ..data.masks import sample_mask
+from ..data.photographs import TRAINING, load_photograph, random_crop
+from ..data.unreadable import Unreadable
 from .scenes import draw_scene
-from .unreadable import Unreadable
 
 # Natural colour photographs first; textures and grey or medical pictures fill up.
 WEIGHTS = {"motorcycle": 4.0, "china": 4.0, "flower": 3.0, "camera": 1.5, "coins": 1.0}

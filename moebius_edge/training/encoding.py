@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from ..data.samples import Samples
 from ..errors import BundleError, UsageError
-from ..files import atomic_directory
-from ..masks import latent_mask
+from ..imaging.masks import latent_mask
+from ..system.files import atomic_directory
 from .latents import ARRAYS, FORMAT, INDEX, LatentCache, shard_name
 from .loop import NumberedLoader, atomic_save, make_folder, plain, progress_bar
-from .samples import Samples
 
 UNREADABLE = "unreadable.txt"
 

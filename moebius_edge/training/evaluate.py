@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..classical import telea
-from ..files import atomic_write, utf8_path
-from ..manifest import resolved_components
-from ..masks import latent_mask
-from ..pipeline import Inpainter
-from ..quality import hole_psnr_db, hole_ssim, texture_ratio
+from ..bundle.manifest import resolved_components
+from ..data.masks import sample_mask
+from ..data.photographs import HELD_OUT, load_photograph
+from ..imaging.classical import telea
+from ..imaging.masks import latent_mask
+from ..metrics.quality import hole_psnr_db, hole_ssim, texture_ratio
+from ..pipeline.inpainter import Inpainter
+from ..pipeline.loop import denoise, initial_noise
 from ..runtimes.pytorch import TorchRuntime
-from ..sampling import denoise, initial_noise
-from ..scheduler import DDIM
+from ..sampling.scheduler import DDIM
+from ..system.files import atomic_write, utf8_path
 from .autoencoder import texture_loss
 from .data import to_network
-from .masks import sample_mask
-from .photographs import HELD_OUT, load_photograph
 
 
 @dataclass(frozen=True)

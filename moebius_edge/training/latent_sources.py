@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..data.samples import MaskedPictures
 from .encoding import encode_batch
 from .latents import LatentCache
-from .samples import MaskedPictures
 
 
 class CachedLatents:

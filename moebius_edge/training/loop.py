@@ -28,7 +28,7 @@ from rich.table import Column
 from torch import nn
 
 from ..errors import BundleError, MachineError, MoebiusError, UsageError
-from ..files import atomic_write, utf8_path
+from ..system.files import atomic_write, utf8_path
 
 PREFETCH = 8  # batches drawn ahead: a slow picture then holds nobody up
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.samples import MaskedPictures, Samples, Transform
+from ..data.sources import open_pictures
+from ..data.unreadable import Unreadable
 from ..errors import MachineError, UsageError
 from ..export.source import open_vae
 from .data import PICTURES, bundled_samples
@@ -15,10 +18,7 @@ from .latent_sources import CachedLatents, EncodedPictures
 from .latents import INDEX, LatentCache
 from .loop import plain
 from .recipe import DataRecipe, Inputs, Recipe
-from .samples import MaskedPictures, Samples, Transform
-from .sources import open_pictures
 from .trainer import Source, make_accelerator
-from .unreadable import Unreadable
 
 
 @dataclass(frozen=True)

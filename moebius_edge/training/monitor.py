@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..bundle.manifest import resolved_components
 from ..errors import MachineError
-from ..files import atomic_write, utf8_path
-from ..manifest import resolved_components
+from ..pipeline.loop import denoise, initial_noise
 from ..runtimes.pytorch import TorchRuntime
-from ..sampling import denoise, initial_noise
-from ..scheduler import DDIM
+from ..sampling.scheduler import DDIM
 from ..spec import LATENT_DOWNSCALE
+from ..system.files import atomic_write, utf8_path
 from .loop import make_folder
 
 _RECENT = 100  # steps that a shown figure is the mean of

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scheduler import DDIM
+from ..sampling.scheduler import DDIM
 from ..spec import NUM_TRAIN_TIMESTEPS
 from .recipe import NoiseRecipe
 

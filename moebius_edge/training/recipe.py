@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..calibration.ranges import METHODS
+from ..data.masks import PRESETS
 from ..errors import UsageError
 from ..model.config import StudentConfig, TeacherConfig
 from ..spec import LATENT_DOWNSCALE, NOISE_OFFSET
 from ..toml import parse_toml
-from .masks import PRESETS
 
 STAGES = ("teacher", "student", "guidance", "int8")
 TERMS = ("coarse", "fine", "task", "perceptual")

@@ -23,9 +23,9 @@ from torch import nn
 from .. import __version__
 from ..errors import BundleError, MachineError, UsageError
 from ..export.weights_metadata import find_guidance, guidance_metadata
-from ..files import atomic_write, sha256_file
-from ..machine import machine_info, package_version
 from ..model import build_student, build_teacher
+from ..system.files import atomic_write, sha256_file
+from ..system.machine import machine_info, package_version
 from .checkpoints import checkpoint_files
 from .fake_quantise import Simulation, simulate
 from .loop import atomic_save, make_folder, plain, progress_bar

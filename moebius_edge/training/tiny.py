@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save
 
-from ..bundle import ASSETS
+from ..bundle.bundle import ASSETS
 from ..errors import BundleError, UsageError
-from ..files import atomic_write
 from ..model import StudentConfig, TeacherConfig
+from ..system.files import atomic_write
 from .autoencoder import AutoencoderRecipe, finetune_decoder, load_autoencoder, save_autoencoder, train_autoencoder
 from .data import PHOTO_SHARE, PICTURES, bundled_samples
 from .encoding import encode_latents

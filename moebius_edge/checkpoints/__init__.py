@@ -1,0 +1,1 @@
+"""Reading checkpoints without running any code of theirs, and without PyTorch."""

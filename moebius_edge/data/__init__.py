@@ -1,0 +1,1 @@
+"""Pictures and masks to train and calibrate on. Needs no PyTorch."""

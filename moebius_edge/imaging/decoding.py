@@ -1,0 +1,346 @@
+"""From a picture file to upright samples in the file's own depth, without loss and without surprises.
+
+``containers`` takes the first picture out of a file, Pillow decodes those of 8 bits and OpenCV those of 16. Whatever
+is wrong with a file becomes an error of one line. What the samples mean to the program (``Picture``, masks) is
+``imaging``'s business.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError, features
+
+from ..errors import MachineError, MoebiusError, UsageError
+from .containers import MAX_PIXELS, FirstPicture, TooLarge, check_size, first_picture, png_is_complete
+from .jpeg_file import END as JPEG_END
+from .jpeg_file import first_jpeg
+from .metadata import Metadata, fits, is_profile, plausible_dpi, set_size, take_orientation, take_resolution
+from .png_tiff import Unreadable, decode16, decode_png16, decode_with_opencv
+from .tiff_page import first_page
+
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "AVIF", "JPEG2000")  # none of these starts another program
+_SUFFIXES = {  # by format
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpx"),
+}
+SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)  # what a folder is searched for
+# What these decoders take in memory and time for a pixel is a multiple of the others'.
+_MAX_PIXELS = {"WEBP": 70_000_000, "AVIF": 70_000_000, "JPEG2000": 60_000_000}
+_MAX_BYTES_AT_16_BITS = 1_000_000_000  # OpenCV takes as much again
+_WITH_PILLOWS_METADATA = ("WEBP", "BMP", "AVIF", "JPEG2000")
+_COPIED_PIXELS = 1 << 20  # at a time
+_NOISE = bytes((73 * i + i // 7) % 251 for i in range(4096))  # decodes to anything but a blank
+_PLAIN_MODES = {
+    **dict.fromkeys(("1", "L", "LA", "La"), "L"),
+    **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"), "RGB"),
+}
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
+_process_state = threading.Lock()  # held while Pillow's limit or stderr is changed
+
+
+def picture_format(head: bytes) -> str | None:
+    """The member of ``FORMATS`` that a file with these first bytes (32 are enough) is in, whatever its name."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if head[4:8] == b"ftyp" and (head[8:12] in (b"avif", b"avis") or b"avif" in head[16:32]):
+        return "AVIF"
+    if head.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n")):
+        return "JPEG2000"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Samples (H, W, C), uint8 or uint16, upright: C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+
+    ``notes`` says what was changed or left out, a sentence each. ``orientation`` is the EXIF orientation that was
+    undone; ``indices`` (H, W) are those of a palette picture, upright too.
+    """
+
+    samples: np.ndarray
+    metadata: Metadata
+    notes: tuple[str, ...]
+    orientation: int = 1
+    indices: np.ndarray | None = None
+
+
+def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
+    """Read the picture at ``path``, or the file in ``contents`` that ``path`` is then only the name of.
+
+    ``imaging.read_picture`` says what becomes of each kind.
+    """
+    with _opened(path, contents) as (stream, form):
+        own = {"JPEG": first_jpeg, "TIFF": first_page}.get(form)
+        first = first_picture(form, stream) if own is None else own(stream)
+        image = _header(first.file, form)
+        _check_size(image, form, first.bits)
+        if form in _WITH_PILLOWS_METADATA:
+            _take_metadata(first, image)
+        notes = _notes(first, form)
+        orientation = take_orientation(first.exif)
+        exif_dpi = take_resolution(first.exif)
+        dpi = first.dpi or exif_dpi
+        if first.bits == 16 and form in ("PNG", "TIFF"):
+            samples = _decode16(first, form)
+        else:
+            samples = _decode8(first, image, form, notes)
+        if first.bits > 8 * samples.itemsize:
+            notes.append(f"has {first.bits} bits a sample, of which {8 * samples.itemsize} are read")
+        samples = upright(samples, orientation)
+        indices = upright(np.asarray(image), orientation) if image.mode == "P" else None
+    icc = first.icc
+    if image.mode == "CMYK":
+        icc = None
+    elif icc is not None and not fits(icc, samples.shape[2]):
+        notes.append("has an ICC profile that is damaged or does not fit its pixels: left out")
+        icc = None
+    if dpi is not None and orientation > 4:
+        dpi = dpi[::-1]
+    set_size(first.exif, samples.shape[1], samples.shape[0])
+    metadata = Metadata(icc, dpi, tuple(first.png_colour), first.exif)
+    return Decoded(samples, metadata, tuple(f"{path} {note}" for note in notes), orientation, indices)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a folder: name a picture in it" if path.is_dir() else "not a regular file: name a picture"
+            raise UsageError(f"{path} is {kind}")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise MachineError(f"there is no picture {path}: check the name with `ls {path.parent}`") from None
+    except PermissionError:
+        raise MachineError(f"no right to read {path}: run `chmod u+r {path}`") from None
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from None
+
+
+@contextmanager
+def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, str]]:
+    """The file and its format; what goes wrong with the contents in the block becomes a ``UsageError``."""
+    with _open(path) if contents is None else contents as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's: on sizes, which are checked here, and on odd metadata
+        head = stream.read(32)
+        if not head:
+            raise UsageError(f"picture {path} is empty (0 bytes): copy it again")
+        stream.seek(0)
+        form = picture_format(head)
+        if form is None:
+            raise UsageError(
+                f"{path} is not a picture of a known kind, or its header is damaged (it begins "
+                f"with {head[:16]!r}): convert it to PNG, JPEG, TIFF, WebP, BMP or GIF"
+            )
+        if form == "AVIF" and not features.check("avif"):
+            command = "pip install 'pillow>=11.3'"
+            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `{command}`")
+        try:
+            yield stream, form
+        except MoebiusError:
+            raise
+        except UnidentifiedImageError:
+            raise UsageError(f"the header of {form} picture {path} is damaged: copy it again") from None
+        except TooLarge as error:
+            raise UsageError(f"picture {path} is {error}; scale it down or cut it first") from None
+        except Unreadable as error:
+            raise UsageError(f"cannot read picture {path}: {error}: copy or save it again") from None
+        except MemoryError:
+            raise MachineError(f"not enough memory to read picture {path}: scale it down first") from None
+        except Exception as error:  # a decoder meets damage with any exception at all
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"picture {path} is truncated or damaged ({reason}): copy it again") from None
+
+
+def _header(stream: BinaryIO, form: str) -> Image.Image:
+    """Open without Pillow's own limit on the size, which is lower than some cameras' and names no size."""
+    stream.seek(0)
+    with _process_state:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(stream, formats=[form])
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(image: Image.Image, form: str, bits: int) -> None:
+    """Raise ``TooLarge`` where decoding would take gigabytes above the samples, or many seconds."""
+    most, of_what = _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else ""
+    if bits == 16:
+        channels = len(image.getbands())
+        if most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
+            most, of_what = deepest, f" with {channels} channels of 16 bits"
+    check_size(*image.size, most, of_what)
+
+
+def _take_metadata(first: FirstPicture, image: Image.Image) -> None:
+    """Fill in what Pillow says of a format that ``containers`` does not take apart."""
+    first.icc = first.icc or image.info.get("icc_profile")
+    if exif := image.info.get("exif"):
+        first.take_exif(exif)
+    if dpi := image.info.get("dpi"):
+        first.dpi = plausible_dpi(*dpi)
+    first.xmp = "xmp" in image.info
+    first.several = getattr(image, "n_frames", 1) > 1
+
+
+def _notes(first: FirstPicture, form: str) -> list[str]:
+    notes = list(first.notes)
+    if first.several:
+        notes.append("has more frames or pages than one: only the first is used")
+    if not first.ended:
+        notes.append(f"lacks the mark that ends a {form} file: its pixels are all there")
+    if not first.exif_sound:
+        notes.append("has damaged EXIF metadata: what could not be read of them is left out")
+    if first.xmp:
+        notes.append("has XMP or IPTC metadata, which may hold a small copy of the picture: left out")
+    return notes
+
+
+@contextmanager
+def _silent_decoders() -> Iterator[None]:
+    """Keep stderr from what libtiff and libpng write there on damaged files: there is no other way to silence them."""
+    with _process_state:
+        try:
+            saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        except OSError:  # there is no stderr
+            yield
+            return
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(nowhere)
+
+
+def _decode16(first: FirstPicture, form: str) -> np.ndarray:
+    """Samples (H, W, 1 to 4), uint16, as stored."""
+    if form == "PNG" and not first.ended and not png_is_complete(first.file):
+        raise Unreadable("it is truncated")
+    data = first.contents()
+    with _silent_decoders():
+        return decode16(data) if form == "TIFF" else decode_png16(data, first.transparent_colour)
+
+
+def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str]) -> np.ndarray:
+    """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
+    if form == "BMP" and image.info.get("compression") in (1, 2):  # run lengths, which Pillow decodes in Python
+        return decode_with_opencv(first.contents())
+    with _silent_decoders() if form == "TIFF" else nullcontext():
+        image.load()
+    _check_complete(first, image, form)
+    if image.mode == "I;16":
+        return np.asarray(image)[..., None]
+    if image.mode == "CMYK":
+        return _samples(image, "RGB", _cmyk_to_srgb(first.icc, notes))
+    if image.mode not in _PLAIN_MODES:
+        raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
+    mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
+    return _samples(image, mode, lambda part: part if part.mode == mode else part.convert(mode))
+
+
+def _samples(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """The pixels as an array (H, W, C) in ``mode``, converted part by part to save memory."""
+    width, height = image.size
+    samples = np.empty((height, width, len(mode)), np.uint8)
+    for top, rows in _rows(image):
+        samples[top : top + rows.height] = np.asarray(convert(rows)).reshape(rows.height, width, -1)
+    return samples
+
+
+def _rows(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(first row, some rows) from top to bottom: Pillow makes two copies of what is asked of it in one piece."""
+    width, height = image.size
+    step = max(1, _COPIED_PIXELS // width)
+    for top in range(0, height, step):
+        yield top, image.crop((0, top, width, min(top + step, height)))
+
+
+def _check_complete(first: FirstPicture, image: Image.Image, form: str) -> None:
+    """Raise ``Unreadable`` where Pillow has made up pixels that the file lacks, which it does without a word.
+
+    The check takes as long as decoding, so where the end is marked, it is made only if the last pixels are blank, as
+    made up ones are.
+    """
+    width, height = image.size
+    if form == "PNG":
+        last_rows = [image.crop((0, row, width, row + 1)) for row in range(max(0, height - 2), height)]
+        blank = not all(np.asarray(row).any() for row in last_rows)  # interlaced, the last row may come first
+        if (blank or not first.ended) and not png_is_complete(first.file):
+            raise Unreadable("it is truncated")
+    elif form == "JPEG":
+        # The last block, up to 16 pixels wide, but for an edge that its neighbours' colours may run into.
+        left, top = (min(side - 1, (side - 1) // 16 * 16 + 2) for side in (width, height))
+        corner = np.asarray(image.crop((left, top, width, height)))
+        # The check would decode each of many scans thrice; what a progressive file lacks at its end is mere detail.
+        blank = (corner == corner[-1, -1]).all() and "progressive" not in image.info
+        if (blank or not first.ended) and not _jpeg_is_complete(first, image):
+            raise Unreadable("it is truncated")
+
+
+def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
+    """Whether a JPEG, decoded in ``image``, has all of its pixels: then, what follows them makes no difference.
+
+    Where the end is marked, it is decoded at an eighth of its size, which shows whether a block is there at all; else
+    every bit counts.
+    """
+    coded = bytes(first.contents())
+    files = [coded, coded.removesuffix(JPEG_END) + _NOISE + JPEG_END]
+    variants = [_header(io.BytesIO(file), "JPEG") for file in files]
+    if first.ended:
+        for variant in variants:
+            variant.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+    else:
+        variants[0] = image
+    pairs = zip(*map(_rows, variants), strict=True)
+    return all(np.array_equal(np.asarray(one), np.asarray(other)) for (_, one), (_, other) in pairs)
+
+
+def _cmyk_to_srgb(profile: bytes | None, notes: list[str]) -> Callable[[Image.Image], Image.Image]:
+    """A conversion of images, by ``profile`` if it can be used; a note says whether it was."""
+    how = "without a profile" if profile is None else "without its profile, which is damaged or not for CMYK"
+    transform = None
+    if profile is not None and is_profile(profile) and profile[16:20] == b"CMYK":
+        with suppress(ImageCms.PyCMSError):
+            srgb = ImageCms.createProfile("sRGB")
+            transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, "CMYK", "RGB")
+            how = "by its profile"
+    notes.append(f"is CMYK: converted to sRGB {how}")
+    return lambda image: image.convert("RGB") if transform is None else transform.apply(image)
+
+
+def upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        samples = samples.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    return np.ascontiguousarray(samples)

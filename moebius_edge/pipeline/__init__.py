@@ -1,0 +1,1 @@
+"""From a picture with a mask to a filled picture: the denoising loop, its presets, and the ``Inpainter``."""

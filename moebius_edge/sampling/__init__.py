@@ -1,0 +1,1 @@
+"""The mathematics of sampling, in NumPy: the noise schedules and classifier-free guidance."""

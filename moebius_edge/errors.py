@@ -8,9 +8,21 @@ from __future__ import annotations
 
 
 class MoebiusError(Exception):
-    """Base of all user-facing errors. ``exit_code`` is what the command line returns."""
+    """Base of all user-facing errors.
+
+    Args:
+        problem: what is wrong, with the values.
+        remedy: the command or change that mends it, where the caller has one for a program to read; the text of the
+            error is then ``problem: remedy``.
+
+    ``exit_code`` is what the command line returns.
+    """
 
     exit_code = 1
+
+    def __init__(self, problem: str = "", remedy: str = "") -> None:
+        super().__init__(f"{problem}: {remedy}" if remedy else problem)
+        self.problem, self.remedy = problem, remedy
 
 
 class UsageError(MoebiusError):
@@ -23,6 +35,10 @@ class MachineError(MoebiusError):
     """The machine lacks something: a package, a GPU, a file, disk space, the right to write."""
 
     exit_code = 3
+
+
+class OutOfMemory(MachineError):
+    """The machine, its GPU or the limit that a user has set has too little memory for the work."""
 
 
 class BundleError(MoebiusError):

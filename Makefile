@@ -12,7 +12,7 @@ DEMO_OUTPUT := outputs/coffee.png
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow lint types schemas wheel clean
+.PHONY: demo test test-slow lint types docs schemas wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/.installed
@@ -31,6 +31,10 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(VENV)/bin/mypy -p moebius_edge
+
+# The documentation as a site in build/site, from docs/ and the docstrings.
+docs: $(VENV)/.installed
+	$(VENV)/bin/mkdocs build --quiet
 
 # docs/schemas, from the types that bundle.json and engine.json are checked with.
 schemas: $(VENV)/.installed

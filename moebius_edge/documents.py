@@ -29,6 +29,7 @@ Positive = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 JsonObject = dict[str, JsonValue]
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # what pydantic calls a field that it does not know
 # Control characters would act on the terminal they are printed to; half a surrogate pair cannot be printed at all.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -61,14 +62,17 @@ def check_document(content: Any, kind: Any, where: str, error: type[MoebiusError
 
 
 def _first_problem(error: ValidationError) -> tuple[str, str]:
-    """The first wrong field, and what is wrong with it in one line; ``schema_version`` goes before all others."""
+    """The field that is wrong, and what is wrong with it in one line.
+
+    Of several it is ``schema_version``, else an unknown field, for these say most, else the first.
+    """
     problems = error.errors(include_url=False)
-    problem = min(problems, key=lambda p: p["loc"][:1] != ("schema_version",))
+    problem = min(problems, key=lambda p: (p["loc"][:1] != ("schema_version",), p["type"] not in _UNKNOWN))
     # Of a union pydantic adds the alternative that it tried, as "list[str]", and of a dictionary's key "[key]".
     field = f"{'.'.join(str(part) for part in problem['loc'] if not str(part).endswith(']')):.200}"
     if problem["type"] == "missing":
         text = f"{field} is missing"
-    elif problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    elif problem["type"] in _UNKNOWN:
         text = f"{field} is an unknown field"
     elif problem["type"] == "value_error":  # raised by a check of our own
         text = str(problem["ctx"]["error"])

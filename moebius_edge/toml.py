@@ -1,4 +1,4 @@
-"""TOML files, read with what Python has: ``tomllib``, or on Python 3.10 the package ``tomli``, which is the same."""
+"""TOML files, read with ``tomllib``, or on Python 3.10 with the package ``tomli``, which is the same."""
 
 from __future__ import annotations
 

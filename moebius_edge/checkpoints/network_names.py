@@ -1,4 +1,4 @@
-"""The tensors of a network in a file of weights, whatever wraps them. A file of another network is named.
+"""The tensors of a network in a file of weights, whatever wraps them.
 
 Training code saves the same weights in many wrappings: a dictionary inside a dictionary, names with the prefix of a
 wrapper class, a moving average under names of its own. A note says what was unwrapped.
@@ -33,21 +33,6 @@ _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 _STUDENT_NAME = re.compile(r"\.attn1\.pos_conv\.|\.attn2\.rel_pos_emb$")
 _TEACHER_NAME = re.compile(r"\.attn1\.(gk_proj|g_proj|o_proj)\.")
-_LORA_NAME = re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_w")
-_ANOTHER = "Moebius is another network, `moebius-edge download places2` fetches it"
-# What else is often given, by a name that only it has -> what it is and what to do. The first that fits is taken.
-_OTHERS = {
-    r"^(model\.)?diffusion_model\.|^input_blocks\.": f"a Stable Diffusion checkpoint: {_ANOTHER}",
-    r"\.transformer_blocks\.0\.attn1\.to_out\.|^up_blocks\.0\.resnets\.0\.conv1\.weight$": (
-        f"a Stable Diffusion U-Net: {_ANOTHER}"
-    ),
-    r"^(first_stage_model\.)?((post_)?quant_conv\.|decoder\.(conv_in|up_blocks|mid)\b)": (
-        "an autoencoder (VAE): give its folder with --vae, and a student's weights in its place"
-    ),
-    r"(^|\.)text_model\.|token_embedding|(^|\.)wte\.|\.self_attn\.[qk]_proj\.|embed_tokens": (
-        "a text encoder or a language model: give a Moebius student's weights"
-    ),
-}
 
 
 def kind_of(names: Iterable[str]) -> str | None:
@@ -114,29 +99,16 @@ def _named_average(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -> None:
-    """Raise BundleError where the ``names`` of a file's tensors are those of a network that is not ``wanted``."""
-    names = list(names)
-    if name := _first(_LORA_NAME, names):
-        problem = f"{path} is a LoRA, which changes a network and is none by itself (its tensor {name} says so)"
-        raise BundleError(problem, f"give the weights of a whole {wanted or 'network'}")
+    """Raise BundleError for a teacher where a student is ``wanted``, and the other way round, by its tensors' names."""
     kind = kind_of(names)
-    if wanted is None or kind == wanted:
-        return
-    if kind == TEACHER:
+    if (kind, wanted) == (TEACHER, STUDENT):
         raise BundleError(
             f"{path} is a teacher (PixelHacker's network), and a student is wanted",
             "teachers are for `moebius-edge train --teacher FILE`, which makes a student",
         )
-    if kind == STUDENT:
+    if (kind, wanted) == (STUDENT, TEACHER):
         problem = f"{path} is a Moebius student, and a teacher is wanted"
         raise BundleError(problem, "`moebius-edge download teacher` fetches one")
-    for pattern, what in _OTHERS.items():
-        if name := _first(re.compile(pattern), names):
-            raise BundleError(f"{path}, by its tensor {name}, is {what}")
-
-
-def _first(pattern: re.Pattern[str], names: list[str]) -> str | None:
-    return next((shortened(name) for name in names if pattern.search(name)), None)
 
 
 def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: list[str]) -> Tensors:

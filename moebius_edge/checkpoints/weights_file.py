@@ -70,7 +70,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
         return WeightsFile(path, _load(path, zipped=True))
     if head.startswith(_LEGACY_MAGIC):
         return WeightsFile(path, _load(path, zipped=False))
-    raise BundleError(f"{path} {_describe(path, head)}")
+    raise BundleError(f"{path} {_describe(head)}")
 
 
 def is_safetensors(head: bytes) -> bool:
@@ -83,7 +83,7 @@ def shortened(text: str, most: int = 80) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:most]) + ("..." if len(text) > most else "")
 
 
-def _describe(path: Path, head: bytes) -> str:
+def _describe(head: bytes) -> str:
     """What a file is that holds no weights, and what to do: the end of a message that begins with its path."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head:
@@ -92,8 +92,6 @@ def _describe(path: Path, head: bytes) -> str:
         return "is a git-LFS pointer, not the file it stands for: run `git lfs pull`, or download the file itself"
     if text[:1] == b"<":
         return "is a web page (HTML or XML) saved under that name: download the file itself, not the page that shows it"
-    if path.suffix.lower() == ".onnx" or re.match(rb"\x08[\x00-\x1f][\x12\x1a\x22:B]", head):
-        return f"is an ONNX model: {_WEIGHTS}; a bundle is run as it is, with `moebius-edge run --bundle`"
     if head[:1] == b"\x80":
         return "is a pickle, but not one that torch.save wrote: save module.state_dict() with torch.save"
     return f"is truncated, damaged or no file of weights, it begins {head[:16]!r}: {_WEIGHTS}, or {_GET_AGAIN}"
@@ -132,13 +130,11 @@ def _check_archive(path: Path) -> None:
                 raise BundleError(f"{path} is a zip archive of other files ({some}), not of torch.save", _WEIGHTS)
             if pickles[0].replace("data.pkl", "constants.pkl") in members:
                 raise BundleError(f"{path} is a TorchScript program", "save its state_dict() and give that")
-            if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-                problem = f"{path} was packed again: files in it are compressed, which torch.save never does"
+            stored = all(info.compress_type == zipfile.ZIP_STORED for info in members.values())
+            size = sum(info.file_size for info in members.values())
+            if not stored or size > path.stat().st_size or members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+                problem = f"{path} was packed again or made up: torch.save neither compresses nor writes such sizes"
                 raise BundleError(problem, "load and save it with torch, or unpack what is in it")
-            if sum(info.file_size for info in members.values()) > path.stat().st_size:
-                raise BundleError(f"{path} is damaged: it is smaller than what is in it", _GET_AGAIN)
-            if members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
-                raise BundleError(f"{path} holds a pickle of over {_MAX_PICKLE_BYTES} bytes", _WEIGHTS)
             damaged = archive.testzip()
     except BundleError:
         raise

@@ -80,14 +80,11 @@ def test_every_format_loads_exactly(student, state, tmp_path, name):
 
 
 def test_the_content_decides_and_not_the_name(student, state, tmp_path):
+    (tmp_path / "a").write_bytes(safetensors_bytes(WEIGHTS, {"note": "1"}))
+    assert open_weights(tmp_path / "a").metadata == {"note": "1"}
     for name, other in (("a.safetensors", "a.bin"), ("b.bin", "b.safetensors"), ("c.bin", os.fsdecode(b"c\xe9.bin"))):
         load_checkpoint(student, save(state, tmp_path / name).rename(tmp_path / other))
         assert torch.equal(student.state_dict().pop(KEY), state[KEY])
-
-
-def test_the_metadata_of_a_safetensors_header(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(WEIGHTS, {"note": "1"}))
-    assert open_weights(tmp_path / "a.safetensors").metadata == {"note": "1"}
 
 
 @pytest.mark.parametrize(
@@ -99,11 +96,9 @@ def test_the_metadata_of_a_safetensors_header(tmp_path):
         (lambda s: {"state_dict": {"module": s}}, "under state_dict / module"),
         (lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, "'module.' is left out"),
         (lambda s: {k.replace("diff_model.", "diff_model.module."): v for k, v in s.items()}, "'module.' is left out"),
-        (lambda s: {k.replace("diff_model.", "unet."): v for k, v in s.items()}, r"unet.\* are taken as diff_model.\*"),
-        (lambda s: {k.replace("diff_model.", ""): v for k, v in s.items()}, r"named \* are taken as diff_model.\*"),
         (
             lambda s: {**{f"model.{k}": v for k, v in s.items()}, "vae.quant_conv.bias": torch.ones(2)},
-            r"named model.diff_model.\* are taken as diff_model.\*, 1 tensors beside them are not used",
+            r"named model.\* are taken, 1 tensors beside them are not used",
         ),
         (lambda s: {"state_dict": {f"student.module.{k}": v for k, v in s.items()}}, "under state_dict are taken"),
     ],
@@ -155,12 +150,6 @@ def test_views_are_read_as_they_were_saved(student, state, tmp_path):
     assert all(torch.equal(student.state_dict()[k], v) for k, v in state.items())
 
 
-def test_huge_but_finite_values_load(student, state, tmp_path):
-    state[KEY].fill_(3e38)  # their sum overflows
-    load_checkpoint(student, save(state, tmp_path / "a.bin"))
-    assert bool((student.state_dict()[KEY] == state[KEY]).all())
-
-
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
 def test_a_module_without_memory_gets_weights_of_its_own(state, tmp_path, name):
     with torch.device("meta"):
@@ -179,18 +168,9 @@ def test_a_module_without_memory_gets_weights_of_its_own(state, tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"lora_unet_down_blocks_0.lora_down.weight": ONE}, "is a LoRA, .* give the weights of a whole student"),
-        ({"diff_model.x.attn1.pos_conv.lora_A.weight": ONE}, "is a LoRA"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, "is a Stable Diffusion checkpoint"),
-        (
-            {"conv_in.weight": ONE, "up_blocks.0.resnets.0.conv1.weight": ONE},
-            "up_blocks.0.resnets.0.conv1.weight, is a Stable Diffusion U-Net: .*`moebius-edge download places2`",
-        ),
-        ({"decoder.conv_in.weight": ONE}, r"is an autoencoder \(VAE\): give its folder with --vae"),
-        ({"text_model.embeddings.token_embedding.weight": ONE}, "is a text encoder or a language model"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, r"has tensors 1 \(model.dif.*, none of a student"),
         ({"diff_model.mid_block.a.attn1.gk_proj.0.weight": ONE}, "is a teacher .*`moebius-edge train --teacher FILE`"),
         ({"network": {"a": ONE}, "average": {"a": ONE}, "recipe": {}}, "what `moebius-edge train --resume` goes on"),
-        ({"optimizer": {"state": {0: ONE}}}, "holds no dictionary of dense tensors"),
         ([1, 2], "holds no dictionary of dense tensors: save module.state_dict"),
         ({1: ONE, (2, 3): ONE, float("nan"): ONE}, "holds no dictionary of dense tensors"),
         ({"a": ONE, "step": 3}, r"1 \(step\) beside them, a int"),
@@ -212,15 +192,12 @@ def test_a_student_where_a_teacher_is_wanted(state, tmp_path):
     refused(teacher, path, BundleError, "is a Moebius student, .*`moebius-edge download teacher`")
 
 
-def test_a_network_twice_or_in_part(student, state, tmp_path):
+def test_a_network_twice(student, state, tmp_path):
     twice = {**{f"a.{k}": v for k, v in state.items()}, **{f"b.{k}": v for k, v in state.items()}}
     refused(student, save(twice, tmp_path / "a.bin"), BundleError, "holds several networks, under a., b.: save the one")
     twice = {**{f"module.{k}": v for k, v in state.items()}, **state, "more": torch.ones(1)}
     del twice[KEY]
     refused(student, save(twice, tmp_path / "a.bin"), BundleError, "the same network twice, wrapped and plain")
-    bare = {k.removeprefix("diff_model."): v for k, v in state.items() if k.startswith("diff_model.")}
-    path = save(bare, tmp_path / "a.bin")
-    refused(student, path, BundleError, "holds the U-Net without the prompts' embedding_layer.weight: save")
 
 
 def test_tensors_that_do_not_fit_are_counted_and_named(student, state, tmp_path):
@@ -242,6 +219,8 @@ def test_values_that_are_not_finite_are_refused_by_name(student, state, tmp_path
     state[KEY][3, 2] = value
     message = refused(student, save(state, tmp_path / "a.safetensors"), BundleError, "not finite in tensors 1 ")
     assert KEY in message
+    state[KEY].fill_(3e38)  # finite, though their sum overflows
+    load_checkpoint(student, save(state, tmp_path / "a.bin"))
 
 
 # --- files that are damaged, hostile or something else ------------------------------------------------------------
@@ -272,7 +251,7 @@ def test_a_pickle_that_would_run_code_is_refused(student, state, tmp_path, write
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kept", [0, 10, 0.3, 0.99])
+@pytest.mark.parametrize("kept", [10, 0.3, 0.99])
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
 def test_a_truncated_file_is_refused(student, state, tmp_path, name, kept):
     path = save(state, tmp_path / name)
@@ -316,9 +295,7 @@ def npz() -> bytes:
         (b"", "is empty: copy or download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-LFS pointer, .*: run `git lfs pull`"),
         (b"\n <!DOCTYPE html><html></html>", "is a web page .*: download the file itself"),
-        (b"\x08\x0a\x12\x07pytorch", "is an ONNX model: .* `moebius-edge run --bundle`"),
         (b"GGUF\x03\0\0\0", r"no file of weights, it begins b'GGUF.*: give a file of PyTorch weights"),
-        (b"Entry not found", "no file of weights, it begins b'Entry not found'"),
         (bytes(4096), "is truncated, damaged or no file of weights"),
         (npz(), r"is a zip archive of other files \(a.npy\), not of torch.save"),
         (b"PK\3\4 and no more", "is truncated or damaged"),
@@ -349,7 +326,7 @@ def test_archives_of_another_kind(student, tmp_path):
     ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    refused(student, tmp_path / "c.pt", BundleError, "was packed again: files in it are compressed")
+    refused(student, tmp_path / "c.pt", BundleError, "was packed again or made up")
 
 
 def safetensors(header: object, data: bytes = b"") -> bytes:

@@ -28,7 +28,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "module", "network", "net"
 _MAX_DEPTH = 8
 # Wrapper classes of PyTorch put these into the names of what they hold, at any place.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_EMBEDDING, _UNET = "embedding_layer.weight", "diff_model."
+_EMBEDDING = "embedding_layer.weight"  # of student and teacher
 _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 _STUDENT_NAME = re.compile(r"\.attn1\.pos_conv\.|\.attn2\.rel_pos_emb$")
@@ -117,7 +117,6 @@ def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: l
     Tensors outside of the prefix under which the network is are left out, with a note. Raises BundleError where two
     networks in the file would fit.
     """
-    expected = list(expected)
     if all(name in tensors for name in expected):
         return tensors
     plain = {_WRAPPER.sub("", name): tensor for name, tensor in tensors.items()}
@@ -126,29 +125,17 @@ def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: l
     if plain.keys() != tensors.keys():
         wrapper = next(match[0] for match in map(_WRAPPER.search, tensors) if match)
         notes.append(f"{path.name}: {wrapper!r} is left out of the tensors' names")
-    last = next((name for name in expected if name.startswith(_UNET + "conv_out.")), "").removeprefix(_UNET)
-    embedding, unet = _prefix(path, plain, _EMBEDDING), _prefix(path, plain, last)
-    if unet is None or (embedding or "", unet) == ("", _UNET):
-        return plain
-    if embedding is None:
-        problem = f"{path} holds the U-Net without the prompts' {_EMBEDDING}"
-        raise BundleError(problem, "save the state_dict() of the whole RemovalModel")
-    renamed = {_UNET + name.removeprefix(unet): tensor for name, tensor in plain.items() if name.startswith(unet)}
-    renamed.pop(_UNET + _EMBEDDING, None)  # it is under the prefix too where the U-Net has none of its own
-    renamed[_EMBEDDING] = plain[embedding + _EMBEDDING]
-    left = len(plain) - len(renamed)
-    beside = f", {left} tensors beside them are not used" if left else ""
-    notes.append(f"{path.name}: the tensors named {unet}* are taken as {_UNET}*{beside}")
-    return renamed
-
-
-def _prefix(path: Path, names: Iterable[str], end: str) -> str | None:
-    """What is before ``end`` in the one name that ends so."""
-    prefixes = [name.removesuffix(end) for name in names if name == end or name.endswith("." + end)]
+    prefixes = [n.removesuffix(_EMBEDDING) for n in plain if n == _EMBEDDING or n.endswith("." + _EMBEDDING)]
     if len(prefixes) > 1:
         under = ", ".join(shortened(prefix or "no prefix", 30) for prefix in prefixes[:_SHOWN])
         raise BundleError(f"{path} holds several networks, under {under}", "save the one that is meant by itself")
-    return prefixes[0] if prefixes else None
+    if prefixes in ([], [""]):
+        return plain
+    inside = {n.removeprefix(prefixes[0]): tensor for n, tensor in plain.items() if n.startswith(prefixes[0])}
+    left = len(plain) - len(inside)
+    beside = f", {left} tensors beside them are not used" if left else ""
+    notes.append(f"{path.name}: the tensors named {prefixes[0]}* are taken{beside}")
+    return inside
 
 
 def lacks_statistics(expected: Iterable[str], tensors: Tensors) -> bool:

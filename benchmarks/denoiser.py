@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.export.graphs import PlainDenoiser
@@ -40,7 +41,6 @@ from moebius_edge.export.specialise import (
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.model.lambdas import InteractiveLambda, LocalLambda
 from moebius_edge.model.layers import Upsample
-from moebius_edge.model.profile import multiplications
 from moebius_edge.model.student import MixFFN, SeparableConv
 from moebius_edge.spec import Component, Tensor
 from moebius_edge.system.machine import available_cores, machine_info
@@ -270,7 +270,9 @@ def counted(module: nn.Module, inputs: tuple[Any, ...]) -> int:
         return 2 * q[0] * q[1] * q[2] * keys[-1] * (q[3] + values[-1])
 
     formulas = {torch.ops.moebius.local_lambda: local, torch.ops.moebius.interactive_lambda: interactive}
-    return multiplications(module, inputs, formulas)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        module(*inputs)
+    return int(counter.get_total_flops()) // 2  # PyTorch counts a multiply-add as two
 
 
 if __name__ == "__main__":

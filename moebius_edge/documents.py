@@ -1,18 +1,17 @@
 """JSON documents that came from elsewhere: read within limits, checked field by field, refused in one line.
 
-A document is described by a dataclass or a ``TypedDict``, and pydantic checks it. What ``read_document`` returns has
-the declared types and finite numbers, so that no later code can meet anything else. Unknown fields are ignored.
+A document is described by a dataclass, a ``TypedDict`` or a pydantic model, and pydantic checks it. The result has the
+declared types and finite numbers, so that no later code can meet anything else. Unknown fields are ignored.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import stat
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
@@ -20,7 +19,6 @@ from .errors import MachineError, MoebiusError
 
 MAX_BYTES = 2 << 20  # a bundle.json of the published size, with the names of all quantised nodes, has 0.3 MB
 MAX_DEPTH = 32
-MAX_DIGITS = 18  # a whole number of so many fits 64 bits
 
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # one line
 FileName = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f\\]+$")]
@@ -31,65 +29,70 @@ Positive = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 JsonObject = dict[str, JsonValue]
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # what pydantic calls a field that it does not know
 # Control characters would act on the terminal they are printed to; half a surrogate pair cannot be printed at all.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def read_document(path: Path, kind: Any, error: type[MoebiusError], remedy: str, /, **added: Any) -> Any:
-    """The document in the file ``path``, checked against the type ``kind``, with the fields ``added`` to it.
+    """The document in the JSON file ``path``, checked against the type ``kind``, with the fields ``added`` to it.
 
     Raises:
-        error: it is not what ``kind`` describes. The message has the first field that is wrong, and ends in ``remedy``.
+        error: it is not what ``kind`` describes. The message names the first field that is wrong.
         MachineError: the file cannot be read.
     """
     try:
-        return TypeAdapter(kind).validate_python({**_parse(path), **added})
+        content = _parse(path)
     except OSError as problem:
-        raise MachineError(f"cannot read {path}: {problem.strerror}: check it with `ls -l {path}`") from problem
+        raise MachineError(f"cannot read {path}: {problem.strerror}", f"check it with `ls -l {path}`") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: {problem}", remedy) from None
+    return check_document({**content, **added}, kind, str(path), error, remedy)
+
+
+def check_document(content: Any, kind: Any, where: str, error: type[MoebiusError], remedy: str) -> Any:
+    """``content``, which was read from ``where``, as the type ``kind``; raises ``error`` as ``read_document`` does."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as problem:
-        field, text = first_problem(problem)
+        field, text = _first_problem(problem)
         if field == "schema_version":
             remedy = f"run `pip install --upgrade moebius-edge`, or {remedy}"
-        raise error(f"{path}: {text}: {remedy}") from None
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: {problem}: {remedy}") from None
+        raise error(f"{where}: {text}", remedy) from None
 
 
-def first_problem(error: ValidationError) -> tuple[str, str]:
-    """The first wrong field, and what is wrong with it in one line; ``schema_version`` goes before all others."""
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """The field that is wrong, and what is wrong with it in one line.
+
+    Of several it is ``schema_version``, else an unknown field, for these say most, else the first.
+    """
     problems = error.errors(include_url=False)
-    problem = min(problems, key=lambda p: p["loc"][:1] != ("schema_version",))
+    problem = min(problems, key=lambda p: (p["loc"][:1] != ("schema_version",), p["type"] not in _UNKNOWN))
     # Of a union pydantic adds the alternative that it tried, as "list[str]", and of a dictionary's key "[key]".
     field = f"{'.'.join(str(part) for part in problem['loc'] if not str(part).endswith(']')):.200}"
-    what = f"{field} is {problem['input']!r:.60}"
     if problem["type"] == "missing":
         text = f"{field} is missing"
-    elif problem["type"] == "unexpected_keyword_argument":
+    elif problem["type"] in _UNKNOWN:
         text = f"{field} is an unknown field"
-    elif problem["type"] == "value_error":  # one of our own checks
+    elif problem["type"] == "value_error":  # raised by a check of our own
         text = str(problem["ctx"]["error"])
     else:
         expected = problem["msg"].partition(" should ")[2] or problem["msg"]
         expected = expected[3:] if expected.startswith("be ") else f"to {expected}"
-        text = f"{what}, expected {re.sub(r'a (valid )?dictionary.*', 'an object', expected)}"
+        expected = re.sub(r"a (valid )?dictionary.*", "an object", expected)
+        text = f"{field} is {problem['input']!r:.60}, expected {expected}"
     return field, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _parse(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ``ValueError`` where there is none, or where it passes a limit."""
-    status = os.stat(path)
+    status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("this is not a regular file")
     if status.st_size > MAX_BYTES:
         raise ValueError(f"the file has {status.st_size} bytes, expected at most {MAX_BYTES}")
     try:
-        document = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_constant,
-        )
+        document = json.loads(path.read_text(encoding="utf-8"))
         _check_values(document)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"this is not valid JSON ({error})") from None
@@ -98,37 +101,16 @@ def _parse(path: Path) -> dict[str, Any]:
     return document
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"an object has the field {max(names, key=names.count)!r:.60} twice")
-    return made
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"the whole number {text:.20}... has more than {MAX_DIGITS} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"the number {text:.20} is too large")
-    return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
-
-
 def _check_values(value: Any, depth: int = MAX_DEPTH) -> None:
-    if isinstance(value, dict):
-        _check_values([*value, *value.values()], depth)
-    elif isinstance(value, list):
+    """Raise ``ValueError`` for a value that JSON cannot hold, or that cannot be printed or computed with."""
+    if isinstance(value, (dict, list)):
         if depth == 0:
             raise ValueError(f"it nests more than {MAX_DEPTH} deep")
-        for item in value:
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
             _check_values(item, depth - 1)
     elif isinstance(value, str) and _UNPRINTABLE.search(value):
         raise ValueError(f"the text {value!r:.60} has characters that cannot be printed")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the number {value} is not finite")
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError("a whole number has more than 64 bits")

@@ -1,8 +1,8 @@
 """Text that can always be written: file names that are not valid UTF-8 become readable escapes.
 
 Python holds a byte of a file name that it cannot decode as a lone surrogate, which no encoding writes and which many
-readers of JSON refuse. Wherever text leaves this program, on a terminal, in JSON or in a report, such a byte is shown
-as ``\\xNN``. In JSON and reports the backslashes of such a name are doubled, so that the name can be had back.
+readers of JSON refuse. Wherever text leaves this program, such a byte is shown as ``\\xNN``. In JSON and reports the
+backslashes of such a name are doubled, so that the name can be had back.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ ESCAPED = "moebius-edge"  # the name of the error handler, for ``open`` and ``st
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    characters = error.object[error.start : error.end]
-    return "".join(map(_escaped_character, characters)), error.end
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(map(_escaped_character, error.object[error.start : error.end])), error.end
 
 
 def _escaped_character(character: str) -> str:
@@ -42,13 +40,11 @@ def printable(text: str) -> str:
 
 def printable_values(document: Any) -> Any:
     """A JSON-ready document in which every string, keys included, is ``printable``."""
-    if isinstance(document, str):
-        return printable(document)
     if isinstance(document, dict):
         return {printable_values(key): printable_values(value) for key, value in document.items()}
     if isinstance(document, (list, tuple)):
         return [printable_values(value) for value in document]
-    return document
+    return printable(document) if isinstance(document, str) else document
 
 
 def json_text(document: Any, **options: Any) -> str:

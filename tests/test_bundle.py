@@ -56,32 +56,22 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    folder = make(tmp_path / "b")
+    folder = make(tmp_path / "b", resolution=512)
     bundle = Bundle.load(folder)
-    assert (bundle.path, bundle.name, bundle.resolution, bundle.latent_size) == (folder, "test", 256, 32)
-    assert (bundle.precision, bundle.scaling_factor) == ("float32", 0.13025)
-    assert bundle.description == "a test – nothing more" and bundle.licence == "Apache-2.0"
-    assert bundle.model == {"block_out_channels": [32, 64, 128]}
-    assert bundle.defaults == {"steps": 20, "guidance": 2.0, "start": "image"}
-    assert bundle.scheduler["beta_start"] == 0.00085 and bundle.scheduler["noise_offset"] == 0.0357
-    assert bundle.gate == {"psnr_db": 91.5} and bundle.tools == {"torch": "2.13.0"}
-    assert bundle.source == SOURCE
-    assert bundle.files["denoiser.onnx"] == {
-        "sha256": sha256_file(folder / "denoiser.onnx"),
-        "bytes": len(ONNX_FILES["denoiser.onnx"]),
-    }
-    assert bundle.component_path("denoiser") == folder / "denoiser.onnx"
     assert Bundle.load(str(folder)) == bundle
-
-
-def test_components_have_their_sizes_filled_in(tmp_path: Path) -> None:
-    components = Bundle.load(make(tmp_path / "b", resolution=512)).components
-    assert list(components) == ["vae_encoder", "denoiser", "vae_decoder"]
-    sample, timestep, branch = components["denoiser"].inputs
+    assert (bundle.path, bundle.name, bundle.resolution, bundle.latent_size) == (folder, "test", 512, 64)
+    assert (bundle.precision, bundle.scaling_factor, bundle.licence) == ("float32", 0.13025, "Apache-2.0")
+    assert bundle.description == "a test – nothing more" and bundle.model == {"block_out_channels": [32, 64, 128]}
+    assert bundle.scheduler["beta_start"] == 0.00085 and bundle.scheduler["noise_offset"] == 0.0357
+    assert bundle.gate == {"psnr_db": 91.5} and bundle.tools == {"torch": "2.13.0"} and bundle.source == SOURCE
+    record = {"sha256": sha256_file(folder / "denoiser.onnx"), "bytes": len(ONNX_FILES["denoiser.onnx"])}
+    assert bundle.files["denoiser.onnx"] == record
+    assert bundle.component_path("denoiser") == folder / "denoiser.onnx"
+    assert list(bundle.components) == ["vae_encoder", "denoiser", "vae_decoder"]
+    sample, timestep, branch = bundle.components["denoiser"].inputs
     assert (sample.name, sample.dtype, sample.shape) == ("sample", "float32", ("N", 9, 64, 64))
-    assert (timestep.dtype, timestep.shape) == ("float32", ("N",))
-    assert (branch.dtype, branch.shape) == ("int64", ("N",))
-    assert components["vae_decoder"].outputs[0].shape == ("N", 3, 512, 512)
+    assert (timestep.dtype, timestep.shape, branch.dtype) == ("float32", ("N",), "int64")
+    assert bundle.components["vae_decoder"].outputs[0].shape == ("N", 3, 512, 512)
 
 
 def test_the_file_is_for_people_and_the_same_each_time(tmp_path: Path) -> None:
@@ -90,6 +80,7 @@ def test_the_file_is_for_people_and_the_same_each_time(tmp_path: Path) -> None:
     assert first == second
     assert first.startswith('{\n  "schema_version": 3,\n  "name": "test",\n')
     assert "a test – nothing more" in first and first.endswith("}\n")
+    assert not {"int8", "distilled_guidance", "deep_channels"} & json.loads(first).keys()
 
 
 def make_deep(folder: Path, **changes: Any) -> Path:
@@ -105,15 +96,9 @@ def test_a_deep_feature_brings_a_file(tmp_path: Path) -> None:
     whole, shallow = bundle.components["denoiser"], bundle.components["denoiser_shallow"]
     assert whole.outputs[1] == shallow.inputs[3] and shallow.inputs[:3] == whole.inputs
     assert (whole.outputs[1].name, whole.outputs[1].shape) == ("deep", ("N", 64, 32, 32))
-    assert shallow.outputs == whole.outputs[:1]
-    assert (bundle.deep_channels, bundle.distilled_guidance) == (64, 2.5)
-    plain = Bundle.load(make(tmp_path / "plain"))
-    assert plain.deep_channels is plain.summary()["deep_channels"] is None
-
-
-def test_without_its_shallow_part_none_is_written(tmp_path: Path) -> None:
+    assert shallow.outputs == whole.outputs[:1] and bundle.branches == 1
     with pytest.raises(BundleError, match=r"files lacks 'denoiser_shallow\.onnx'"):
-        make(tmp_path / "b", deep_channels=64)
+        make(tmp_path / "without", deep_channels=64)
 
 
 def test_other_files_are_hashed_but_not_engines_or_hidden_ones(tmp_path: Path) -> None:
@@ -134,21 +119,19 @@ def test_other_files_are_hashed_but_not_engines_or_hidden_ones(tmp_path: Path) -
 
 
 def test_summary_is_json_and_complete(tmp_path: Path) -> None:
-    folder = make(tmp_path / "b")
+    folder = make(tmp_path / "b", precision="int8", int8=INT8)
     summary = json.loads(json.dumps(Bundle.load(folder).summary()))
     written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    assert {key: summary[key] for key in written} == written
-    assert summary["total_bytes"] == sum(map(len, ONNX_FILES.values()))
-    assert summary["path"] == str(folder)
+    assert {key: summary[key] for key in written} == written and summary["int8"] == INT8
+    assert summary["total_bytes"] == sum(map(len, ONNX_FILES.values())) and summary["path"] == str(folder)
 
 
-@pytest.mark.parametrize("name", ONNX_FILES)
-def test_a_flipped_byte_is_refused(tmp_path: Path, name: str) -> None:
-    path = make(tmp_path / "b") / name
+def test_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "b") / "denoiser.onnx"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(BundleError, match=f"{name} was altered, .*: {re.escape(AGAIN)}"):
+    with pytest.raises(BundleError, match=f"denoiser.onnx was altered, .*: {re.escape(AGAIN)}"):
         Bundle.load(tmp_path / "b")
     Bundle.load(tmp_path / "b", verify=False)
 
@@ -174,25 +157,6 @@ def test_another_schema_is_refused_first(tmp_path: Path, version: object) -> Non
         Bundle.load(tmp_path / "b")
 
 
-def test_distilled_guidance_is_the_default(tmp_path: Path) -> None:
-    defaults = {"steps": 20, "guidance": 2.5, "start": "image"}
-    folder = make(tmp_path / "b", distilled_guidance=2.5, defaults=defaults)
-    written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    summary = json.loads(json.dumps(Bundle.load(folder).summary()))
-    assert summary["distilled_guidance"] == 2.5
-    assert {key: summary[key] for key in written} == written
-    plain = make(tmp_path / "plain")
-    assert "distilled_guidance" not in (plain / "bundle.json").read_text(encoding="utf-8")
-    assert Bundle.load(plain).distilled_guidance is None
-
-
-def test_an_int8_bundle_says_how_it_was_quantised(tmp_path: Path) -> None:
-    bundle = Bundle.load(make(tmp_path / "b", precision="int8", int8=INT8))
-    assert bundle.int8 == INT8 == bundle.summary()["int8"]
-    assert Bundle.load(make(tmp_path / "plain")).int8 is None
-    assert '"int8"' not in (tmp_path / "plain" / "bundle.json").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -202,11 +166,10 @@ def test_an_int8_bundle_says_how_it_was_quantised(tmp_path: Path) -> None:
         (b"\xef\xbb\xbf{}", "this is not valid JSON .*BOM"),
         (b"[" * 100_000, "this is not valid JSON"),
         (b'{"a": ' * 33 + b"1" + b"}" * 33, "this is not valid JSON .it nests more than 32 deep"),
-        (b'{"a": NaN}', "NaN is no JSON number"),
-        (b'{"a": [-Infinity]}', "-Infinity is no JSON number"),
-        (b'{"a": 1e999}', "the number 1e999 is too large"),
-        (b'{"a": ' + b"9" * 5000 + b"}", r"the whole number 9{20}\.\.\. has more than 18 digits"),
-        (b'{"a": 1, "b": 2, "a": 3}', "an object has the field 'a' twice"),
+        (b'{"a": NaN}', "the number nan is not finite"),
+        (b'{"a": [1e999]}', "the number inf is not finite"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "this is not valid JSON"),
+        (b'{"a": ' + b"9" * 20 + b"}", "a whole number has more than 64 bits"),
         (b'{"a": "\\ud800"}', r"the text '\\ud800' has characters that cannot be printed"),
         (b'{"a\\u001b[2J": 1}', r"the text 'a\\x1b\[2J' has characters that cannot be printed"),
         (b" " * (3 << 20) + b"{}", "the file has 3145730 bytes, expected at most 2097152"),
@@ -227,10 +190,6 @@ def test_a_file_that_is_no_file_is_refused_and_not_read(tmp_path: Path) -> None:
     folder = make(tmp_path / "b")
     (folder / "denoiser.onnx").unlink()
     os.mkfifo(folder / "denoiser.onnx")
-    with pytest.raises(BundleError, match=r"denoiser\.onnx is not a regular file: copy"):
-        Bundle.load(folder)
-    (folder / "denoiser.onnx").unlink()
-    (folder / "denoiser.onnx").mkdir()
     with pytest.raises(BundleError, match=r"denoiser\.onnx is not a regular file: copy"):
         Bundle.load(folder)
     (folder / "bundle.json").rename(tmp_path / "elsewhere.json")
@@ -261,64 +220,43 @@ def path_edit(path: str, value: Any = None, delete: bool = False) -> Callable[[d
 RECORD = {"sha256": "0" * 64, "bytes": 1}
 EDITS: list[tuple[str, Any, str]] = [
     ("resolution", 100, "resolution is 100, expected a multiple of 8"),
-    ("resolution", "64", "resolution is '64', expected a valid integer"),
     ("resolution", 64.0, "resolution is 64.0, expected a valid integer"),
-    ("resolution", -64, "resolution is -64, expected greater than or equal to 8"),
     ("resolution", 8 * 10**15, "resolution is 8000000000000000, expected less than or equal to 2048"),
     ("latent_size", 64, "latent_size is 64, expected 8, an eighth of the resolution"),
-    ("scaling_factor", 0, "scaling_factor is 0, expected greater than 0"),
     ("scaling_factor", True, "scaling_factor is True, expected a valid number"),
     ("name", "two\nlines", r"name is 'two\\nlines', expected to match pattern"),
     ("precision", "fp8", "precision is 'fp8', expected 'float32', 'float16' or 'int8'"),
     ("gate", None, "gate is None, expected an object"),
-    ("model", [1], r"model is \[1\], expected an object"),
     ("source", {"checkpoint": "0"}, "source.checkpoint is '0', expected an object"),
-    ("scheduler/beta_end", 0.02, "scheduler.beta_end is 0.02, expected 0.012"),
-    ("scheduler/prediction", None, "scheduler.prediction is None, expected 'epsilon'"),
-    ("defaults", 3, "defaults is 3, expected an object"),
+    ("scheduler/beta_end", 0.02, "scheduler.beta_end is 0.02 there, 0.012 here"),
     ("defaults/guidance", DELETED, "defaults.guidance is missing"),
-    ("defaults/guidance", -1, "defaults.guidance is -1, expected greater than or equal to 0"),
     ("defaults/guidance", 1e308, "defaults.guidance is 1e\\+308, expected less than or equal to 1000"),
     ("defaults/guidance", 3.0, "defaults.guidance is 3.0, expected 2.0, which is distilled"),
-    ("defaults/steps", 0, "defaults.steps is 0, expected greater than or equal to 1"),
     ("defaults/steps", 10**6, "defaults.steps is 1000000, expected less than or equal to 1000"),
-    ("defaults/steps", "20", "defaults.steps is '20', expected a valid integer"),
     ("defaults/start", "here", "defaults.start is 'here', expected 'image', 'prefill' or 'noise'"),
-    ("defaults/strength", 2, "defaults.strength is 2, expected less than or equal to 1"),
     ("defaults/strength", 0.01, "defaults.strength is 0.01, expected more: of 20 steps it leaves none"),
     ("distilled_guidance", 1.0, "distilled_guidance is 1.0, expected greater than 1"),
-    ("distilled_guidance", "2", "distilled_guidance is '2', expected a valid number"),
-    ("deep_channels", 0, "deep_channels is 0, expected greater than or equal to 1"),
-    ("deep_channels", True, "deep_channels is True, expected a valid integer"),
     ("deep_channels", 10**9, "deep_channels is 1000000000, expected less than or equal to 8192"),
-    ("deep_channels", 32, "components.denoiser.outputs is Tensor.*64.*, expected .*32"),
-    ("float32_islands", None, "float32_islands is None, expected an object"),
+    ("deep_channels", 32, "components.denoiser.outputs is .*64.* there, .*32.* here"),
     ("float32_islands", {"denoiser": 1}, "float32_islands.denoiser is 1, expected 'all'"),
     ("float32_islands", {"denoiser": {"Sin": 5}}, "float32_islands.denoiser"),
     ("precision", "float16", "precision is 'float16', expected 'int8' with the field int8"),
-    ("int8", [], r"int8 is \[\], expected an object"),
-    ("int8", {}, "int8.target is missing"),
     ("int8/target", 8, "int8.target is 8, expected 'tensorrt' or 'cpu'"),
-    ("int8/nodes", "a", "int8.nodes is 'a', expected a valid list"),
     ("int8/nodes", ["a", 1], "int8.nodes.1 is 1, expected a valid string"),
     ("int8/products", True, "int8.products is True, expected a valid integer"),
-    ("int8/share_of_multiplications", None, "int8.share_of_multiplications is None, expected a valid number"),
     ("int8/blocks/0/psnr_db", "45", "int8.blocks.0.psnr_db is '45', expected a valid number"),
-    ("files", {}, "files lacks 'vae_encoder.onnx'"),
     ("files/denoiser.onnx", DELETED, "files lacks 'denoiser.onnx'"),
     ("files/denoiser.onnx", "abc", "files.denoiser.onnx is 'abc', expected an object"),
-    ("files/denoiser.onnx/bytes", DELETED, "files.denoiser.onnx.bytes is missing"),
     ("files/denoiser.onnx/bytes", 1 << 50, "files.denoiser.onnx.bytes is 1125899906842624, expected less than"),
     ("files/denoiser.onnx/sha256", "0", "files.denoiser.onnx.sha256 is '0', expected to match pattern"),
     ("files/a\nb", RECORD, r"files.a\\nb is 'a\\nb', expected to match pattern"),
     ("files/" + "x" * 300, RECORD, "expected to have at most 255 characters"),
     ("files/..", RECORD, r"'\.\.' leaves the folder"),
-    ("components/vae_encoder", DELETED, "components.vae_encoder is missing"),
-    ("components/extra", {"file": "x", "inputs": [], "outputs": []}, "components.extra is an unknown component"),
-    ("components/denoiser/file", "x.onnx", "components.denoiser.file is 'x.onnx', expected 'denoiser.onnx'"),
-    ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs is Tensor.*float16.*, expected .*float32"),
+    ("components/vae_encoder", DELETED, "components.vae_encoder is None there"),
+    ("components/extra", {"file": "x", "inputs": [], "outputs": []}, "components.extra is .* there, None here"),
+    ("components/denoiser/file", "x.onnx", "components.denoiser.file is 'x.onnx' there, 'denoiser.onnx' here"),
+    ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs is .*float16.* there, .*float32.* here"),
     ("components/denoiser/inputs/1/shape", 7, "components.denoiser.inputs.1.shape is 7, expected a valid tuple"),
-    ("components/denoiser/inputs", [], "components.denoiser.inputs is None, expected Tensor"),
 ]
 
 
@@ -335,13 +273,6 @@ def test_a_field_that_does_not_fit_is_refused(tmp_path: Path, path: str, value: 
 def test_an_unknown_field_is_ignored(tmp_path: Path) -> None:
     edit(make(tmp_path / "b"), path_edit("colour", "red"))
     assert "colour" not in Bundle.load(tmp_path / "b").summary()
-
-
-@pytest.mark.parametrize("name", ["../x.onnx", "/etc/passwd", "a/../../x", "."])
-def test_a_file_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    edit(make(tmp_path / "b"), lambda data: data["files"].update({name: RECORD}))
-    with pytest.raises(BundleError, match=rf"'{re.escape(name)}' leaves the folder"):
-        Bundle.load(tmp_path / "b")
 
 
 def test_a_missing_folder_names_the_ways_to_get_one(tmp_path: Path) -> None:
@@ -379,11 +310,6 @@ def test_write_refuses_what_load_would_refuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         make(tmp_path / "c", gate={"psnr_db": float("inf")})
     assert not (tmp_path / "c" / "bundle.json").exists()
-    (tmp_path / "d").mkdir()
-    values = json.loads((make(tmp_path / "e") / "bundle.json").read_text(encoding="utf-8"))
-    derived = {"schema_version", "latent_size", "scheduler", "components", "files"}
-    with pytest.raises(BundleError, match=r"files lacks 'vae_encoder\.onnx'"):
-        write_bundle(tmp_path / "d", **{k: v for k, v in values.items() if k not in derived})
 
 
 def test_settings_that_were_not_chosen_are_the_bundles(tmp_path: Path) -> None:
@@ -394,12 +320,12 @@ def test_settings_that_were_not_chosen_are_the_bundles(tmp_path: Path) -> None:
     assert "strength" not in bundle.settings(start="image"), "it suits the bundle's own start alone"
 
 
-@pytest.mark.parametrize("name", ["bundle", "engine"])
-def test_the_published_schemas_are_those_of_the_program(tmp_path: Path, name: str) -> None:
+def test_the_published_schemas_are_those_of_the_program(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "docs/schemas"
     subprocess.run([sys.executable, folder / "generate.py", tmp_path], check=True)
-    made, published = (json.loads((p / f"{name}.schema.json").read_text()) for p in (tmp_path, folder))
-    assert made == published, "run `make schemas`"
+    texts = [{path.name: json.loads(path.read_text()) for path in f.glob("*.json")} for f in (tmp_path, folder)]
+    assert {"bundle.schema.json", "engine.schema.json"} <= texts[0].keys()
+    assert texts[0] == texts[1], "run `make schemas`"
 
 
 def test_loading_imports_no_runtime(tmp_path: Path) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import json
 import os
 import pickle
 import re
+import struct
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import golden_state
+from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 
-from moebius_edge.errors import BundleError, MachineError, MoebiusError
+from moebius_edge.checkpoints.weights_file import open_weights
+from moebius_edge.errors import BundleError, MachineError, MoebiusError, UsageError
 from moebius_edge.model import StudentConfig, TeacherConfig, build_student, build_teacher, load_checkpoint
+from moebius_edge.system.machine import peak_memory_bytes
 
 CONFIG = StudentConfig(
     block_out_channels=(32, 32),
@@ -25,6 +34,8 @@ CONFIG = StudentConfig(
     layers_per_block=1,
 )
 KEY = "diff_model.conv_in.conv_pw.weight"
+ONE = torch.ones(1)
+WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3)}
 
 
 @pytest.fixture
@@ -38,10 +49,7 @@ def state(student):
 
 
 def save(state, path: Path) -> Path:
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
 
 
@@ -51,24 +59,171 @@ def refused(student, path: Path, kind: type[MoebiusError], text: str) -> str:
     with pytest.raises(kind, match=text) as caught:
         load_checkpoint(student, path)
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message
+    assert message.isprintable() and message.startswith(str(path)) and len(message) < 600
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     return message
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "a.pt", "a.pth", "a.safetensors"])
+# --- what is read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "a.pt", "a.pth", "a.safetensors", "old.bin"])
 def test_every_format_loads_exactly(student, state, tmp_path, name):
-    load_checkpoint(student, save(state, tmp_path / name))
+    if name == "old.bin":
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+    else:
+        save(state, tmp_path / name)
+    load_checkpoint(student, tmp_path / name)
     loaded = student.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
 
-def test_torchs_older_file_format_loads(student, state, tmp_path):
-    path = tmp_path / "old.bin"
-    torch.save(state, path, _use_new_zipfile_serialization=False)
+def test_the_content_decides_and_not_the_name(student, state, tmp_path):
+    (tmp_path / "a").write_bytes(safetensors_bytes(WEIGHTS, {"note": "1"}))
+    assert open_weights(tmp_path / "a").metadata == {"note": "1"}
+    for name, other in (("a.safetensors", "a.bin"), ("b.bin", "b.safetensors"), ("c.bin", os.fsdecode(b"c\xe9.bin"))):
+        load_checkpoint(student, save(state, tmp_path / name).rename(tmp_path / other))
+        assert torch.equal(student.state_dict().pop(KEY), state[KEY])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda s: {"state_dict": s, "epoch": 3, "optimizer": [{"state": {0: ONE}}]}, "under state_dict"),
+        (lambda s: {"state_dict": s, "options": argparse.Namespace(x=1), "psnr": np.float64(30)}, "under state_dict"),
+        (lambda s: {"model": s, "ema": s}, r"under model \(not ema\) are taken"),
+        (lambda s: {"state_dict": {"module": s}}, "under state_dict / module"),
+        (lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, "'module.' is left out"),
+        (lambda s: {k.replace("diff_model.", "diff_model.module."): v for k, v in s.items()}, "'module.' is left out"),
+        (
+            lambda s: {**{f"model.{k}": v for k, v in s.items()}, "vae.quant_conv.bias": torch.ones(2)},
+            r"named model.\* are taken, 1 tensors beside them are not used",
+        ),
+        (lambda s: {"state_dict": {f"student.module.{k}": v for k, v in s.items()}}, "under state_dict are taken"),
+    ],
+)
+def test_prefixes_and_nesting_are_unwrapped_with_a_note(student, state, tmp_path, wrap, said):
+    notes = []
+    load_checkpoint(student, save(wrap(state), tmp_path / "a.ckpt"), note=notes.append)
+    assert all(torch.equal(student.state_dict()[k], v) for k, v in state.items())
+    assert re.search(said, " | ".join(notes)) and "\n" not in "".join(notes)
+
+
+def test_notes_go_to_stderr_and_a_plain_checkpoint_has_none(student, state, tmp_path, capsys):
+    load_checkpoint(student, save(state, tmp_path / "a.bin"))
+    assert capsys.readouterr().err == ""
+    load_checkpoint(student, save({"state_dict": state}, tmp_path / "a.bin"))
+    assert capsys.readouterr().err == "note: a.bin: the weights under state_dict are taken\n"
+
+
+def save_average(student, path: Path) -> dict[str, torch.Tensor]:
+    """As upstream's trainer saves its moving average: parameters alone, under names without dots, and their table."""
+    average = {name: torch.full_like(p, 0.5) for name, p in student.named_parameters()}
+    short = {name: name.replace(".", "") for name in average}
+    buffers = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(7)}
+    buffers |= {short[name]: tensor for name, tensor in average.items()}
+    torch.save({"ema_buffers": buffers, "ema_name_map": short}, path)
+    return average
+
+
+def test_an_average_takes_the_statistics_of_the_file_beside_it(student, state, tmp_path):
+    path = tmp_path / "diffusion_pytorch_model.EMA.bin"
+    average = save_average(student, path)
+    refused(student, path, BundleError, "not the batch norms' statistics: put diffusion_pytorch_model.bin, the file")
+    save(state, tmp_path / "diffusion_pytorch_model.bin")
+    notes: list[str] = []
+    load_checkpoint(student, path, note=notes.append)
+    loaded = student.state_dict()
+    assert all(torch.equal(loaded[name], average.get(name, state[name])) for name in state)
+    assert f"{len(state) - len(average)} tensors are taken from diffusion_pytorch_model.bin" in notes[-1]
+    torch.save({"ema_buffers": {"x": ONE}}, path)
+    refused(student, path, BundleError, "is a moving average without its ema_name_map")
+
+
+def test_views_are_read_as_they_were_saved(student, state, tmp_path):
+    whole = torch.cat([torch.zeros(3), state[KEY].flatten()])
+    shared = {**state, KEY: whole[3:].view(state[KEY].shape)}
+    transposed = shared["embedding_layer.weight"].t().contiguous().t()
+    torch.save({**shared, "embedding_layer.weight": transposed}, tmp_path / "a.bin")
+    load_checkpoint(student, tmp_path / "a.bin")
+    assert all(torch.equal(student.state_dict()[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
+def test_a_module_without_memory_gets_weights_of_its_own(state, tmp_path, name):
+    with torch.device("meta"):
+        student = build_student(CONFIG)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    path = save(half, tmp_path / name)
     load_checkpoint(student, path)
-    assert torch.equal(student.state_dict()[KEY], state[KEY])
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(student.state_dict()[k], v.to(state[k].dtype)) for k, v in half.items())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+# --- what is no checkpoint of this network ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, r"has tensors 1 \(model.dif.*, none of a student"),
+        ({"diff_model.mid_block.a.attn1.gk_proj.0.weight": ONE}, "is a teacher .*`moebius-edge train --teacher FILE`"),
+        ({"network": {"a": ONE}, "average": {"a": ONE}, "recipe": {}}, "what `moebius-edge train --resume` goes on"),
+        ([1, 2], "holds no dictionary of dense tensors: save module.state_dict"),
+        ({1: ONE, (2, 3): ONE, float("nan"): ONE}, "holds no dictionary of dense tensors"),
+        ({"a": ONE, "step": 3}, r"1 \(step\) beside them, a int"),
+        ({"a": ONE.to_sparse()}, "holds no dictionary of dense tensors"),
+        ({"a": torch.ones(1, device="meta")}, "holds no dictionary of dense tensors"),
+        ({"a": ONE, "b": torch.ones(1, dtype=torch.complex64)}, r"1 \(b\) beside them, a Tensor"),
+        ({"bad\nname" * 50: ONE}, r"has tensors 1 \(bad\?name.*\.\.\.\), none of a student: give a student's"),
+        ({"diff_model.conv_in.conv_dw.weight": ONE, "more": ONE}, r"missing \d+ \(.*, unexpected 1 \(more\)"),
+    ],
+)
+def test_what_is_no_student_is_named(student, tmp_path, content, text):
+    torch.save(content, tmp_path / "a.pt")
+    refused(student, tmp_path / "a.pt", BundleError, text)
+
+
+def test_a_student_where_a_teacher_is_wanted(state, tmp_path):
+    teacher = build_teacher(TeacherConfig(block_out_channels=(32, 64), num_heads=2, layers_per_block=1))
+    path = save(state, tmp_path / "a.bin")
+    refused(teacher, path, BundleError, "is a Moebius student, .*`moebius-edge download teacher`")
+
+
+def test_a_network_twice(student, state, tmp_path):
+    twice = {**{f"a.{k}": v for k, v in state.items()}, **{f"b.{k}": v for k, v in state.items()}}
+    refused(student, save(twice, tmp_path / "a.bin"), BundleError, "holds several networks, under a., b.: save the one")
+    twice = {**{f"module.{k}": v for k, v in state.items()}, **state, "more": torch.ones(1)}
+    del twice[KEY]
+    refused(student, save(twice, tmp_path / "a.bin"), BundleError, "the same network twice, wrapped and plain")
+
+
+def test_tensors_that_do_not_fit_are_counted_and_named(student, state, tmp_path):
+    with torch.device("meta"):
+        other = build_student(StudentConfig.from_dict({**CONFIG.to_dict(), "latent_size": 16}))
+    message = refused(student, save(golden_state(other), tmp_path / "a.bin"), BundleError, "tensors of other shapes 6 ")
+    assert "attn2.rel_pos_emb is (256, 10, 16, 1), expected (64, 10, 16, 1)" in message
+    assert "of another configuration" in message
+    quantised = save({**state, KEY: state[KEY].to(torch.int8)}, tmp_path / "a.safetensors")
+    refused(student, quantised, BundleError, rf"whole numbers .* 1 \({KEY} of int8\)")
+    del state[KEY]
+    state |= {f"more.{i}": torch.zeros(1) for i in range(5)}
+    message = refused(student, save(state, tmp_path / "a.bin"), BundleError, "does not fit the network")
+    assert f"missing 1 ({KEY}), unexpected 5 (more.0, more.1, more.2, ...)" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(student, state, tmp_path, value):
+    state[KEY][3, 2] = value
+    message = refused(student, save(state, tmp_path / "a.safetensors"), BundleError, "not finite in tensors 1 ")
+    assert KEY in message
+    state[KEY].fill_(3e38)  # finite, though their sum overflows
+    load_checkpoint(student, save(state, tmp_path / "a.bin"))
+
+
+# --- files that are damaged, hostile or something else ------------------------------------------------------------
 
 
 class RunsCode:
@@ -85,14 +240,18 @@ def test_a_pickle_that_would_run_code_is_refused(student, state, tmp_path, write
     path, marker = tmp_path / "evil.bin", tmp_path / "ran"
     evil = {**state, "more": RunsCode(marker)}
     if writer == "pickle":
-        path.write_bytes(pickle.dumps({"more": RunsCode(marker)}, protocol=protocol))
+        path.write_bytes(pickle.dumps(evil, protocol=protocol))
     else:
         torch.save(evil, path, pickle_protocol=protocol, _use_new_zipfile_serialization=writer == "torch")
-    refused(student, path, BundleError, "was refused: its pickle asks to run code")
+    code = r"was refused: its pickle asks to run code \(posix.mkdir\), which weights never need"
+    expected = {"pickle": "not one that torch.save wrote"}.get(writer, code)
+    if protocol == 4 and writer != "pickle":
+        expected = "no torch file|not one that torch.save wrote"
+    refused(student, path, BundleError, expected)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kept", [0, 10, 0.3, 0.99])
+@pytest.mark.parametrize("kept", [10, 0.3, 0.99])
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
 def test_a_truncated_file_is_refused(student, state, tmp_path, name, kept):
     path = save(state, tmp_path / name)
@@ -114,213 +273,139 @@ def test_damage_anywhere_ends_in_one_clear_error(student, state, tmp_path, zippe
     path = tmp_path / "a.bin"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    for place in range(0, 4000, 97):  # the pickle itself lies at the start
+    for place in range(0, 4000, 197):  # the pickle itself is at the start
         content = bytearray(whole)
         content[place : place + 4] = b"\xff\x00\x80R"
         path.write_bytes(content)
         try:
             load_checkpoint(student, path)
         except BundleError as error:
-            assert "\n" not in str(error)
+            assert str(error).isprintable()
 
 
-@pytest.mark.parametrize(
-    ("wrap", "said"),
-    [
-        (
-            lambda s: {"state_dict": s, "epoch": 3, "optimizer_states": [{"state": {0: torch.ones(2)}}]},
-            "under state_dict",
-        ),
-        (lambda s: {"model": s, "ema": s}, r"under model \(not ema\) are taken"),
-        (lambda s: {"state_dict": {"module": s}}, "under state_dict / module"),
-        (lambda s: {f"module.{k}": v for k, v in s.items()}, "'module.' is left out"),
-        (lambda s: {f"_orig_mod.{k}": v for k, v in s.items()}, "'_orig_mod.' is left out"),
-        (lambda s: {k.replace("diff_model.", "diff_model.module."): v for k, v in s.items()}, "'module.' is left out"),
-        (lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, "'module.' is left out"),
-        (lambda s: {k.replace("diff_model.", "unet."): v for k, v in s.items()}, r"unet.\* are taken as diff_model.\*"),
-        (lambda s: {k.replace("diff_model.", ""): v for k, v in s.items()}, r"named \* are taken as diff_model.\*"),
-        (
-            lambda s: {**{f"model.{k}": v for k, v in s.items()}, "vae.quant_conv.bias": torch.ones(2)},
-            r"named model.diff_model.\* are taken as diff_model.\*, 1 tensors beside them are not used",
-        ),
-        (lambda s: {"state_dict": {f"student.module.{k}": v for k, v in s.items()}}, "under state_dict are taken"),
-    ],
-)
-def test_prefixes_and_nesting_are_unwrapped_with_a_note(student, state, tmp_path, wrap, said):
-    notes = []
-    load_checkpoint(student, save(wrap(state), tmp_path / "a.ckpt"), note=notes.append)
-    assert all(torch.equal(student.state_dict()[k], v) for k, v in state.items())
-    assert re.search(said, " | ".join(notes)) and "\n" not in "".join(notes)
-
-
-def test_notes_go_to_stderr_and_a_plain_checkpoint_has_none(student, state, tmp_path, capsys):
-    load_checkpoint(student, save(state, tmp_path / "a.bin"))
-    assert capsys.readouterr().err == ""
-    load_checkpoint(student, save({"state_dict": state}, tmp_path / "a.bin"))
-    assert capsys.readouterr().err == "note: a.bin: the weights under state_dict are taken\n"
-
-
-def test_the_content_decides_and_not_the_name(student, state, tmp_path):
-    save(state, tmp_path / "a.safetensors").rename(tmp_path / "a.bin")
-    load_checkpoint(student, tmp_path / "a.bin")
-    save(state, tmp_path / "b.bin").rename(tmp_path / "b.safetensors")
-    load_checkpoint(student, tmp_path / "b.safetensors")
-    assert torch.equal(student.state_dict()[KEY], state[KEY])
-
-
-def save_average(student, path: Path) -> dict[str, torch.Tensor]:
-    """As upstream's trainer saves its moving average: parameters alone, under names without dots, and a table of
-    them."""
-    average = {name: torch.full_like(p, 0.5) for name, p in student.named_parameters()}
-    short = {name: name.replace(".", "") for name in average}
-    buffers = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(7)}
-    buffers |= {short[name]: tensor for name, tensor in average.items()}
-    torch.save({"ema_buffers": buffers, "ema_name_map": short}, path)
-    return average
-
-
-def test_an_average_takes_the_statistics_of_the_file_beside_it(student, state, tmp_path):
-    path = tmp_path / "diffusion_pytorch_model.EMA.bin"
-    average = save_average(student, path)
-    refused(student, path, BundleError, "not the batch norms' statistics: put diffusion_pytorch_model.bin, the file")
-    save(state, tmp_path / "diffusion_pytorch_model.bin")
-    notes: list[str] = []
-    load_checkpoint(student, path, note=notes.append)
-    loaded = student.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in average.items())
-    statistics = state.keys() - average.keys()
-    assert all(torch.equal(loaded[name], state[name]) for name in statistics)
-    assert f"{len(statistics)} tensors are taken from diffusion_pytorch_model.bin" in notes[-1]
-
-
-def test_an_average_without_its_table_of_names(student, tmp_path):
-    path = tmp_path / "a.EMA.bin"
-    torch.save({"ema_buffers": {"x": torch.ones(1)}}, path)
-    refused(student, path, BundleError, "is a moving average without its ema_name_map")
-
-
-def test_the_same_network_twice_is_refused(student, state, tmp_path):
-    twice = {**{f"a.{k}": v for k, v in state.items()}, **{f"b.{k}": v for k, v in state.items()}}
-    refused(student, save(twice, tmp_path / "a.bin"), BundleError, "holds several networks, under a., b.: save the one")
-    twice = {**{f"module.{k}": v for k, v in state.items()}, **state, "more": torch.ones(1)}
-    del twice[KEY]
-    refused(student, save(twice, tmp_path / "a.bin"), BundleError, "the same network twice, wrapped and plain")
-
-
-def test_a_u_net_without_its_prompts(student, state, tmp_path):
-    bare = {k.removeprefix("diff_model."): v for k, v in state.items() if k.startswith("diff_model.")}
-    path = save(bare, tmp_path / "a.bin")
-    refused(student, path, BundleError, "holds the U-Net without the prompts' embedding_layer.weight: save")
-
-
-ONE = torch.ones(1)
+def npz() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, a=np.ones(2))
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"lora_unet_down_blocks_0.lora_down.weight": ONE}, "is a LoRA, .* give the weights of a whole student"),
-        ({"diff_model.x.attn1.pos_conv.lora_A.weight": ONE}, "is a LoRA"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": ONE}, "is a Stable Diffusion checkpoint"),
-        (
-            {"conv_in.weight": ONE, "up_blocks.0.resnets.0.conv1.weight": ONE},
-            "up_blocks.0.resnets.0.conv1.weight, is a Stable Diffusion U-Net: .*`moebius-edge download places2`",
-        ),
-        ({"decoder.conv_in.weight": ONE}, r"is an autoencoder \(VAE\): give its folder with --vae"),
-        ({"text_model.embeddings.token_embedding.weight": ONE}, "is a text encoder or a language model"),
-        ({"diff_model.mid_block.a.attn1.gk_proj.0.weight": ONE}, "is a teacher .*`moebius-edge train --teacher FILE`"),
-        (
-            {"network": {"a": ONE}, "average": {"a": ONE}, "recipe": {}},
-            "what `moebius-edge train --resume` goes on from",
-        ),
-        ({"optimizer": {"state": {0: ONE}}}, "holds no dictionary of tensors"),
-        ([1, 2], "holds no dictionary of tensors: save module.state_dict"),
-        ({"a": 1}, "holds no dictionary of tensors"),
-        ({"a": ONE, "step": 3}, r"1 \(step\) beside them, a int"),
-        ({"a": ONE.to_sparse()}, "no dense tensors but torch._utils._rebuild_sparse_tensor"),
-        (
-            {"a": ONE, "b": torch.quantize_per_tensor(ONE, 1.0, 0, torch.qint8)},
-            r"1 \(b\) beside them, torch._utils._rebuild_q",
-        ),
-        ({"a": torch.ones(1, device="meta")}, "no dense tensors but torch._utils._rebuild_meta_tensor"),
-        ({"a": torch.ones(1, dtype=torch.complex64)}, "no dense tensors but a tensor of complexfloat numbers"),
-        ({"bad\nname" * 50: ONE}, r"has tensors 1 \(bad\?name.*\.\.\.\), none of a student: give a student's"),
-        ({"diff_model.conv_in.conv_dw.weight": ONE, "more": ONE}, r"missing \d+ \(.*, unexpected 1 \(more\)"),
-        ({1: ONE, (2, 3): ONE, float("nan"): ONE}, "holds no dictionary of tensors"),
+        (b"", "is empty: copy or download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-LFS pointer, .*: run `git lfs pull`"),
+        (b"\n <!DOCTYPE html><html></html>", "is a web page .*: download the file itself"),
+        (b"GGUF\x03\0\0\0", r"no file of weights, it begins b'GGUF.*: give a file of PyTorch weights"),
+        (bytes(4096), "is truncated, damaged or no file of weights"),
+        (npz(), r"is a zip archive of other files \(a.npy\), not of torch.save"),
+        (b"PK\3\4 and no more", "is truncated or damaged"),
+        (pickle.dumps({"a": [1.0]}, protocol=2), "is a pickle, but not one that torch.save wrote"),
+        (b"\x80", "is a pickle, but not one that torch.save wrote"),
     ],
 )
-def test_what_is_no_student_is_named(student, tmp_path, content, text):
-    path = tmp_path / "a.pt"
-    torch.save(content, path)
-    refused(student, path, BundleError, text)
+def test_what_is_no_file_of_weights_is_named(student, tmp_path, content, text):
+    for name in ("a.bin", "a.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        refused(student, tmp_path / name, BundleError, text)
 
 
-def test_a_student_where_a_teacher_is_wanted(state, tmp_path):
-    teacher = build_teacher(TeacherConfig(block_out_channels=(32, 64), num_heads=2, layers_per_block=1))
-    refused(
-        teacher, save(state, tmp_path / "a.bin"), BundleError, "is a Moebius student, .*`moebius-edge download teacher`"
-    )
-
-
-def test_whole_numbers_where_weights_belong(student, state, tmp_path):
-    state[KEY] = state[KEY].to(torch.int8)
-    refused(student, save(state, tmp_path / "a.safetensors"), BundleError, rf"whole numbers .* 1 \({KEY} of int8\)")
-
-
-def test_views_are_read_as_they_were_saved(student, state, tmp_path):
-    whole = torch.cat([torch.zeros(3), state[KEY].flatten()])
-    shared = {**state, KEY: whole[3:].view(state[KEY].shape)}
-    transposed = shared["embedding_layer.weight"].t().contiguous().t()
-    torch.save({**shared, "embedding_layer.weight": transposed}, tmp_path / "a.bin")
-    load_checkpoint(student, tmp_path / "a.bin")
-    assert all(torch.equal(student.state_dict()[k], v) for k, v in state.items())
-
-
-def test_a_small_storage_seen_as_a_large_tensor_is_refused(student, state, tmp_path):
-    state[KEY] = torch.ones(1).expand(1 << 20, 1 << 20)  # four bytes in the file
-    path = tmp_path / "a.bin"
-    torch.save(state, path)
-    refused(student, path, BundleError, "a tensor of 1099511627776 elements in a storage of 1")
-
-
-def test_missing_and_unexpected_keys_are_counted_and_named(student, state, tmp_path):
-    del state[KEY]
-    for i in range(5):
-        state[f"more.{i}"] = torch.zeros(1)
-    message = refused(student, save(state, tmp_path / "a.bin"), BundleError, "does not fit the network")
-    assert f"missing 1 ({KEY}), unexpected 5 (more.0, more.1, more.2, ...)" in message
-    assert "of another configuration" in message
-
-
-def test_another_latent_size_is_told_by_its_shapes(student, tmp_path):
-    with torch.device("meta"):
-        other = build_student(StudentConfig.from_dict({**CONFIG.to_dict(), "latent_size": 16}))
-    message = refused(student, save(golden_state(other), tmp_path / "a.bin"), BundleError, "tensors of other shapes 6 ")
-    assert "attn2.rel_pos_emb is (256, 10, 16, 1), expected (64, 10, 16, 1)" in message
-    assert "of another configuration" in message
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused_by_name(student, state, tmp_path, value):
-    state[KEY][3, 2] = value
-    message = refused(student, save(state, tmp_path / "a.safetensors"), BundleError, "not finite in tensors 1 ")
-    assert KEY in message
-
-
-def test_huge_but_finite_values_load(student, state, tmp_path):
-    state[KEY].fill_(3e38)  # their sum overflows
-    load_checkpoint(student, save(state, tmp_path / "a.bin"))
-    assert bool((student.state_dict()[KEY] == state[KEY]).all())
-
-
-def test_a_missing_file_names_the_download(student, tmp_path):
+def test_what_is_no_file_at_all(student, tmp_path):
     refused(student, tmp_path / "none.bin", MachineError, "does not exist: `moebius-edge download places2`")
+    refused(student, tmp_path, UsageError, "is a folder: give the checkpoint file in it")
+    os.mkfifo(tmp_path / "pipe")
+    refused(student, tmp_path / "pipe", UsageError, "is no regular file")
 
 
-def test_a_module_without_memory_gets_the_weights(state, tmp_path):
-    with torch.device("meta"):
-        student = build_student(CONFIG)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    load_checkpoint(student, save(half, tmp_path / "a.safetensors"))
-    assert all(torch.equal(student.state_dict()[k], v.to(state[k].dtype)) for k, v in half.items())
-    assert all(parameter.requires_grad for parameter in student.parameters())
+def test_archives_of_another_kind(student, tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
+    refused(student, tmp_path / "a.pt", BundleError, r"is a TorchScript program: save its state_dict\(\)")
+    torch.save(WEIGHTS, tmp_path / "b.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "b.pt") as old,
+        zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    refused(student, tmp_path / "c.pt", BundleError, "was packed again or made up")
+
+
+def safetensors(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(shape: object, begin: object = 0, end: object = 4, dtype: object = "F32") -> dict[str, object]:
+    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors(b"{"),
+        safetensors(b"{" + b"[" * 100_000),
+        safetensors({"__metadata__": {"a": 1}}),
+        safetensors(entry([2**40]), b"1234"),
+        safetensors(entry([-1]), b"1234"),
+        safetensors(entry([1], 0, 2**40), b"1234"),
+        safetensors(entry([1], 0, 4, ["F32"]), b"1234"),
+        safetensors(entry([1]), b"12"),
+        struct.pack("<Q", 1 << 39) + b"{}",
+    ],
+)
+def test_a_safetensors_header_that_lies(student, tmp_path, content):
+    (tmp_path / "a.bin").write_bytes(content)
+    refused(student, tmp_path / "a.bin", BundleError, "is truncated or no safetensors file")
+
+
+def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
+    """Changes the pickle in a file of torch.save, with right checksums."""
+    content = path.read_bytes()
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        content = members["a/data.pkl"]
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data.replace(old, new) if name.endswith(".pkl") else data)
+    else:
+        path.write_bytes(content.replace(old, new))
+    assert old in content
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "zipped"),
+    [
+        *((b"K\x02K\x03\x86", b"K\xffK\xff\x86", zipped) for zipped in (True, False)),  # the shape
+        *((b"K\x03K\x01\x86", b"K\xffK\xff\x86", zipped) for zipped in (True, False)),  # the strides
+        (b"K\x06", b"K\xff", False),  # the size of the storage
+    ],
+)
+def test_a_tensor_larger_than_its_storage(student, tmp_path, zipped, old, new):
+    """Its elements would be whatever is in memory there."""
+    torch.save(WEIGHTS, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
+    replace_in_pickle(tmp_path / "a.bin", old, new)
+    refused(student, tmp_path / "a.bin", BundleError, "is truncated, damaged or no torch file")
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"cbuiltins\nbytearray\n" + b"\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"\x85R",  # would take a terabyte
+        b"]q\x00h\x00a",  # a list in itself
+        b"}q\x00X\x05\0\0\0modelh\x00s",  # a dictionary in itself
+        b"]" * 100_000 + b"a" * 99_999,  # deep
+        b"r\xff\xff\xff\x7f",  # a memo of two thousand million entries
+        b"\x8b\xff\xff\xff\x7f1",  # a number of two thousand million bytes
+        b"X\xff\xff\xff\xffa",
+    ],
+)
+def test_a_pickle_made_to_take_memory(student, tmp_path, operations):
+    magic, protocol = (pickle.dumps(number, 2) for number in (0x1950A86A20F9469CFC6C, 1001))
+    machine = pickle.dumps({"little_endian": True}, 2)
+    content = magic + protocol + machine + b"\x80\x02" + operations + b"." + pickle.dumps([], 2)
+    (tmp_path / "a.bin").write_bytes(content)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    before = peak_memory_bytes()
+    refused(student, tmp_path / "a.bin", BundleError, "no torch file|no dictionary of dense tensors")
+    after = peak_memory_bytes()
+    assert before is not None and after is not None and after - before < 200e6

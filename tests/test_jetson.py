@@ -12,8 +12,8 @@ from moebius_edge.system.jetson import NEED_BYTES, Board, Clock, findings, read_
 SAMPLES = Path(__file__).parent / "data" / "jetson"
 
 
-def board(name: str) -> Board:
-    read = read_board(SAMPLES / name)
+def board(root: Path | str) -> Board:
+    read = read_board(SAMPLES / root)
     assert read is not None
     return read
 
@@ -23,12 +23,6 @@ def nano(tmp_path: Path) -> Path:
     """A copy of the Orin Nano's files to change."""
     shutil.copytree(SAMPLES / "orin-nano-8gb", tmp_path / "nano")
     return tmp_path / "nano"
-
-
-def reread(root: Path) -> Board:
-    read = read_board(root)
-    assert read is not None
-    return read
 
 
 def finding(read: Board, name: str) -> tuple[bool, str, str]:
@@ -90,40 +84,37 @@ def test_a_freshly_flashed_thor() -> None:
 
 
 def test_one_free_clock_is_enough_to_warn(nano: Path) -> None:
-    gpu = nano / "sys/class/devfreq/17000000.gpu"
-    (gpu / "min_freq").write_text("918000000\n")
-    fine, detail, _ = finding(reread(nano), "clocks")
+    (nano / "sys/class/devfreq/17000000.gpu/min_freq").write_text("918000000\n")
+    fine, detail, _ = finding(board(nano), "clocks")
     assert not fine and "GPU" not in detail and "CPU 0,1,2,3,4,5 730 to 1344 MHz" in detail
     for core in range(5):
         (nano / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_min_freq").write_text("1344000\n")
-    assert "CPU 5 730 to 1344 MHz" in finding(reread(nano), "clocks")[1]
+    assert "CPU 5 730 to 1344 MHz" in finding(board(nano), "clocks")[1]
     shutil.rmtree(nano / "sys/devices/system/cpu/cpu5/cpufreq")  # switched off by the power mode
-    assert finding(reread(nano), "clocks")[0]
+    assert finding(board(nano), "clocks")[0]
 
 
 def test_memory_that_is_short(nano: Path) -> None:
-    fine, detail, remedy = finding(reread(nano), "memory")
+    fine, detail, remedy = finding(board(nano), "memory")
     assert not fine and detail.startswith("5.3 of 8.0 GB free") and "8 GB with 4.0 GB of swap" in detail
     assert remedy.startswith("sudo fallocate") and remedy.endswith("sudo swapon /swapfile")
     meminfo = nano / "proc/meminfo"
-    original = meminfo.read_text()
-    meminfo.write_text(original.replace("3901456 kB", "8388608 kB"))
-    assert finding(reread(nano), "memory") == (True, "5.3 of 8.0 GB free, shared by CPU and GPU", "")
-    for free, fine in ((NEED_BYTES // 1024 + 1, True), (NEED_BYTES // 1024 - 1, False)):
-        meminfo.write_text(original.replace("3901456 kB", "8388608 kB").replace("5210616 kB", f"{free} kB"))
-        found = finding(reread(nano), "memory")
-        assert found[0] == fine and ("about 3 GB" in found[1]) != fine
+    roomy = meminfo.read_text().replace("3901456 kB", "8388608 kB")
+    for free, fine in ((5210616, True), (NEED_BYTES // 1024 + 1, True), (NEED_BYTES // 1024 - 1, False)):
+        meminfo.write_text(roomy.replace("5210616 kB", f"{free} kB"))
+        result = finding(board(nano), "memory")
+        assert result[0] == fine and ("about 3 GB" in result[1]) != fine
 
 
 def test_what_is_missing_is_unknown_and_nothing_fails(nano: Path) -> None:
     for name in ("etc", "var", "sys"):  # as in a container
         shutil.rmtree(nano / name)
-    read = reread(nano)
+    read = board(nano)
     assert (read.l4t, read.jetpack, read.tensorrt, read.power_mode) == (None, None, None, None)
     assert read.clocks == [] and read.power_modes == {} and read.temperatures_c == {}
     assert [f.name for f in findings(read)] == ["memory"]
     (nano / "proc/meminfo").unlink()
-    assert findings(reread(nano)) == []
+    assert findings(board(nano)) == []
 
 
 def test_files_that_say_nothing_useful(nano: Path) -> None:
@@ -131,7 +122,7 @@ def test_files_that_say_nothing_useful(nano: Path) -> None:
     (nano / "var/lib/nvpmodel/status").write_bytes(b"\xff\xfe")
     (nano / "sys/class/devfreq/17000000.gpu/max_freq").write_text("<unknown>\n")
     (nano / "var/lib/dpkg/status").write_text("Package\n\nPackage: tensorrt\nVersion: 10.3\n")
-    read = reread(nano)
+    read = board(nano)
     assert (read.l4t, read.power_mode, read.tensorrt) == (None, None, None), "no status: not installed"
     assert [clock.name for clock in read.clocks] == ["CPU 0,1,2,3,4,5"]
 
@@ -150,18 +141,15 @@ def test_files_that_say_nothing_useful(nano: Path) -> None:
 def test_jetpack_by_release(nano: Path, release: str, l4t: str, jetpack: str | None) -> None:
     (nano / "etc/nv_tegra_release").write_text(f"# {release}: 1, BOARD: generic\n")
     (nano / "var/lib/dpkg/status").unlink()
-    assert (reread(nano).l4t, reread(nano).jetpack) == (l4t, jetpack)
+    assert (board(nano).l4t, board(nano).jetpack) == (l4t, jetpack)
 
 
-def test_a_jetpack_that_is_too_old(nano: Path) -> None:
-    (nano / "etc/nv_tegra_release").write_text("# R35 (release), REVISION: 6.0, GCID: 1, BOARD: generic\n")
-    fine, detail, _ = finding(reread(nano), "JetPack")
-    assert not fine and "too old, its Python is below 3.10; flash JetPack 6" in detail
-
-
-def test_tensorrt_without_its_python_module(nano: Path) -> None:
+def test_a_system_that_cannot_build_engines(nano: Path) -> None:
     status = nano / "var/lib/dpkg/status"
     status.write_text(status.read_text().replace("Package: python3-libnvinfer\n", "Package: python3-other\n"))
-    fine, detail, remedy = finding(reread(nano), "JetPack")
+    fine, detail, remedy = finding(board(nano), "JetPack")
     assert not fine and detail.endswith("TensorRT 10.3.0.30 without its Python module")
     assert remedy == "sudo apt install python3-libnvinfer"
+    (nano / "etc/nv_tegra_release").write_text("# R35 (release), REVISION: 6.0, GCID: 1, BOARD: generic\n")
+    fine, detail, _ = finding(board(nano), "JetPack")
+    assert not fine and "too old, its Python is below 3.10; flash JetPack 6" in detail

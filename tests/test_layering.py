@@ -24,7 +24,7 @@ MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub
 DEVICE_LAYERS = (
     {"errors", "options", "progress", "text"},
     {"documents", "spec", "toml"},
-    {"checkpoints", "sampling", "system"},
+    {"sampling", "system"},
     {"bundle", "imaging"},
     {"data", "runtimes"},
     {"pipeline"},
@@ -36,8 +36,9 @@ BELOW_REPORT = DEVICE.keys() - {"report"}
 
 # What runs on a workstation, and what each part may import.
 WORKSTATION: dict[str, set[str]] = {
+    "checkpoints": {"errors"},
     "model": {"checkpoints", "documents", "errors", "spec", "system"},
-    "export": BELOW_REPORT | {"model"},
+    "export": BELOW_REPORT | {"checkpoints", "model"},
     "calibration": BELOW_REPORT | {"model", "export"},
     "training": BELOW_REPORT | {"model", "export", "calibration"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,34 +13,18 @@ from moebius_edge.model import StudentConfig, TeacherConfig, build_student, buil
 from moebius_edge.model.gla import GatedLinearAttention
 
 
-def test_the_students_size_is_exact() -> None:
-    """The convolutions and linear layers alone are the paper's 0.154 T; the lambda operators' products are the rest."""
-    size = profile.measure_size("student")
-    assert (size.parameters, size.multiplications) == (226_041_531, 154_873_901_056)
-
-
-def test_the_teachers_size_is_exact() -> None:
-    size = profile.measure_size("teacher")
-    assert (size.parameters, size.multiplications) == (862_251_708, 338_993_807_360)
+@pytest.mark.parametrize(
+    ("network", "parameters", "multiplications"),
+    [("student", 226_041_531, 154_873_901_056), ("teacher", 862_251_708, 338_993_807_360)],
+)
+def test_the_published_sizes_are_exact(network: str, parameters: int, multiplications: int) -> None:
+    """Of the student the convolutions and linear layers are the paper's 0.154 T; the lambda operators are the rest."""
+    assert profile.measure_size(network) == profile.Size(parameters, multiplications)
 
 
 def test_a_shallow_call_is_the_finest_level() -> None:
     """27.0% of a whole one: docs/profile.md has it."""
     assert profile.measure_shallow() == 41_768_349_696
-
-
-def test_a_shallow_call_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = dataclasses.replace(StudentConfig(), block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
-    student = build_student(small)
-    shapes = []
-
-    def shallow(sample: torch.Tensor, timesteps: torch.Tensor, prompts: torch.Tensor, deep: torch.Tensor) -> None:
-        shapes.append((sample.shape, deep.shape))
-
-    monkeypatch.setattr(student, "shallow", shallow)
-    monkeypatch.setitem(profile.BUILDERS, "student", lambda: student)
-    seconds = profile.measure_step("student", 2, 2, 1, lambda done: None, shallow=True)
-    assert len(seconds) == 2 and set(shapes) == {((2, 9, 64, 64), (2, 64, 64, 64))} and len(shapes) == 3
 
 
 def test_multiplications_counted_by_hand() -> None:
@@ -60,25 +45,24 @@ def test_gated_linear_attention_counts_on_meta_tensors() -> None:
     assert counts[0] == counts[1] > projections
 
 
-def test_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shallow", [False, True])
+def test_steps_are_timed(shallow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(StudentConfig(), block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
-    made = []
+    student, threads, done, shapes = build_student(small), torch.get_num_threads(), [], []
+    network_shallow, network_forward = student.shallow, student.forward
+    for name, original in (("shallow", network_shallow), ("forward", network_forward)):
 
-    def build() -> nn.Module:
-        made.append(build_student(small))
-        return made[0]
+        def call(*inputs: torch.Tensor, name: str = name, original: Any = original) -> Any:
+            shapes.append((name, *(tuple(tensor.shape) for tensor in inputs)))
+            return original(*inputs)
 
-    monkeypatch.setitem(profile.BUILDERS, "student", build)
-    threads, told, shapes = torch.get_num_threads(), [], []
-
-    def seen(done: int) -> None:
-        told.append(done)
-        made[0].register_forward_pre_hook(lambda m, inputs: shapes.append(inputs[0].shape))
-
-    seconds = profile.measure_step("student", 2, 2, 1, seen)
-    assert len(seconds) == 2 and all(s > 0 for s in seconds) and told == [0, 1, 2]
-    assert set(shapes) == {(2, 9, 64, 64)} and not made[0].training
-    assert torch.get_num_threads() == threads
+        monkeypatch.setattr(student, name, call)
+    monkeypatch.setitem(profile.BUILDERS, "student", lambda: student)
+    seconds = profile.measure_step("student", 2, 2, 1, done.append, shallow=shallow)
+    deep = (("shallow", (2, 9, 64, 64), (2,), (2, 10), (2, 64, 64, 64)),)
+    assert set(shapes) == set(deep if shallow else (("forward", (2, 9, 64, 64), (2,), (2, 10)),)) and len(shapes) == 3
+    assert len(seconds) == 2 and all(s > 0 for s in seconds) and done == [0, 1, 2]
+    assert not student.training and torch.get_num_threads() == threads
 
 
 @pytest.mark.slow

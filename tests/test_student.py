@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from golden import check_against_golden, fill_golden, golden_input, golden_keys, golden_numbers
 
-from moebius_edge.errors import BundleError, UsageError
+from moebius_edge.errors import BundleError, MoebiusError, UsageError
 from moebius_edge.model import Denoised, StudentConfig, build_student
-from moebius_edge.model.lambdas import LocalLambda, PositionConv, interactive_lambda, local_lambda
+from moebius_edge.model.lambdas import LocalLambda, PositionConv, interactive_lambda
 from moebius_edge.model.layers import timestep_embedding
 
 SMALL = StudentConfig(
@@ -27,22 +27,17 @@ NARROW = dataclasses.replace(
 )
 
 
-CONFIGS = [("full", StudentConfig(), 226_041_531), ("small", SMALL, None)]
-
-
 def narrow_inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     timesteps = torch.tensor([1, 500, 999])[:batch]
     return torch.randn(batch, 9, 8, 8), timesteps, torch.arange(10).expand(batch, 10)
 
 
-@pytest.mark.parametrize(("size", "config", "count"), CONFIGS)
-def test_keys_and_shapes_are_the_checkpoints(size, config, count):
+@pytest.mark.parametrize(("size", "config"), [("full", StudentConfig()), ("small", SMALL)])
+def test_keys_and_shapes_are_the_checkpoints(size, config):
     with torch.device("meta"):
         student = build_student(config)
     assert {k: list(v.shape) for k, v in student.state_dict().items()} == golden_keys("student", size)
-    if count is not None:
-        assert sum(p.numel() for p in student.parameters()) == count
 
 
 def test_small_reproduces_the_recorded_numbers():
@@ -90,12 +85,10 @@ def test_the_shallow_part_is_the_whole_given_its_own_deep_feature():
 
 
 def test_output_is_the_noise_and_every_blocks_output():
-    student = build_student(NARROW).eval()
-    out = student(*narrow_inputs())
+    out = build_student(NARROW).eval()(*narrow_inputs())
     assert isinstance(out, Denoised)
     assert out.noise.shape == (3, 4, 8, 8)
-    assert all(b.shape[:2] == (3, 32) for b in out.blocks)
-    assert [tuple(b.shape[2:]) for b in out.blocks] == [(4, 4), (4, 4), (8, 8), (8, 8)]
+    assert [tuple(b.shape) for b in out.blocks] == [(3, 32, n, n) for n in (4, 4, 8, 8)]
 
 
 @pytest.mark.parametrize(
@@ -116,44 +109,10 @@ def test_coarse_feature_and_layer_end_the_last_down_block(config, level):
     assert seen[0].shape == (1, config.block_out_channels[-1], size >> level, size >> level)
 
 
-def test_published_coarse_feature_and_layer():
-    with torch.device("meta"):
-        student = build_student()
-        out = student(torch.zeros(2, 9, 64, 64), torch.zeros(2), torch.zeros(2, 10, dtype=torch.int64))
-    assert student.coarse_feature(out).shape == (2, 1280, 16, 16)
-    names = [name for name, module in student.named_modules() if module is student.coarse_layer]
-    assert names == ["diff_model.down_blocks.2.attentions.1.proj_out"]
-
-
 def test_timestep_embedding_is_cosines_then_sines():
     embedding = timestep_embedding(torch.tensor([7]), 4)
     angles = torch.tensor([7.0, 0.07])
     torch.testing.assert_close(embedding, torch.cat([angles.cos(), angles.sin()])[None])
-
-
-def local_lambda_by_the_letter(q, k, v, weight, bias):
-    """The definition, the lambdas written out: content and position, a position at a time."""
-    batch, _, _, positions = q.shape
-    height, width = v.shape[2:]
-    half = weight.shape[-1] // 2
-    padded = F.pad(v, (half, half, half, half))
-    rows = []
-    for p in range(positions):
-        i, j = divmod(p, width)
-        patch = padded[:, :, i : i + 2 * half + 1, j : j + 2 * half + 1]
-        position = torch.einsum("nvyx,kyx->nkv", patch, weight[:, 0]) + bias[None, :, None]
-        content = torch.einsum("nkm,nvm->nkv", k, v.flatten(2))
-        rows.append(torch.einsum("nhk,nkv->nhv", q[..., p], content + position))
-    return torch.stack(rows, dim=-1)
-
-
-def test_local_lambda_is_its_definition():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 3, 5, 42, dtype=torch.double), torch.rand(2, 5, 42, dtype=torch.double)
-    v, weight = torch.randn(2, 4, 6, 7, dtype=torch.double), torch.randn(5, 1, 3, 3, dtype=torch.double)
-    bias = torch.randn(5, dtype=torch.double)
-    expected = local_lambda_by_the_letter(q, k, v, weight, bias)
-    torch.testing.assert_close(local_lambda(q, k, v, weight, bias), expected)
 
 
 def test_interactive_lambda_is_its_definition():
@@ -166,12 +125,13 @@ def test_interactive_lambda_is_its_definition():
     torch.testing.assert_close(interactive_lambda(q, k, v, e), expected)
 
 
-def test_local_lambda_matches_the_stored_3d_convolution():
+def test_local_lambda_is_its_definition():
+    """The lambdas written out, content and position, with the stored 3-D convolution; a grid that is not square."""
     torch.manual_seed(0)
     module = LocalLambda(32, heads=2, window=15).eval()
-    x = torch.randn(2, 32, 6, 6)
+    x = torch.randn(2, 32, 6, 7)
     with torch.no_grad():
-        q = module.norm_q(module.to_q(x)).reshape(2, 2, 16, 36)
+        q = module.norm_q(module.to_q(x)).reshape(2, 2, 16, 42)
         k = module.to_k(x).flatten(2).softmax(-1)
         v = module.norm_v(module.to_v(x))
         position = module.pos_conv(v.unsqueeze(1)).flatten(3)  # (N, K, V, P)
@@ -203,24 +163,6 @@ def test_training_reaches_every_weight_and_moves_the_batch_norms():
     assert not still
 
 
-def test_exports_with_a_free_batch():
-    class NoiseOnly(torch.nn.Module):
-        def __init__(self, student):
-            super().__init__()
-            self.student = student
-
-        def forward(self, sample, timesteps, prompt_ids):
-            return self.student(sample, timesteps, prompt_ids).noise
-
-    module = NoiseOnly(build_student(NARROW).eval())
-    batch = torch.export.Dim("batch", min=1, max=16)
-    program = torch.export.export(module, narrow_inputs(), dynamic_shapes=({0: batch},) * 3)
-    for n in (1, 2):
-        inputs = narrow_inputs(n)
-        with torch.no_grad():
-            torch.testing.assert_close(program.module()(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(1, 9, 16, 16), (1, 4, 8, 8), (1, 9, 8, 4)])
 def test_another_latent_size_is_refused(shape):
     student = build_student(NARROW).eval()
@@ -237,41 +179,29 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"colour": 1}, "colour is an unknown field: .*pip install --upgrade"),
+        ({"colour": 1, "window": 0}, "colour is an unknown field: .*pip install --upgrade"),
         ({"num_heads": "8"}, "num_heads is '8', expected a valid integer"),
         ({"num_heads": True}, "num_heads is True, expected a valid integer"),
+        ({"num_heads": 0}, "num_heads is 0, expected greater than or equal to 1"),
+        ({"num_heads": 3}, "320 channels do not divide into 3 heads"),
         ({"window": 1e6}, "window is 1000000.0, expected a valid integer"),
+        ({"window": 4}, "window 4 has no centre"),
+        ({"window": 257}, "window is 257, expected less than or equal to 255"),
+        ({"latent_size": 18}, "latent_size 18 does not halve"),
+        ({"latent_size": 2**40}, "latent_size is 1099511627776, expected less than or equal to 1024"),
+        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000, expected less than or equal to 16"),
         ({"block_out_channels": 320}, "block_out_channels is 320, expected a valid tuple"),
         ({"block_out_channels": [320, None]}, "block_out_channels.1 is None, expected a valid integer"),
+        ({"block_out_channels": [32, 48]}, "block_out_channels.1 is 48, expected a multiple of 32"),
+        ({"block_out_channels": [32] * 9}, "block_out_channels is .*, expected to have at most 8 items"),
+        ({"block_out_channels": [32]}, "block_out_channels is .*, expected to have at least 2 items"),
         ({"mix_ffn_ratio": float("nan")}, "mix_ffn_ratio is nan, expected a finite number"),
+        ({"mix_ffn_ratio": 0.0}, "mix_ffn_ratio is 0.0, expected greater than"),
+        ({"mix_ffn_ratio": 1e300}, "mix_ffn_ratio is 1e\\+300, expected less than or equal to 64"),
+        ({"gate_rank": 16}, "it describes a teacher, and a student is wanted: .*train --teacher FILE"),
     ],
 )
-def test_a_config_with_other_fields_is_refused(values, message):
-    with pytest.raises(BundleError, match=f"model configuration: .*{message}"):
+def test_a_config_that_makes_no_network_is_refused(values, message):
+    with pytest.raises(MoebiusError, match=message) as caught:
         StudentConfig.from_dict(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"window": 4}, "window 4 has no centre"),
-        ({"window": 0}, "window is 0; it must be a whole number of 1 to 255"),
-        ({"latent_size": 18}, "latent_size 18 does not halve"),
-        ({"latent_size": 0}, "latent_size is 0; it must be a whole number of 1 to 1024"),
-        ({"latent_size": 2**40}, "latent_size is 1099511627776; it must"),
-        ({"layers_per_block": 10**9}, "layers_per_block is 1000000000; it must be a whole number of 1 to 16"),
-        ({"block_out_channels": (32,) * 9}, "needs 2 to 8 levels"),
-        ({"block_out_channels": (32, "64")}, "block_out_channels is 64; it must be a whole number of 1 to 16384"),
-        ({"mix_ffn_ratio": 1e300}, "leaves no channels or too many"),
-        ({"mix_ffn_ratio": float("nan")}, "mix_ffn_ratio nan leaves no channels"),
-        ({"block_out_channels": (32,)}, "needs 2 to 8 levels"),
-        ({"block_out_channels": (32, 48, 64)}, "48 channels do not divide into 32 groups"),
-        ({"num_heads": 3}, "32 channels do not divide into 3 heads"),
-        ({"num_heads": 0}, "num_heads is 0; it must be a whole number"),
-        ({"num_prompts": 0}, "num_prompts is 0"),
-        ({"mix_ffn_ratio": 0.0}, "mix_ffn_ratio 0.0 leaves no channels"),
-    ],
-)
-def test_config_that_makes_no_network_is_refused(change, text):
-    with pytest.raises(UsageError, match=text):
-        dataclasses.replace(SMALL, **change)
+    assert isinstance(caught.value, UsageError if "gate_rank" in values else BundleError)

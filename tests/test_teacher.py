@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden import check_against_golden, fill_golden, golden_keys
 
-from moebius_edge.errors import UsageError
+from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.model import TeacherConfig, build_teacher, gla
 
 SMALL = TeacherConfig(
@@ -17,7 +17,14 @@ SMALL = TeacherConfig(
 )
 
 
-CONFIGS = [("full", TeacherConfig(), 862_251_708), ("small", SMALL, None)]
+def recurrent_gla(q, k, v, g):
+    """The recurrence of ``gla``, token by token: the reference. Shapes as in ``chunked_gla``."""
+    state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])  # (N, H, K, V)
+    outputs = []
+    for t in range(q.shape[1]):
+        state = g[:, t].exp().unsqueeze(-1) * state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+        outputs.append((q[:, t].unsqueeze(-2) @ state).squeeze(-2))
+    return torch.stack(outputs, dim=1) * q.shape[-1] ** -0.5
 
 
 def attention_inputs(tokens, heads=3, keys=4, values=5, forget=0.3, dtype=torch.float64, device="cpu"):
@@ -29,35 +36,27 @@ def attention_inputs(tokens, heads=3, keys=4, values=5, forget=0.3, dtype=torch.
     return tuple(x.to(device) for x in (q, k, v, g))
 
 
-@pytest.mark.parametrize(("size", "config", "count"), CONFIGS)
-def test_keys_and_shapes_are_the_checkpoints(size, config, count):
+@pytest.mark.parametrize(("size", "config"), [("full", TeacherConfig()), ("small", SMALL)])
+def test_keys_and_shapes_are_the_checkpoints(size, config):
     with torch.device("meta"):
         teacher = build_teacher(config)
     assert {k: list(v.shape) for k, v in teacher.state_dict().items()} == golden_keys("teacher", size)
-    if count is not None:
-        assert sum(p.numel() for p in teacher.parameters()) == count
 
 
 def test_small_reproduces_the_recorded_numbers():
     check_against_golden(fill_golden(build_teacher(SMALL)), "teacher_small", sample_tolerance=1e-4, size=16)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 15, 16, 17, 100, 256])
-def test_chunked_is_the_recurrence(tokens):
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 16), (15, 16), (16, 16), (17, 16), (256, 16), (70, 1), (70, 64)])
+def test_chunked_is_the_recurrence(tokens, chunk):
     inputs = attention_inputs(tokens)
-    torch.testing.assert_close(gla.chunked_gla(*inputs), gla.recurrent_gla(*inputs))
-
-
-@pytest.mark.parametrize("chunk", [1, 8, 64])
-def test_the_chunk_size_changes_nothing(chunk):
-    inputs = attention_inputs(70)
-    torch.testing.assert_close(gla.chunked_gla(*inputs, chunk=chunk), gla.recurrent_gla(*inputs))
+    torch.testing.assert_close(gla.chunked_gla(*inputs, chunk=chunk), recurrent_gla(*inputs))
 
 
 @pytest.mark.parametrize("forget", [0.0, 1e-4, 20.0, 1e4])
 def test_chunked_is_stable_however_fast_it_forgets(forget):
     inputs = attention_inputs(200, forget=forget, dtype=torch.float32)
-    exact = gla.recurrent_gla(*(x.double() for x in inputs))
+    exact = recurrent_gla(*(x.double() for x in inputs))
     chunked = gla.chunked_gla(*inputs)
     assert bool(chunked.isfinite().all())
     assert float((chunked.double() - exact).abs().max()) < 1e-5 * float(exact.abs().max())
@@ -65,7 +64,7 @@ def test_chunked_is_stable_however_fast_it_forgets(forget):
 
 def test_chunked_has_the_recurrences_gradients():
     gradients = []
-    for form in (gla.chunked_gla, gla.recurrent_gla):
+    for form in (gla.chunked_gla, recurrent_gla):
         inputs = [x.requires_grad_() for x in attention_inputs(37)]
         gradients.append(torch.autograd.grad(form(*inputs).square().sum(), inputs))
     for ours, reference in zip(*gradients, strict=True):
@@ -77,7 +76,7 @@ def test_chunked_keeps_half_precision_to_its_ends():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = gla.chunked_gla(*(x.bfloat16() for x in inputs[:3]), inputs[3])
     assert out.dtype == torch.bfloat16
-    exact = gla.recurrent_gla(*(x.bfloat16().double() for x in inputs[:3]), inputs[3].double())
+    exact = recurrent_gla(*(x.bfloat16().double() for x in inputs[:3]), inputs[3].double())
     assert float((out.double() - exact).abs().max()) < 0.005 * float(exact.abs().max())
 
 
@@ -93,7 +92,7 @@ def test_attention_is_causal():
 def test_the_fused_kernel_is_not_asked_on_the_cpu(monkeypatch):
     monkeypatch.setattr(gla, "_fused_gla", lambda: pytest.fail("a CUDA kernel was asked for CPU tensors"))
     inputs = attention_inputs(5)
-    torch.testing.assert_close(gla.gated_linear_attention(*inputs), gla.recurrent_gla(*inputs))
+    torch.testing.assert_close(gla.gated_linear_attention(*inputs), recurrent_gla(*inputs))
 
 
 @pytest.mark.gpu
@@ -102,7 +101,7 @@ def test_the_fused_kernel_is_the_recurrence():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     inputs = attention_inputs(1000, heads=8, keys=20, values=40, dtype=torch.float32, device="cuda")
-    exact = gla.recurrent_gla(*(x.double() for x in inputs))
+    exact = recurrent_gla(*(x.double() for x in inputs))
     assert gla._fused_gla() is not None
     fused = gla.gated_linear_attention(*inputs)
     # The kernel works in TF32.
@@ -142,18 +141,10 @@ def test_coarse_feature_is_the_first_up_blocks_output(channels):
     assert seen[0].shape == (1, channels[-1], size, size)
 
 
-def test_published_coarse_feature():
-    with torch.device("meta"):
-        teacher = build_teacher()
-        out = teacher(torch.zeros(2, 9, 64, 64), torch.zeros(2), torch.zeros(2, 10, dtype=torch.int64))
-    assert teacher.coarse_feature(out) is out.blocks[5]
-    assert out.blocks[5].shape == (2, 1280, 16, 16)
-
-
 def test_config_survives_json():
     assert TeacherConfig.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
 
 
 def test_config_with_odd_heads_is_refused():
-    with pytest.raises(UsageError, match="32 channels do not give 32 heads keys of half width"):
-        TeacherConfig(block_out_channels=(32, 64), num_heads=32)
+    with pytest.raises(BundleError, match="32 channels do not give 32 heads keys of half width"):
+        TeacherConfig.from_dict({"block_out_channels": [32, 64], "num_heads": 32})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Bundle(Manifest):
             "schema_version": SCHEMA_VERSION,
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "path": str(self.path),
-            "components": _plain(self.components),
+            "components": component_tables(self.components),
             "total_bytes": sum(record["bytes"] for record in self.files.values()),
         }
 
@@ -99,74 +99,43 @@ def resolve_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     if os.path.isfile(folder / BUNDLE_FILE):
         return folder
     if bundled:
-        raise BundleError(f"the bundled model '{name_or_path}' is missing from {folder}: {_remedy(folder)}")
+        raise BundleError(f"the bundled model '{name_or_path}' is missing from {folder}", _remedy(folder))
     if os.path.isfile(folder):
-        raise BundleError(f"bundle {folder} is a file: name the folder that holds {BUNDLE_FILE}")
+        raise BundleError(f"bundle {folder} is a file", f"name the folder that holds {BUNDLE_FILE}")
     exists = os.path.isdir(folder)
-    what = f"folder {folder} holds no {BUNDLE_FILE}" if exists else f"there is no bundle folder {folder}"
     raise BundleError(
-        f"{what}: name the bundled model `tiny`, or make one with "
-        f"`moebius-edge export SOURCE --vae DIR --output {folder}`"
+        f"folder {folder} holds no {BUNDLE_FILE}" if exists else f"there is no bundle folder {folder}",
+        f"name the bundled model `tiny`, or make one with `moebius-edge export SOURCE --vae DIR --output {folder}`",
     )
 
 
 def write_bundle(
-    folder: str | os.PathLike[str],
-    *,
-    name: str,
-    description: str,
-    licence: str,
-    model: dict[str, Any],
-    resolution: int,
-    scaling_factor: float,
-    precision: str,
-    source: dict[str, Any],
-    gate: dict[str, Any],
-    tools: dict[str, Any],
-    defaults: dict[str, Any],
-    float32_islands: dict[str, Any] | None = None,
-    distilled_guidance: float | None = None,
-    int8: dict[str, Any] | None = None,
-    deep_channels: int | None = None,
+    folder: str | os.PathLike[str], *, resolution: int, deep_channels: int | None = None, **others: Any
 ) -> None:
-    """Write ``bundle.json`` for the ONNX files that lie in ``folder``, hashing every file there.
+    """Write ``bundle.json`` for the ONNX files that are in ``folder``, hashing every file there.
 
-    ``float32_islands`` lists what stayed float32 in a file of lower precision: component, operator type, node names.
-    ``distilled_guidance`` is the guidance that the conditional branch predicts by itself; it must be the default too.
-    ``int8`` says how an INT8 bundle was quantised; ``deep_channels`` that the denoiser gives a deep feature of so many
-    channels, and that ``denoiser_shallow`` is there.
-    All values must be plain JSON; a NaN or an infinity is a ``ValueError``, for no gate passes with one.
+    ``others`` are the fields of ``Manifest``, but for those that follow from the rest: ``latent_size``, ``scheduler``
+    and ``files``. All values must be plain JSON; a NaN or an infinity is a ``ValueError``, for no gate passes with one.
 
     Raises:
         BundleError: a component's file is missing, or a value is one that ``Bundle.load`` refuses.
         MachineError: the file cannot be written.
     """
     root = Path(folder)
-    optional = {"distilled_guidance": distilled_guidance, "deep_channels": deep_channels, "int8": int8}
     content = {
-        "schema_version": SCHEMA_VERSION,
-        "name": name,
-        "description": description,
-        "licence": licence,
-        "precision": precision,
-        "float32_islands": float32_islands or {},
-        **{key: value for key, value in optional.items() if value is not None},
+        **others,
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
-        "scaling_factor": scaling_factor,
-        "defaults": defaults,
+        "deep_channels": deep_channels,
         "scheduler": SCHEDULER,
-        "model": model,
-        "components": _plain(resolved_components(resolution, deep_channels)),
-        "gate": gate,
-        "source": source,
-        "tools": tools,
-        "files": {
-            name: {"sha256": sha256_file(root / name), "bytes": (root / name).stat().st_size}
-            for name in _contents(root)
-        },
+        "files": {name: _record(root / name) for name in _contents(root)},
     }
-    text = json_text(content, indent=2, ensure_ascii=False)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        **{f.name: content[f.name] for f in fields(Manifest) if content.get(f.name) is not None},
+        "components": component_tables(resolved_components(resolution, deep_channels)),
+    }
+    text = json_text(document, indent=2, ensure_ascii=False)
     with atomic_write(root / BUNDLE_FILE) as temporary:
         temporary.write_text(text, encoding="utf-8")
     Bundle.load(root, verify=False)  # what cannot be loaded must not be handed on
@@ -174,35 +143,34 @@ def write_bundle(
 
 def _contents(root: Path) -> list[str]:
     """Names of the files that belong to a bundle, sorted, with forward slashes; hidden files do not."""
-    names = (p.relative_to(root) for p in root.rglob("*") if p.is_file())
-    kept = (n for n in names if n.parts[0] != ENGINES_FOLDER and not any(x.startswith(".") for x in n.parts))
-    return sorted(n.as_posix() for n in kept if n.as_posix() != BUNDLE_FILE)
+    names = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    visible = [n for n in names if n.parts[0] != ENGINES_FOLDER and not any(part.startswith(".") for part in n.parts)]
+    return sorted(name.as_posix() for name in visible if name.as_posix() != BUNDLE_FILE)
 
 
-def _plain(components: dict[str, Component]) -> dict[str, Any]:
-    """The tables of components as ``bundle.json`` has them."""
-    return {name: asdict(table) for name, table in component_tables(components).items()}
+def _record(path: Path) -> FileRecord:
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def check_file(path: Path, record: FileRecord, verify: bool, remedy: str) -> None:
     """Check that a file has the recorded size and, to ``verify`` it, the recorded SHA-256.
 
     Raises:
-        BundleError: it has not, is missing, or is no regular file. The message ends in ``remedy``.
+        BundleError: it has not, is missing, or is no regular file.
         MachineError: it cannot be read.
     """
     try:
         status, recorded = path.stat(), record["bytes"]
         if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{path} is not a regular file: {remedy}")
+            raise BundleError(f"{path} is not a regular file", remedy)
         if status.st_size != recorded:
-            raise BundleError(f"{path} has {status.st_size} bytes, {recorded} are recorded: {remedy}")
+            raise BundleError(f"{path} has {status.st_size} bytes, {recorded} are recorded", remedy)
         if verify and sha256_file(path) != record["sha256"].lower():
-            raise BundleError(f"{path} was altered, it has not the recorded SHA-256: {remedy}")
+            raise BundleError(f"{path} was altered, its SHA-256 is not the recorded one", remedy)
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{path} is missing: {remedy}") from None
+        raise BundleError(f"{path} is missing", remedy) from None
     except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
+        raise MachineError(f"cannot read {path}: {error.strerror}", f"check it with `ls -l {path}`") from error
 
 
 def _remedy(folder: Path) -> str:

@@ -1,13 +1,12 @@
 """``bundle.json``: its fields with their types and bounds, and the rules that hold between them.
 
-Pure data: this module reads the one JSON file and neither the ONNX files beside it nor their hashes.
+This module reads neither the ONNX files beside it nor their hashes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 from typing_extensions import NotRequired, TypedDict
@@ -24,8 +23,9 @@ from ..spec import (
     Tensor,
     components,
 )
+from ..system.fingerprint import first_difference
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION: Final = 3
 # Far above the published 512, and low enough that the pictures of one call take no gigabytes.
 MAX_RESOLUTION = 2048
 MAX_DEEP_CHANNELS = 8192
@@ -45,20 +45,13 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-NodeNames = Annotated[list[Text], Field(max_length=20_000)]
-_SCHEDULER_SCHEMA = Field(
-    json_schema_extra={
-        "properties": {key: {"const": value} for key, value in SCHEDULER.items()},
-        "required": list(SCHEDULER),
-    }
-)
-
-
 def _check_scheduler(scheduler: dict[str, Any]) -> dict[str, Any]:
-    for key, expected in SCHEDULER.items():
-        if (found := scheduler.get(key)) != expected:
-            raise ValueError(f"scheduler.{key} is {found!r:.60}, expected {expected!r}, as this program has it")
+    if scheduler != SCHEDULER:
+        raise ValueError(first_difference(scheduler, SCHEDULER, "scheduler"))
     return scheduler
+
+
+NodeNames = Annotated[list[Text], Field(max_length=20_000)]
 
 
 class FileRecord(TypedDict):
@@ -69,7 +62,7 @@ class FileRecord(TypedDict):
 
 
 class Defaults(TypedDict):
-    """Settings of a run that names none. ``strength`` stands there where it is not the usual one."""
+    """Settings of a run that names none. ``strength`` is there where it is not the usual one."""
 
     steps: Annotated[int, Field(strict=True, ge=1, le=NUM_TRAIN_TIMESTEPS)]
     guidance: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE)]
@@ -88,7 +81,7 @@ class Block(TypedDict):
     """One block of an INT8 denoiser: what its quantisation alone costs, and whether it was quantised."""
 
     name: Text
-    share: Number  # of the multiplications
+    share: Number  # of the multiply-adds
     quantised: Flag
     psnr_db: NotRequired[Number | None]
     smoothed_psnr_db: NotRequired[Number]
@@ -119,29 +112,29 @@ class Manifest:
     name: Annotated[Text, Field(max_length=200)]
     description: Text
     licence: Text
-    resolution: Annotated[int, Field(strict=True, ge=8, le=MAX_RESOLUTION, multiple_of=LATENT_DOWNSCALE)]  # pixels
-    latent_size: Positive  # latent positions, each way
     precision: Literal["float32", "float16", "int8"]
-    scaling_factor: Annotated[Number, Field(gt=0, le=1000)]
-    model: JsonObject
-    scheduler: Annotated[JsonObject, _SCHEDULER_SCHEMA, AfterValidator(_check_scheduler)]
-    defaults: Defaults
-    source: dict[Text, SourceFile]
-    gate: JsonObject  # the measured figures it passed with
-    tools: dict[Text, JsonValue]  # versions
-    files: Annotated[dict[FileName, FileRecord], Field(max_length=1000)]
     # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
     float32_islands: dict[Text, Literal["all"] | dict[Text, NodeNames]] = field(default_factory=dict)
     # The guidance that the conditional branch predicts by itself; see ``guidance``.
     distilled_guidance: Annotated[Number, Field(gt=1, le=MAX_GUIDANCE)] | None = None
-    int8: Int8 | None = None
     # Channels of the feature that calls may reuse, see ``deep_cache``. Without it they cannot.
     deep_channels: Annotated[int, Field(strict=True, ge=1, le=MAX_DEEP_CHANNELS)] | None = None
+    int8: Int8 | None = None
+    resolution: Annotated[int, Field(strict=True, ge=8, le=MAX_RESOLUTION, multiple_of=LATENT_DOWNSCALE)]  # pixels
+    latent_size: Positive  # latent positions, each way
+    scaling_factor: Annotated[Number, Field(gt=0, le=1000)]
+    defaults: Defaults
+    scheduler: Annotated[JsonObject, Field(json_schema_extra={"const": SCHEDULER}), AfterValidator(_check_scheduler)]
+    model: JsonObject
+    gate: JsonObject  # what the export measured
+    source: dict[Text, SourceFile]
+    tools: dict[Text, JsonValue]  # versions
+    files: Annotated[dict[FileName, FileRecord], Field(max_length=1000)]
 
 
 @dataclass(frozen=True)
 class ComponentTable:
-    """A component as it stands in ``bundle.json``."""
+    """A component as it is recorded in ``bundle.json``."""
 
     file: FileName
     inputs: tuple[Tensor, ...]
@@ -169,17 +162,11 @@ class BundleDocument(Manifest):
         if self.int8 is not None and self.precision != "int8":
             raise ValueError(f"precision is {self.precision!r}, expected 'int8' with the field int8")
         expected = component_tables(resolved_components(self.resolution, self.deep_channels))
-        for name, table in expected.items():
-            if table.file not in self.files:
-                raise ValueError(f"files lacks {table.file!r}")
-            if name not in self.components:
-                raise ValueError(f"components.{name} is missing")
-            for key, right in vars(table).items():
-                given = getattr(self.components[name], key)
-                if given != right:  # the pipeline feeds exactly those tensors
-                    raise ValueError(f"components.{name}.{key} is {_first_difference(given, right)}")
-        if extra := sorted(set(self.components) - set(expected)):
-            raise ValueError(f"components.{extra[0]:.60} is an unknown component")
+        if missing := [table["file"] for table in expected.values() if table["file"] not in self.files]:
+            raise ValueError(f"files lacks {missing[0]!r}")
+        recorded = {name: asdict(table) for name, table in self.components.items()}
+        if recorded != expected:  # the pipeline feeds exactly those tensors
+            raise ValueError(first_difference(recorded, expected, "components"))
 
 
 def resolved_components(resolution: int, deep_channels: int | None = None) -> dict[str, Component]:
@@ -194,13 +181,6 @@ def resolved_components(resolution: int, deep_channels: int | None = None) -> di
     }
 
 
-def component_tables(components: dict[str, Component]) -> dict[str, ComponentTable]:
-    """Components as they stand in ``bundle.json``."""
-    return {name: ComponentTable(c.file, c.inputs, c.outputs) for name, c in components.items()}
-
-
-def _first_difference(given: Any, right: Any) -> str:
-    """Two values, or of two tuples of tensors the first that differ, as the end of a message."""
-    if isinstance(right, tuple):
-        given, right = next(pair for pair in zip_longest(given, right) if pair[0] != pair[1])
-    return f"{given!r:.200}, expected {right!r}"
+def component_tables(components: dict[str, Component]) -> dict[str, Any]:
+    """Components as they are recorded in ``bundle.json``."""
+    return {name: asdict(ComponentTable(c.file, c.inputs, c.outputs)) for name, c in components.items()}

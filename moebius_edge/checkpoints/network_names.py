@@ -1,8 +1,7 @@
-"""The tensors of a network found in a file of weights, whatever wraps them, and a file of another network named for
-what it is.
+"""The tensors of a network in a file of weights, whatever wraps them.
 
 Training code saves the same weights in many wrappings: a dictionary inside a dictionary, names with the prefix of a
-wrapper class, a moving average under names of its own. What is unwrapped is said in a note.
+wrapper class, a moving average under names of its own. A note says what was unwrapped.
 """
 
 from __future__ import annotations
@@ -10,52 +9,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError
-from .inert_pickle import Opaque, StoredTensor
 from .weights_file import shortened
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = dict[str, Tensor]
+
 STUDENT, TEACHER = "student", "teacher"
-Tensors = dict[str, StoredTensor]
 
 _SHOWN = 3  # how many tensors a message names
-# Under which key a training checkpoint keeps the network; the first that is there is taken.
+_SAVE_AGAIN = "save module.state_dict() itself"
+# Under which key a training checkpoint holds the network; the first that is there is taken.
 _NESTED = ("state_dict", "model_state_dict", "model", "module", "network", "net", "student", "params", "ema", "average")
 _MAX_DEPTH = 8
 # Wrapper classes of PyTorch put these into the names of what they hold, at any place.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_EMBEDDING, _UNET = "embedding_layer.", "diff_model."
+_EMBEDDING = "embedding_layer.weight"  # of student and teacher
 _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 _STUDENT_NAME = re.compile(r"\.attn1\.pos_conv\.|\.attn2\.rel_pos_emb$")
 _TEACHER_NAME = re.compile(r"\.attn1\.(gk_proj|g_proj|o_proj)\.")
-_LORA_NAME = re.compile(r"(^|[._])lora[._]|\.(hada|lokr)_w")
-# What else is often given, by a name that only it has -> what it is, and what to do. The first that fits wins.
-_OTHERS = (
-    (
-        re.compile(r"^(model\.)?diffusion_model\.|^input_blocks\."),
-        "a Stable Diffusion checkpoint: Moebius is another network, `moebius-edge download places2` fetches it",
-    ),
-    (
-        re.compile(r"\.transformer_blocks\.0\.attn1\.to_out\.|^up_blocks\.0\.resnets\.0\.conv1\.weight$"),
-        "a Stable Diffusion U-Net: Moebius is another network, `moebius-edge download places2` fetches it",
-    ),
-    (
-        re.compile(
-            r"^(first_stage_model\.)?(post_)?quant_conv\.|^(first_stage_model\.)?decoder\.(conv_in|up_blocks|mid)\b"
-        ),
-        "an autoencoder (VAE): give its folder with --vae, and a student's weights in its place",
-    ),
-    (
-        re.compile(r"(^|\.)text_model\.|token_embedding|(^|\.)wte\.|\.self_attn\.[qk]_proj\.|embed_tokens"),
-        "a text encoder or a language model: give a Moebius student's weights",
-    ),
-)
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """STUDENT or TEACHER where the tensors' ``names`` are such a network's, whatever stands before them."""
+    """STUDENT or TEACHER where the tensors' ``names`` are such a network's, whatever is before them."""
     names = list(names)
     if any(_STUDENT_NAME.search(name) for name in names):
         return STUDENT
@@ -69,126 +50,92 @@ def network_tensors(path: Path, content: Any, notes: list[str]) -> Tensors:
     """
     keys = []
     for _ in range(_MAX_DEPTH):
-        if not isinstance(content, dict):
-            break
+        content = {k: v for k, v in content.items() if isinstance(k, str)} if isinstance(content, dict) else {}
         if isinstance(content.get("ema_buffers"), dict):
             content = _named_average(path, content)
             keys.append("ema_buffers")
         if {"network", "average", "recipe"} <= content.keys():
             raise BundleError(
-                f"{path} is what `moebius-edge train --resume` goes on from: give the student.safetensors or "
-                "teacher.safetensors that the training wrote"
+                f"{path} is what `moebius-edge train --resume` goes on from",
+                "give the student.safetensors or teacher.safetensors that the training wrote",
             )
         nested = [key for key in _NESTED if _holds_tensors(content.get(key))]
         if not nested:
             break
-        others = f" (not {', '.join(nested[1:])})" if len(nested) > 1 else ""
-        keys.append(nested[0] + others)
+        keys.append(nested[0] + (f" (not {', '.join(nested[1:])})" if len(nested) > 1 else ""))
         content = content[nested[0]]
-    if not isinstance(content, dict) or not any(isinstance(value, StoredTensor) for value in content.values()):
-        what = "no dictionary of tensors"
-        if isinstance(content, dict) and (opaque := [v for v in content.values() if isinstance(v, Opaque)]):
-            what = f"no dense tensors but {shortened(opaque[0].what)}"
-        raise BundleError(f"{path} holds {what}: save module.state_dict() itself")
-    other = [name for name, value in content.items() if not isinstance(value, StoredTensor)]
-    if other:
-        value = content[other[0]]
-        what = value.what if isinstance(value, Opaque) else f"a {type(value).__name__}"
-        raise BundleError(
-            f"{path} holds no flat dictionary of tensors: {some(other)} beside them, {shortened(what)}: "
-            "save module.state_dict() itself"
-        )
+    tensors = {name: value for name, value in content.items() if _is_dense(value)}
+    if not tensors:
+        raise BundleError(f"{path} holds no dictionary of dense tensors", _SAVE_AGAIN)
+    if other := [name for name in content if name not in tensors]:
+        what = f"a {shortened(type(content[other[0]]).__name__)}"
+        problem = f"{path} holds no flat dictionary of dense tensors: {some(other)} beside them, {what}"
+        raise BundleError(problem, _SAVE_AGAIN)
     if keys:
         notes.append(f"{path.name}: the weights under {' / '.join(keys)} are taken")
-    return content
+    return tensors
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether ``value`` is a tensor of real numbers that lies in memory as it is."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_complex())
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, (StoredTensor, dict)) for item in value.values())
+    return isinstance(value, dict) and any(isinstance(item, dict) or _is_dense(item) for item in value.values())
 
 
 def _named_average(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The moving average that upstream's trainer saves: tensors under names without dots, and a table of their
-    names."""
+    """The moving average of upstream's trainer: tensors under names without dots, and a table of their names."""
     table, buffers = content.get("ema_name_map"), content["ema_buffers"]
     if not isinstance(table, dict) or not all(isinstance(short, str) and short in buffers for short in table.values()):
-        raise BundleError(
-            f"{path} is a moving average without its ema_name_map: save it again, or give the plain weights"
-        )
+        problem = f"{path} is a moving average without its ema_name_map"
+        raise BundleError(problem, "save it again, or give the plain weights")
     return {name: buffers[short] for name, short in table.items()}
 
 
 def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -> None:
-    """Raise BundleError where the ``names`` of a file's tensors are those of a network that is not ``wanted``."""
-    names = list(names)
-    if (match := next((name for name in names if _LORA_NAME.search(name)), None)) is not None:
+    """Raise BundleError for a teacher where a student is ``wanted``, and the other way round, by its tensors' names."""
+    kind = kind_of(names)
+    if (kind, wanted) == (TEACHER, STUDENT):
         raise BundleError(
-            f"{path} is a LoRA, which changes a network and is none by itself (its tensor {shortened(match)} says so): "
-            f"give the weights of a whole {wanted or 'network'}"
+            f"{path} is a teacher (PixelHacker's network), and a student is wanted",
+            "teachers are for `moebius-edge train --teacher FILE`, which makes a student",
         )
-    found = kind_of(names)
-    if found == wanted and found is not None:
-        return
-    if found == TEACHER and wanted == STUDENT:
-        raise BundleError(
-            f"{path} is a teacher (PixelHacker's network), and a student is wanted: teachers are for "
-            "`moebius-edge train --teacher FILE`, which makes a student"
-        )
-    if found == STUDENT and wanted == TEACHER:
-        raise BundleError(
-            f"{path} is a Moebius student, and a teacher is wanted: `moebius-edge download teacher` fetches one"
-        )
-    for pattern, what in _OTHERS if wanted is not None else ():
-        if (match := next((name for name in names if pattern.search(name)), None)) is not None:
-            raise BundleError(f"{path}, by its tensor {shortened(match)}, is {what}")
+    if (kind, wanted) == (STUDENT, TEACHER):
+        problem = f"{path} is a Moebius student, and a teacher is wanted"
+        raise BundleError(problem, "`moebius-edge download teacher` fetches one")
 
 
 def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: list[str]) -> Tensors:
-    """``tensors`` under the names of a student or a teacher, whose names are ``expected``; what is not found is left
-    out.
+    """``tensors`` under the names of a student or a teacher, whose names are ``expected``.
 
-    Tensors outside of the prefix under which the network lies are left out too, with a note. Raises BundleError where
-    two networks in the file would fit.
+    Tensors outside of the prefix under which the network is are left out, with a note. Raises BundleError where two
+    networks in the file would fit.
     """
-    expected = list(expected)
     if all(name in tensors for name in expected):
         return tensors
     plain = {_WRAPPER.sub("", name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
-        raise BundleError(f"{path} holds the same network twice, wrapped and plain: save module.state_dict() itself")
+        raise BundleError(f"{path} holds the same network twice, wrapped and plain", _SAVE_AGAIN)
     if plain.keys() != tensors.keys():
         wrapper = next(match[0] for match in map(_WRAPPER.search, tensors) if match)
         notes.append(f"{path.name}: {wrapper!r} is left out of the tensors' names")
-    embedding = _prefix(path, plain, _EMBEDDING + "weight")
-    unet = _prefix(
-        path, plain, next((n for n in expected if n.startswith(_UNET + "conv_out.")), "").removeprefix(_UNET)
-    )
-    if unet is None or (embedding or "", unet) == ("", _UNET):
+    prefixes = [n.removesuffix(_EMBEDDING) for n in plain if n == _EMBEDDING or n.endswith("." + _EMBEDDING)]
+    if len(prefixes) > 1:
+        under = ", ".join(shortened(prefix or "no prefix", 30) for prefix in prefixes[:_SHOWN])
+        raise BundleError(f"{path} holds several networks, under {under}", "save the one that is meant by itself")
+    if prefixes in ([], [""]):
         return plain
-    if embedding is None:
-        raise BundleError(
-            f"{path} holds the U-Net without the prompts' {_EMBEDDING}weight: save the state_dict() of the whole "
-            "RemovalModel"
-        )
-    renamed = {}
-    for name, tensor in plain.items():
-        if name == embedding + _EMBEDDING + "weight":
-            renamed[_EMBEDDING + "weight"] = tensor
-        elif name.startswith(unet):
-            renamed[_UNET + name.removeprefix(unet)] = tensor
-    left = len(plain) - len(renamed)
+    inside = {n.removeprefix(prefixes[0]): tensor for n, tensor in plain.items() if n.startswith(prefixes[0])}
+    left = len(plain) - len(inside)
     beside = f", {left} tensors beside them are not used" if left else ""
-    notes.append(f"{path.name}: the tensors named {unet}* are taken as {_UNET}*{beside}")
-    return renamed
-
-
-def _prefix(path: Path, names: Iterable[str], end: str) -> str | None:
-    """What stands before ``end`` in the one name that ends so."""
-    found = [name.removesuffix(end) for name in names if name == end or name.endswith("." + end)]
-    if len(found) > 1:
-        under = ", ".join(shortened(prefix or "no prefix", 30) for prefix in found[:_SHOWN])
-        raise BundleError(f"{path} holds several networks, under {under}: save the one that is meant by itself")
-    return found[0] if found else None
+    notes.append(f"{path.name}: the tensors named {prefixes[0]}* are taken{beside}")
+    return inside
 
 
 def lacks_statistics(expected: Iterable[str], tensors: Tensors) -> bool:

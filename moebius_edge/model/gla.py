@@ -2,9 +2,8 @@
 
     S_t = diag(exp g_t) S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t / sqrt K
 
-Three forms of this recurrence: ``recurrent_gla`` reads like the formula and is for tests only;
-``chunked_gla`` is plain PyTorch without a loop over tokens; on CUDA flash-linear-attention's kernel is used
-when it is importable.
+``chunked_gla`` is plain PyTorch without a loop over tokens; on CUDA flash-linear-attention's kernel is used when it
+is importable.
 Source: Gated Linear Attention, arXiv 2312.06635, sections 3 and 4.
 
 Letters in shapes: N batch, P tokens, H heads, K and V a head's key and value width, J chunks, T a chunk's
@@ -14,7 +13,6 @@ tokens.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -26,16 +24,6 @@ from torch import Tensor, nn
 CHUNK = 16  # tokens; the pairs of a chunk take P * CHUNK * H * K numbers
 GATE_NORMALIZER = 16.0  # divides the log decay, so that a fresh gate forgets slowly
 RMS_EPS = 1e-6
-
-
-def recurrent_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """The recurrence, token by token: the reference. Shapes as in ``chunked_gla``; slow."""
-    state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])  # (N, H, K, V)
-    outputs = []
-    for t in range(q.shape[1]):
-        state = g[:, t].exp().unsqueeze(-1) * state + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
-        outputs.append((q[:, t].unsqueeze(-2) @ state).squeeze(-2))
-    return torch.stack(outputs, dim=1) * q.shape[-1] ** -0.5
 
 
 def chunked_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = CHUNK) -> Tensor:
@@ -93,8 +81,6 @@ def _fused_gla() -> Callable[..., Any] | None:
         from fla.ops.gla import chunk_gla
     except ImportError:
         return None
-    if "head_first" in inspect.signature(chunk_gla).parameters:  # older versions put heads before tokens
-        return functools.partial(chunk_gla, head_first=False)
     return cast(Callable[..., Any], chunk_gla)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ class Size:
 
 
 def measure_size(network: str) -> Size:
-    """Of ``student`` or ``teacher``, as published."""
+    """The size of ``student`` or ``teacher``, as published."""
     with torch.device("meta"):
         module = BUILDERS[network]().eval()
         inputs = _inputs(rows=1)
@@ -49,11 +49,9 @@ def measure_shallow() -> int:
     return multiplications(call, inputs)
 
 
-def multiplications(
-    module: Callable[..., Any], inputs: tuple[Any, ...], formulas: Mapping[Any, Any] | None = None
-) -> int:
-    """Multiply-adds of ``module(*inputs)``; ``formulas`` give the FLOPs of operators that PyTorch does not know."""
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=dict(formulas or {})) as counter:
+def multiplications(module: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
+    """Multiply-adds of ``module(*inputs)``."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     flops: int = counter.get_total_flops()
     return flops // 2  # PyTorch counts a multiply-add as two
@@ -64,8 +62,8 @@ def measure_step(
 ) -> list[float]:
     """Seconds of ``runs`` calls of ``rows`` rows on the CPU in float32, after one that warms up and is not counted.
 
-    The weights are random, which does not matter to the time. ``on_run`` is told of every call that is done. With
-    ``shallow`` it is the student's finest level alone.
+    The weights are random, which does not matter to the time. ``on_run`` is given the number of calls that are done.
+    With ``shallow`` a call computes the student's finest level alone.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -33,7 +32,7 @@ class Denoised(NamedTuple):
 
 
 class Block(nn.Module):
-    """Resnets, each followed by its attention where the level has one. Base of the three kinds of block."""
+    """Resnets, each followed by its attention where the level has one; the base of the three kinds of block."""
 
     def __init__(self, resnets: Sequence[Resnet], attentions: Sequence[nn.Module | None]) -> None:
         super().__init__()
@@ -44,9 +43,10 @@ class Block(nn.Module):
     def layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
         """x through resnet ``index`` and what follows it; with ``checkpointing`` only x is kept for the backward."""
         if self.checkpointing and torch.is_grad_enabled():
-            context = partial(_recomputation, self)
-            kept = checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, context_fn=context)
-            return cast(Tensor, kept)
+            # The recomputation moves no batch norm's statistics.
+            contexts = lambda: (nullcontext(), _FrozenStatistics(self))  # noqa: E731
+            output = checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, context_fn=contexts)
+            return cast(Tensor, output)
         return self._layer(index, x, time, prompts)
 
     def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
@@ -57,12 +57,7 @@ class Block(nn.Module):
         return self.attentions[index](x, prompts) if len(self.attentions) else x
 
 
-def _recomputation(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a layer's first pass and of its recomputation: the latter moves no batch norm's statistics."""
-    return nullcontext(), _UnmovedStatistics(block)
-
-
-class _UnmovedStatistics(AbstractContextManager[None]):
+class _FrozenStatistics(AbstractContextManager[None]):
     """Entered once for every backward pass through the layer, so it can be used again."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -86,12 +81,12 @@ class DownBlock(Block):
         self.downsamplers = nn.ModuleList([Downsample(sampler)] if sampler else [])
 
     def layers(self, x: Tensor, time: Tensor, prompts: Tensor) -> list[Tensor]:
-        """What the layers at the block's own level make."""
-        made = []
+        """The outputs of the layers at the block's own level."""
+        outputs = []
         for index in range(len(self.resnets)):
             x = self.layer(index, x, time, prompts)
-            made.append(x)
-        return made
+            outputs.append(x)
+        return outputs
 
     def forward(self, x: Tensor, time: Tensor, prompts: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = self.layers(x, time, prompts)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.latency import StageTimer
-from ..system.machine import gpu_memory_in_use, peak_memory_bytes
+from ..system.machine import peak_memory_bytes
+from ..system.nvml import gpu_memory_in_use
 from .accuracy import AgainstReference, AgainstTruth, Trace
 from .inputs import Input, Loader, write_shown
 from .power import open_meter
@@ -149,5 +150,5 @@ def peak_device_memory(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"peak_device_bytes": None, "reason": "it runs on the CPU, whose memory is the host's"}
     held = gpu_memory_in_use()
-    reason = "nvidia-smi does not list this process's GPU memory" if held is None else None
+    reason = "NVML does not list this process's GPU memory" if held is None else None
     return {"peak_device_bytes": held, "reason": reason}

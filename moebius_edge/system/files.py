@@ -1,10 +1,10 @@
 """Output that is whole or absent: atomic files and folders, hashes, names that stay in their folder.
 
-Everything is written under a hidden temporary name beside its target and renamed at the end, so that an
-error, a full disk or Ctrl-C leaves neither half a file nor the temporary one. A process that is killed outright
-cannot clean up: while it lives it holds a lock on each of its temporary files and folders, and the next process
-that writes into the same folder removes those that nobody holds. This module knows nothing about the contents,
-and it does not flush to the platter: it guards against errors, not against power cuts.
+Everything is written under a hidden temporary name beside its target and renamed at the end, so that an error, a full
+disk or Ctrl-C leaves neither half a file nor the temporary one. A process that is killed outright cannot clean up:
+while it lives it holds a lock on each of its temporary files and folders, and the next process that writes into the
+same folder removes those that nobody holds. Nothing is flushed to the platter: this guards against errors, not against
+power cuts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from ..errors import BundleError, MachineError, UsageError
 
 _CHUNK = 4 << 20  # bytes read at a time when hashing; larger is no faster
-
+_NAME_BYTES = 255  # the longest name that most file systems take
 _TEMPORARY = re.compile(r"\.moebius-[0-9a-f]{12}(\..*)?")
 _SET_ASIDE = ".old"  # the suffix of what is being replaced: if the process dies just then, it is the only copy
 _cleaned: set[str] = set()  # the folders in which this process has looked for what dead ones left
@@ -33,14 +33,14 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def refuse_loss(output: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str] | None], what: str) -> None:
-    """Raise ``UsageError`` where one of ``paths`` lies in the folder ``output``: replacing it would delete that.
+    """Raise ``UsageError`` where one of ``paths`` is in the folder ``output``: replacing it would delete that.
 
     ``what`` ends the message, such as "which is being exported".
     """
     inside = Path(output).resolve()
     for path in paths:
         if path is not None and Path(path).resolve().is_relative_to(inside):
-            raise UsageError(f"output folder {output} holds {path}, {what}: name another output")
+            raise UsageError(f"output folder {output} holds {path}, {what}", "name another output")
 
 
 @contextmanager
@@ -56,16 +56,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     shown, target = Path(path), Path(os.path.realpath(path))
     if os.path.isdir(target):
-        raise UsageError(f"output {shown} is a folder: name a file in it, such as {shown / 'result.png'}")
-    if os.path.exists(target) and not os.path.isfile(target):  # renaming over /dev/null would destroy it
-        raise UsageError(f"output {shown} is not a regular file: name another output")
-    if os.path.exists(target) and not os.access(target, os.W_OK):  # renaming would ignore the protection
-        raise MachineError(f"output {shown} is write-protected: run `chmod u+w {shown}` or name another")
+        raise UsageError(f"output {shown} is a folder", f"name a file in it, such as {shown / 'result.png'}")
+    if os.path.exists(target):
+        if not os.path.isfile(target):  # renaming over /dev/null would destroy it
+            raise UsageError(f"output {shown} is not a regular file", "name another output")
+        if not os.access(target, os.W_OK):  # renaming would ignore the protection
+            raise MachineError(f"output {shown} is write-protected", f"run `chmod u+w {shown}` or name another")
     check_name(shown)
     with _temporary(shown, target, target.suffix) as temporary:
         yield temporary
         if temporary.stat().st_size == 0:  # some encoders report a full disk only by writing nothing
-            raise MachineError(f"nothing was written to {shown}: free space in {target.parent} and run again")
+            raise MachineError(f"nothing was written to {shown}", f"free space in {target.parent} and run again")
         os.replace(temporary, target)
 
 
@@ -89,32 +90,26 @@ def atomic_directory(
 
 
 def check_replaceable(path: str | os.PathLike[str], overwrite: bool = False, marker: str = "bundle.json") -> None:
-    """Raise ``UsageError`` where ``atomic_directory`` would: before long work whose result is to lie there."""
+    """Raise ``UsageError`` where ``atomic_directory`` would: before long work whose result is to be there."""
     shown, target = Path(path), Path(os.path.realpath(path))
     check_name(shown)
     if os.path.exists(target) and not os.path.isdir(target):
-        raise UsageError(f"output {shown} is a file: name a folder")
+        raise UsageError(f"output {shown} is a file", "name a folder")
     if os.path.isdir(target) and any(target.iterdir()):
         if not overwrite:
-            raise UsageError(f"output folder {shown} exists and is not empty: remove it or name another")
+            raise UsageError(f"output folder {shown} exists and is not empty", "remove it or name another")
         if not os.path.isfile(target / marker):
-            raise UsageError(f"output folder {shown} is not overwritten, it holds no {marker}: name another")
+            raise UsageError(f"output folder {shown} is not overwritten, it holds no {marker}", "name another")
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Raise ``UsageError`` where the file system takes no name as long as that of ``path``: before long work."""
-    shown = Path(path)
-    existing = next((folder for folder in (shown, *shown.parents) if os.path.isdir(folder)), Path())
-    for name in shown.relative_to(existing).parts:
-        try:
-            os.lstat(existing / name)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                size = len(os.fsencode(name))
-                raise UsageError(
-                    f"the name of the output {shown} is too long, {size} bytes where most file systems take 255: "
-                    "name a shorter one"
-                ) from None
+    """Raise ``UsageError`` where no file system takes a name as long as that of ``path``: before long work."""
+    size = max((len(os.fsencode(name)) for name in Path(path).parts), default=0)
+    if size > _NAME_BYTES:
+        raise UsageError(
+            f"the name of the output {path} is too long, {size} bytes where most file systems take {_NAME_BYTES}",
+            "name a shorter one",
+        )
 
 
 @contextmanager
@@ -142,32 +137,24 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def utf8_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """Yield a name in valid UTF-8 for the file ``path``, for the C++ libraries that take no other.
 
-    It is ``path`` itself wherever that is valid. Else, on Linux, it leads through the open folder, so that what lies
+    It is ``path`` itself wherever that is valid. Else, on Linux, it leads through the open folder, so that what is
     beside the file is found beside the name too.
 
     Raises:
         MachineError: ``path`` is not valid UTF-8, and this system offers no other name for it.
     """
     shown = Path(path)
-    folder, name = (_is_utf8(part) for part in (os.fspath(shown.parent), shown.name))
+    folder, name = (part.encode("utf-8", "replace") == os.fsencode(part) for part in (str(shown.parent), shown.name))
     if folder and name:
         yield os.fspath(path)
         return
     if not os.path.isdir("/proc/self/fd"):
-        raise MachineError(f"the path {shown} is not valid UTF-8, which some libraries need: rename it")
+        raise MachineError(f"the path {shown} is not valid UTF-8, which some libraries need", "rename it")
     descriptor = os.open(shown.parent if name else shown, os.O_RDONLY)
     try:
         yield f"/proc/self/fd/{descriptor}" + (f"/{shown.name}" if name else "")
     finally:
         os.close(descriptor)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def safe_join(root: str | os.PathLike[str], name: str) -> Path:
@@ -179,13 +166,12 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
     inside = Path(os.path.realpath(root))
     windows = PureWindowsPath(name)  # read with both rules, so that a bundle is safe or unsafe everywhere
     parts = PurePosixPath(name).parts
-    lexical = bool(parts) and "\0" not in name and "\\" not in name and not windows.drive and not windows.root
-    if lexical and ".." not in parts:
+    if "\0" not in name and "\\" not in name and ".." not in parts and not windows.drive and not windows.root:
         joined = inside.joinpath(*parts)
         resolved = Path(os.path.realpath(joined))
         if resolved != inside and resolved.is_relative_to(inside):
             return joined
-    raise BundleError(f"file name {name!r} leaves the folder {root}: copy the file into it, or export again")
+    raise BundleError(f"file name {name!r} leaves the folder {root}", "copy the file into it, or export again")
 
 
 @contextmanager
@@ -208,9 +194,11 @@ def _temporary(shown: Path, target: Path, suffix: str, folder: bool = False) -> 
             temporary = _temporary_path(target, suffix)
         yield temporary
     except OSError as error:
-        if (problem := _problem(error, shown, target.parent, temporary)) is None:
+        named = [os.fsdecode(f) for f in (error.filename, error.filename2) if isinstance(f, (str, bytes, os.PathLike))]
+        ours = error.errno in _WRITE_ERRORS or any(os.fspath(temporary) in name for name in named)
+        if not ours or (error.errno == errno.ENOENT and temporary.exists()):  # a wrong name in the caller's block
             raise
-        raise problem from error
+        raise _write_error(error, shown, target.parent) from error
     finally:  # also on KeyboardInterrupt; after a rename there is nothing left to remove
         _remove(temporary)
         if lock is not None:
@@ -234,23 +222,18 @@ def _lock(path: Path) -> int | None:
 
     # Network file systems lock only what is open for writing; a folder cannot be, and is not locked there.
     how = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = None
     try:
         descriptor = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            raise BlockingIOError(error.errno, error.strerror) from None
-        return None
-    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.lexists(path):
-            return descriptor
-        lost = True
+        os.lstat(path)  # fails where the path was removed in between
+        return descriptor
     except OSError as error:
-        lost = isinstance(error, BlockingIOError)
-    os.close(descriptor)
-    if lost:
-        raise BlockingIOError(errno.EWOULDBLOCK, "held or removed by another process")
-    return None
+        if descriptor is not None:
+            os.close(descriptor)
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise BlockingIOError(errno.EWOULDBLOCK, "held or removed by another process") from None
+        return None
 
 
 def _remove_left_overs(folder: Path) -> None:
@@ -259,10 +242,9 @@ def _remove_left_overs(folder: Path) -> None:
         return
     _cleaned.add(os.fspath(folder))
     with suppress(OSError):
-        names = [entry.name for entry in os.scandir(folder) if entry.name.startswith(".moebius-")]
-        for name in names:
-            path = folder / name
-            if not _TEMPORARY.fullmatch(name) or path.suffix == _SET_ASIDE or path.is_symlink():
+        paths = [folder / entry.name for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
+        for path in paths:
+            if path.suffix == _SET_ASIDE or path.is_symlink():
                 continue
             with suppress(BlockingIOError):
                 if (lock := _lock(path)) is not None:
@@ -297,29 +279,20 @@ def _replace_directory(new: Path, target: Path) -> None:
     shutil.rmtree(unneeded, ignore_errors=True)
 
 
-def _problem(error: OSError, shown: Path, folder: Path, temporary: Path) -> MachineError | None:
-    """The one-line message for an ``OSError`` about our output; None for one that is not."""
-    named = [os.fsdecode(f) for f in (error.filename, error.filename2) if _is_path(f)]
-    ours = any(os.fspath(temporary) in name for name in named)
-    if not ours and error.errno not in _WRITE_ERRORS:
-        return None
-    if error.errno == errno.ENOENT and temporary.exists():  # a wrong name inside the caller's block: a bug
-        return None
-    missing = f"the folder {folder} does not exist: run `mkdir -p {folder}`"
-    if folder.is_dir():
-        missing = f"{folder} takes no new files: name an output elsewhere"
+def _write_error(error: OSError, shown: Path, folder: Path) -> MachineError:
+    """The one-line message for an ``OSError`` about our output."""
+    elsewhere, right = "name an output elsewhere", f"run `chmod u+w {folder}` or name an output elsewhere"
+    space = f"free space in {folder} or name an output on another disk"
     reasons = {
-        errno.ENOSPC: f"the disk is full: free space in {folder} or name an output on another disk",
-        errno.EDQUOT: f"the disk quota is used up: free space in {folder} or name an output on another disk",
-        errno.EROFS: f"{folder} is on a read-only file system: name an output elsewhere",
-        errno.EACCES: f"no right to write in {folder}: run `chmod u+w {folder}` or name an output elsewhere",
-        errno.EPERM: f"no right to write in {folder}: run `chmod u+w {folder}` or name an output elsewhere",
-        errno.ENOENT: missing,
-        errno.ENOTDIR: f"{folder} is not a folder: name an output elsewhere",
+        errno.ENOSPC: ("the disk is full", space),
+        errno.EDQUOT: ("the disk quota is used up", space),
+        errno.EROFS: (f"{folder} is on a read-only file system", elsewhere),
+        errno.EACCES: (f"no right to write in {folder}", right),
+        errno.EPERM: (f"no right to write in {folder}", right),
     }
-    reason = reasons.get(error.errno or 0, f"{error.strerror or error}: name an output elsewhere")
-    return MachineError(f"cannot write {shown}: {reason}")
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, (str, bytes, os.PathLike))
+    reason, remedy = reasons.get(error.errno or 0, (error.strerror or str(error), elsewhere))
+    if not folder.exists():
+        reason, remedy = f"the folder {folder} does not exist", f"run `mkdir -p {folder}`"
+    elif not folder.is_dir():
+        reason = f"{folder} is not a folder"
+    return MachineError(f"cannot write {shown}: {reason}", remedy)

@@ -22,7 +22,7 @@ def first_difference(there: Any, here: Any, where: str = "") -> str:
         for name in [*here, *(name for name in there if name not in here)]:
             if there.get(name) != here.get(name):
                 return first_difference(there.get(name), here.get(name), f"{where}.{name}" if where else name)
-    return f"{where} is {there!r} there, {here!r} here"
+    return f"{where} is {there!r:.200} there, {here!r:.200} here"
 
 
 class ResultCache:

@@ -1,28 +1,22 @@
-"""What a Jetson is and how it is set up, read from the files its system keeps. Nothing is executed.
+"""What a Jetson is and how it is set up, read from the files of its system. Nothing is executed.
 
-``doctor`` prints it; ``root`` is where those files lie, for the tests have samples. A fact that cannot be learnt is
-None or empty. In a container most of /etc and /var is the container's own, so that less is known there.
+``root`` is where those files are, for the tests have samples. A fact that cannot be learnt is None or empty. In a
+container most of /etc and /var is the container's own, so that less is known there.
 """
 
 from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path("/")
-# Of L4T, whose release a board always knows, the JetPack whose metapackage may not be installed.
+# The release of L4T, which a board always knows, and the JetPack that belongs to it; its package may not be installed.
 JETPACK_OF_L4T = {
-    "36.3": "6.0",
-    "36.4.0": "6.1",
-    "36.4.3": "6.2",
-    "36.4.4": "6.2.1",
-    "36.5": "6.2.2",
-    "38.2": "7.0",
-    "38.4": "7.1",
-    "39.2": "7.2",
+    **{"36.3": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.5": "6.2.2"},
+    **{"38.2": "7.0", "38.4": "7.1", "39.2": "7.2"},
 }
 OLDEST_L4T = 36  # JetPack 6: the first with Python 3.10
 # A rule, not a measurement: the published model's files in float32 are 1.24 GB, and whoever builds an engine holds
@@ -30,7 +24,6 @@ OLDEST_L4T = 36  # JetPack 6: the first with Python 3.10
 NEED_BYTES = 3_000_000_000
 SMALL_BYTES = 9_000_000_000  # the 8 GB boards
 SWAP_BYTES = 4_000_000_000  # more than the compressed swap that JetPack sets up, which lies in the same memory
-_PACKAGES = ("nvidia-jetpack", "nvidia-jetpack-runtime", "nvidia-l4t-core", "tensorrt", "libnvinfer10", "libnvinfer11")
 _BINDINGS = "python3-libnvinfer"
 
 
@@ -89,8 +82,10 @@ def read_board(root: Path | None = None) -> Board | None:
         return None
     packages = _installed(root / "var/lib/dpkg/status")
     l4t = _l4t(release) or _numbers(packages.get("nvidia-l4t-core"))
-    tensorrt = next((packages[p] for p in ("tensorrt", "libnvinfer10", "libnvinfer11") if p in packages), None)
+    tensorrt = packages.get("tensorrt") or packages.get("libnvinfer10") or packages.get("libnvinfer11")
     meminfo = _meminfo(root)
+    # Lines of nvpmodel.conf such as < POWER_MODEL ID=0 NAME=15W >
+    modes = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(root / "etc/nvpmodel.conf") or "")
     mode = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
     return Board(
         model=_text(root / "proc/device-tree/model") or "Jetson",
@@ -99,7 +94,7 @@ def read_board(root: Path | None = None) -> Board | None:
         tensorrt=_numbers(tensorrt),
         tensorrt_bindings=_BINDINGS in packages,
         power_mode=int(mode.group(1)) if mode else None,
-        power_modes=_power_modes(_text(root / "etc/nvpmodel.conf") or ""),
+        power_modes={int(number): name for number, name in modes},
         memory_bytes=meminfo.get("MemTotal"),
         memory_available_bytes=meminfo.get("MemAvailable"),
         swap_bytes=meminfo.get("SwapTotal"),
@@ -110,7 +105,7 @@ def read_board(root: Path | None = None) -> Board | None:
 
 def findings(board: Board) -> list[Finding]:
     """What speaks for or against measuring, and building the published model, on this board as it is."""
-    return [found for found in (_system(board), _speed(board), _room(board)) if found is not None]
+    return [finding for finding in (_system(board), _speed(board), _room(board)) if finding is not None]
 
 
 def _system(board: Board) -> Finding | None:
@@ -127,7 +122,7 @@ def _system(board: Board) -> Finding | None:
 
 
 def _speed(board: Board) -> Finding | None:
-    """Power mode and clocks: any mode is a choice, moving clocks make latencies move."""
+    """Any power mode is a choice, but latencies vary where the clocks do."""
     parts = []
     if board.power_mode is not None:
         parts.append(f"power mode {board.power_modes.get(board.power_mode, 'unnamed')} ({board.power_mode})")
@@ -138,10 +133,10 @@ def _speed(board: Board) -> Finding | None:
     if moving:
         ranges = ", ".join(f"{c.name} {c.minimum_mhz:.0f} to {c.maximum_mhz:.0f} MHz" for c in moving)
         parts.append(f"clocks not locked, so latencies vary: {ranges}")
-        return Finding("clocks", False, "; ".join(parts), "sudo jetson_clocks")
-    if board.clocks:
+    elif board.clocks:
         parts.append("clocks locked: " + ", ".join(f"{c.name} {c.maximum_mhz:.0f} MHz" for c in board.clocks))
-    return Finding("clocks", True, "; ".join(parts)) if parts else None
+    remedy = "sudo jetson_clocks" if moving else ""
+    return Finding("clocks", not moving, "; ".join(parts), remedy) if parts else None
 
 
 def _room(board: Board) -> Finding | None:
@@ -174,14 +169,14 @@ def _number(path: Path) -> int | None:
 
 def _numbers(version: str | None) -> str | None:
     """The leading numbers of a Debian version: ``10.3.0.30-1+cuda12.5`` -> ``10.3.0.30``."""
-    found = re.match(r"\d+(\.\d+)*", version or "")
-    return found.group() if found else None
+    match = re.match(r"\d+(\.\d+)*", version or "")
+    return match.group() if match else None
 
 
 def _l4t(release: str | None) -> str | None:
     """``# R36 (release), REVISION: 4.3, GCID: ...`` -> ``36.4.3``."""
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release or "")
-    return f"{found.group(1)}.{found.group(2)}" if found else None
+    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release or "")
+    return f"{match.group(1)}.{match.group(2)}" if match else None
 
 
 def _jetpack(l4t: str | None) -> str | None:
@@ -191,19 +186,13 @@ def _jetpack(l4t: str | None) -> str | None:
 
 
 def _installed(status: Path) -> dict[str, str]:
-    """Versions of the packages that matter, of dpkg's database, where they are installed."""
-    found = {}
+    """Versions of the packages that dpkg's database lists as installed."""
+    versions = {}
     for paragraph in (_text(status) or "").split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if re.match(r"[A-Z][\w-]*: ", line))
-        name = fields.get("Package", "")
-        if name in (*_PACKAGES, _BINDINGS) and fields.get("Status", "").endswith(" installed"):
-            found[name] = fields.get("Version", "")
-    return found
-
-
-def _power_modes(configuration: str) -> dict[int, str]:
-    """``< POWER_MODEL ID=0 NAME=15W >`` lines of nvpmodel.conf."""
-    return {int(number): name for number, name in re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", configuration)}
+        fields = dict(re.findall(r"^(Package|Status|Version): (.*)$", paragraph, re.MULTILINE))
+        if fields.get("Status", "").endswith(" installed"):
+            versions[fields.get("Package", "")] = fields.get("Version", "")
+    return versions
 
 
 def _meminfo(root: Path) -> dict[str, int]:
@@ -215,22 +204,19 @@ def _meminfo(root: Path) -> dict[str, int]:
 def _gpu_clocks(root: Path) -> list[Clock]:
     """Orin has one device, ``17000000.gpu``; Thor has ``gpu-gpc-0`` and ``gpu-nvd-0``. Their unit is Hz."""
     folders = sorted((root / "sys/class/devfreq").glob("*"))
-    return [c for f in folders if re.search(r"gpu|ga10b|gv11b", f.name) and (c := _clock(f"GPU {f.name}", f, "", 1e6))]
+    clocks = [_clock(f"GPU {f.name}", f, "", 1e6) for f in folders if re.search(r"gpu|ga10b|gv11b", f.name)]
+    return [clock for clock in clocks if clock is not None]
 
 
 def _cpu_clocks(root: Path) -> list[Clock]:
     """One entry for all cores that move in the same range. Their unit is kHz."""
-    groups: dict[tuple[float, float], tuple[Clock, list[int]]] = {}
-    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"):
-        clock = _clock("CPU", folder, "scaling_", 1e3)
+    groups: dict[tuple[float, float], list[Clock]] = {}
+    folders = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq")
+    for core, folder in sorted((int(folder.parent.name[3:]), folder) for folder in folders):
+        clock = _clock(str(core), folder, "scaling_", 1e3)
         if clock is not None:  # a core that is switched off has none
-            _, cores = groups.setdefault((clock.minimum_mhz, clock.maximum_mhz), (clock, []))
-            cores.append(int(folder.parent.name[3:]))
-    clocks = []
-    for clock, cores in sorted(groups.values(), key=lambda group: min(group[1])):
-        name = f"CPU {','.join(map(str, sorted(cores)))}"
-        clocks.append(Clock(name, clock.minimum_mhz, clock.maximum_mhz, clock.current_mhz))
-    return clocks
+            groups.setdefault((clock.minimum_mhz, clock.maximum_mhz), []).append(clock)
+    return [replace(group[0], name=f"CPU {','.join(clock.name for clock in group)}") for group in groups.values()]
 
 
 def _clock(name: str, folder: Path, prefix: str, per_mhz: float) -> Clock | None:
@@ -241,10 +227,7 @@ def _clock(name: str, folder: Path, prefix: str, per_mhz: float) -> Clock | None
 
 
 def _temperatures(root: Path) -> dict[str, float]:
-    """Zone -> degrees; a zone whose sensor sleeps cannot be read and is left out."""
-    found = {}
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        kind, millidegrees = _text(zone / "type"), _number(zone / "temp")
-        if kind and millidegrees is not None:
-            found[kind.removesuffix("-thermal")] = millidegrees / 1000
-    return found
+    """Degrees of each zone; a zone whose sensor sleeps cannot be read and is left out."""
+    zones = sorted((root / "sys/class/thermal").glob("thermal_zone*"))
+    readings = [(_text(zone / "type"), _number(zone / "temp")) for zone in zones]
+    return {kind.removesuffix("-thermal"): value / 1000 for kind, value in readings if kind and value is not None}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ..bundle.products import PRODUCTS  # TensorRT fuses each with the pairs before it
 from ..runtimes.flavours import max_opset
+from .onnx_graph import PRODUCTS  # TensorRT fuses each with the pairs before it
 
 OLDEST = (10, 3)
 _DEFAULT_DOMAINS = ("", "ai.onnx")

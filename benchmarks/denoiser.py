@@ -26,8 +26,7 @@ import torch
 from torch import nn
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.export.graphs import PlainDenoiser
-from moebius_edge.export.onnx_file import OPSET, write_onnx
+from moebius_edge.export.onnx_file import OPSET, PlainDenoiser, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, best_tile, function_bodies
 from moebius_edge.export.specialise import (
     FoldedSeparableConv,

@@ -228,7 +228,7 @@ def test_the_rules_see_what_they_forbid() -> None:
         ("model.student", True, False, False),
     ]
     assert [may_import("sampling.scheduler", i.target) for i in found if i.internal] == [False, True, False, False]
-    (up,) = imports_of("from ..spec import X", "export.gate", False, "gate.py")
+    (up,) = imports_of("from ..spec import X", "export.exporter", False, "exporter.py")
     (beside,) = imports_of("from .base import X", "runtimes", True, "__init__.py")
     assert (up.target, beside.target) == ("spec", "runtimes.base")
 

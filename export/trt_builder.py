@@ -64,22 +64,10 @@ class TrtBuilder:
         self.flavour = FLAVOURS[flavour]
         self.package = load_package(self.flavour)
         self.title = f"{self.flavour.title} {self.package.__version__}"
-        self.polygraphy = self._load_polygraphy()
+        import_polygraphy(self.flavour.extra).config.USE_TENSORRT_RTX = not self.flavour.needs_gpu
+        from polygraphy.backend import trt  # it reads that setting once, when it is imported
 
-    def _load_polygraphy(self) -> ModuleType:
-        try:
-            from polygraphy import config
-
-            config.USE_TENSORRT_RTX = not self.flavour.needs_gpu  # before the next import, which reads it
-            from polygraphy.backend import trt
-            from polygraphy.logger import G_LOGGER
-        except ImportError as error:
-            install = f'run `pip install "moebius-edge[{self.flavour.extra}]"`'
-            raise MachineError(f"engines need the package {error.name}", install) from None
-        logger = logging.getLogger("Polygraphy")
-        G_LOGGER.use_python_logging_system, logger.propagate = True, False
-        logger.addHandler(_ERRORS)
-        return trt
+        self.polygraphy = trt
 
     def parse(self, onnx: Path) -> Network:
         """The network of an ONNX file.
@@ -169,6 +157,22 @@ class TrtBuilder:
         if what == "start" or any(map(_UNSUPPORTED_GPU.search, messages)):
             return MachineError(f"{problem}: this GPU or driver does not suit it", "see its support matrix")
         return BundleError(problem, "try another version of it, or export the bundle again")
+
+
+def import_polygraphy(extra: str) -> ModuleType:
+    """The package, its messages kept in ``_ERRORS`` and not printed; ``extra`` is ours that brings it.
+
+    Raises ``MachineError`` where it is not installed.
+    """
+    try:
+        import polygraphy.config
+        from polygraphy.logger import G_LOGGER
+    except ImportError:
+        raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
+    logger = logging.getLogger("Polygraphy")
+    G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
+    logger.addHandler(_ERRORS)
+    return polygraphy
 
 
 def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``build_engines``: a bundle's ONNX files, and ``update``, become ``BUNDLE/engines/<key>/``, or nothing at all.
 
 Here is decided what to build for which machine, whether it is there already, and whether memory and disk allow it.
-TensorRT works in a process a component (``build_worker``); neither PyTorch nor the onnx package is needed.
+TensorRT works in a process a component (``trt_builder``); neither PyTorch nor the onnx package is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from ..bundle.bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
 from ..errors import BundleError, MachineError, OutOfMemory, UsageError
 from ..progress import Progress, no_progress
-from ..runtimes.cuda import find_gpu
+from ..runtimes.cuda import Gpu, find_gpu
 from ..runtimes.engine_files import (
     ANY_GPU,
     ENGINE_FILE,
@@ -38,7 +38,7 @@ from ..system.fingerprint import first_difference
 from ..system.machine import available_memory_bytes
 from ..system.subprocess_job import run_job
 
-WORKER = (sys.executable, "-m", f"{__package__}.build_worker")
+WORKER = (sys.executable, "-m", f"{__package__}.trt_builder")
 _LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
 _QUANTISED = {DENOISER: "nodes", SHALLOW: "shallow_nodes"}  # component -> its quantised operators in bundle.json
 # Bytes needed for each byte of ONNX, and besides; docs/engines.md has the measurements.
@@ -87,38 +87,35 @@ def find_engine_key(options: EngineOptions, precision: str) -> EngineKey:
     gpu = find_gpu()
     key = EngineKey(precision, flavour.name, str(package.__version__), ANY_GPU, ())
     if not flavour.needs_gpu:
+        if options.timing_cache is not None:
+            raise UsageError(f"{flavour.title} keeps no timing cache: leave --timing-cache out")
         return replace(key, compute_capabilities=_choose_capabilities(package, gpu, options.compute_capabilities))
     if options.compute_capabilities:
-        raise UsageError(
-            f"{flavour.title} builds for the GPU of this machine only: leave --compute-capability out, or use "
-            "--engine tensorrt-rtx"
-        )
+        problem = f"{flavour.title} builds for the GPU of this machine only"
+        raise UsageError(problem, "leave --compute-capability out, or use --engine tensorrt-rtx")
     if gpu is None:
-        raise MachineError(
-            f"{flavour.title} builds on the GPU that will run the engine, and this machine shows none: check "
-            "with `nvidia-smi`, or build with --engine tensorrt-rtx, which needs no GPU"
-        )
+        problem = f"{flavour.title} builds on the GPU that will run the engine, and this machine shows none"
+        remedy = "check with `nvidia-smi`, or build with --engine tensorrt-rtx, which needs no GPU"
+        raise MachineError(problem, remedy)
     return replace(key, gpu=gpu.name, compute_capabilities=(_dotted(gpu.compute_capability),))
 
 
-def _choose_capabilities(package: Any, gpu: Any, asked: tuple[str, ...]) -> tuple[str, ...]:
+def _choose_capabilities(package: Any, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:
     """The GPU generations that TensorRT for RTX builds for; its enumeration has names such as SM75 and SM120."""
     names = (re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(package.ComputeCapability))
     known = sorted((int(m[1]), int(m[2])) for m in names if m)
-    title = f"TensorRT for RTX {package.__version__} does not build for"
-    listed = ", ".join(map(_dotted, known))
-    if unknown := [c for c in asked if c not in map(_dotted, known)]:
+    dotted = [_dotted(capability) for capability in known]
+    title, listed = f"TensorRT for RTX {package.__version__} does not build for", ", ".join(dotted)
+    if unknown := [c for c in asked if c not in dotted]:
         raise UsageError(f"{title} compute capability {unknown[0]}: it has {listed}")
     if asked:
-        return tuple(c for c in map(_dotted, known) if c in asked)
+        return tuple(c for c in dotted if c in asked)
     if gpu is None:
         return tuple(_dotted(c) for c in known if c >= _LEAST_DEFAULT_CAPABILITY)
     own = _dotted(gpu.compute_capability)
-    if gpu.compute_capability not in known:
-        raise MachineError(
-            f"{title} {gpu.name}, compute capability {own} (it has {listed}): use --engine tensorrt, or name another "
-            "GPU's with --compute-capability"
-        )
+    if own not in dotted:
+        remedy = "use --engine tensorrt, or name another GPU's with --compute-capability"
+        raise MachineError(f"{title} {gpu.name}, compute capability {own} (it has {listed})", remedy)
     return (own,)
 
 
@@ -178,10 +175,10 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
     key = find_engine_key(options, bundle.precision)
     folder = bundle.path / ENGINES_FOLDER / key.folder
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
-    onnx = {name: bundle.files[component.file]["sha256"] for name, component in bundle.components.items()}
-    settings = {name: getattr(options, name) for name in ("max_batch", "workspace_bytes", "opt_level")}
+    hashes = {name: bundle.files[component.file]["sha256"] for name, component in bundle.components.items()}
+    settings: Any = {name: getattr(options, name) for name in ("max_batch", "workspace_bytes", "opt_level")}
     profiles = {name: rows(name, options.max_batch, bundle.branches) for name in components}
-    engine = Engine(folder, ENGINE_SCHEMA_VERSION, key, onnx, {}, settings, profiles, {})  # type: ignore[arg-type]
+    engine = Engine(folder, ENGINE_SCHEMA_VERSION, key, hashes, {}, settings, profiles, {})
     notes: list[str] = []
     if os.path.lexists(folder) and not options.force:
         reason = _why_outdated(engine)
@@ -189,16 +186,18 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
             return Built(read_engine(folder), fresh=False)
         notes.append(f"the engine {folder} is built again: {reason}")
     check_room(bundle)
-    cache = _timing_cache(bundle, options, key, notes)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make folder {folder.parent} ({error.strerror})"
+        raise MachineError(problem, "name a folder for the bundle's copy with --output") from error
     started = time.monotonic()
-    _make_parent(folder.parent)
     with atomic_directory(folder, overwrite=True, marker=ENGINE_FILE) as temporary:
         for index, (name, component) in enumerate(components.items(), start=1):
             stage = f"build {name} ({index} of {len(components)})"
-            progress(stage, 0, 100)
             request = {
+                "stage": stage,
                 "component": name,
-                "precision": "float32" if name == UPDATE else bundle.precision,
                 "onnx": None if name == UPDATE else os.path.abspath(bundle.component_path(name)),
                 "quantised": {**(bundle.int8 or {})}.get(_QUANTISED.get(name, ""), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
@@ -207,12 +206,11 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
                 "profile": profile(component, profiles[name]),
                 "workspace_bytes": options.workspace_bytes,
                 "opt_level": options.opt_level,
-                "timing_cache": cache,
-                "stage": stage,
+                "timing_cache": _timing_cache(bundle, options, key),
             }
-            engine.plans[name] = run_job(  # type: ignore[assignment]
-                WORKER, request, f"the build of {name}", progress, notes.append, _MEMORY_REMEDY
-            )
+            progress(stage, 0, 100)
+            plan: Any = run_job(WORKER, request, f"the build of {name}", progress, notes.append, _MEMORY_REMEDY)
+            engine.plans[name] = plan
         engine.built["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         engine.built["seconds"] = round(time.monotonic() - started, 1)
         text = json.dumps(engine_document(engine), indent=2, allow_nan=False) + "\n"
@@ -227,30 +225,23 @@ def rows(component: str, max_batch: int, branches: int = 2) -> list[int]:
 
 def profile(component: Component, batches: list[int]) -> dict[str, list[list[int]]]:
     """For every input the shape at each number of rows; all sizes but the batch are fixed."""
-    return {
-        tensor.name: [[n if d == "N" else int(d) for d in tensor.shape] for n in batches]
-        for tensor in component.inputs
-    }
+    return {t.name: [[n if d == "N" else int(d) for d in t.shape] for n in batches] for t in component.inputs}
 
 
 def check_room(bundle: Bundle) -> None:
     """Raise ``MachineError`` where a build would run out of memory or disk; what cannot be learnt is no reason."""
     sizes = {name: bundle.files[c.file]["bytes"] for name, c in bundle.components.items()}
     largest = max(sizes, key=lambda name: sizes[name])
-    needed = MEMORY_BASE_BYTES + MEMORY_FACTOR * sizes[largest]
-    available = available_memory_bytes()
+    needed, available = MEMORY_BASE_BYTES + MEMORY_FACTOR * sizes[largest], available_memory_bytes()
     if available is not None and available < needed:
-        raise OutOfMemory(
-            f"building the {largest} takes about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
-            "available",
-            "close other programs or add swap",
-        )
-    disk, free = DISK_BASE_BYTES + DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
-    if free < disk:
-        raise MachineError(
-            f"the engines take about {disk / 1e9:.1f} GB and the disk of {bundle.path} has {free / 1e9:.1f} GB left",
-            "free space or name a folder on another disk with --output",
-        )
+        problem = f"building the {largest} takes about {needed / 1e9:.1f} GB of memory"
+        remedy = "close other programs or add swap"
+        raise OutOfMemory(f"{problem} and {available / 1e9:.1f} GB are available", remedy)
+    needed_disk, free = DISK_BASE_BYTES + DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
+    if free < needed_disk:
+        problem = f"the engines take about {needed_disk / 1e9:.1f} GB and the disk of {bundle.path} has"
+        remedy = "free space or name a folder on another disk with --output"
+        raise MachineError(f"{problem} {free / 1e9:.1f} GB left", remedy)
 
 
 def _why_outdated(engine: Engine) -> str:
@@ -264,20 +255,9 @@ def _why_outdated(engine: Engine) -> str:
     return "" if old == new else first_difference(old, new)
 
 
-def _timing_cache(bundle: Bundle, options: EngineOptions, key: EngineKey, notes: list[str]) -> str | None:
+def _timing_cache(bundle: Bundle, options: EngineOptions, key: EngineKey) -> str | None:
     """Where TensorRT keeps what it measured; the default's name has the GPU and version that it is good for."""
-    if FLAVOURS[options.flavour].needs_gpu:
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", f"timing-{key.version}-{key.gpu}.cache")
-        return os.path.abspath(options.timing_cache or bundle.path / ENGINES_FOLDER / name)
-    if options.timing_cache is not None:
-        notes.append("TensorRT for RTX keeps no timing cache: --timing-cache has no effect")
-    return None
-
-
-def _make_parent(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"cannot make folder {folder} ({error.strerror}): name a folder for the bundle's copy with --output"
-        ) from error
+    if not FLAVOURS[options.flavour].needs_gpu:
+        return None
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"timing-{key.version}-{key.gpu}.cache")
+    return os.path.abspath(options.timing_cache or bundle.path / ENGINES_FOLDER / name)

@@ -58,10 +58,10 @@ def compare_layers(
     provider_b: str = "cpu",
     on_progress: Progress = no_progress,
 ) -> list[LayerDifference]:
-    """Run the ONNX files ``a`` and ``b`` on the same ``feeds``, drawn ones by default, and compare what they compute.
+    """Run the ONNX files ``a`` and ``b`` on the same ``feeds``, by default drawn ones, and compare what they compute.
 
-    ``provider_a`` and ``provider_b`` are ONNX Runtime's: ``cpu``, ``cuda`` or ``tensorrt``. A large model is run several
-    times, each time for tensors of at most ``LIMIT_BYTES``. The largest relative error comes first.
+    ``provider_a`` and ``provider_b`` are ONNX Runtime's: ``cpu``, ``cuda`` or ``tensorrt``. A large model is run
+    several times, each time for tensors of at most ``LIMIT_BYTES``. The largest relative error comes first.
 
     Raises:
         MachineError: Polygraphy or ONNX Runtime is missing, or lacks a provider.

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..errors import BundleError, UsageError
+from ..errors import BundleError
 from ..model import Student
 from ..spec import Component
 from ..system.files import utf8_path
@@ -29,7 +29,6 @@ from .trt_rules import problems
 # The highest opset TensorRT 10.3 (JetPack 6) reads. 21 would bring GroupNormalization, whose per-channel
 # scale TensorRT mishandles before 10.9.
 OPSET = 20
-LARGEST_BYTES = 2**31 - 2**24  # of one protobuf file, with room for the graph itself
 
 
 class Encoder(nn.Module):
@@ -58,27 +57,6 @@ class Decoder(nn.Module):
         return image
 
 
-class PlainDenoiser(nn.Module):
-    """The student as it is, for comparison: ``specialise`` makes what is exported.
-
-    ``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w).
-
-    With M prompts a branch (10), branch 0 is prompt ids 0..M-1 (conditional), 1 is M..2M-1 (unconditional).
-    """
-
-    prompts: Tensor
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self.student = student
-        self.register_buffer("prompts", torch.arange(student.config.num_prompts), persistent=False)
-
-    def forward(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> Tensor:
-        ids = self.prompts + len(self.prompts) * branch[:, None]  # (N, M)
-        noise: Tensor = self.student(sample, timestep, ids).noise
-        return noise
-
-
 def build_modules(student: Student, vae: Any) -> dict[str, nn.Module]:
     """The modules by component name, in evaluation mode."""
     modules = {"vae_encoder": Encoder(vae), "denoiser": specialise(student), "vae_decoder": Decoder(vae)}
@@ -98,15 +76,8 @@ def write_onnx(
     bodies of operators that no runtime knows.
 
     Raises:
-        UsageError: the weights are too large for one ONNX file.
         BundleError: the module became a node that TensorRT 10.3 does not take.
     """
-    weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    if weights > LARGEST_BYTES:
-        raise UsageError(
-            f"the {component.name} has {weights / 1e9:.2f} GB of weights, and an ONNX file holds 2 GB",
-            "use a smaller model configuration",
-        )
     # Batch 2, for a 1 would be taken as fixed.
     shapes = [[size if isinstance(size, int) else 2 for size in t.shape] for t in component.inputs]
     examples = [torch.zeros(s, dtype=getattr(torch, t.dtype)) for s, t in zip(shapes, component.inputs, strict=True)]
@@ -174,12 +145,7 @@ def _drop_metadata(model: Any, name: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Neither deprecation warnings nor chatter on the log from the exporter; its errors still raise and log."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,18 +1,21 @@
-"""TensorRT's parser and builder, either flavour, through Polygraphy's loaders.
+"""One ONNX file, or ``update``, -> one TensorRT plan, of either flavour, through Polygraphy's loaders.
 
-Networks are always strongly typed: what the file says is what is computed, and no option here lowers a type. Every
-failure becomes one line, whose cause TensorRT writes to its log alone. A process works with one flavour, for Polygraphy
-imports one of the two packages for good.
+``python -m moebius_edge.export.trt_builder`` answers a request (see ``system.subprocess_job``): a process a plan gives
+all memory back, and Polygraphy imports one of the two packages for good. Networks are always strongly typed: what the
+file says is what is computed, and no option here lowers a type.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
+import signal
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,26 +23,59 @@ from typing import Any
 import numpy as np
 
 from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory
-from ..runtimes.flavours import FLAVOURS, load_package
+from ..progress import Progress
+from ..runtimes.flavours import FLAVOURS, load_package, max_opset, version_of
+from ..runtimes.onnx_check import check_onnx_file
 from ..runtimes.update import COEFFICIENTS, update_component
 from ..spec import LATENT_CHANNELS, Component
-from ..system.files import utf8_path
-
-Network = tuple[Any, ...]  # Polygraphy's: the builder, the network, and the parser where there is one
+from ..system.files import atomic_write, sha256_file, utf8_path
+from ..system.machine import peak_memory_bytes
+from ..system.subprocess_job import Note, serve_job
 
 _PRODUCT_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
 _UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
-_INT8 = re.compile(r"\bint8\b", re.IGNORECASE)
-_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]")
 _SAMPLE_CHANNELS = 2 * LATENT_CHANNELS + 1
 # Indices of channels. TensorRT reads them where they lie until the plan is built: never a temporary array.
 _CHANNELS = np.arange(_SAMPLE_CHANNELS, dtype=np.int32)
 _ALL_BUT_ROWS = 0b1110  # axes to sum over, a bit each
 
 
+def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, Any]:
+    """Build and write one plan; what ``engine.json`` records of it.
+
+    ``request`` is made by ``engines.build_engines``: component and ONNX file (None for ``update``), the names of its
+    quantised operators, the plan to write, TensorRT's options, and the name of the work for ``progress``.
+
+    Raises:
+        BundleError: the file cannot be parsed or built, or has other quantised operators than the bundle says.
+        MachineError: TensorRT is missing, does not know the GPU, or memory or disk ran out.
+    """
+    started = time.monotonic()
+    builder = TrtBuilder(request["flavour"])
+    if request["onnx"] is None:
+        network = builder.create_update(request["profile"]["sample"][0][-1])
+    else:
+        builder.check(Path(request["onnx"]))
+        network = builder.parse(Path(request["onnx"]))
+    facts = describe_network(network[1])
+    check_quantised(facts, request["quantised"], request["component"])
+    plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
+    with atomic_write(request["plan"]) as temporary:
+        temporary.write_bytes(plan)
+    return {
+        "file": Path(request["plan"]).name,
+        "sha256": sha256_file(request["plan"]),
+        "bytes": Path(request["plan"]).stat().st_size,
+        "layers": facts["layers"],
+        "tensors": facts["tensors"],
+        "build_seconds": round(time.monotonic() - started, 1),
+        "build_peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
 class _ErrorLog(logging.Handler):
-    """Keeps what TensorRT and Polygraphy log as errors."""
+    """Keeps the errors that TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -53,8 +89,21 @@ class _ErrorLog(logging.Handler):
 _ERRORS = _ErrorLog()
 
 
+def import_polygraphy(extra: str) -> ModuleType:
+    """The package, whose messages are kept and not printed. Raises ``MachineError`` that names our ``extra``."""
+    try:
+        import polygraphy.config
+        from polygraphy.logger import G_LOGGER
+    except ImportError:
+        raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
+    logger = logging.getLogger("Polygraphy")
+    G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
+    logger.addHandler(_ERRORS)
+    return polygraphy
+
+
 class TrtBuilder:
-    """Parses and builds with one flavour of TensorRT.
+    """Polygraphy's loaders on one flavour of TensorRT. A network is its tuple of builder, network and parser.
 
     Raises:
         MachineError: TensorRT or Polygraphy is not installed.
@@ -69,29 +118,34 @@ class TrtBuilder:
 
         self.polygraphy = trt
 
-    def parse(self, onnx: Path) -> Network:
-        """The network of an ONNX file.
+    def check(self, onnx: Path) -> None:
+        """Raise ``BundleError`` for a file of too new an opset, or that breaks ``check_onnx_file`` or ``trt_rules``."""
+        version = version_of(self.package)
+        highest, opset = max_opset(self.flavour.name, version), check_onnx_file(onnx)
+        violations = [f"opset {opset} is newer than {highest}, the highest it parses"] if opset > highest else []
+        with suppress(ImportError):  # a device need not have the onnx package
+            from onnx import load
 
-        Raises:
-            BundleError: the file cannot be parsed; the message names the node.
-            MachineError: TensorRT does not start on this machine.
-        """
+            from .trt_rules import problems
+
+            violations += problems(load(os.fspath(onnx), load_external_data=False), self.flavour.name, version)
+        if violations:
+            raise BundleError(f"{onnx} is not for {self.title}: {violations[0]}", "export the bundle again")
+
+    def parse(self, onnx: Path) -> Any:
+        """The network of an ONNX file. Raises ``BundleError`` that names the node that cannot be parsed."""
         with utf8_path(onnx) as name:
-            load = self.polygraphy.NetworkFromOnnxPath(name, strongly_typed=True)
-            return self._call("parse", load, onnx)
+            return self._call(f"parse {onnx}", self.polygraphy.NetworkFromOnnxPath(name, strongly_typed=True))
 
-    def define_update(self, latent_size: int) -> Network:
+    def create_update(self, latent_size: int) -> Any:
         """The network of ``update`` for latents of that size."""
-        network: Network = self._call("start", self.polygraphy.CreateNetwork(strongly_typed=True))
+        network = self._call("start", self.polygraphy.CreateNetwork(strongly_typed=True))
         define_update(self.package, network[1], update_component(latent_size))
         return network
 
-    def build(self, network: Network, request: dict[str, Any], on_percent: Callable[[int], None]) -> Any:
-        """The plan, a buffer of TensorRT's own: a copy would need as much memory again.
-
-        ``request`` is ``build_worker.build``'s. Raises BundleError, or MachineError where the machine is at fault.
-        """
-        trt, polygraphy = self.package, self.polygraphy
+    def build(self, network: Any, request: dict[str, Any], on_percent: Callable[[int], None]) -> Any:
+        """The plan, a buffer of TensorRT's own: a copy would need as much memory again. Raises as ``build``."""
+        trt, polygraphy, cache = self.package, self.polygraphy, request["timing_cache"]
         profile = polygraphy.Profile()
         for name, (least, best, most) in request["profile"].items():
             profile.add(name, min=least, opt=best, max=most)
@@ -102,7 +156,6 @@ class TrtBuilder:
         }
         if request["workspace_bytes"] is not None:
             options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
-        cache = request["timing_cache"]
         if self.flavour.needs_gpu:
             config = polygraphy.CreateConfig(load_timing_cache=cache, **options)
         else:
@@ -113,44 +166,22 @@ class TrtBuilder:
         # On by default, TF32 would round the inputs of float32 products to ten bits; the file says float32.
         config = polygraphy.PostprocessConfig(config, lambda b, n, c: c.clear_flag(trt.BuilderFlag.TF32))
         load = polygraphy.EngineBytesFromNetwork(network, config=config, save_timing_cache=cache)
-        return self._call("build", load, request["component"])
+        return self._call(f"build {request['component']}", load)
 
-    def count_in_int8(self, plan: Any, names: list[str]) -> tuple[int | None, str]:
-        """How many of the quantised ONNX nodes ``names`` a plan computes in INT8 on this GPU, and a note for the user.
-
-        The count is None where it is not known: TensorRT for RTX chooses its kernels when the engine is loaded.
-        """
-        if not self.flavour.needs_gpu:
-            return None, ""
-        try:
-            engine = self.polygraphy.EngineFromBytes(plan)()
-            form = self.package.LayerInformationFormat.JSON
-            in_int8 = nodes_in_int8(engine.create_engine_inspector().get_engine_information(form), names)
-        except Exception as error:  # the engine is built and good; that its layers cannot be listed takes nothing away
-            return None, f"which operators of the engine run in INT8 could not be read ({error})"
-        if len(in_int8) == len(names):
-            return len(names), ""
-        first = next(name for name in names if name not in in_int8)
-        return len(in_int8), (
-            f"{self.title} computes {len(in_int8)} of the {len(names)} quantised operators in INT8, not {first}: "
-            "measure it beside FP16"
-        )
-
-    def _call(self, what: str, load: Callable[[], Any], subject: object = "") -> Any:
-        """What a loader returns, or our error for one of TensorRT's: the first it logged, for others follow from it."""
+    def _call(self, what: str, load: Callable[[], Any]) -> Any:
+        """What a loader returns, or our error for the first that TensorRT logged, for others follow from it."""
         from polygraphy.exception import PolygraphyException
 
         _ERRORS.messages.clear()
         try:
             return load()
-        except Exception as error:
-            started = isinstance(error, PolygraphyException)  # anything else is a constructor of TensorRT that failed
-            raise self._error(what if started else "start", str(subject) if started else "", str(error)) from None
+        except Exception as error:  # but for Polygraphy's own it is a constructor of TensorRT that failed
+            raise self._error(what if isinstance(error, PolygraphyException) else "start", str(error)) from None
 
-    def _error(self, what: str, subject: str, reason: str) -> MoebiusError:
+    def _error(self, what: str, reason: str) -> MoebiusError:
         messages = [*_ERRORS.messages, reason]
-        node = [m for m in messages if "In node " in m]
-        problem = f"{self.title} cannot {f'{what} {subject}'.strip()} ({_tidy((node or messages)[0])})"
+        cause = next((m for m in messages if "In node " in m), messages[0])
+        problem = f"{self.title} cannot {what} ({_tidy(cause)})"
         if any(map(_OUT_OF_MEMORY.search, messages)):
             remedy = "close other programs, or pass a smaller --workspace or --max-batch"
             return OutOfMemory(f"{problem}: memory ran out", remedy)
@@ -159,20 +190,11 @@ class TrtBuilder:
         return BundleError(problem, "try another version of it, or export the bundle again")
 
 
-def import_polygraphy(extra: str) -> ModuleType:
-    """The package, its messages kept in ``_ERRORS`` and not printed; ``extra`` is ours that brings it.
-
-    Raises ``MachineError`` where it is not installed.
-    """
-    try:
-        import polygraphy.config
-        from polygraphy.logger import G_LOGGER
-    except ImportError:
-        raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
-    logger = logging.getLogger("Polygraphy")
-    G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
-    logger.addHandler(_ERRORS)
-    return polygraphy
+def _tidy(message: str) -> str:
+    """A message on one line, without the place in TensorRT's sources and the number of the error."""
+    text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.removeprefix("[E] ").split()))
+    text = re.sub(r"In node -?\d+ with name: (.*?) and operator: (\S+) \(\w+\): \w+: ", r"node '\1' (\2): ", text)
+    return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
 
 
 def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
@@ -201,8 +223,9 @@ def describe_network(network: Any) -> dict[str, Any]:
         if kind == "DEQUANTIZE" or (kind in ("SHUFFLE", "UNSQUEEZE") and inputs[0] in dequantised):
             dequantised.update(t.name for t in outputs)
         if kind in _PRODUCT_LAYERS and len(inputs) > 1 and dequantised.issuperset(inputs[:2]):
-            noted = _ONNX_LAYER.match(layer.metadata or "")  # the layer's own name may have got a number
-            quantised.append(noted[1] if noted else layer.name)
+            # The layer's own name may have got a number.
+            onnx_name = re.match(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
+            quantised.append(onnx_name[1] if onnx_name else layer.name)
     return {
         "layers": dict(sorted(layers.items())),
         "tensors": dict(sorted(tensors.items())),
@@ -212,56 +235,47 @@ def describe_network(network: Any) -> dict[str, Any]:
     }
 
 
-def nodes_in_int8(information: str, names: Iterable[str]) -> list[str]:
-    """Those of the ONNX nodes ``names`` that a layer with an INT8 input computes.
+def check_quantised(facts: dict[str, Any], names: list[str], component: str) -> None:
+    """Raise ``BundleError`` unless the network's quantised operators are the ONNX nodes ``names``."""
+    if missing := sorted(set(names) - set(facts["quantised"])):
+        raise BundleError(f"{component}: TensorRT does not see {missing[0]} as quantised: export the bundle again")
+    if more := sorted(set(facts["quantised"]) - set(names)):
+        raise BundleError(f"{component}: {more[0]} is quantised, and bundle.json does not list it: export it again")
 
-    ``information`` is the JSON of TensorRT's engine inspector at detailed verbosity: layers with the ONNX nodes that
-    they were fused from in their name or metadata, and the format of each input in words that differ by version.
 
-    Raises:
-        ValueError: it is no JSON, or was written without details.
-    """
-    layers = json.loads(information).get("Layers", [])
-    if not layers or not all(isinstance(layer, dict) for layer in layers):
-        raise ValueError("the engine's layers have no details")
-    in_int8: set[str] = set()
-    for layer in layers:
-        formats = [[v for k, v in i.items() if k != "Name"] for i in layer.get("Inputs", []) if isinstance(i, dict)]
-        if any(_INT8.search(json.dumps(values)) for values in formats):
-            in_int8.update(_ONNX_LAYER.findall(str(layer.get("Metadata", ""))))
-            in_int8.update(part.strip() for part in str(layer.get("Name", "")).split(" + "))
-    return [name for name in names if name in in_int8]
+def _name(member: Any) -> str:
+    return str(member).rpartition(".")[2]
 
 
 def make_monitor(trt: Any, on_percent: Callable[[int], None]) -> Any:
     """TensorRT's progress monitor, whose nested phases become one number from 0 to 100 that never goes back."""
+    phases: dict[str, list[Any]] = {}  # name -> [parent, steps, steps done]
+    highest = 0
+
+    def fraction(name: str) -> float:
+        _, steps, done = phases[name]
+        inner = [fraction(n) for n, (parent, _, _) in list(phases.items()) if parent == name]
+        return float(min(done + max(inner, default=0.0), steps)) / steps
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._phases: dict[str, list[Any]] = {}  # name -> [parent, steps, steps done]
-            self._percent = 0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._phases[phase_name] = [parent_phase, max(1, num_steps), 0]
+            phases[phase_name] = [parent_phase, max(1, num_steps), 0]
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._phases:
-                self._phases[phase_name][2] = step + 1
-            outermost = [n for n, (parent, _, _) in list(self._phases.items()) if parent not in self._phases]
-            percent = int(100 * self._fraction(outermost[0])) if outermost else 0
-            if percent > self._percent:
-                self._percent = percent
+            nonlocal highest
+            if phase_name in phases:
+                phases[phase_name][2] = step + 1
+            percent = max((int(100 * fraction(n)) for n, p in list(phases.items()) if p[0] not in phases), default=0)
+            if percent > highest:
+                highest = percent
                 on_percent(percent)
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
-
-        def _fraction(self, name: str) -> float:
-            _, steps, done = self._phases[name]
-            inner = [self._fraction(n) for n, (parent, _, _) in list(self._phases.items()) if parent == name]
-            return min(done + max(inner, default=0.0), steps) / steps
+            phases.pop(phase_name, None)
 
     return Monitor()
 
@@ -282,8 +296,7 @@ def define_update(trt: Any, network: Any, component: Component) -> None:
         return network.add_gather(tensor, indices, axis).get_output(0)
 
     def channels(tensor: Any, start: int, stop: int) -> Any:
-        indices = network.add_constant((stop - start,), _CHANNELS[start:stop]).get_output(0)
-        return gather(tensor, indices, 1)
+        return gather(tensor, network.add_constant((stop - start,), _CHANNELS[start:stop]).get_output(0), 1)
 
     def combine(operation: Any, a: Any, b: Any) -> Any:
         return network.add_elementwise(a, b, operation).get_output(0)
@@ -314,12 +327,10 @@ def define_update(trt: Any, network: Any, component: Component) -> None:
         network.mark_output(outputs[tensor.name])
 
 
-def _tidy(message: str) -> str:
-    """A message on one line, without the place in TensorRT's sources and the number of the error."""
-    text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.removeprefix("[E] ").split()))
-    text = re.sub(r"In node -?\d+ with name: (.*?) and operator: (\S+) \(\w+\): \w+: ", r"node '\1' (\2): ", text)
-    return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
+def _serve(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorRT would not return to Python in time
+    return build(request, progress, note)
 
 
-def _name(member: Any) -> str:
-    return str(member).rpartition(".")[2]
+if __name__ == "__main__":
+    sys.exit(serve_job(_serve))

@@ -19,7 +19,6 @@ from moebius_edge.calibration.pairs import quantise_weight
 from moebius_edge.calibration.quantise import activations, quantise, quantised_nodes
 from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.export.build_worker import check_for_tensorrt
 from moebius_edge.export.precision import convert
 from moebius_edge.export.trt_builder import TrtBuilder, describe_network, network_facts
 from moebius_edge.export.trt_rules import problems
@@ -312,7 +311,7 @@ def test_tensorrt_builds_it(tiny: SimpleNamespace, tmp_path: Path) -> None:
     scales = dict.fromkeys(activations(tiny.model, every), 0.05)
     onnx.save(quantise(tiny.model, every, scales), tmp_path / "denoiser.onnx")
     builder = TrtBuilder("tensorrt-rtx")
-    check_for_tensorrt(tmp_path / "denoiser.onnx", builder)
+    builder.check(tmp_path / "denoiser.onnx")
     network = builder.parse(tmp_path / "denoiser.onnx")
     assert len(describe_network(network[1])["quantised"]) == sum(len(b.nodes) for b in tiny.blocks)
     sizes = {"sample": (9, 32, 32), "timestep": (), "branch": ()}

@@ -27,7 +27,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.export.graphs import PlainDenoiser
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, best_tile, function_bodies
 from moebius_edge.export.specialise import (
@@ -38,7 +37,7 @@ from moebius_edge.export.specialise import (
     SpecialMixFFN,
     specialise,
 )
-from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.model import Student, StudentConfig, build_student
 from moebius_edge.model.lambdas import InteractiveLambda, LocalLambda
 from moebius_edge.model.layers import Upsample
 from moebius_edge.model.student import MixFFN, SeparableConv
@@ -54,6 +53,27 @@ CLASSES = {
     "moving data": ("Transpose", "Reshape", "Concat", "Slice", "Gather", "Pad", "ReorderInput", "ReorderOutput",
                     "DepthToSpace", "Split", "Expand", "Unsqueeze", "Squeeze"),
 }  # fmt: skip
+
+
+class PlainDenoiser(nn.Module):
+    """The student as it is, with the denoiser's inputs, for comparison with what is exported.
+
+    ``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w).
+
+    With M prompts a branch (10), branch 0 is prompt ids 0..M-1 (conditional), 1 is M..2M-1 (unconditional).
+    """
+
+    prompts: torch.Tensor
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("prompts", torch.arange(student.config.num_prompts), persistent=False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        ids = self.prompts + len(self.prompts) * branch[:, None]  # (N, M)
+        noise: torch.Tensor = self.student(sample, timestep, ids).noise
+        return noise
 
 
 def main() -> None:

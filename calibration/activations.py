@@ -16,9 +16,9 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from ..bundle.products import PRODUCTS, summed_axis
 from ..errors import BundleError
-from .blocks import infer_shapes, inlined
+from ..export.onnx_graph import PRODUCTS, constant_tensors, infer_shapes, summed_axis
+from .blocks import inlined
 from .quantise import rounded_outputs
 
 _OUTPUT_BYTES = 4  # of a value, whatever the file's precision: float32 or less
@@ -43,15 +43,6 @@ def load_inlined(path: Path) -> onnx.ModelProto:
         return inlined(onnx.load(str(path)))
     except Exception as error:  # protobuf's, and onnx's own
         raise BundleError(f"{path} is no valid ONNX file: export the bundle again") from error
-
-
-def constant_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Names of the tensors that depend on weights and constants alone, through any number of nodes."""
-    constant = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        if all(name in constant for name in node.input if name):
-            constant.update(node.output)
-    return constant
 
 
 def find_activations(model: onnx.ModelProto, rows: int, target: str = "tensorrt") -> list[Activation]:

@@ -13,12 +13,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import onnx
 from onnx import ModelProto, NodeProto
 
-from ..bundle.products import PRODUCTS, attribute, multiplications
 from ..errors import BundleError
-from .inlining import FUNCTION, inline, outline
+from ..export.onnx_graph import FUNCTION, PRODUCTS, attribute, infer_shapes, inline, multiplications, outline
 
 _BLOCK = re.compile(r"\w+_blocks\.\d+\.\w+\.\d+\.\w+|\w+")
 _ROOT = "network."
@@ -51,26 +49,6 @@ def blocks(model: ModelProto) -> list[Block]:
             nodes.setdefault(name, []).append(node.name)
             counts[name] = counts.get(name, 0) + _multiplications(node, shapes)
     return [Block(name, tuple(nodes[name]), counts[name]) for name in nodes]
-
-
-def infer_shapes(model: ModelProto, rows: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of an inlined model whose free batch is ``rows``; 0 for a size that is not known."""
-    return {name: shape for name, (shape, _) in infer_tensors(model, rows).items()}
-
-
-def infer_tensors(model: ModelProto, rows: int) -> dict[str, tuple[tuple[int, ...], int]]:
-    """As ``infer_shapes``, each shape with the element type (``onnx.TensorProto.DataType``)."""
-    copy = outline(model)
-    for value in (*copy.graph.input, *copy.graph.output):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                dimension.dim_value = rows
-    graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-    found = {t.name: (tuple(t.dims), t.data_type) for t in graph.initializer}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        kind = value.type.tensor_type
-        found[value.name] = (tuple(d.dim_value for d in kind.shape.dim), kind.elem_type)
-    return found
 
 
 def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto:

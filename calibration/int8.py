@@ -21,7 +21,7 @@ from .. import __version__
 from ..bundle.bundle import Bundle, write_bundle
 from ..data.calibration_pictures import open_calibration
 from ..errors import BundleError, UsageError
-from ..export.gate import judge_shallow, shallow_difference
+from ..export.exporter import judge_shallow, shallow_difference
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems

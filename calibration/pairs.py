@@ -21,7 +21,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import BundleError, UsageError
-from .inlining import outline
+from ..export.onnx_graph import outline
 
 LARGEST = 127  # of a symmetric INT8: -128 has no positive twin
 _SMALLEST_SCALE = 2.0**-24  # of weights: the smallest FP16 above 0

@@ -19,10 +19,9 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import ModelProto, NodeProto
 
-from ..bundle.products import PRODUCTS
 from ..errors import UsageError
+from ..export.onnx_graph import PRODUCTS, drop_unused
 from .blocks import block_of, blocks, inlined
-from .inlining import drop_unused
 from .pairs import PairWriter, producers, source
 from .recipe import Recipe
 from .silu import fuse_silu

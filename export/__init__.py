@@ -1,13 +1,13 @@
-"""From PyTorch to a bundle that runs without it: ``export_bundle``, one call, ending in a measured gate.
+"""From PyTorch to a bundle that runs without it, and from a bundle to TensorRT engines.
 
 ``source.py`` finds and loads the networks, ``specialise.py`` rewrites the student for inference with the lambda
-operators of ``operators.py``, ``graphs.py`` puts all in the bundle's terms, ``onnx_file.py`` writes and checks one
-ONNX file, ``precision.py`` types it, ``gate.py`` compares whole trajectories, ``exporter.py`` runs these in order.
-Importing this package imports no PyTorch.
+operators of ``operators.py``, ``onnx_file.py`` writes and checks ONNX files, ``precision.py`` types them,
+``exporter.py`` runs these in order and ends in a measured gate. ``engines.py`` builds engines through
+``build_worker.py`` and ``trt_builder.py``. ``layers.py`` finds where two conversions part.
+Importing this package imports neither PyTorch nor onnx.
 """
 
-from __future__ import annotations
+from .engines import EngineOptions, build_engines
+from .exporter import BundleOptions, export_bundle, float32_bundle
 
-from .exporter import PRECISIONS, export_bundle, float32_bundle
-
-__all__ = ["PRECISIONS", "export_bundle", "float32_bundle"]
+__all__ = ["BundleOptions", "EngineOptions", "build_engines", "export_bundle", "float32_bundle"]

@@ -1,48 +1,67 @@
-"""``build_engines``: a bundle's ONNX files, and ``update`` -> ``BUNDLE/engines/<key>/``, or nothing at all.
+"""``build_engines``: a bundle's ONNX files, and ``update``, become ``BUNDLE/engines/<key>/``, or nothing at all.
 
-What to build, for which machine, whether it is there already, and whether memory and disk allow it. TensorRT works in
-a process a component (``engine_process``); neither PyTorch nor the onnx package is needed.
+Here is decided what to build for which machine, whether it is there already, and whether memory and disk allow it.
+TensorRT works in a process a component (``trt_builder``); neither PyTorch nor the onnx package is needed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, OutOfMemory, UsageError
+from ..progress import Progress, no_progress
+from ..runtimes.cuda import Gpu, find_gpu
 from ..runtimes.engine_files import (
+    ANY_GPU,
     ENGINE_FILE,
     ENGINE_SCHEMA_VERSION,
     Engine,
     EngineKey,
     engine_document,
     read_engine,
-    staleness,
 )
-from ..runtimes.flavours import FLAVOURS
+from ..runtimes.flavours import FLAVOURS, load_package
 from ..runtimes.update import UPDATE, update_component
 from ..spec import DENOISER, SHALLOW, Component
 from ..system.files import atomic_directory
+from ..system.fingerprint import first_difference
 from ..system.machine import available_memory_bytes
-from .engine_process import run_build
-from .engine_target import EngineOptions, Target
+from ..system.subprocess_job import run_job
 
-Progress = Callable[[str, float | None], None]
-
-TIMING_CACHE = "timing.cache"  # in the bundle's engines folder
-_QUANTISED = {DENOISER: "nodes", SHALLOW: "shallow_nodes"}  # of ``int8`` in bundle.json
+WORKER = (sys.executable, "-m", f"{__package__}.trt_builder")
+_LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
+_QUANTISED = {DENOISER: "nodes", SHALLOW: "shallow_nodes"}  # component -> its quantised operators in bundle.json
 # Bytes needed for each byte of ONNX, and besides; docs/engines.md has the measurements.
 MEMORY_FACTOR, MEMORY_BASE_BYTES = 4, 800_000_000
 DISK_FACTOR, DISK_BASE_BYTES = 1.2, 50_000_000
+_MEMORY_REMEDY = "close other programs, add swap, or pass a smaller --workspace or --max-batch"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are built. ``max_batch`` counts pictures; guidance makes two rows of each.
+
+    ``compute_capabilities``, such as 8.6, are for TensorRT for RTX, and by default those of this machine's GPU or, in
+    a machine without one, all that it builds for. ``force`` builds engines again that are there.
+    """
+
+    flavour: str
+    max_batch: int = 1
+    workspace_bytes: int | None = None
+    opt_level: int | None = None
+    timing_cache: Path | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +73,62 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
+def find_engine_key(options: EngineOptions, precision: str) -> EngineKey:
+    """What is built for on this machine: cheap, so that it can come before a long export.
+
+    Raises:
+        UsageError: an option is unusable.
+        MachineError: TensorRT or the GPU is missing, or one does not suit the other.
+    """
+    if options.max_batch < 1:
+        raise UsageError(f"max batch is {options.max_batch}: give 1 or more pictures")
+    flavour = FLAVOURS[options.flavour]
+    package = load_package(flavour)
+    gpu = find_gpu()
+    key = EngineKey(precision, flavour.name, str(package.__version__), ANY_GPU, ())
+    if not flavour.needs_gpu:
+        if options.timing_cache is not None:
+            raise UsageError(f"{flavour.title} keeps no timing cache: leave --timing-cache out")
+        return replace(key, compute_capabilities=_choose_capabilities(package, gpu, options.compute_capabilities))
+    if options.compute_capabilities:
+        problem = f"{flavour.title} builds for the GPU of this machine only"
+        raise UsageError(problem, "leave --compute-capability out, or use --engine tensorrt-rtx")
+    if gpu is None:
+        problem = f"{flavour.title} builds on the GPU that will run the engine, and this machine shows none"
+        remedy = "check with `nvidia-smi`, or build with --engine tensorrt-rtx, which needs no GPU"
+        raise MachineError(problem, remedy)
+    return replace(key, gpu=gpu.name, compute_capabilities=(_dotted(gpu.compute_capability),))
+
+
+def _choose_capabilities(package: Any, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The GPU generations that TensorRT for RTX builds for; its enumeration has names such as SM75 and SM120."""
+    names = (re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(package.ComputeCapability))
+    known = sorted((int(m[1]), int(m[2])) for m in names if m)
+    dotted = [_dotted(capability) for capability in known]
+    title, listed = f"TensorRT for RTX {package.__version__} does not build for", ", ".join(dotted)
+    if unknown := [c for c in asked if c not in dotted]:
+        raise UsageError(f"{title} compute capability {unknown[0]}: it has {listed}")
+    if asked:
+        return tuple(c for c in dotted if c in asked)
+    if gpu is None:
+        return tuple(_dotted(c) for c in known if c >= _LEAST_DEFAULT_CAPABILITY)
+    own = _dotted(gpu.compute_capability)
+    if own not in dotted:
+        remedy = "use --engine tensorrt, or name another GPU's with --compute-capability"
+        raise MachineError(f"{title} {gpu.name}, compute capability {own} (it has {listed})", remedy)
+    return (own,)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
 def is_bundle(source: str | os.PathLike[str]) -> bool:
     """Whether SOURCE names a bundle (a bundled model's name, or a bundle's folder) and not a checkpoint."""
     return source in BUNDLED or os.path.isfile(Path(source) / BUNDLE_FILE)
 
 
-def place_bundle(source: str, output: Path | None, force: bool = False) -> Bundle:
+def copy_bundle_for_engines(source: str, output: Path | None, force: bool = False) -> Bundle:
     """The bundle to add engines to: SOURCE itself, or its copy in ``output`` (without its engines).
 
     A copy that is there already is used again; any other bundle in ``output`` is replaced only with ``force``.
@@ -71,14 +140,13 @@ def place_bundle(source: str, output: Path | None, force: bool = False) -> Bundl
     """
     bundle = Bundle.load(source)
     if output is None or output.resolve() == bundle.path.resolve():
-        where = "it is part of the installed package" if bundle.path.parent == ASSETS else ""
-        where = where or ("" if os.access(bundle.path, os.W_OK) else "its folder is write-protected")
-        if where:
-            raise UsageError(f"bundle {source} takes no engines, {where}: name a copy with --output DIR")
+        reason = "" if os.access(bundle.path, os.W_OK) else "its folder is write-protected"
+        reason = "it is part of the installed package" if bundle.path.parent == ASSETS else reason
+        if reason:
+            raise UsageError(f"bundle {source} takes no engines, {reason}: name a copy with --output DIR")
         return bundle
-    if os.path.isfile(output / BUNDLE_FILE) and (output / BUNDLE_FILE).read_bytes() == (
-        bundle.path / BUNDLE_FILE
-    ).read_bytes():
+    document = (bundle.path / BUNDLE_FILE).read_bytes()
+    if os.path.isfile(output / BUNDLE_FILE) and (output / BUNDLE_FILE).read_bytes() == document:
         return Bundle.load(output)
     if bundle.path.resolve().is_relative_to(output.resolve()):
         raise UsageError(f"output folder {output} holds the bundle {source}: name another output")
@@ -89,71 +157,62 @@ def place_bundle(source: str, output: Path | None, force: bool = False) -> Bundl
     return Bundle.load(output, verify=False)
 
 
-def build_engines(
-    bundle: Bundle,
-    options: EngineOptions,
-    target: Target,
-    progress: Progress | None = None,
-    force: bool = False,
-) -> Built:
-    """Build the engines of ``bundle`` for ``target``, unless they are there with the same options.
+def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = no_progress) -> Built:
+    """Build the engines of ``bundle`` for this machine, unless they are there with the same options.
 
-    ``progress(stage, fraction)`` as in ``export_bundle``. Nothing is left behind by an error or Ctrl-C.
+    Nothing is left behind by an error or Ctrl-C. Raises as ``find_engine_key``, and
 
     Raises:
         UsageError: the bundle is INT8 for another target.
         BundleError: TensorRT cannot build the files.
         MachineError: memory or disk is short, or a build was killed.
     """
-    tell = progress or _silent
     if bundle.int8 is not None and bundle.int8["target"] != "tensorrt":
         raise UsageError(
             f"bundle {bundle.path} is INT8 for {bundle.int8['target']}, TensorRT cannot build it: export it again with "
             "--precision int8 --target tensorrt"
         )
-    key = EngineKey(bundle.precision, target.flavour, target.version, target.gpu, target.compute_capabilities)
+    key = find_engine_key(options, bundle.precision)
     folder = bundle.path / ENGINES_FOLDER / key.folder
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
+    hashes = {name: bundle.files[component.file]["sha256"] for name, component in bundle.components.items()}
+    settings: Any = {name: getattr(options, name) for name in ("max_batch", "workspace_bytes", "opt_level")}
     profiles = {name: rows(name, options.max_batch, bundle.branches) for name in components}
-    wanted = Engine(
-        folder, ENGINE_SCHEMA_VERSION, key, _hashes(bundle), {}, options.recorded(), profiles, {}
-    )
-    notes = []
-    if os.path.lexists(folder) and not force:
-        reason = _outdated(wanted, bundle)
+    engine = Engine(folder, ENGINE_SCHEMA_VERSION, key, hashes, {}, settings, profiles, {})
+    notes: list[str] = []
+    if os.path.lexists(folder) and not options.force:
+        reason = _why_outdated(engine)
         if not reason:
             return Built(read_engine(folder), fresh=False)
         notes.append(f"the engine {folder} is built again: {reason}")
     check_room(bundle)
-    cache = _timing_cache(bundle, options, notes)
+    try:
+        folder.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make folder {folder.parent} ({error.strerror})"
+        raise MachineError(problem, "name a folder for the bundle's copy with --output") from error
     started = time.monotonic()
-    _make_parent(folder.parent)
     with atomic_directory(folder, overwrite=True, marker=ENGINE_FILE) as temporary:
-        plans: dict[str, Any] = {}
         for index, (name, component) in enumerate(components.items(), start=1):
             stage = f"build {name} ({index} of {len(components)})"
-            tell(stage, 0.0)
-            ours = name == UPDATE
             request = {
+                "stage": stage,
                 "component": name,
-                "precision": "float32" if ours else bundle.precision,
-                "onnx": None if ours else os.path.abspath(bundle.component_path(name)),
+                "onnx": None if name == UPDATE else os.path.abspath(bundle.component_path(name)),
                 "quantised": {**(bundle.int8 or {})}.get(_QUANTISED.get(name, ""), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
-                "flavour": target.flavour,
-                "gpu": target.gpu,
-                "compute_capabilities": list(target.compute_capabilities),
+                "flavour": key.flavour,
+                "compute_capabilities": list(key.compute_capabilities),
                 "profile": profile(component, profiles[name]),
                 "workspace_bytes": options.workspace_bytes,
                 "opt_level": options.opt_level,
-                "timing_cache": None if cache is None else os.path.abspath(cache),
+                "timing_cache": _timing_cache(bundle, options, key),
             }
-            plans[name] = run_build(request, partial(tell, stage), notes)
-        built: dict[str, Any] = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        engine = replace(wanted, plans=plans, built=built)
+            progress(stage, 0, 100)
+            plan: Any = run_job(WORKER, request, f"the build of {name}", progress, notes.append, _MEMORY_REMEDY)
+            engine.plans[name] = plan
+        engine.built["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        engine.built["seconds"] = round(time.monotonic() - started, 1)
         text = json.dumps(engine_document(engine), indent=2, allow_nan=False) + "\n"
         (temporary / ENGINE_FILE).write_text(text, encoding="utf-8")
     return Built(read_engine(folder), True, tuple(notes))
@@ -166,67 +225,39 @@ def rows(component: str, max_batch: int, branches: int = 2) -> list[int]:
 
 def profile(component: Component, batches: list[int]) -> dict[str, list[list[int]]]:
     """For every input the shape at each number of rows; all sizes but the batch are fixed."""
-    return {
-        tensor.name: [[n if d == "N" else int(d) for d in tensor.shape] for n in batches]
-        for tensor in component.inputs
-    }
+    return {t.name: [[n if d == "N" else int(d) for d in t.shape] for n in batches] for t in component.inputs}
 
 
 def check_room(bundle: Bundle) -> None:
     """Raise ``MachineError`` where a build would run out of memory or disk; what cannot be learnt is no reason."""
     sizes = {name: bundle.files[c.file]["bytes"] for name, c in bundle.components.items()}
     largest = max(sizes, key=lambda name: sizes[name])
-    needed = MEMORY_BASE_BYTES + MEMORY_FACTOR * sizes[largest]
-    available = available_memory_bytes()
+    needed, available = MEMORY_BASE_BYTES + MEMORY_FACTOR * sizes[largest], available_memory_bytes()
     if available is not None and available < needed:
-        raise MachineError(
-            f"building the {largest} takes about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
-            "available: close other programs or add swap"
-        )
-    disk, free = DISK_BASE_BYTES + DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
-    if free < disk:
-        raise MachineError(
-            f"the engines take about {disk / 1e9:.1f} GB and the disk of {bundle.path} has {free / 1e9:.1f} GB left: "
-            "free space or name a folder on another disk with --output"
-        )
+        problem = f"building the {largest} takes about {needed / 1e9:.1f} GB of memory"
+        remedy = "close other programs or add swap"
+        raise OutOfMemory(f"{problem} and {available / 1e9:.1f} GB are available", remedy)
+    needed_disk, free = DISK_BASE_BYTES + DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
+    if free < needed_disk:
+        problem = f"the engines take about {needed_disk / 1e9:.1f} GB and the disk of {bundle.path} has"
+        remedy = "free space or name a folder on another disk with --output"
+        raise MachineError(f"{problem} {free / 1e9:.1f} GB left", remedy)
 
 
-def _outdated(wanted: Engine, bundle: Bundle) -> str:
-    """Why the engine at ``wanted.path`` is not the wanted one; empty if it is."""
+def _why_outdated(engine: Engine) -> str:
+    """Why the engine in the folder of ``engine`` has to be built again; empty where it is the same and whole."""
     try:
-        found = read_engine(wanted.path)
-        found.verify("")
+        there = read_engine(engine.path)
+        there.verify("")
     except BundleError as error:
         return str(error).rpartition(":")[0]
-    if stale := staleness(found, bundle):
-        return f"it was {stale}"
-    before: dict[str, Any] = {**found.settings}
-    for name, value in wanted.settings.items():
-        if before[name] != value:
-            return f"{name} was {before[name]} and is {value} now"
-    return "" if found.key == wanted.key and found.profiles == wanted.profiles else "it is of another key"
+    old, new = ({n: engine_document(e)[n] for n in ("onnx", "settings", "profiles")} for e in (there, engine))
+    return "" if old == new else first_difference(old, new)
 
 
-def _timing_cache(bundle: Bundle, options: EngineOptions, notes: list[str]) -> Path | None:
-    if FLAVOURS[options.flavour].needs_gpu:
-        return options.timing_cache or bundle.path / ENGINES_FOLDER / TIMING_CACHE
-    if options.timing_cache is not None:
-        notes.append("TensorRT for RTX keeps no timing cache: --timing-cache has no effect")
-    return None
-
-
-def _make_parent(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"cannot make folder {folder} ({error.strerror}): name a folder for the bundle's copy with --output"
-        ) from error
-
-
-def _hashes(bundle: Bundle) -> dict[str, str]:
-    return {name: bundle.files[component.file]["sha256"] for name, component in bundle.components.items()}
-
-
-def _silent(stage: str, fraction: float | None) -> None:
-    """The progress of a caller who wants none."""
+def _timing_cache(bundle: Bundle, options: EngineOptions, key: EngineKey) -> str | None:
+    """Where TensorRT keeps what it measured; the default's name has the GPU and version that it is good for."""
+    if not FLAVOURS[options.flavour].needs_gpu:
+        return None
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"timing-{key.version}-{key.gpu}.cache")
+    return os.path.abspath(options.timing_cache or bundle.path / ENGINES_FOLDER / name)

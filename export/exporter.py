@@ -1,7 +1,10 @@
-"""``export_bundle``: checkpoint and VAE -> a bundle folder that has passed its gate, or nothing at all.
+"""``export_bundle``: a checkpoint and its autoencoder become a bundle that has passed its gate, or nothing at all.
 
-The order of work, and what is saved; how each step is done stands in the modules beside it. PyTorch is
-imported late, so that a wrong path or an occupied output is reported at once.
+The gate takes one whole sampling trajectory on the exported files and one on PyTorch, from the same noise, and compares
+the decoded images. One trajectory on one drawn scene proves the conversion, not the model. The part of the denoiser
+that reuses a deep feature is judged by one call: given the feature of that call, it must give the whole one's noise.
+
+PyTorch is imported late, so that a wrong path or an occupied output is reported at once.
 """
 
 from __future__ import annotations
@@ -9,62 +12,72 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .. import __version__
 from ..bundle.bundle import Bundle, write_bundle
 from ..bundle.manifest import resolved_components
-from ..errors import MachineError, UsageError
+from ..errors import MachineError, QualityError, UsageError
+from ..progress import Progress, no_progress
+from ..runtimes.base import drawn_feeds
 from ..runtimes.onnx_check import check_onnx_file
 from ..sampling.guidance import choose_guidance
-from ..spec import DENOISER, LATENT_DOWNSCALE, SHALLOW
+from ..spec import DEEP, DENOISER, LATENT_DOWNSCALE, SHALLOW
 from ..system.files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from .engines import is_bundle
 from .source import Source, find_source, load_config, load_student, load_vae
 
 if TYPE_CHECKING:
-    from ..metrics.trajectory import Trajectory
+    from ..model import StudentConfig
     from ..runtimes import Runtime
 
-Progress = Callable[[str, float | None], None]
-
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
-# precision -> the gate's floor in dB. Float32 against float32: only the order of sums may differ.
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
+# The gate's floor in dB by precision. Of float32 against float32 only the order of sums may differ.
 MIN_PSNR_DB = {"float32": 60.0, "float16": 40.0}
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # as the command line says it -> as bundle.json does
+# The largest difference between the noise of the whole denoiser and of its shallow part, over the largest noise: only
+# the order of sums may differ, and roundings where the types are shorter.
+SHALLOW_DIFFERENCE = {"float32": 1e-4, "float16": 1e-2, "int8": 1e-2}
 # What suits a bundled model better than upstream's settings; docs/tiny-model.md has the measurements.
-BUNDLED_DEFAULTS: dict[str, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.4, "guidance": 1.0}}
+BUNDLED_DEFAULTS: dict[str | None, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.4, "guidance": 1.0}}
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """How a checkpoint becomes a bundle.
+
+    Attributes:
+        vae: a diffusers VAE folder; a bundled model has its own.
+        config: a JSON file of a ``StudentConfig``; ``find_source`` says where one is looked for otherwise.
+        steps, guidance: of the gate, and the bundle's defaults unless the model is a bundled one.
+        distilled_guidance: the guidance that a student has learned whose checkpoint does not note it.
+        precision: ``float32`` or ``float16``.
+        min_psnr_db: the gate's floor, by default the precision's in ``MIN_PSNR_DB``.
+        force: replace an existing bundle.
+    """
+
+    vae: str | os.PathLike[str] | None = None
+    config: str | os.PathLike[str] | None = None
+    steps: int = 20
+    guidance: float | None = None
+    distilled_guidance: float | None = None
+    precision: str = "float32"
+    min_psnr_db: float | None = None
+    force: bool = False
 
 
 def export_bundle(
     source: str | os.PathLike[str],
-    vae: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
-    *,
-    config: str | os.PathLike[str] | None = None,
-    name: str | None = None,
-    description: str | None = None,
-    licence: str | None = None,
-    steps: int = 20,
-    guidance: float | None = None,
-    distilled_guidance: float | None = None,
-    precision: str = "float32",
-    min_psnr_db: float | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
+    options: BundleOptions | None = None,
+    progress: Progress = no_progress,
 ) -> Bundle:
-    """Export ``source`` (student weights, or a bundled model's name) with ``vae`` to the folder ``output``.
-
-    ``config`` is a JSON file of a ``StudentConfig``; ``source.find_source`` says where one is looked for.
-    ``steps`` and ``guidance`` are the gate's; they are the bundle's defaults too, unless the model is a bundled
-    one. ``distilled_guidance`` is for a student that has learned guidance and whose checkpoint does not note it; the
-    gate is then taken at that guidance, as the bundle will run. ``precision`` is ``float32`` or ``float16``;
-    ``min_psnr_db`` is by default that precision's in ``MIN_PSNR_DB``. ``progress(stage, fraction)`` is told what is
-    being done; the fraction is of that stage, None where not known. An existing bundle at ``output`` is replaced only
-    with ``force``.
+    """Export ``source`` (a file of student weights, or a bundled model's name) to the folder ``output``.
 
     Raises:
         UsageError: an argument is unusable, or ``output`` may not be replaced.
@@ -72,46 +85,31 @@ def export_bundle(
         BundleError: the weights are damaged, unsafe, of another configuration or not finite.
         QualityError: the gate was missed; nothing was saved.
     """
-    if not 2 <= steps <= 1000:
-        raise UsageError(f"{steps} steps make no trajectory: choose 2 to 1000")
-    if precision not in MIN_PSNR_DB:
-        raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join(MIN_PSNR_DB)}")
-    floor = MIN_PSNR_DB[precision] if min_psnr_db is None else min_psnr_db
-    found = find_source(source, vae, config, distilled_guidance)
-    refuse_loss(output, (found.checkpoint, found.vae, found.config), "which is being exported")
-    given = {"name": name, "description": description, "licence": licence}
-    card: dict[str, Any] = {
-        **_default_card(found, Path(output)),
-        **{key: value for key, value in given.items() if value is not None},
-        "precision": precision,
-        "scaling_factor": found.scaling_factor,
-        "distilled_guidance": found.distilled_guidance,
-    }
-    scale, _ = choose_guidance(guidance, found.distilled_guidance)
-    trajectory = {"steps": steps, "guidance": scale, "start": "image"}
-    card["defaults"] = {**trajectory, **BUNDLED_DEFAULTS.get(found.bundled or "", {})}
-    if found.distilled_guidance is not None:
-        card["defaults"]["guidance"] = scale  # a bundled model's own would be refused
-    with atomic_directory(output, overwrite=force) as folder:
-        _fill(folder, found, card, trajectory, floor, progress or _silent)
+    options = options or BundleOptions()
+    if not 2 <= options.steps <= 1000:
+        raise UsageError(f"{options.steps} steps make no trajectory: choose 2 to 1000")
+    if options.precision not in MIN_PSNR_DB:
+        raise UsageError(f"there is no precision {options.precision!r}: choose one of {', '.join(MIN_PSNR_DB)}")
+    files = _find_source(source, output, options)
+    guidance, _ = choose_guidance(options.guidance, files.distilled_guidance)
+    with atomic_directory(output, overwrite=options.force) as folder:
+        _export(folder, Path(output).resolve().name, files, options, guidance, progress)
     return Bundle.load(Path(output), verify=False)
 
 
 @contextmanager
 def float32_bundle(
     source: str | os.PathLike[str],
-    vae: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
-    force: bool = False,
-    **options: Any,
+    options: BundleOptions,
+    progress: Progress = no_progress,
 ) -> Iterator[Bundle]:
-    """SOURCE as a float32 bundle: itself where it is one, else exported to a folder that is gone afterwards.
+    """``source`` as a float32 bundle: itself where it is one, else exported to a folder that is gone afterwards.
 
-    That folder lies beside ``output``, which is where the result of the caller's work is to be; ``options`` are
-    ``export_bundle``'s. Raises as it does.
+    That folder lies beside ``output``, the place of what the caller makes of the bundle. Raises as ``export_bundle``.
     """
     if is_bundle(source):
-        if (vae, options.get("config"), options.get("distilled_guidance")) != (None, None, None):
+        if (options.vae, options.config, options.distilled_guidance) != (None, None, None):
             raise UsageError(
                 f"{source} is a bundle, complete as it is: leave --vae, --config and --distilled-guidance out"
             )
@@ -120,112 +118,153 @@ def float32_bundle(
             check_onnx_file(bundle.component_path(name))
         yield bundle
         return
-    check_replaceable(output, force)  # before an export that may take minutes
-    found = find_source(source, vae, options.get("config"), options.get("distilled_guidance"))
-    refuse_loss(output, (found.checkpoint, found.vae, found.config), "which is being exported")
+    check_replaceable(output, options.force)  # before an export that may take minutes
+    _find_source(source, output, options)
     with scratch_directory(output) as folder:
-        yield export_bundle(source, vae, folder / Path(output).resolve().name, **options)
+        yield export_bundle(source, folder / Path(output).resolve().name, options, progress)
 
 
-def _fill(
-    folder: Path,
-    found: Source,
-    card: dict[str, Any],
-    trajectory: dict[str, Any],
-    min_psnr_db: float,
-    tell: Progress,
+def _find_source(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], options: BundleOptions
+) -> Source:
+    files = find_source(source, options.vae, options.config, options.distilled_guidance)
+    refuse_loss(output, (files.checkpoint, files.vae, files.config), "which is being exported")
+    return files
+
+
+def _export(
+    folder: Path, name: str, files: Source, options: BundleOptions, guidance: float, progress: Progress
 ) -> None:
-    """Write the graphs, measure them on ``trajectory``, and only then describe them as a bundle that has passed."""
-    steps = trajectory["steps"]
-    # As the bundle will run: with distilled guidance on the conditional branch alone.
-    guidance = choose_guidance(trajectory["guidance"], found.distilled_guidance).sampled
-    tell("load packages", None)
-    card["tools"] = _tools()
+    """Write the graphs, compare them with PyTorch, and only then describe them as a bundle that has passed."""
+    progress("load packages", 0, 0)
+    tools = _tool_versions()
     from ..metrics.fidelity import compare
+    from ..metrics.trajectory import SEED, run_trajectory
+    from ..pipeline.inpainter import STRENGTH
     from ..runtimes.ort import OrtRuntime
     from ..runtimes.pytorch import TorchRuntime
-    from .gate import CONDITIONS, judge, judge_shallow, shallow_difference
-    from .graphs import build_graphs
-    from .onnx_file import OPSET, check_onnx, write_onnx
+
+    def trajectory(runtime: Runtime, what: str) -> Any:
+        progress(what, 0, 0)
+        # As the bundle will run: with distilled guidance on the conditional branch alone.
+        sampled = choose_guidance(guidance, files.distilled_guidance).sampled
+        on_step = lambda done, total: progress(what, done, total)  # noqa: E731
+        return run_trajectory(runtime, steps=options.steps, guidance=sampled, on_step=on_step)
+
+    progress(f"load weights, VAE scaling factor {files.scaling_factor:g}", 0, 0)
+    config = load_config(files)
+    components = resolved_components(config.latent_size * LATENT_DOWNSCALE, config.deep_channels)
+    student, vae = load_student(files, config), load_vae(files)
+    islands = _write_components(folder, components, student, vae, options.precision == "float16", progress)
+    reference = trajectory(TorchRuntime(student, vae, components), "gate, PyTorch")
+
+    del student, vae  # a gigabyte at full size, and the other runtime needs as much again
+    gc.collect()
+    conditions = {"steps": options.steps, "guidance": guidance, "start": "image"}
+    defaults = {**conditions, **BUNDLED_DEFAULTS.get(files.bundled, {})}
+    if files.distilled_guidance is not None:
+        defaults["guidance"] = guidance  # any other is refused
+    card = {**_description(name, files, config), "tools": tools, "defaults": defaults}
+    card |= {"precision": options.precision, "float32_islands": islands}
+    write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
+    min_psnr_db = MIN_PSNR_DB[options.precision] if options.min_psnr_db is None else options.min_psnr_db
+    with OrtRuntime(Bundle.load(folder, verify=False)) as runtime:
+        gate = compare(trajectory(runtime, "gate, ONNX Runtime"), reference)
+        judge(gate, min_psnr_db)
+        gate["shallow_difference"] = shallow_difference(runtime)
+    judge_shallow(gate["shallow_difference"], options.precision)
+    progress("write bundle.json", 0, 0)
+    gate |= {"min_psnr_db": min_psnr_db, **conditions, "seed": SEED, "strength": STRENGTH, "scheduler": "ddim"}
+    write_bundle(folder, gate=gate, **card)
+
+
+def _write_components(
+    folder: Path, components: dict[str, Any], student: Any, vae: Any, half: bool, progress: Progress
+) -> dict[str, Any]:
+    """Write the ONNX file of each component; the operators that stay float32 in an FP16 bundle, by component."""
+    from .onnx_file import OPSET, build_modules, check_onnx, write_onnx
     from .operators import TRANSLATIONS, function_bodies
     from .precision import FLOAT32_COMPONENTS, to_float16
     from .shallow import write_shallow
 
-    tell(f"load weights, VAE scaling factor {found.scaling_factor:g}", None)
-    config = load_config(found)
-    card["model"] = config.to_dict()
-    card["resolution"] = config.latent_size * LATENT_DOWNSCALE
-    card["source"] = found.provenance()
-    card["deep_channels"] = config.deep_channels
-    components = resolved_components(card["resolution"], config.deep_channels)
-    half = card["precision"] == "float16"
-    card["float32_islands"] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
-    student, vae = load_student(found, config), load_vae(found)
-    graphs = build_graphs(student, vae)
+    modules = build_modules(student, vae)
+    islands: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
     for index, (name, component) in enumerate(components.items()):
-        tell(f"export {name}", index / len(components))
+        progress(f"export {name}", index, len(components))
+        path = folder / component.file
         if name == SHALLOW:
-            write_shallow(folder / components[DENOISER].file, folder / component.file)
-            check_onnx(folder / component.file, component)
+            write_shallow(folder / components[DENOISER].file, path)
+            check_onnx(path, component)
             continue
-        bodies = function_bodies(config, OPSET) if name == DENOISER else ()
-        write_onnx(graphs[name], component, folder / component.file, TRANSLATIONS, bodies)
+        bodies = function_bodies(student.config, OPSET) if name == DENOISER else ()
+        write_onnx(modules[name], component, path, TRANSLATIONS, bodies)
         if half and name not in FLOAT32_COMPONENTS:
-            card["float32_islands"][name] = to_float16(folder / component.file)
-            check_onnx(folder / component.file, component)
-    reference = _run(TorchRuntime(student, vae, components), steps, guidance, "gate, PyTorch", tell)
-
-    del student, vae, graphs  # a gigabyte at full size, and the other runtime needs as much again
-    gc.collect()
-    write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
-    runtime = OrtRuntime(Bundle.load(folder, verify=False))
-    with runtime:
-        candidate = _run(runtime, steps, guidance, "gate, ONNX Runtime", tell)
-        figures = compare(candidate, reference)
-        judge(figures, min_psnr_db)
-        figures["shallow_difference"] = shallow_difference(runtime)
-    judge_shallow(figures["shallow_difference"], card["precision"])
-    tell("write bundle.json", None)
-    write_bundle(folder, gate={**figures, "min_psnr_db": min_psnr_db, **trajectory, **CONDITIONS}, **card)
+            islands[name] = to_float16(path)
+            check_onnx(path, component)
+    return islands
 
 
-def _run(runtime: Runtime, steps: int, guidance: float, stage: str, tell: Progress) -> Trajectory:
-    from ..metrics.trajectory import run_trajectory
-
-    tell(stage, 0.0)
-    return run_trajectory(
-        runtime,
-        steps=steps,
-        guidance=guidance,
-        on_step=lambda done, total: tell(stage, done / total),
-    )
-
-
-def _default_card(found: Source, output: Path) -> dict[str, Any]:
-    if found.bundled is not None:
-        description = "Demonstration model of reduced width for 256x256. Real work uses the published weights."
-        return {"name": found.bundled, "description": description, "licence": "Apache-2.0"}
-    description = f"Moebius student exported from {found.checkpoint.name}."
+def _description(name: str, files: Source, config: StudentConfig) -> dict[str, Any]:
+    """What ``bundle.json`` says of the model, whatever its precision."""
+    card = {"name": name, "description": f"Moebius student exported from {files.checkpoint.name}."}
+    card["licence"] = "that of the checkpoint (not stated)"
+    if files.bundled is not None:
+        text = "Demonstration model of reduced width for 256x256. Real work uses the published weights."
+        card = {"name": files.bundled, "description": text, "licence": "Apache-2.0"}
     return {
-        "name": output.resolve().name,
-        "description": description,
-        "licence": "that of the checkpoint (not stated)",
+        **card,
+        "model": config.to_dict(),
+        "resolution": config.latent_size * LATENT_DOWNSCALE,
+        "scaling_factor": files.scaling_factor,
+        "distilled_guidance": files.distilled_guidance,
+        "deep_channels": config.deep_channels,
+        "source": files.provenance(),
     }
 
 
-def _tools() -> dict[str, str]:
-    """Versions of everything that has a say in the files; importing each is the check that it is there."""
+def _tool_versions() -> dict[str, str]:
+    """The versions of everything that has a say in the files; importing each is the check that it is there."""
     versions = {"moebius-edge": __version__}
     missing = []
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             versions[package] = str(importlib.import_module(package).__version__)
         except ImportError:
             missing.append(package)
     if missing:
-        raise MachineError(f'export needs {", ".join(missing)}: run `pip install "moebius-edge[export]"`')
+        raise MachineError(f"export needs {', '.join(missing)}", 'run `pip install "moebius-edge[export]"`')
     return versions
 
 
-def _silent(stage: str, fraction: float | None) -> None:
-    """The progress of a caller who wants none."""
+def judge(figures: dict[str, Any], min_psnr_db: float) -> None:
+    """Raise ``QualityError`` with the figures unless the decoded image reaches ``min_psnr_db``."""
+    if figures["psnr_db"] >= min_psnr_db:  # a NaN fails too
+        return
+    drift = figures["latent_drift"]
+    raise QualityError(
+        f"quality gate missed: the decoded image is {figures['psnr_db']:.2f} dB from the PyTorch reference, "
+        f"{min_psnr_db:g} dB is the floor; the encoder differs by {figures['encoded_max_difference']:.1e}, "
+        f"the latent by {drift[0]:.1e} after step 1 and {drift[-1]:.1e} after step {len(drift)}; nothing was saved",
+        "try another onnxruntime version, or lower --min-psnr to accept the difference",
+    )
+
+
+def shallow_difference(runtime: Runtime) -> float:
+    """The largest difference between the noise of the whole denoiser and of its shallow part, over the largest noise.
+
+    It takes one call of each, with a row of either branch, on an active ``runtime``.
+    """
+    feeds = drawn_feeds(runtime.components[DENOISER], 2)
+    whole = runtime.run(DENOISER, feeds)
+    noise = runtime.run(SHALLOW, {**feeds, DEEP: whole[DEEP]})["noise"]
+    return float(f"{np.abs(noise - whole['noise']).max() / np.abs(whole['noise']).max():.3g}")
+
+
+def judge_shallow(difference: float, precision: str) -> None:
+    """Raise ``QualityError`` unless a ``shallow_difference`` is one of rounding alone."""
+    if not difference <= SHALLOW_DIFFERENCE[precision]:
+        raise QualityError(
+            f"quality gate missed: the shallow part of the denoiser differs from the whole by {difference:.1e} of the "
+            f"largest noise, {SHALLOW_DIFFERENCE[precision]:g} is allowed; nothing was saved",
+            "try another onnxruntime version",
+        )

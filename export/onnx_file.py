@@ -1,6 +1,8 @@
-"""One module -> one checked ONNX file: float32, opset 20, free batch, the tensor names of ``spec``.
+"""The three networks as checked ONNX files: float32, opset 20, free batch, the tensor names and scales of ``spec``.
 
-It knows nothing of the networks, nor of precision: what the file computes is the module's affair.
+Each module's ``forward`` takes and returns exactly the tensors of one component, in that order, and the denoiser's its
+deep feature too: here a checkpoint's conventions (prompt ids, unscaled latents, a posterior) end. The PyTorch runtime
+does not use these modules, so that the gate also sees a mistake made here.
 """
 
 from __future__ import annotations
@@ -15,21 +17,50 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import BundleError, UsageError
+from ..errors import BundleError
+from ..model import Student
 from ..spec import Component
 from ..system.files import utf8_path
-from .graphs import example_inputs
+from .specialise import specialise
 from .trt_rules import problems
 
 # The highest opset TensorRT 10.3 (JetPack 6) reads. 21 would bring GroupNormalization, whose per-channel
 # scale TensorRT mishandles before 10.9.
 OPSET = 20
-LARGEST_BYTES = 2**31 - 2**24  # of one protobuf file, with room for the graph itself
 
-# What stays of the exporter's metadata: a node's module path. Its stack traces hold this machine's paths.
-_KEPT_METADATA = frozenset({"namespace"})
+
+class Encoder(nn.Module):
+    """``image`` (N, 3, H, W) in [-1, 1] -> scaled ``latent`` (N, 4, h, w): the posterior's mean, no draw."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling_factor = float(vae.config.scaling_factor)
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean: Tensor = self.vae.encode(image).latent_dist.mean
+        return mean * self.scaling_factor
+
+
+class Decoder(nn.Module):
+    """Scaled ``latent`` (N, 4, h, w) -> ``image`` (N, 3, H, W), nominally in [-1, 1] and not clipped."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scaling_factor = float(vae.config.scaling_factor)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        image: Tensor = self.vae.decode(latent / self.scaling_factor).sample
+        return image
+
+
+def build_modules(student: Student, vae: Any) -> dict[str, nn.Module]:
+    """The modules by component name, in evaluation mode."""
+    modules = {"vae_encoder": Encoder(vae), "denoiser": specialise(student), "vae_decoder": Decoder(vae)}
+    return {name: module.eval() for name, module in modules.items()}
 
 
 def write_onnx(
@@ -45,31 +76,26 @@ def write_onnx(
     bodies of operators that no runtime knows.
 
     Raises:
-        UsageError: the weights are too large for one ONNX file.
         BundleError: the module became a node that TensorRT 10.3 does not take.
     """
-    weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    if weights > LARGEST_BYTES:
-        raise UsageError(
-            f"the {component.name} has {weights / 1e9:.2f} GB of weights, and an ONNX file holds 2 GB: "
-            "use a smaller model configuration"
-        )
-    names = [t.name for t in component.inputs]
+    # Batch 2, for a 1 would be taken as fixed.
+    shapes = [[size if isinstance(size, int) else 2 for size in t.shape] for t in component.inputs]
+    examples = [torch.zeros(s, dtype=getattr(torch, t.dtype)) for s, t in zip(shapes, component.inputs, strict=True)]
     batch = torch.export.Dim("N")
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module,
-            example_inputs(component),
+            tuple(examples),
             dynamo=True,
             opset_version=OPSET,
-            input_names=names,
+            input_names=[t.name for t in component.inputs],
             output_names=[t.name for t in component.outputs],
-            dynamic_shapes=tuple({0: batch} for _ in names),
+            dynamic_shapes=tuple({0: batch} for _ in examples),
             custom_translation_table=dict(translations) if translations else None,
             verbose=False,
         )
     assert program is not None
-    _tidy(program.model, component.name)
+    _drop_metadata(program.model, component.name)
     for proto in functions:
         function = ir.serde.deserialize_function(proto)
         program.model.opset_imports.setdefault(function.domain, 1)
@@ -86,19 +112,15 @@ def check_onnx(path: Path, component: Component) -> None:
     with utf8_path(path) as name:
         onnx.checker.check_model(name, full_check=True)
     model = onnx.load(str(path), load_external_data=False)
-    found = {entry.domain: entry.version for entry in model.opset_import}
-    if found.get("") != OPSET:
-        raise RuntimeError(f"{path.name} was exported with opset {found.get('')}, not {OPSET}")
-    for kind, values, tensors in (
-        ("input", model.graph.input, component.inputs),
-        ("output", model.graph.output, component.outputs),
-    ):
-        got = [_signature(value) for value in values]
-        wanted = [(t.name, t.dtype, t.shape) for t in tensors]
-        if got != wanted:
-            raise RuntimeError(f"{path.name} has the {kind}s {got} where the contract has {wanted}")
-    if found_problems := problems(model):
-        raise BundleError(f"{path.name} is not for TensorRT 10.3: {found_problems[0]}")
+    opset = {entry.domain: entry.version for entry in model.opset_import}.get("")
+    if opset != OPSET:
+        raise RuntimeError(f"{path.name} was exported with opset {opset}, not {OPSET}")
+    values = [_signature(value) for value in (*model.graph.input, *model.graph.output)]
+    expected = [(t.name, t.dtype, t.shape) for t in (*component.inputs, *component.outputs)]
+    if values != expected:
+        raise RuntimeError(f"{path.name} has the inputs and outputs {values} where the contract has {expected}")
+    if violations := problems(model):
+        raise BundleError(f"{path.name} is not for TensorRT 10.3: {violations[0]}")
 
 
 def _signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
@@ -107,27 +129,23 @@ def _signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, .
     return value.name, dtype, tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
 
 
-def _tidy(model: Any, name: str) -> None:
-    """Name the graph, and drop the metadata that describes the exporting machine."""
+def _drop_metadata(model: Any, name: str) -> None:
+    """Name the graph, and keep of the exporter's notes a node's module path alone: the rest holds this machine's paths.
+    """
     model.graph.name = name
-    described = [model, model.graph, *model.graph.all_nodes(), *model.graph.inputs, *model.graph.outputs]
-    described += model.graph.initializers.values()
-    described += [output for node in model.graph.all_nodes() for output in node.outputs]
-    for item in described:
-        for key in set(item.metadata_props) - _KEPT_METADATA:
+    items = [model, model.graph, *model.graph.all_nodes(), *model.graph.inputs, *model.graph.outputs]
+    items += model.graph.initializers.values()
+    items += [output for node in model.graph.all_nodes() for output in node.outputs]
+    for item in items:
+        for key in set(item.metadata_props) - {"namespace"}:
             del item.metadata_props[key]
         item.doc_string = None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No deprecation warnings and no chatter on the log from the exporter; its errors still raise and log."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    """Neither deprecation warnings nor chatter on the log from the exporter; its errors still raise and log."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, helper
 from onnx.utils import Extractor
 
 from ..spec import DEEP, SHALLOW
@@ -17,9 +17,9 @@ from ..spec import DEEP, SHALLOW
 
 def write_shallow(denoiser: Path, target: Path) -> ModelProto:
     """Cut ``denoiser_shallow`` out of the file ``denoiser``, and write it to ``target``."""
-    made = shallow_part(onnx.load(str(denoiser)))
-    onnx.save(made, str(target))
-    return made
+    part = shallow_part(onnx.load(str(denoiser)))
+    onnx.save(part, str(target))
+    return part
 
 
 def shallow_part(model: ModelProto) -> ModelProto:
@@ -29,7 +29,9 @@ def shallow_part(model: ModelProto) -> ModelProto:
     inner = DEEP  # the tensor that the network reads: in FP16 the output is a float32 copy of it
     if producer.op_type == "Cast" and not any(DEEP in node.input for node in model.graph.node):
         inner = producer.input[0]
-        model.graph.value_info.append(_half(output, inner))
+        half = model.graph.value_info.add()
+        half.CopyFrom(output)
+        half.name, half.type.tensor_type.elem_type = inner, TensorProto.FLOAT16
     inputs = [value.name for value in model.graph.input]
     part = Extractor(model).extract_model([*inputs, inner], ["noise"])
     if inner != DEEP:
@@ -40,10 +42,3 @@ def shallow_part(model: ModelProto) -> ModelProto:
     part.graph.name = SHALLOW
     onnx.checker.check_model(part, full_check=True)
     return part
-
-
-def _half(value: ValueInfoProto, name: str) -> ValueInfoProto:
-    made = ValueInfoProto()
-    made.CopyFrom(value)
-    made.name, made.type.tensor_type.elem_type = name, TensorProto.FLOAT16
-    return made

@@ -6,17 +6,19 @@ runs code. Module level imports no PyTorch, so that a bad path is reported at on
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from ..bundle.bundle import ASSETS, BUNDLED
 from ..checkpoints.network_names import STUDENT, network_tensors, refuse_other_network
 from ..checkpoints.weights_file import open_weights
+from ..documents import JsonObject, read_document
 from ..errors import BundleError, MachineError, UsageError
-from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE
 from ..system.files import sha256_file
 from .weights_metadata import find_guidance
 
@@ -30,12 +32,28 @@ VAE_WEIGHTS = (  # as diffusers writes them, the first that is there; weights of
     "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.fp16.bin",
 )
-_MOST_CONFIG_BYTES = 1 << 20
-# No autoencoder of this layout is larger; a larger number would only take time and memory to build.
-_MOST_VAE_LAYERS, _MOST_VAE_NUMBER = 16, 1 << 14
 # How diffusers called the parts of the autoencoder's attention before its version 0.13.
 _OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-PUBLISHED_SCALING_FACTOR = 0.13025
+
+_Layers = Annotated[int, Field(strict=True, ge=1, le=16)]
+_Channels = Annotated[int, Field(strict=True, ge=1, le=1 << 14)]  # more would only take time and memory to build
+
+
+class VaeConfig(TypedDict):
+    """What a VAE's ``config.json`` must say: an autoencoder that reduces images eightfold to four channels.
+
+    diffusers' own default of the scaling factor is another model's, so that its absence is no answer.
+    """
+
+    _class_name: Literal["AutoencoderKL"]
+    latent_channels: Literal[4]
+    block_out_channels: Annotated[list[_Channels], Field(min_length=4, max_length=4)]
+    layers_per_block: NotRequired[_Layers]
+    in_channels: NotRequired[_Channels]
+    out_channels: NotRequired[_Channels]
+    norm_num_groups: NotRequired[_Channels]
+    shift_factor: NotRequired[None]
+    scaling_factor: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -78,32 +96,25 @@ def find_source(
         UsageError: SOURCE or the VAE is no such thing, or the checkpoint notes another guidance.
         BundleError: the checkpoint is damaged, or another network. MachineError: a file is missing or cannot be read.
     """
-    if isinstance(source, str) and source in BUNDLED:
-        folder = ASSETS / source / "checkpoint"
-        bundled, checkpoint = source, folder / "student.safetensors"
-        if not checkpoint.is_file():
-            raise MachineError(
-                f"the bundled model's {checkpoint} is missing: pip install --force-reinstall moebius-edge"
-            )
-        vae_folder = folder / "vae" if vae is None else Path(vae)
-    else:
-        bundled, checkpoint = None, Path(source)
-        if checkpoint.is_dir():
-            raise UsageError(f"{checkpoint} is a folder: name the file of student weights in it")
-        if not checkpoint.is_file():
-            raise MachineError(
-                f"there is no checkpoint {checkpoint}: name a file of student weights, or one of "
-                f"{', '.join(BUNDLED)}, or run `moebius-edge download places2`"
-            )
-        tensors = network_tensors(checkpoint, open_weights(checkpoint).content, [])
-        refuse_other_network(checkpoint, tensors, STUDENT)
-        if vae is None:
-            raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
-        vae_folder = Path(vae)
-    vae_weights, scaling_factor = _find_vae(vae_folder)
+    bundled = source if isinstance(source, str) and source in BUNDLED else None
+    checkpoint = Path(source)
+    if bundled is not None:
+        checkpoint = ASSETS / bundled / "checkpoint" / "student.safetensors"
+        vae = checkpoint.parent / "vae" if vae is None else vae
+    if checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} is a folder: name the file of student weights in it")
+    if not checkpoint.is_file():
+        raise MachineError(
+            f"there is no checkpoint {checkpoint}: name a file of student weights, or one of "
+            f"{', '.join(BUNDLED)}, or run `moebius-edge download places2`"
+        )
+    refuse_other_network(checkpoint, network_tensors(checkpoint, open_weights(checkpoint).content, []), STUDENT)
+    if vae is None:
+        raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
+    vae_weights, scaling_factor = _find_vae(Path(vae))
     guidance = find_guidance(checkpoint, distilled_guidance)
-    config_file = _find_config(checkpoint, config)
-    return Source(bundled, checkpoint, config_file, vae_folder, vae_weights, scaling_factor, guidance)
+    config = _find_config(checkpoint, config)
+    return Source(bundled, checkpoint, config, Path(vae), vae_weights, scaling_factor, guidance)
 
 
 def load_config(source: Source) -> StudentConfig:
@@ -112,7 +123,7 @@ def load_config(source: Source) -> StudentConfig:
 
     if source.config is None:
         return StudentConfig()
-    values = _read_object(source.config)
+    values = _read_config(source.config)
     try:
         return StudentConfig.from_dict(values)
     except (UsageError, BundleError) as error:
@@ -134,30 +145,28 @@ def load_student(source: Source, config: StudentConfig) -> Student:
     return student.float().eval().requires_grad_(False)
 
 
-def open_vae(folder: Path) -> Any:
-    """The diffusers ``AutoencoderKL`` in ``folder``, as ``load_vae``. Raises as it, MachineError if it is missing."""
-    return _read_vae(folder, _find_vae(folder)[0])
-
-
 def load_vae(source: Source) -> Any:
-    """The diffusers ``AutoencoderKL`` in float32 and evaluation mode.
+    """The VAE of ``source``, as ``open_vae`` returns it."""
+    return open_vae(source.vae)
+
+
+def open_vae(folder: Path) -> Any:
+    """The diffusers ``AutoencoderKL`` in ``folder``, in float32 and evaluation mode.
 
     Raises:
+        MachineError: the folder or its weights are missing.
         UsageError: the folder holds another kind of autoencoder.
         BundleError: its weights are damaged, unsafe, incomplete or not finite.
     """
-    return _read_vae(source.vae, source.vae_weights)
-
-
-def _read_vae(folder: Path, weights: Path) -> Any:
     import torch
     from diffusers import AutoencoderKL
 
     from ..model import load_checkpoint
 
+    weights, _ = _find_vae(folder)
     try:
         with torch.device("meta"):  # takes no memory before the weights are known to fit
-            vae = AutoencoderKL.from_config(_read_object(folder / VAE_CONFIG))
+            vae = AutoencoderKL.from_config(_read_config(folder / VAE_CONFIG))
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise UsageError(
@@ -176,7 +185,7 @@ def _current_name(name: str) -> str:
 
 
 def _find_vae(folder: Path) -> tuple[Path, float]:
-    """The weights' file and the scaling factor of a diffusers VAE folder, having checked what it is."""
+    """The weights' file and the scaling factor of a diffusers VAE folder."""
     if not folder.is_dir():
         raise MachineError(
             f"there is no VAE folder {folder}: name a diffusers AutoencoderKL folder, "
@@ -184,60 +193,21 @@ def _find_vae(folder: Path) -> tuple[Path, float]:
         )
     if not (folder / VAE_CONFIG).is_file():
         raise UsageError(f"{folder} holds no {VAE_CONFIG}: --vae names a diffusers AutoencoderKL folder")
-    config = _read_object(folder / VAE_CONFIG)
-    where = folder / VAE_CONFIG
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UsageError(f"{where} describes {config.get('_class_name')!r}: --vae names a folder of an AutoencoderKL")
-    if (channels := config.get("latent_channels")) != LATENT_CHANNELS:
-        raise UsageError(f"{where} has {channels} latent channels, the student works on {LATENT_CHANNELS}: use its VAE")
-    blocks = config.get("block_out_channels")
-    if not isinstance(blocks, list) or 2 ** (len(blocks) - 1) != LATENT_DOWNSCALE:
-        raise UsageError(f"{where} does not reduce images {LATENT_DOWNSCALE}-fold, block_out_channels is {blocks}")
-    if config.get("shift_factor") is not None:
-        raise UsageError(
-            f"{where} shifts its latents by {config['shift_factor']}, which this model does not: use its VAE"
-        )
-    numbers = [config.get(key) for key in ("in_channels", "out_channels", "norm_num_groups")] + blocks
-    layers = config.get("layers_per_block", 1)
-    if not all(n is None or type(n) is int and 1 <= n <= _MOST_VAE_NUMBER for n in numbers) or (
-        type(layers) is not int or not 1 <= layers <= _MOST_VAE_LAYERS
-    ):
-        raise UsageError(f"{where} has sizes that no autoencoder has: copy or download the folder again")
-    factor = config.get("scaling_factor")  # diffusers' own default is another model's, so absence is no answer
-    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < float("inf"):
-        raise UsageError(
-            f"{where} has the scaling_factor {factor}: write the one the student was trained with into it "
-            f"(the published one is {PUBLISHED_SCALING_FACTOR})"
-        )
+    remedy = "name the diffusers folder of the student's own VAE (the published scaling_factor is 0.13025)"
+    config = read_document(folder / VAE_CONFIG, VaeConfig, UsageError, remedy)
     for name in VAE_WEIGHTS:
         if (folder / name).is_file():
-            return folder / name, float(factor)
+            return folder / name, float(config["scaling_factor"])
     raise MachineError(f"{folder} holds no weights, neither {' nor '.join(VAE_WEIGHTS)}: copy or download it again")
 
 
 def _find_config(checkpoint: Path, given: str | os.PathLike[str] | None) -> Path | None:
     if given is not None:
         return Path(given)
-    beside = (
-        checkpoint.with_suffix(".json"),
-        checkpoint.with_name("student.json"),
-        checkpoint.with_name("config.json"),
-    )
-    for path in beside:
-        if path.is_file() and "_class_name" not in _read_object(path):
-            return path
-    return None
+    beside = (checkpoint.with_suffix(".json"), *map(checkpoint.with_name, ("student.json", "config.json")))
+    return next((path for path in beside if path.is_file() and "_class_name" not in _read_config(path)), None)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise UsageError(f"{path} is too large for a configuration: name another file")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}): mend it or name another file") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} should hold a JSON object: mend it or name another file")
-    return data
+def _read_config(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = read_document(path, JsonObject, UsageError, "mend it or name another file")
+    return config

@@ -1,248 +1,336 @@
-"""TensorRT's builder and parser, either flavour: an ONNX file -> a network and its types -> a plan.
+"""One ONNX file, or ``update``, -> one TensorRT plan, of either flavour, through Polygraphy's loaders.
 
-Networks are always strongly typed: what the file says is what is computed, and no option here lowers a type. Every
-failure becomes one line; TensorRT itself returns None and writes to its log.
+``python -m moebius_edge.export.trt_builder`` answers a request (see ``system.subprocess_job``): a process a plan gives
+all memory back, and Polygraphy imports one of the two packages for good. Networks are always strongly typed: what the
+file says is what is computed, and no option here lowers a type.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from ..errors import BundleError, MachineError, MoebiusError
-from ..runtimes.flavours import FLAVOURS, load_package, make_logger, max_opset, version_of
+import numpy as np
+
+from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory
+from ..progress import Progress
+from ..runtimes.flavours import FLAVOURS, load_package, max_opset, version_of
 from ..runtimes.onnx_check import check_onnx_file
-from ..runtimes.update import update_component
-from ..spec import DENOISER
-from ..system.files import utf8_path
-from .build_progress import Fraction, make_monitor
-from .engine_layers import engine_information, products_in_int8
-from .timing_cache import read_timing_cache, write_timing_cache
-from .update_network import define_update
+from ..runtimes.update import COEFFICIENTS, update_component
+from ..spec import LATENT_CHANNELS, Component
+from ..system.files import atomic_write, sha256_file, utf8_path
+from ..system.machine import peak_memory_bytes
+from ..system.subprocess_job import Note, serve_job
 
-Tell = Callable[..., None]  # (event, **values)
-
-_HIGH_PRECISION, _LOW = ("HALF", "BF16"), ("INT8", "INT4", "UINT8", "FP8", "FP4", "E8M0")
-# precision of the bundle -> types no tensor may have, and the type the denoiser must have somewhere
-TYPES: dict[str, tuple[tuple[str, ...], str]] = {
-    "float32": ((*_HIGH_PRECISION, *_LOW), "FLOAT"),
-    "fp16": (("BF16", *_LOW), "HALF"),
-    "int8": (("BF16", "INT4", "FP8", "FP4"), "INT8"),
-}
-TYPES["float16"] = TYPES["fp16"]
-
-_PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
-
+_PRODUCT_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
 _UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
+_SAMPLE_CHANNELS = 2 * LATENT_CHANNELS + 1
+# Indices of channels. TensorRT reads them where they lie until the plan is built: never a temporary array.
+_CHANNELS = np.arange(_SAMPLE_CHANNELS, dtype=np.int32)
+_ALL_BUT_ROWS = 0b1110  # axes to sum over, a bit each
 
 
-def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
-    """What TensorRT's parser makes of an ONNX file: ``layers`` and ``tensors`` count layer and tensor types by name,
-    ``inputs`` and ``outputs`` map names to types, ``quantised`` lists the ONNX nodes whose product has two
-    dequantised inputs. Builds nothing, needs no GPU with TensorRT for RTX.
+def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, Any]:
+    """Build and write one plan; what ``engine.json`` records of it.
+
+    ``request`` is made by ``engines.build_engines``: component and ONNX file (None for ``update``), the names of its
+    quantised operators, the plan to write, TensorRT's options, and the name of the work for ``progress``.
 
     Raises:
-        MachineError: this TensorRT is not installed.
-        BundleError: the file cannot be parsed.
+        BundleError: the file cannot be parsed or built, or has other quantised operators than the bundle says.
+        MachineError: TensorRT is missing, does not know the GPU, or memory or disk ran out.
     """
-    builder = TrtBuilder(flavour)
-    return builder.facts(builder.parse(Path(onnx)))
+    started = time.monotonic()
+    builder = TrtBuilder(request["flavour"])
+    if request["onnx"] is None:
+        network = builder.create_update(request["profile"]["sample"][0][-1])
+    else:
+        builder.check(Path(request["onnx"]))
+        network = builder.parse(Path(request["onnx"]))
+    facts = describe_network(network[1])
+    check_quantised(facts, request["quantised"], request["component"])
+    plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
+    with atomic_write(request["plan"]) as temporary:
+        temporary.write_bytes(plan)
+    return {
+        "file": Path(request["plan"]).name,
+        "sha256": sha256_file(request["plan"]),
+        "bytes": Path(request["plan"]).stat().st_size,
+        "layers": facts["layers"],
+        "tensors": facts["tensors"],
+        "build_seconds": round(time.monotonic() - started, 1),
+        "build_peak_memory_bytes": peak_memory_bytes(),
+    }
 
 
-def check_types(facts: dict[str, Any], precision: str, component: str) -> None:
-    """Raise ``BundleError`` unless the network's tensor types are those of the precision that was asked for."""
-    if precision not in TYPES:
-        raise BundleError(f"precision {precision!r} is unknown, {', '.join(TYPES)} are not: update moebius-edge")
-    forbidden, needed = TYPES[precision]
-    if strange := [t for t in forbidden if t in facts["tensors"]]:
-        raise BundleError(f"{component} has {strange[0]} tensors in a {precision} bundle: export the bundle again")
-    if component == DENOISER and needed not in facts["tensors"]:
-        raise BundleError(f"{component} has no {needed} tensor in a {precision} bundle: export the bundle again")
+class _ErrorLog(logging.Handler):
+    """Keeps the errors that TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.CRITICAL:  # at that level Polygraphy only sums up
+            self.messages.append(record.getMessage())
 
 
-def check_products(facts: dict[str, Any], products: list[str], component: str) -> None:
-    """Raise ``BundleError`` unless the network's quantised products are ``products``, names of ONNX nodes."""
-    found, wanted = set(facts["quantised"]), set(products)
-    if lost := sorted(wanted - found):
-        raise BundleError(f"{component}: TensorRT does not see {lost[0]} as quantised: export the bundle again")
-    if more := sorted(found - wanted):
-        raise BundleError(f"{component}: {more[0]} is quantised, and bundle.json does not list it: export it again")
+_ERRORS = _ErrorLog()
+
+
+def import_polygraphy(extra: str) -> ModuleType:
+    """The package, whose messages are kept and not printed. Raises ``MachineError`` that names our ``extra``."""
+    try:
+        import polygraphy.config
+        from polygraphy.logger import G_LOGGER
+    except ImportError:
+        raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
+    logger = logging.getLogger("Polygraphy")
+    G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
+    logger.addHandler(_ERRORS)
+    return polygraphy
 
 
 class TrtBuilder:
-    """TensorRT's builder, its errors kept: the calls return nothing but None or False."""
+    """Polygraphy's loaders on one flavour of TensorRT. A network is its tuple of builder, network and parser.
+
+    Raises:
+        MachineError: TensorRT or Polygraphy is not installed.
+    """
 
     def __init__(self, flavour: str) -> None:
-        self._flavour = FLAVOURS[flavour]
-        self.package = load_package(self._flavour)
-        self._errors: list[str] = []
-        self._title = f"{self._flavour.title} {self.package.__version__}"
-        self._logger = make_logger(self.package, self._log)
-        try:
-            self._builder = self.package.Builder(self._logger)
-        except Exception as error:  # no driver, or a GPU it does not know
-            raise self._problem("start", str(error)) from None
+        self.flavour = FLAVOURS[flavour]
+        self.package = load_package(self.flavour)
+        self.title = f"{self.flavour.title} {self.package.__version__}"
+        import_polygraphy(self.flavour.extra).config.USE_TENSORRT_RTX = not self.flavour.needs_gpu
+        from polygraphy.backend import trt  # it reads that setting once, when it is imported
+
+        self.polygraphy = trt
 
     def check(self, onnx: Path) -> None:
-        """``check_onnx_file``, the opset, and the rules of ``trt_rules`` where the onnx package is installed."""
+        """Raise ``BundleError`` for a file of too new an opset, or that breaks ``check_onnx_file`` or ``trt_rules``."""
         version = version_of(self.package)
-        highest, found = max_opset(self._flavour.name, version), check_onnx_file(onnx)
-        wrong = [f"opset {found} is newer than {highest}, the highest it parses"] if found > highest else []
-        with suppress(ImportError):
+        highest, opset = max_opset(self.flavour.name, version), check_onnx_file(onnx)
+        violations = [f"opset {opset} is newer than {highest}, the highest it parses"] if opset > highest else []
+        with suppress(ImportError):  # a device need not have the onnx package
             from onnx import load
 
             from .trt_rules import problems
 
-            wrong = wrong or problems(load(os.fspath(onnx), load_external_data=False), self._flavour.name, version)
-        if wrong:
-            raise BundleError(f"{onnx} is not for {self._title}: {wrong[0]}: export the bundle again")
+            violations += problems(load(os.fspath(onnx), load_external_data=False), self.flavour.name, version)
+        if violations:
+            raise BundleError(f"{onnx} is not for {self.title}: {violations[0]}", "export the bundle again")
 
     def parse(self, onnx: Path) -> Any:
-        network = self._empty_network()
-        parser = self.package.OnnxParser(network, self._logger)
-        with utf8_path(onnx) as name:  # by path, so that external weights are found
-            parsed = parser.parse_from_file(name)
-        if not parsed:
-            raise BundleError(f"{self._title} cannot parse {onnx} ({_parse_error(parser)}): export the bundle again")
+        """The network of an ONNX file. Raises ``BundleError`` that names the node that cannot be parsed."""
+        with utf8_path(onnx) as name:
+            return self._call(f"parse {onnx}", self.polygraphy.NetworkFromOnnxPath(name, strongly_typed=True))
+
+    def create_update(self, latent_size: int) -> Any:
+        """The network of ``update`` for latents of that size."""
+        network = self._call("start", self.polygraphy.CreateNetwork(strongly_typed=True))
+        define_update(self.package, network[1], update_component(latent_size))
         return network
 
-    def update(self, latent_size: int) -> Any:
-        """The network of ``update`` for latents of that size, see ``update_network``."""
-        network = self._empty_network()
-        define_update(self.package, network, update_component(latent_size))
-        return network
-
-    def _empty_network(self) -> Any:
-        # On TensorRT 10 networks are weakly typed without it; from 11 on it has no effect.
-        return self._builder.create_network(1 << int(self.package.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-
-    def facts(self, network: Any) -> dict[str, Any]:
-        layers: Counter[str] = Counter()
-        tensors: Counter[str] = Counter()
-        dequantised: set[str] = set()  # tensors; layers come in an order in which each one's inputs are known
-        quantised: list[str] = []
-        for i in range(network.num_layers):
-            layer = network.get_layer(i)
-            kind = _name(layer.type)
-            layers[kind] += 1
-            read = [t.name for t in map(layer.get_input, range(layer.num_inputs)) if t is not None]
-            made = [t for t in map(layer.get_output, range(layer.num_outputs)) if t is not None]
-            tensors.update(_name(t.dtype) for t in made)
-            # Weights of a matrix product get a dimension or lose one on their way.
-            if kind == "DEQUANTIZE" or (kind in ("SHUFFLE", "UNSQUEEZE") and read[0] in dequantised):
-                dequantised.update(t.name for t in made)
-            if kind in _PRODUCTS and len(read) > 1 and dequantised.issuperset(read[:2]):
-                quantised.append(_onnx_node(layer))
-        inputs = [network.get_input(i) for i in range(network.num_inputs)]
-        outputs = [network.get_output(i) for i in range(network.num_outputs)]
-        return {
-            "layers": dict(sorted(layers.items())),
-            "tensors": dict(sorted(tensors.items())),
-            "quantised": quantised,
-            "inputs": {t.name: _name(t.dtype) for t in inputs},
-            "outputs": {t.name: _name(t.dtype) for t in outputs},
-        }
-
-    def build(self, network: Any, request: dict[str, Any], tell: Tell) -> Any:
-        """The plan, a buffer of TensorRT's own: a copy would need as much memory again."""
-        trt, component = self.package, request["component"]
-        config = self._builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        # On by default, it would round the inputs of float32 products to 10 bits; the file says float32.
-        config.clear_flag(trt.BuilderFlag.TF32)
-        if request["workspace_bytes"] is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_bytes"])
-        if request["opt_level"] is not None:
-            config.builder_optimization_level = request["opt_level"]
-        if not self._flavour.needs_gpu:
-            config.num_compute_capabilities = len(request["compute_capabilities"])
-            for index, capability in enumerate(request["compute_capabilities"]):
-                member = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}")
-                config.set_compute_capability(member, index)
-        profile = self._builder.create_optimization_profile()
+    def build(self, network: Any, request: dict[str, Any], on_percent: Callable[[int], None]) -> Any:
+        """The plan, a buffer of TensorRT's own: a copy would need as much memory again. Raises as ``build``."""
+        trt, polygraphy, cache = self.package, self.polygraphy, request["timing_cache"]
+        profile = polygraphy.Profile()
         for name, (least, best, most) in request["profile"].items():
-            profile.set_shape(name, least, best, most)
-        if config.add_optimization_profile(profile) < 0:
-            raise self._problem(f"take the batch sizes of {component}", "")
-        cache = self._load_timing_cache(config, request, tell)
-        monitor = make_monitor(trt, Fraction(lambda fraction: tell("progress", fraction=fraction)))
-        config.progress_monitor = monitor  # the variable keeps it alive; the binding does not
-        plan = self._builder.build_serialized_network(network, config)
-        if plan is None:
-            raise self._problem(f"build {component}", "")
-        if cache is not None:
-            blob = bytes(config.get_timing_cache().serialize())
-            write_timing_cache(Path(request["timing_cache"]), trt.__version__, request["gpu"], blob)
-        return plan
+            profile.add(name, min=least, opt=best, max=most)
+        options = {
+            "profiles": [profile],
+            "builder_optimization_level": request["opt_level"],
+            "progress_monitor": make_monitor(trt, on_percent),
+        }
+        if request["workspace_bytes"] is not None:
+            options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
+        if self.flavour.needs_gpu:
+            config = polygraphy.CreateConfig(load_timing_cache=cache, **options)
+        else:
+            from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    def products_in_int8(self, plan: Any, products: list[str], tell: Tell) -> int | None:
-        """How many of the quantised products the engine computes in INT8; None where that cannot be read."""
-        if not self._flavour.needs_gpu:
-            return None  # TensorRT for RTX chooses its kernels when the engine is loaded
+            capabilities = [tuple(map(int, c.split("."))) for c in request["compute_capabilities"]]
+            config = CreateConfigRTX(compute_capabilities=capabilities, **options)
+        # On by default, TF32 would round the inputs of float32 products to ten bits; the file says float32.
+        config = polygraphy.PostprocessConfig(config, lambda b, n, c: c.clear_flag(trt.BuilderFlag.TF32))
+        load = polygraphy.EngineBytesFromNetwork(network, config=config, save_timing_cache=cache)
+        return self._call(f"build {request['component']}", load)
+
+    def _call(self, what: str, load: Callable[[], Any]) -> Any:
+        """What a loader returns, or our error for the first that TensorRT logged, for others follow from it."""
+        from polygraphy.exception import PolygraphyException
+
+        _ERRORS.messages.clear()
         try:
-            found = products_in_int8(engine_information(self.package, self._logger, plan), products)
-        except Exception as error:  # the engine is built and good; that its layers cannot be listed takes nothing away
-            tell("note", text=f"which products of the engine run in INT8 could not be read ({error})")
-            return None
-        if len(found) < len(products):
-            first = next(name for name in products if name not in found)
-            text = f"{self._title} computes {len(found)} of the {len(products)} quantised products in INT8, not {first}"
-            tell("note", text=f"{text}: measure it beside FP16")
-        return len(found)
+            return load()
+        except Exception as error:  # but for Polygraphy's own it is a constructor of TensorRT that failed
+            raise self._error(what if isinstance(error, PolygraphyException) else "start", str(error)) from None
 
-    def _load_timing_cache(self, config: Any, request: dict[str, Any], tell: Tell) -> Any:
-        if request["timing_cache"] is None or not self._flavour.needs_gpu:  # for RTX it has no effect
-            return None
-        version = self.package.__version__
-        blob, note = read_timing_cache(Path(request["timing_cache"]), version, request["gpu"])
-        if note:
-            tell("note", text=note)
-        cache = config.create_timing_cache(blob) or config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-        return cache
-
-    def _log(self, severity: str, message: str) -> None:
-        if severity in ("ERROR", "INTERNAL_ERROR"):
-            self._errors.append(message)
-
-    def _problem(self, what: str, reason: str) -> MoebiusError:
-        """Our error for one of TensorRT's: the first it logged, for the later ones follow from it."""
-        everything = " ".join([*self._errors, reason])
-        text = _tidy(self._errors[0]) if self._errors else reason or "it gives no reason"
-        message = f"{self._title} cannot {what} ({text})"
-        if _OUT_OF_MEMORY.search(everything):
+    def _error(self, what: str, reason: str) -> MoebiusError:
+        messages = [*_ERRORS.messages, reason]
+        cause = next((m for m in messages if "In node " in m), messages[0])
+        problem = f"{self.title} cannot {what} ({_tidy(cause)})"
+        if any(map(_OUT_OF_MEMORY.search, messages)):
             remedy = "close other programs, or pass a smaller --workspace or --max-batch"
-            return MachineError(f"{message}: memory ran out: {remedy}")
-        if what == "start" or _UNSUPPORTED_GPU.search(everything):
-            return MachineError(f"{message}: this GPU or driver does not suit it: see its support matrix")
-        return BundleError(f"{message}: try another version of it, or export the bundle again")
-
-
-def _parse_error(parser: Any) -> str:
-    if not parser.num_errors:
-        return "it gives no reason"
-    error = parser.get_error(0)
-    node = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
-    return node + _tidy(error.desc())
+            return OutOfMemory(f"{problem}: memory ran out", remedy)
+        if what == "start" or any(map(_UNSUPPORTED_GPU.search, messages)):
+            return MachineError(f"{problem}: this GPU or driver does not suit it", "see its support matrix")
+        return BundleError(problem, "try another version of it, or export the bundle again")
 
 
 def _tidy(message: str) -> str:
-    """Without the place in TensorRT's sources and the number of the error, on one line."""
-    text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.split()))
+    """A message on one line, without the place in TensorRT's sources and the number of the error."""
+    text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.removeprefix("[E] ").split()))
+    text = re.sub(r"In node -?\d+ with name: (.*?) and operator: (\S+) \(\w+\): \w+: ", r"node '\1' (\2): ", text)
     return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
 
 
-def _onnx_node(layer: Any) -> str:
-    """The ONNX node that a layer was parsed from; the layer's own name may have got a number."""
-    noted = re.match(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
-    return str(noted[1] if noted else layer.name)
+def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
+    """``describe_network`` of an ONNX file, which builds nothing and needs no GPU with TensorRT for RTX.
+
+    Raises as ``TrtBuilder`` and its ``parse``.
+    """
+    return describe_network(TrtBuilder(flavour).parse(Path(onnx))[1])
+
+
+def describe_network(network: Any) -> dict[str, Any]:
+    """What TensorRT made of a file: ``layers`` and ``tensors`` count layer and tensor types by name, ``inputs`` and
+    ``outputs`` map names to types, ``quantised`` lists the ONNX convolutions and matrix products of two dequantised
+    inputs."""
+    layers: Counter[str] = Counter()
+    tensors: Counter[str] = Counter()
+    dequantised: set[str] = set()  # tensors; layers come in an order in which each one's inputs are known
+    quantised: list[str] = []
+    for layer in map(network.get_layer, range(network.num_layers)):
+        kind = _name(layer.type)
+        layers[kind] += 1
+        inputs = [t.name for t in map(layer.get_input, range(layer.num_inputs)) if t is not None]
+        outputs = [t for t in map(layer.get_output, range(layer.num_outputs)) if t is not None]
+        tensors.update(_name(t.dtype) for t in outputs)
+        # Weights of a matrix product get a dimension or lose one on their way.
+        if kind == "DEQUANTIZE" or (kind in ("SHUFFLE", "UNSQUEEZE") and inputs[0] in dequantised):
+            dequantised.update(t.name for t in outputs)
+        if kind in _PRODUCT_LAYERS and len(inputs) > 1 and dequantised.issuperset(inputs[:2]):
+            # The layer's own name may have got a number.
+            onnx_name = re.match(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
+            quantised.append(onnx_name[1] if onnx_name else layer.name)
+    return {
+        "layers": dict(sorted(layers.items())),
+        "tensors": dict(sorted(tensors.items())),
+        "quantised": quantised,
+        "inputs": {t.name: _name(t.dtype) for t in map(network.get_input, range(network.num_inputs))},
+        "outputs": {t.name: _name(t.dtype) for t in map(network.get_output, range(network.num_outputs))},
+    }
+
+
+def check_quantised(facts: dict[str, Any], names: list[str], component: str) -> None:
+    """Raise ``BundleError`` unless the network's quantised operators are the ONNX nodes ``names``."""
+    if missing := sorted(set(names) - set(facts["quantised"])):
+        raise BundleError(f"{component}: TensorRT does not see {missing[0]} as quantised: export the bundle again")
+    if more := sorted(set(facts["quantised"]) - set(names)):
+        raise BundleError(f"{component}: {more[0]} is quantised, and bundle.json does not list it: export it again")
 
 
 def _name(member: Any) -> str:
     return str(member).rpartition(".")[2]
+
+
+def make_monitor(trt: Any, on_percent: Callable[[int], None]) -> Any:
+    """TensorRT's progress monitor, whose nested phases become one number from 0 to 100 that never goes back."""
+    phases: dict[str, list[Any]] = {}  # name -> [parent, steps, steps done]
+    highest = 0
+
+    def fraction(name: str) -> float:
+        _, steps, done = phases[name]
+        inner = [fraction(n) for n, (parent, _, _) in list(phases.items()) if parent == name]
+        return float(min(done + max(inner, default=0.0), steps)) / steps
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            phases[phase_name] = [parent_phase, max(1, num_steps), 0]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            nonlocal highest
+            if phase_name in phases:
+                phases[phase_name][2] = step + 1
+            percent = max((int(100 * fraction(n)) for n, p in list(phases.items()) if p[0] not in phases), default=0)
+            if percent > highest:
+                highest = percent
+                on_percent(percent)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.pop(phase_name, None)
+
+    return Monitor()
+
+
+def define_update(trt: Any, network: Any, component: Component) -> None:
+    """Add the layers of ``component`` (``update_component``) to an empty, strongly typed ``network``.
+
+    ``trt`` is the TensorRT package. Slices are gathers, which need no sizes: the number of rows is free. There is no
+    ONNX file of ``update``, for it would have to be in every bundle: a device has no onnx package to write one.
+    """
+    types = {"float32": trt.DataType.FLOAT, "int32": trt.DataType.INT32}
+    inputs = {
+        t.name: network.add_input(t.name, types[t.dtype], tuple(-1 if d == "N" else int(d) for d in t.shape))
+        for t in component.inputs
+    }
+
+    def gather(tensor: Any, indices: Any, axis: int) -> Any:
+        return network.add_gather(tensor, indices, axis).get_output(0)
+
+    def channels(tensor: Any, start: int, stop: int) -> Any:
+        return gather(tensor, network.add_constant((stop - start,), _CHANNELS[start:stop]).get_output(0), 1)
+
+    def combine(operation: Any, a: Any, b: Any) -> Any:
+        return network.add_elementwise(a, b, operation).get_output(0)
+
+    def add(a: Any, b: Any) -> Any:
+        return combine(trt.ElementWiseOperation.SUM, a, b)
+
+    def times(name: str, a: Any) -> Any:
+        index = COEFFICIENTS.index(name)
+        return combine(trt.ElementWiseOperation.PROD, channels(inputs["coefficients"], index, index + 1), a)
+
+    unconditional, conditional = (gather(inputs["noise"], inputs[n], 0) for n in ("unconditional", "conditional"))
+    difference = combine(trt.ElementWiseOperation.SUB, conditional, unconditional)
+    noise = add(unconditional, times("guidance", difference))
+    latent = channels(inputs["sample"], 0, LATENT_CHANNELS)
+    mask_and_masked = channels(inputs["sample"], LATENT_CHANNELS, _SAMPLE_CHANNELS)
+    moved = add(add(times("latent", latent), times("noise", noise)), times("previous", inputs["clean"]))
+    joined = network.add_concatenation([moved, mask_and_masked])
+    joined.axis = 1
+    size = network.add_unary(inputs["noise"], trt.UnaryOperation.ABS).get_output(0)
+    outputs = {
+        "next_sample": joined.get_output(0),
+        "next_clean": add(times("clean_latent", latent), times("clean_noise", noise)),
+        "magnitude": network.add_reduce(size, trt.ReduceOperation.SUM, _ALL_BUT_ROWS, True).get_output(0),
+    }
+    for tensor in component.outputs:
+        outputs[tensor.name].name = tensor.name
+        network.mark_output(outputs[tensor.name])
+
+
+def _serve(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # TensorRT would not return to Python in time
+    return build(request, progress, note)
+
+
+if __name__ == "__main__":
+    sys.exit(serve_job(_serve))

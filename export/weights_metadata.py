@@ -1,8 +1,7 @@
 """The guidance that was distilled into a student, noted in the header of its ``.safetensors`` file.
 
-It lies in the file of weights, where a copy cannot lose it: without it such a student would be guided a second
-time, which raises no error and spoils the pictures. ``student.json`` stays the network's shape, which
-distillation does not change.
+A copy of the weights cannot lose it there. Without it such a student would be guided a second time, which raises no
+error and spoils the pictures.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ def guidance_metadata(guidance: float) -> dict[str, str]:
 
     Raises UsageError unless it is finite and more than 1.
     """
-    _check(guidance)
+    if not is_distillable(guidance):
+        raise UsageError(f"distilled guidance is {guidance}: give a number of more than 1, such as 2.0")
     return {_KEY: repr(float(guidance))}
 
 
@@ -34,35 +34,23 @@ def find_guidance(checkpoint: Path, given: float | None) -> float | None:
         MachineError: the file cannot be read.
     """
     if given is not None:
-        _check(given)
-    noted = _noted(checkpoint)
-    if noted is None or given in (None, noted):
-        return given if noted is None else noted
-    raise UsageError(f"{checkpoint} notes guidance {noted} as distilled, not {given}: leave --distilled-guidance out")
-
-
-def _check(guidance: float) -> None:
-    if not is_distillable(guidance):
-        raise UsageError(f"distilled guidance is {guidance}: give a number of more than 1, such as 2.0")
-
-
-def _noted(checkpoint: Path) -> float | None:
-    """None without a note, and for a pickle, which cannot hold one."""
+        guidance_metadata(given)
     try:
         with checkpoint.open("rb") as file:
-            if not is_safetensors(file.read(16)):
-                return None
+            can_have_note = is_safetensors(file.read(16))
     except OSError as error:
         raise MachineError(f"{checkpoint} cannot be read ({error.strerror or error}): give a readable file") from error
-    note = open_weights(checkpoint).metadata.get(_KEY)
+    note = open_weights(checkpoint).metadata.get(_KEY) if can_have_note else None
     if note is None:
-        return None
+        return given
     try:
-        guidance = float(note)
-    except ValueError:
-        guidance = 0.0  # refused like a number that is none
-    if not is_distillable(guidance):
+        noted = float(guidance_metadata(float(note))[_KEY])
+    except (ValueError, UsageError):
         raise BundleError(
             f"{checkpoint} notes the {_KEY} {note!r:.40}, not a number of more than 1: copy it again, or train it again"
+        ) from None
+    if given not in (None, noted):
+        raise UsageError(
+            f"{checkpoint} notes guidance {noted} as distilled, not {given}: leave --distilled-guidance out"
         )
-    return guidance
+    return noted

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from diffusers import AutoencoderKL
 from golden import fill_golden
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
 
-from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.model import Student, StudentConfig, build_student
 
 CONFIG = StudentConfig(
     block_out_channels=(32, 64),
@@ -41,3 +44,33 @@ def save_student(path: Path, config: StudentConfig = CONFIG) -> Path:
     torch.save(fill_golden(build_student(config)).state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps(config.to_dict()))
     return path
+
+
+def weight_bytes(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the initialisers by element type, such as ``{"FLOAT16": 1234}``."""
+    sizes: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        sizes[kind] = sizes.get(kind, 0) + numpy_helper.to_array(tensor).nbytes
+    return sizes
+
+
+class PlainDenoiser(nn.Module):
+    """The student as it is, with the denoiser's inputs, for comparison with what is exported.
+
+    ``sample`` (N, 9, h, w), ``timestep`` (N,), ``branch`` (N,) -> ``noise`` (N, 4, h, w).
+
+    With M prompts a branch (10), branch 0 is prompt ids 0..M-1 (conditional), 1 is M..2M-1 (unconditional).
+    """
+
+    prompts: Tensor
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("prompts", torch.arange(student.config.num_prompts), persistent=False)
+
+    def forward(self, sample: Tensor, timestep: Tensor, branch: Tensor) -> Tensor:
+        ids = self.prompts + len(self.prompts) * branch[:, None]  # (N, M)
+        noise: Tensor = self.student(sample, timestep, ids).noise
+        return noise

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from moebius_edge.bundle.bundle import Bundle
-from moebius_edge.export.update_network import define_update
+from moebius_edge.export.trt_builder import define_update
 from moebius_edge.runtimes.cuda import CudaError, Gpu
 from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
 from moebius_edge.runtimes.update import UPDATE, update_component

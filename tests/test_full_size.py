@@ -24,7 +24,7 @@ from moebius_edge.export.build_engine import build
 from moebius_edge.export.engines import profile, rows
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
-from moebius_edge.export.precision import to_float16, weight_bytes
+from moebius_edge.export.precision import to_float16
 from moebius_edge.export.shallow import write_shallow
 from moebius_edge.export.specialise import specialise
 from moebius_edge.export.trt_builder import network_facts

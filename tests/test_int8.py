@@ -34,8 +34,7 @@ from moebius_edge.calibration.statistics import Statistics
 from moebius_edge.cli import main
 from moebius_edge.data.photographs import HELD_OUT
 from moebius_edge.errors import QualityError, UsageError
-from moebius_edge.export.engine_target import EngineOptions, find_target
-from moebius_edge.export.engines import build_engines
+from moebius_edge.export import EngineOptions, build_engines
 from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.imaging.pictures import Picture
 from moebius_edge.pipeline.inpainter import Inpainter
@@ -423,7 +422,7 @@ def test_the_standard_recipe_passes_on_the_bundled_photographs(tmp_path: Path, m
     facts = network_facts(bundle.component_path("denoiser"))
     assert sorted(facts["quantised"]) == sorted(bundle.int8["nodes"])
     wanted = EngineOptions("tensorrt-rtx", compute_capabilities=("8.6",))
-    engine = build_engines(bundle, wanted, find_target(wanted)).engine
+    engine = build_engines(bundle, wanted).engine
     plan = engine.plans["denoiser"]
     assert (plan["quantised_products"], plan["products_in_int8"]) == (len(bundle.int8["nodes"]), None)
     assert "quantised_products" not in engine.plans["vae_encoder"] and plan["tensors"]["INT8"] > 0

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from exporting import save_student, save_vae
+from exporting import save_student, save_vae, weight_bytes
 from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError, QualityError, UsageError
 from moebius_edge.export import export_bundle
-from moebius_edge.export.precision import ISLANDS, convert, to_float16, weight_bytes
+from moebius_edge.export.precision import ISLANDS, convert, to_float16
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 

@@ -20,7 +20,7 @@ from moebius_edge.calibration.quantise import activations, quantise, quantised_n
 from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export.precision import convert
-from moebius_edge.export.trt_builder import TrtBuilder, network_facts
+from moebius_edge.export.trt_builder import TrtBuilder, describe_network, network_facts
 from moebius_edge.export.trt_rules import problems
 
 CONV, RELU, LINEAR = "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv2", "time_embedding"
@@ -313,7 +313,7 @@ def test_tensorrt_builds_it(tiny: SimpleNamespace, tmp_path: Path) -> None:
     builder = TrtBuilder("tensorrt-rtx")
     builder.check(tmp_path / "denoiser.onnx")
     network = builder.parse(tmp_path / "denoiser.onnx")
-    assert len(builder.facts(network)["quantised"]) == sum(len(b.nodes) for b in tiny.blocks)
+    assert len(describe_network(network[1])["quantised"]) == sum(len(b.nodes) for b in tiny.blocks)
     sizes = {"sample": (9, 32, 32), "timestep": (), "branch": ()}
     request = {
         "component": "denoiser",
@@ -323,5 +323,5 @@ def test_tensorrt_builds_it(tiny: SimpleNamespace, tmp_path: Path) -> None:
         "profile": {name: ((1, *rest), (2, *rest), (2, *rest)) for name, rest in sizes.items()},
         "timing_cache": None,
     }
-    plan = builder.build(network, request, lambda event, **values: None)
+    plan = builder.build(network, request, lambda percent: None)
     assert plan.nbytes > 1_000_000

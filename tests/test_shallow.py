@@ -12,7 +12,7 @@ from toy import make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import QualityError
-from moebius_edge.export.gate import judge_shallow, shallow_difference
+from moebius_edge.export.exporter import judge_shallow, shallow_difference
 from moebius_edge.export.precision import to_float16
 from moebius_edge.export.shallow import shallow_part, write_shallow
 from moebius_edge.runtimes.ort import OrtRuntime

@@ -9,12 +9,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from exporting import CONFIG
+from exporting import CONFIG, PlainDenoiser
 from golden import fill_golden
 from torch import nn
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.export.graphs import PlainDenoiser
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
 from moebius_edge.export.specialise import (

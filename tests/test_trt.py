@@ -243,15 +243,14 @@ def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, flavour: str) -> None:
     """Build the toy's engines, run each component through recording and replay, compare."""
-    from moebius_edge.export.engine_target import EngineOptions, find_target
-    from moebius_edge.export.engines import build_engines
+    from moebius_edge.export import EngineOptions, build_engines
     from moebius_edge.runtimes.cuda import find_gpu
 
     if find_gpu() is None:
         pytest.skip("no GPU in this machine")
     pytest.importorskip(flavour.replace("-", "_"), reason=f"{flavour} is not installed")
     options = EngineOptions(flavour, max_batch=2)
-    build_engines(bundle, options, find_target(options))
+    build_engines(bundle, options)
     with TrtRuntime(bundle, flavour) as runtime, OrtRuntime(bundle) as reference:
         for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1]):
             given = feeds(rows, seed)

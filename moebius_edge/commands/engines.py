@@ -11,7 +11,7 @@ from . import console
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from ..export.engine_target import EngineOptions, Target
+    from ..export import EngineOptions
 
 
 class EngineName(str, Enum):
@@ -23,10 +23,9 @@ class EngineName(str, Enum):
 
 @dataclass(frozen=True)
 class EngineJob:
-    """Checked options, and what this machine builds for."""
+    """Checked options."""
 
     options: EngineOptions
-    target: Target
 
     def takes(self, source: str) -> bool:
         """Whether SOURCE is a bundle, so that engines are all there is to make."""
@@ -35,10 +34,10 @@ class EngineJob:
         return is_bundle(source)
 
     def placed(self, source: str, output: Path | None, force: bool) -> Bundle:
-        from ..export.engines import place_bundle
+        from ..export.engines import copy_bundle_for_engines
 
         try:
-            return place_bundle(source, output, force)
+            return copy_bundle_for_engines(source, output, force)
         except KeyboardInterrupt:
             raise console.Interrupted("interrupted, nothing written") from None
 
@@ -50,9 +49,10 @@ def prepare_engines(
     opt_level: int | None,
     timing_cache: Path | None,
     compute_capabilities: list[str] | None,
+    force: bool,
 ) -> EngineJob:
-    """Check options and machine before anything long is begun; raises as ``find_target`` does."""
-    from ..export.engine_target import EngineOptions, find_target
+    """Check options and machine before anything long is begun; raises as ``find_engine_key`` does."""
+    from ..export.engines import EngineOptions, find_engine_key
 
     options = EngineOptions(
         engine.value,
@@ -61,21 +61,19 @@ def prepare_engines(
         opt_level=opt_level,
         timing_cache=timing_cache,
         compute_capabilities=tuple(compute_capabilities or ()),
+        force=force,
     )
-    return EngineJob(options, find_target(options))
+    find_engine_key(options, "float32")
+    return EngineJob(options)
 
 
-def make_engines(bundle: Bundle, job: EngineJob, force: bool, as_json: bool) -> None:
+def make_engines(bundle: Bundle, job: EngineJob, as_json: bool) -> None:
     """Build, with progress on stderr, and print what was made and how to run it."""
-    from ..export.engines import build_engines
+    from ..export import build_engines
 
     with console.progress() as update:
-
-        def tell(stage: str, fraction: float | None) -> None:
-            update(stage, round((fraction or 0.0) * 100), 0 if fraction is None else 100)
-
         try:
-            built = build_engines(bundle, job.options, job.target, tell, force)
+            built = build_engines(bundle, job.options, update)
         except KeyboardInterrupt:
             raise console.Interrupted(f"interrupted, no engine written; the bundle is {bundle.path}") from None
     for text in built.notes:

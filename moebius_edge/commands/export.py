@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _INT8 = "int8"
+PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # as the command line says it -> as bundle.json does
 
 
 class Target(str, Enum):
@@ -132,7 +134,7 @@ def export(
     pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
     """
     from ..bundle.bundle import BUNDLED
-    from ..export import PRECISIONS, export_bundle, float32_bundle
+    from ..export import BundleOptions, export_bundle, float32_bundle
 
     if precision is not None and precision not in (*PRECISIONS, _INT8):
         raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join((*PRECISIONS, _INT8))}")
@@ -147,7 +149,7 @@ def export(
         raise UsageError("--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it: leave --engine out")
     job = None
     if engine is not None:
-        job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability)
+        job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability, force)
         again = precision is not None and source in BUNDLED  # in another precision it is another bundle
         if job.takes(source) and not again and not int8:
             if any(value is not None for value in (vae, config, precision, distilled_guidance)):
@@ -155,7 +157,7 @@ def export(
                     f"{source} is a bundle, complete as it is: leave --vae, --config, --precision and "
                     "--distilled-guidance out"
                 )
-            make_engines(job.placed(source, output, force), job, force, as_json)
+            make_engines(job.placed(source, output, force), job, as_json)
             return
     elif max_batch != 1 or any((workspace, opt_level is not None, timing_cache, compute_capability)):
         raise UsageError(
@@ -175,18 +177,11 @@ def export(
             update(stage, round((fraction or 0.0) * 100), 0 if fraction is None else 100)
 
         try:
-            common: dict[str, Any] = {
-                "config": config,
-                "steps": steps,
-                "guidance": guidance,
-                "distilled_guidance": distilled_guidance,
-                "progress": tell,
-            }
+            bundle_options = BundleOptions(vae, config, steps, guidance, distilled_guidance, force=force)
             if not int8:
                 precision_name = PRECISIONS[precision or "fp32"]
-                bundle = export_bundle(
-                    source, vae, output, **common, precision=precision_name, min_psnr_db=min_psnr, force=force
-                )
+                bundle_options = replace(bundle_options, precision=precision_name, min_psnr_db=min_psnr)
+                bundle = export_bundle(source, output, bundle_options, update)
             else:
                 try:
                     from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
@@ -205,7 +200,7 @@ def export(
                     steps=steps,
                     guidance=guidance,
                 )
-                with float32_bundle(source, vae, output, force, **common) as reference:
+                with float32_bundle(source, output, bundle_options, update) as reference:
                     bundle = quantise_bundle(
                         reference, output, options, name=output.resolve().name, progress=tell, note=notes.append,
                         force=force,
@@ -223,7 +218,7 @@ def export(
     if not as_json:
         _print_bundle(bundle)
     if job is not None:
-        make_engines(bundle, job, force, as_json)
+        make_engines(bundle, job, as_json)
     elif not as_json:
         print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}")
 

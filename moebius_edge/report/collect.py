@@ -18,7 +18,6 @@ from .. import __version__
 from ..errors import UsageError
 from ..system.files import sha256_file
 from ..system.machine import machine_info, package_version
-from ..system.subprocess_job import Outcome, supervise
 from .configurations import Configuration
 from .inputs import Input, describe_inputs
 from .instruments import no_peaks
@@ -27,6 +26,7 @@ from .measuring import Progress, trace_name
 from .results import PICTURES_FOLDER, RESULTS_FILE, Results, load
 from .rows import machine_label, row
 from .schema import SCHEMA_VERSION
+from .worker import Outcome, supervise
 
 _INPUTS = "inputs"  # their name among what is kept; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"

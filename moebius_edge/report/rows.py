@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..system.subprocess_job import Outcome
 from .configurations import Configuration
 from .instruments import network_calls, with_share
+from .worker import Outcome
 
 
 def row(

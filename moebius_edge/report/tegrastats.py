@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.jetson import Board
-from ..system.processes import end
+from ..system.subprocess_job import end
 from .meter import Sample, Source, SourceError
 from .rails import Throttling, power_mode, total_watts
 

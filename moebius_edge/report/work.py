@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..bundle.products import PRODUCTS, attribute, multiplications
 from ..errors import BundleError
 from .peaks import Peaks
 
@@ -95,7 +94,7 @@ def count_work(path: str | os.PathLike[str], rows: int) -> Work:
     try:
         import onnx
 
-        from ..calibration.inlining import outline
+        from ..export.onnx_graph import outline
     except ImportError as error:
         return Work(reason=f"the package {error.name} is missing, which reads the file: run `pip install onnx`")
     try:
@@ -105,9 +104,15 @@ def count_work(path: str | os.PathLike[str], rows: int) -> Work:
 
 
 def _count(model: Any, rows: int) -> dict[str, Amount]:
-    from ..calibration.activations import constant_tensors
-    from ..calibration.blocks import infer_tensors
-    from ..calibration.inlining import FUNCTION, inline, outline
+    from ..export.onnx_graph import (
+        FUNCTION,
+        PRODUCTS,
+        constant_tensors,
+        infer_tensors,
+        inline,
+        multiplications,
+        outline,
+    )
 
     calls = [node for node in model.graph.node if node.domain]  # the lambda operators; their bodies are inlined next
     flat = outline(model)
@@ -138,6 +143,8 @@ def _count(model: Any, rows: int) -> dict[str, Amount]:
 
 
 def _class(node: Any, in_lambda: bool) -> str:
+    from ..export.onnx_graph import attribute
+
     if in_lambda:
         return "lambda"
     if node.op_type in ("MatMul", "Gemm"):

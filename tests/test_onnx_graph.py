@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import helper
 
-from moebius_edge.bundle.products import PRODUCTS, multiplications, summed_axis
+from moebius_edge.export.onnx_graph import PRODUCTS, multiplications, summed_axis
 
 SHAPES = {
     "image": (2, 6, 8, 8), "dense": (10, 6, 3, 3), "grouped": (6, 1, 3, 3), "up": (6, 10, 2, 2),

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..errors import MachineError, UsageError
 from ..runtimes.cuda import find_gpu
-from ..runtimes.engine_files import ANY_GPU, Settings
-from ..runtimes.flavours import FLAVOURS, load_package
+from ..runtimes.engine_files import ANY_GPU, FLAVOURS, Settings, load_package
 
 _LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
 

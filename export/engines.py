@@ -22,14 +22,14 @@ from ..errors import BundleError, MachineError, UsageError
 from ..runtimes.engine_files import (
     ENGINE_FILE,
     ENGINE_SCHEMA_VERSION,
+    FLAVOURS,
     Engine,
     EngineKey,
     engine_document,
     read_engine,
     staleness,
 )
-from ..runtimes.flavours import FLAVOURS
-from ..runtimes.update import UPDATE, update_component
+from ..runtimes.latent_loop import UPDATE, update_component
 from ..spec import DENOISER, SHALLOW, Component
 from ..system.files import atomic_directory
 from ..system.machine import available_memory_bytes

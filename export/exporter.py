@@ -177,8 +177,7 @@ def _fill(
 
     del student, vae, graphs  # a gigabyte at full size, and the other runtime needs as much again
     gc.collect()
-    write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
-    runtime = OrtRuntime(Bundle.load(folder, verify=False))
+    runtime = OrtRuntime(components, {name: folder / component.file for name, component in components.items()})
     with runtime:
         candidate = _run(runtime, steps, guidance, "gate, ONNX Runtime", tell)
         figures = compare(candidate, reference)

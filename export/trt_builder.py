@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, MachineError, MoebiusError
-from ..runtimes.flavours import FLAVOURS, load_package, make_logger, max_opset, version_of
+from ..runtimes.engine_files import FLAVOURS, load_package, make_logger, max_opset, version_of
+from ..runtimes.latent_loop import update_component
 from ..runtimes.onnx_check import check_onnx_file
-from ..runtimes.update import update_component
 from ..spec import DENOISER
 from ..system.files import utf8_path
 from .build_progress import Fraction, make_monitor

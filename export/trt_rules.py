@@ -15,7 +15,7 @@ import numpy as np
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..bundle.products import PRODUCTS  # TensorRT fuses each with the pairs before it
-from ..runtimes.flavours import max_opset
+from ..runtimes.engine_files import max_opset
 
 OLDEST = (10, 3)
 _DEFAULT_DOMAINS = ("", "ai.onnx")

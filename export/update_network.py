@@ -1,4 +1,4 @@
-"""``update`` (see ``runtimes.update``) as a TensorRT network, layer by layer: it has no weights and no ONNX file.
+"""``update`` (see ``runtimes.latent_loop``) as a TensorRT network, layer by layer: it has no weights and no ONNX file.
 
 Were it an ONNX file, it would have to be in every bundle, for a device has no onnx package to write one. All layers
 here exist in all supported versions of both flavours.
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtimes.update import COEFFICIENTS
+from ..runtimes.latent_loop import COEFFICIENTS
 from ..spec import LATENT_CHANNELS, Component
 
 _SAMPLE_CHANNELS = 2 * LATENT_CHANNELS + 1

@@ -105,8 +105,7 @@ def _onnxruntime_gpu(device: str) -> Callable[[Bundle], str]:
 def _native(flavour: str) -> Callable[[Bundle], str]:
     def usable(bundle: Bundle) -> str:
         from .cuda import find_gpu
-        from .engine_files import choose_engine
-        from .flavours import FLAVOURS, load_package
+        from .engine_files import FLAVOURS, choose_engine, load_package
 
         gpu = find_gpu()
         if gpu is None:

@@ -1,17 +1,22 @@
-"""Engines on disk: ``BUNDLE/engines/<key>/`` with a plan a component, one for the sampler's arithmetic (``update``),
-and ``engine.json``, which says what they are.
+"""Engines on disk, and the two TensorRTs that they are built with and for.
 
-An engine fits one bundle's ONNX files, one precision, one version of TensorRT and one kind of GPU. What was built
-for anything else is refused here, before TensorRT sees it, with the command that builds the right one.
+``BUNDLE/engines/<key>/`` holds a plan a component, one for the sampler's arithmetic (``latent_loop.UPDATE``), and
+``engine.json``, which says what they are. An engine fits one bundle's ONNX files, one precision, one version of
+TensorRT and one kind of GPU. What was built for anything else is refused here, before TensorRT sees it, with the
+command that builds the right one. The Python calls of TensorRT and of TensorRT for RTX are the same; what differs
+stands in ``FLAVOURS``.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field
@@ -23,12 +28,84 @@ from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, T
 from ..errors import BundleError, MachineError
 from ..system.files import safe_join
 from .cuda import Gpu
-from .flavours import FLAVOURS, Flavour
-from .update import UPDATE
+from .latent_loop import UPDATE
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA_VERSION: Final = 1
 ANY_GPU = "any"  # TensorRT for RTX builds for compute capabilities, whatever the card's name
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One variant of TensorRT. Versions are (major, minor); ``below`` is the first that is not supported."""
+
+    name: str  # on the command line, and in an engine's key
+    title: str
+    module: str
+    extra: str
+    least: tuple[int, int]
+    below: tuple[int, int]
+    needs_gpu: bool  # to build
+
+
+FLAVOURS = {
+    f.name: f
+    for f in (
+        Flavour("tensorrt", "TensorRT", "tensorrt", "tensorrt", (10, 3), (12, 0), True),
+        Flavour("tensorrt-rtx", "TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 7), (2, 0), False),
+    )
+}
+
+
+def max_opset(flavour: str, version: tuple[int, int]) -> int:
+    """The highest opset that ``flavour`` (as in ``FLAVOURS``) of (major, minor) ``version`` is known to parse."""
+    if flavour == "tensorrt-rtx":
+        return 23  # the highest that was tried with 1.7, whose parser refuses none by number
+    if version >= (11, 0):
+        return 25
+    return 24 if version >= (10, 15) else 20
+
+
+def load_package(flavour: Flavour) -> ModuleType:
+    """The Python package of ``flavour``.
+
+    Raises:
+        MachineError: it is missing, broken, or of a version that was never tried.
+    """
+    install = f'run `pip install "moebius-edge[{flavour.extra}]"`'
+    try:
+        package = importlib.import_module(flavour.module)
+    except Exception as error:  # a library that does not load arrives as OSError or RuntimeError too
+        hint = " (a Jetson has it: make the environment with --system-site-packages)" if flavour.needs_gpu else ""
+        problem = f"the package {flavour.module} is missing or broken ({error})"
+        raise MachineError(problem, f"{install}{hint}") from None
+    if not flavour.least <= version_of(package) < flavour.below:
+        least, below = (".".join(map(str, v)) for v in (flavour.least, flavour.below))
+        problem = f"{flavour.title} {package.__version__} is not supported, {least} or newer and below {below} is"
+        raise MachineError(problem, install)
+    return package
+
+
+def version_of(package: ModuleType) -> tuple[int, int]:
+    """(major, minor) of the package."""
+    major, minor = str(package.__version__).split(".")[:2]
+    return int(major), int(minor)
+
+
+def make_logger(package: Any, sink: Callable[[str, str], None]) -> Any:
+    """A logger that passes on the severity (VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR) and text of each message.
+
+    Keep one a process: TensorRT uses the first it is given, always.
+    """
+
+    class Logger(package.ILogger):
+        def __init__(self) -> None:
+            package.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            sink(str(severity).rpartition(".")[2], message)
+
+    return Logger()
 
 
 class Plan(FileRecord):

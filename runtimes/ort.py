@@ -1,35 +1,35 @@
-"""ONNX Runtime back-end: on the CPU, and with its GPU build on CUDA or TensorRT's execution provider.
+"""ONNX Runtime: on the CPU, and with its GPU build on CUDA or TensorRT's execution provider.
 
 A requested provider that is not really in use is an error; ONNX Runtime alone would run on the CPU and say
-nothing. Precision is the file's: no option changes a number's type. Providers and their options are
-``providers.py``'s, device buffers ``binding.py``'s, and the proof of what ran where ``placement.py``'s.
+nothing. Precision is the file's: no option changes a number's type. Providers and their options stand in ``providers``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, OutOfMemory, UsageError
+from ..spec import Component, Tensor
 from ..system.files import utf8_path
 from ..system.machine import available_cores
 from .base import Arrays, Runtime, batched
-from .binding import BoundSession
 from .onnx_check import check_onnx_file, time_limit
-from .placement import Placement, check_placement, node_counts, read_placement
 from .providers import (
+    CPU,
     MAX_BATCH,
     PROVIDERS,
     absence,
-    engine_folder,
-    engines_missing,
     first_line,
     import_onnxruntime,
     quiet_options,
@@ -37,11 +37,11 @@ from .providers import (
     start_problem,
 )
 
-if TYPE_CHECKING:
-    from ..bundle.bundle import Bundle
+Placement = dict[str, Counter[str]]  # provider -> operator -> number of nodes
 
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
 _STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
+_HEAVY = re.compile(r"Conv|MatMul|Gemm|Einsum")  # where nearly all of a network's time goes, fused kinds included
 
 # What loading and one row of a call may take on a CPU: a constant, and a share by the size of the file. The published
 # autoencoder's decoder (200 MB, 512x512, the slowest for its size) has ten minutes for what takes 20 s on two server
@@ -54,22 +54,32 @@ _ROW_RESOLUTION = 512
 class OrtRuntime(Runtime):
     """One inference session a component, on the device ``cpu``, ``cuda`` or ``tensorrt``.
 
-    ``threads`` is how many CPU threads one operator may use; by default as many as the cores this
-    process may run on, which in a container is fewer than the machine has.
-
     Off the CPU every component runs once on zeros while it is activated. That builds TensorRT's engines, lets CUDA
     choose its kernels, and shows on which provider each node runs.
+
+    Args:
+        components: their tensors by name, every size fixed but the batch.
+        paths: the ONNX file of each component.
+        threads: how many CPU threads one operator may use; by default as many as the cores this process may run on,
+            which in a container is fewer than the machine has.
+        engine_folders: where TensorRT's provider keeps the engine of each component; without one it is built anew.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
-        super().__init__(bundle.components)
+    def __init__(
+        self,
+        components: Mapping[str, Component],
+        paths: Mapping[str, Path],
+        device: str = "cpu",
+        threads: int | None = None,
+        engine_folders: Mapping[str, Path] | None = None,
+    ) -> None:
+        super().__init__(components)
         if device not in PROVIDERS:
-            known = ", ".join(PROVIDERS)
-            raise UsageError(f"runtime onnxruntime has no device {device!r}: choose one of {known}")
+            raise UsageError(f"runtime onnxruntime has no device {device!r}", f"choose one of {', '.join(PROVIDERS)}")
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be 1 or more, got {threads}")
-        self._bundle = bundle
-        self._paths = {name: bundle.component_path(name) for name in bundle.components}
+        self.paths = dict(paths)
+        self._engine_folders = dict(engine_folders or {})
         self._device = device
         self._threads = available_cores() if threads is None else threads
         self._ort = import_onnxruntime()
@@ -79,11 +89,6 @@ class OrtRuntime(Runtime):
         self._sessions: dict[str, Any] = {}
         self._bound: dict[str, BoundSession] = {}
         self._placements: dict[str, Placement] = {}
-        if bundle.int8 is not None and (device == "cpu") != (bundle.int8["target"] == "cpu"):
-            self.notes.append(_elsewhere(bundle.int8["target"], device))
-        if device == "tensorrt" and (missing := engines_missing(bundle, self._ort.__version__)):
-            folder = engine_folder(bundle, missing[0], self._ort.__version__).parent
-            self.notes.append(f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {folder}")
 
     @property
     def info(self) -> dict[str, Any]:
@@ -95,21 +100,23 @@ class OrtRuntime(Runtime):
             "threads": self._threads,
         }
         if self._placements:
-            facts["nodes"] = node_counts(self._placements)
+            facts["nodes"] = {
+                component: {provider: sum(operators.values()) for provider, operators in placement.items()}
+                for component, placement in self._placements.items()
+            }
         return facts
 
     def activate(self) -> None:
         if self._device == "cpu":
-            for name, path in self._paths.items():
+            for name, path in self.paths.items():
                 self._sessions[name] = self._open(name, path)
             return
         if problem := start_problem(self._ort, self._device):
             raise MachineError(f"{problem}, or use the device cpu")
         with tempfile.TemporaryDirectory(prefix="moebius-edge-") as folder:
-            for name, path in self._paths.items():
-                session = self._open(name, path, profile=Path(folder) / name)
-                self._sessions[name] = session
-                self._bound[name] = BoundSession(self._ort, session, self.components[name], "cuda")
+            for name, path in self.paths.items():
+                self._sessions[name] = self._open(name, path, profile=Path(folder) / name)
+                self._bound[name] = BoundSession(self._ort, self._sessions[name], self.components[name], "cuda")
                 self._warm(name)
 
     def deactivate(self) -> None:
@@ -123,7 +130,8 @@ class OrtRuntime(Runtime):
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(profile)
-        providers = session_providers(self._ort, self._device, self.components[name], self._engines(name))
+        declared = self.components[name]
+        providers = session_providers(self._ort, self._device, declared, self._engine_folder(name))
         try:
             with utf8_path(path) as name_on_disk, self._limit_load(path):
                 session = self._ort.InferenceSession(name_on_disk, options, providers=providers, enable_fallback=0)
@@ -133,33 +141,30 @@ class OrtRuntime(Runtime):
             raise self._problem(f"cannot load {path}", error) from error
         if self._provider not in session.get_providers():
             raise MachineError(
-                f"onnxruntime could not start {self._provider}: check the driver with `nvidia-smi`, "
-                "or use the device cpu"
+                f"onnxruntime could not start {self._provider}",
+                "check the driver with `nvidia-smi`, or use the device cpu",
             )
-        declared = self.components[name]
         for kind, nodes, tensors in (
             ("inputs", session.get_inputs(), declared.inputs),
             ("outputs", session.get_outputs(), declared.outputs),
         ):
-            found, expected = sorted(n.name for n in nodes), sorted(t.name for t in tensors)
-            if found != expected:
+            names, expected = sorted(n.name for n in nodes), sorted(t.name for t in tensors)
+            if names != expected:
                 raise BundleError(
-                    f"{path} has the {kind} {', '.join(found)}, bundle.json says {', '.join(expected)}: "
-                    "export it again"
+                    f"{path} has the {kind} {', '.join(names)}, bundle.json says {', '.join(expected)}",
+                    "export it again",
                 )
         return session
 
-    def _engines(self, name: str) -> Path:
-        """TensorRT's cache folder, made where it is used; elsewhere nobody looks at it."""
-        if self._device != "tensorrt":
-            return self._bundle.path
-        folder = engine_folder(self._bundle, name, self._ort.__version__)
+    def _engine_folder(self, name: str) -> Path | None:
+        """The cache of TensorRT's provider, made where it is used."""
+        folder = self._engine_folders.get(name) if self._device == "tensorrt" else None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MachineError(
-                f"cannot make the engine cache {folder} ({error.strerror}): run `mkdir -p {folder}`"
-            ) from error
+            problem = f"cannot make the engine cache {folder} ({error.strerror})"
+            raise MachineError(problem, f"run `mkdir -p {folder}`") from error
         return folder
 
     def _warm(self, name: str) -> None:
@@ -178,12 +183,12 @@ class OrtRuntime(Runtime):
                 return self._bound[component].run(feeds, outputs)
             options = self._ort.RunOptions()
             with self._limit_call(component, feeds, options):
-                made = self._sessions[component].run(outputs, feeds, options)
+                results = self._sessions[component].run(outputs, feeds, options)
         except BundleError:
             raise
         except Exception as error:
             raise self._problem(f"{component} failed", error) from error
-        return dict(zip(outputs, made, strict=True))
+        return dict(zip(outputs, results, strict=True))
 
     def _limit_load(self, path: Path) -> AbstractContextManager[None]:
         """On a CPU: folding the constants of a hostile graph could take forever. On a GPU an engine may be built."""
@@ -199,8 +204,8 @@ class OrtRuntime(Runtime):
             yield
             return
         rows = len(next(iter(feeds.values())))
-        scale = (self._bundle.resolution / _ROW_RESOLUTION) ** 2
-        seconds = rows * (_ROW_SECONDS + scale * self._paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
+        scale = (self.components[component].resolution / _ROW_RESOLUTION) ** 2
+        seconds = rows * (_ROW_SECONDS + scale * self.paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
         took = f"{component} took over {seconds:.0f} s for {rows} rows"
         message = f"{took}, as no network of its size does: export the bundle again"
 
@@ -219,22 +224,86 @@ class OrtRuntime(Runtime):
         """Our error for one of ONNX Runtime's, its first line kept."""
         reason = first_line(error)
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+            return OutOfMemory(f"{what}: not enough memory on {self._device} ({reason})", "close other programs")
+        if self._engine_folders and self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
+            folder = next(iter(self._engine_folders.values())).parent
             return MachineError(
-                f"{what}: not enough memory on {self._device} ({reason}): close other programs"
-            )
-        if self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
-            folder = engine_folder(self._bundle, next(iter(self._paths)), self._ort.__version__).parent
-            return MachineError(
-                f"{what}: its engine is damaged, or another TensorRT's ({reason}): run `rm -r {folder}`, "
-                "and it is built again"
+                f"{what}: its engine is damaged, or another TensorRT's ({reason})",
+                f"run `rm -r {folder}`, and it is built again",
             )
         return BundleError(
-            f"{what} in onnxruntime {self._ort.__version__} ({reason}): run `pip install -U onnxruntime` "
-            "or export the bundle again"
+            f"{what} in onnxruntime {self._ort.__version__} ({reason})",
+            "run `pip install -U onnxruntime` or export the bundle again",
         )
 
 
-def _elsewhere(target: str, device: str) -> str:
-    """Where an INT8 file runs that was made for something else: its pairs stand where that something fuses them."""
-    right = "--target cpu, or fp32" if device == "cpu" else "--target tensorrt"
-    return f"this bundle is INT8 for {target}: on {device} it gives the same pictures slowly; export with {right}"
+class BoundSession:
+    """Runs ``session`` on buffers of ``device_type``, ``cuda`` or ``cpu``, one set of them for each batch size.
+
+    A plain ``session.run`` allocates on the device for every call and copies through pageable memory it also allocates;
+    here a step copies into the same addresses each time, and what comes back is the caller's.
+    """
+
+    def __init__(self, ort: ModuleType, session: Any, component: Component, device_type: str) -> None:
+        self._ort, self._session, self._component, self._device = ort, session, component, device_type
+        self._buffers: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}  # batch -> binding, inputs, outputs
+
+    def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        """Those ``outputs`` by name, as arrays of their own: the next call overwrites the device's buffers only."""
+        batch = len(next(iter(feeds.values())))
+        if batch not in self._buffers:
+            self._buffers[batch] = self._allocate(batch)
+        binding, bound_inputs, bound_outputs = self._buffers[batch]
+        for name, buffer in bound_inputs.items():
+            buffer.update_inplace(feeds[name])
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return {name: np.array(bound_outputs[name].numpy()) for name in outputs}
+
+    def _allocate(self, batch: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        binding = self._session.io_binding()
+        inputs = {t.name: self._buffer(t, batch) for t in self._component.inputs}
+        outputs = {t.name: self._buffer(t, batch) for t in self._component.outputs}
+        for name, buffer in inputs.items():
+            binding.bind_ortvalue_input(name, buffer)
+        for name, buffer in outputs.items():
+            binding.bind_ortvalue_output(name, buffer)
+        return binding, inputs, outputs
+
+    def _buffer(self, tensor: Tensor, batch: int) -> Any:
+        shape, kind = list(batched(tensor, batch)), np.dtype(tensor.dtype).type
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device, 0)
+
+
+def read_placement(profile: Path) -> Placement:
+    """Which provider ran how many nodes, from ONNX Runtime's profile of one call; copies count as well.
+
+    A session may list a provider and still give it nothing: nodes it has no kernel for go to the CPU, without a word.
+    """
+    placement: Placement = {}
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        arguments = event.get("args") or {}
+        if event.get("cat") == "Node" and "provider" in arguments:
+            placement.setdefault(arguments["provider"], Counter())[arguments.get("op_name", "?")] += 1
+    return placement
+
+
+def check_placement(component: str, placement: Placement, provider: str, device: str) -> None:
+    """Raise ``MachineError`` unless ``provider`` ran nodes and no product or convolution was left to the CPU.
+
+    Shape arithmetic on the CPU is what ONNX Runtime intends and is no fault.
+    """
+    if not placement.get(provider):
+        others = ", ".join(f"{sum(ops.values())} on {name}" for name, ops in placement.items()) or "none at all"
+        raise MachineError(
+            f"{provider} executes no node of {component} ({others})",
+            f"update onnxruntime, or use another device than {device}",
+        )
+    stray = Counter({op: n for op, n in placement.get(CPU, Counter()).items() if _HEAVY.search(op)})
+    if stray:
+        kinds = ", ".join(f"{n} {op}" for op, n in stray.most_common(4))
+        raise MachineError(
+            f"{component} would run {kinds} on the CPU, for {provider} has no kernel for them",
+            f"use a bundle of a precision that {device} has, or the device cpu",
+        )

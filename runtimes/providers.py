@@ -67,21 +67,21 @@ def import_onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise MachineError(
-            f"the package onnxruntime is missing or broken ({error}): run "
-            '`pip install "moebius-edge[cpu]"`, or `"moebius-edge[gpu]"` on an NVIDIA GPU'
+            f"the package onnxruntime is missing or broken ({error})",
+            'run `pip install "moebius-edge[cpu]"`, or `"moebius-edge[gpu]"` on an NVIDIA GPU',
         ) from None
     return onnxruntime
 
 
 def absence(ort: ModuleType, device: str) -> str:
     """Why this build of ONNX Runtime has no provider for ``device``, and what brings it; empty where it has."""
-    wanted, available = PROVIDERS[device], ort.get_available_providers()
-    if wanted.name in available:
+    name, available = PROVIDERS[device].name, ort.get_available_providers()
+    if name in available:
         return ""
-    remedy = f"run `{wanted.remedy}`"
+    remedy = f"run `{PROVIDERS[device].remedy}`"
     if device != "cpu" and platform.machine() == "aarch64":  # which wheels there are depends on the JetPack
         remedy = "docs/jetson.md says which build a Jetson needs"
-    return f"this onnxruntime {ort.__version__} has no {wanted.name} (it has {', '.join(available)}): {remedy}"
+    return f"this onnxruntime {ort.__version__} has no {name} (it has {', '.join(available)}): {remedy}"
 
 
 def start_problem(ort: ModuleType, device: str) -> str:
@@ -105,7 +105,7 @@ def start_problem(ort: ModuleType, device: str) -> str:
 
 
 def session_providers(
-    ort: ModuleType, device: str, component: Component, engines: Path
+    ort: ModuleType, device: str, component: Component, engines: Path | None = None
 ) -> list[str | tuple[str, dict[str, str]]]:
     """The providers of one component's session with their options. ``engines`` is TensorRT's cache folder."""
     options = {CPU: {}, CUDA: _cuda_options(), TENSORRT: _tensorrt_options(component, engines)}
@@ -159,25 +159,25 @@ def _cuda_options() -> dict[str, str]:
     }
 
 
-def _tensorrt_options(component: Component, engines: Path) -> dict[str, str]:
+def _tensorrt_options(component: Component, engines: Path | None) -> dict[str, str]:
     def shapes(rows: int) -> str:
         """``name:1x9x64x64,...`` for a batch of ``rows``."""
         return ",".join(f"{t.name}:{'x'.join(map(str, batched(t, rows)))}" for t in component.inputs)
 
     most = MAX_BATCH.get(component.name, 1)
-    return {
+    options = {
         "device_id": "0",
         "trt_fp16_enable": "0",  # types are the file's
         "trt_int8_enable": "0",
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": os.fspath(engines),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": os.fspath(engines),
         # One range for all calls: without it an engine is built for the first shape and again for the second.
         "trt_profile_min_shapes": shapes(1),
         "trt_profile_opt_shapes": shapes(most),
         "trt_profile_max_shapes": shapes(most),
     }
+    for cache in ("engine", "timing") if engines is not None else ():
+        options[f"trt_{cache}_cache_enable"] = "1"
+        options[f"trt_{cache}_cache_path"] = str(engines)
+    return options
 
 
 def _load_libraries(ort: ModuleType, device: str) -> None:

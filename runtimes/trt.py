@@ -1,8 +1,7 @@
-"""TensorRT back-end, both flavours: engines that ``export --engine`` built for this machine, on its GPU.
+"""TensorRT, both variants: engines that ``export --engine`` built for this machine, on its GPU.
 
-Loading and checking stand here; buffers and launches are ``executor``'s, sampling with the latents on the device
-``latent_loop``'s, files and keys ``engine_files``'.
-An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
+Loading and checking stand here; buffers, launches and sampling on the device are in ``latent_loop``, files and keys in
+``engine_files``. An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
 """
 
 from __future__ import annotations
@@ -15,22 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, OutOfMemory, UsageError
+from ..sampling.scheduler import Scheduler
 from ..spec import DENOISER, SHALLOW, Component
-from .base import Arrays, DeviceLatents, Runtime
+from .base import Arrays, LatentBatch, Runtime
 from .cuda import Cuda, CudaError, Gpu
-from .engine_files import Engine, build_command, choose_engine
-from .executor import Executor, LaunchError
-from .flavours import FLAVOURS, load_package, make_logger
-from .latent_loop import SHARED, LatentLoop
-from .update import UPDATE, update_component
+from .engine_files import FLAVOURS, Engine, build_command, choose_engine, load_package, make_logger
+from .latent_loop import SHARED, UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, update_component
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
 _loggers: dict[str, Any] = {}  # by flavour: TensorRT keeps the first logger it is given as long as it lives
-_said: list[str] = []  # errors that TensorRT logged since the last call
+_logged: list[str] = []  # errors that TensorRT logged since the last call
 
 
 class TrtRuntime(Runtime):
@@ -114,7 +111,7 @@ class TrtRuntime(Runtime):
                 networks,
                 self._executors[UPDATE],
                 self._records,
-                self._told,
+                self._errors,
                 self._check_loop_rows,
             )
         except (CudaError, LaunchError) as error:
@@ -176,14 +173,14 @@ class TrtRuntime(Runtime):
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         self._check_rows(component, len(next(iter(feeds.values()))))
         if component in (DENOISER, SHALLOW) and self._loop is not None:
-            self._loop.forget()
-        with self._told(f"run {component}"):
+            self._loop.current = None
+        with self._errors(f"run {component}"):
             return self._executors[component].run(feeds, outputs)
 
-    def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents:
-        self._check_active("keep_latents")
+    def start_sampling(self, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> LatentBatch:
+        self._check_active("start_sampling")
         assert self._loop is not None
-        return self._loop.start(sample, branch, guidance)
+        return DeviceLatents(self._loop, latents, condition, scheduler)
 
     def _check_loop_rows(self, rows: int) -> None:
         for name in (DENOISER, SHALLOW, UPDATE):
@@ -200,9 +197,9 @@ class TrtRuntime(Runtime):
             )
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _errors(self, what: str) -> Iterator[None]:
         """What the driver or TensorRT refuses, as an error of ours."""
-        _said.clear()
+        _logged.clear()
         try:
             yield
         except (CudaError, LaunchError) as error:
@@ -210,7 +207,7 @@ class TrtRuntime(Runtime):
 
     def _call(self, what: str, function: Any, *arguments: Any) -> Any:
         """TensorRT's answer; it says no by returning None."""
-        _said.clear()
+        _logged.clear()
         try:
             made = function(*arguments)
         except (RuntimeError, TypeError) as error:  # a constructor that fails
@@ -220,13 +217,13 @@ class TrtRuntime(Runtime):
         return made
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
-        reason = " ".join((_said[0] if _said else str(error)).split())
+        reason = " ".join((_logged[0] if _logged else str(error)).split())
         message = f"{self._flavour.title} {self._trt.__version__} cannot {what} ({reason})"
-        if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _said)):
-            return MachineError(f"{message}: not enough memory on the GPU: close other programs")
+        if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _logged)):
+            return OutOfMemory(f"{message}: not enough memory on the GPU", "close other programs")
         if isinstance(error, CudaError):
-            return MachineError(f"{message}: check the GPU with `nvidia-smi` and start again")
-        return BundleError(f"{message}: {self._remedy()} --force")
+            return MachineError(message, "check the GPU with `nvidia-smi` and start again")
+        return BundleError(message, f"{self._remedy()} --force")
 
     def _remedy(self) -> str:
         return f"run `{build_command(self._bundle, self._flavour)}` with"
@@ -234,7 +231,7 @@ class TrtRuntime(Runtime):
     def _logger(self) -> Any:
         def sink(severity: str, message: str) -> None:
             if severity in ("ERROR", "INTERNAL_ERROR"):
-                _said.append(message)
+                _logged.append(message)
 
         if self._flavour.name not in _loggers:
             _loggers[self._flavour.name] = make_logger(self._trt, sink)

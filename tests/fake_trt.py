@@ -21,7 +21,7 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.export.update_network import define_update
 from moebius_edge.runtimes.cuda import CudaError, Gpu
 from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
-from moebius_edge.runtimes.update import UPDATE, update_component
+from moebius_edge.runtimes.latent_loop import UPDATE, update_component
 from moebius_edge.spec import DENOISER, SHALLOW
 from moebius_edge.system.files import sha256_file
 

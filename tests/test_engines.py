@@ -34,7 +34,7 @@ from moebius_edge.export.engines import build_engines, place_bundle
 from moebius_edge.export.trt_builder import TrtBuilder, check_types, network_facts
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import read_engine
-from moebius_edge.runtimes.update import update_component
+from moebius_edge.runtimes.latent_loop import update_component
 from moebius_edge.system.files import sha256_file
 from moebius_edge.system.machine import available_memory_bytes
 

@@ -16,9 +16,9 @@ from moebius_edge.metrics.trajectory import run_trajectory
 from moebius_edge.pipeline.inpainter import denoise
 from moebius_edge.pipeline.latency import StageTimer
 from moebius_edge.pipeline.loop import Step
-from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes import create_runtime
+from moebius_edge.runtimes.latent_loop import guidance_rows, update_component
 from moebius_edge.runtimes.trt import TrtRuntime
-from moebius_edge.runtimes.update import guidance_rows, update_component
 from moebius_edge.sampling.guidance import Interval
 from moebius_edge.sampling.scheduler import DDIM, SCHEDULERS, DPMSolverPP2M, Scheduler
 
@@ -83,7 +83,7 @@ def test_every_latent_is_numpys_at_any_batch_guidance_and_sampler(bundle: Bundle
     numbers are gathered differently, which rounds differently.
     """
     runs = [(1, 2.0), (1, 2.0), (3, 2.0), (1, 1.0), (2, 0.0), (3, 1.0), (2, 3.5), (1, 2.0)]
-    with runtime_on(bundle, FakeCuda(), flavour=flavour)[0] as runtime, OrtRuntime(bundle, threads=1) as reference:
+    with runtime_on(bundle, FakeCuda(), flavour=flavour)[0] as runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as reference:
         for name, tolerance in (("ddim", 0.0), ("dpm++2m", 2e-5)):
             for seed, (batch, guidance) in enumerate(runs):
                 given, sampler = start(batch, seed), SCHEDULERS[name]
@@ -97,7 +97,7 @@ def test_every_latent_is_numpys_at_any_batch_guidance_and_sampler(bundle: Bundle
 def test_guidance_on_an_interval_is_numpys_too(bundle: Bundle, flavour: str) -> None:
     """Rows come and go on the way, with all that the sampler remembers; the next picture starts as it should."""
     intervals = [(0, 500), (500, 1000), (200, 800), (0, 0), (0, 1000), (300, 301), (500, 1000)]
-    with runtime_on(bundle, FakeCuda(), flavour=flavour)[0] as runtime, OrtRuntime(bundle, threads=1) as reference:
+    with runtime_on(bundle, FakeCuda(), flavour=flavour)[0] as runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as reference:
         for name, tolerance in (("ddim", 0.0), ("dpm++2m", 2e-5)):
             for seed, interval in enumerate(intervals):
                 given, sampler = start(1 + seed % 3, seed), SCHEDULERS[name]
@@ -119,7 +119,7 @@ def test_it_ends_where_a_right_sampler_ends(bundle: Bundle, name: str, steps: in
 def test_a_trajectory_keeps_every_latent(bundle: Bundle) -> None:
     arguments: dict[str, Any] = {"steps": 5, "guidance": 2.0, "on_step": lambda done, total: None}
     made, wanted = (
-        run_trajectory(r, **arguments) for r in (runtime_on(bundle, FakeCuda())[0], OrtRuntime(bundle, threads=1))
+        run_trajectory(r, **arguments) for r in (runtime_on(bundle, FakeCuda())[0], create_runtime("onnxruntime", bundle, "cpu", 1))
     )
     np.testing.assert_array_equal(made.latents, wanted.latents)
     np.testing.assert_array_equal(made.image, wanted.image)
@@ -142,7 +142,7 @@ def deep(tmp_path: Path) -> Bundle:
 def test_reused_deep_features_are_numpys_too(deep: Bundle, flavour: str) -> None:
     """Whole and shallow calls take turns, rows come and go between them, and pictures with and without reuse follow."""
     runs = [(1, 3, None), (2, 2, (0, 500)), (1, 1, None), (3, 3, (200, 800)), (1, 100, None), (1, 3, (500, 1000))]
-    with runtime_on(deep, FakeCuda(), flavour=flavour)[0] as runtime, OrtRuntime(deep, threads=1) as reference:
+    with runtime_on(deep, FakeCuda(), flavour=flavour)[0] as runtime, create_runtime("onnxruntime", deep, "cpu", 1) as reference:
         for name, tolerance in (("ddim", 0.0), ("dpm++2m", 2e-5)):
             for seed, (batch, cache, interval) in enumerate(runs):
                 given, sampler = start(batch, seed), SCHEDULERS[name]
@@ -157,7 +157,7 @@ def test_the_shallow_part_runs_by_itself_too(deep: Bundle) -> None:
     """In the denoiser's buffers, on the device and on the host."""
     draw = np.random.default_rng(0)
     cuda = FakeCuda()
-    with runtime_on(deep, cuda)[0] as runtime, OrtRuntime(deep, threads=1) as reference:
+    with runtime_on(deep, cuda)[0] as runtime, create_runtime("onnxruntime", deep, "cpu", 1) as reference:
         for rows in (2, 2, 1, 6):
             feeds = {
                 "sample": draw.normal(size=(rows, 9, 8, 8)).astype(np.float32),
@@ -253,7 +253,7 @@ def test_whole_and_shallow_steps_become_a_launch_each_and_the_feature_does_not_t
 def test_another_use_of_the_denoiser_voids_the_graph(bundle: Bundle) -> None:
     """Between two pictures it has other shapes, and then again the first ones: the graph of before is no good."""
     cuda = FakeCuda()
-    with runtime_on(bundle, cuda)[0] as runtime, OrtRuntime(bundle, threads=1) as reference:
+    with runtime_on(bundle, cuda)[0] as runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as reference:
         given = start(1)
         wanted = latents_of(reference, given, DDIM(4), 2.0)
         for rows in (2, 1, 2):
@@ -268,7 +268,7 @@ def test_another_use_of_the_denoiser_voids_the_graph(bundle: Bundle) -> None:
 def test_recording_that_fails_is_told_and_changes_no_result(bundle: Bundle) -> None:
     cuda = FakeCuda()
     cuda.fail["end_capture"] = NOT_PERMITTED
-    with runtime_on(bundle, cuda)[0] as runtime, OrtRuntime(bundle, threads=1) as reference:
+    with runtime_on(bundle, cuda)[0] as runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as reference:
         made, wanted = (latents_of(r, start(1), DDIM(5), 2.0) for r in (runtime, reference))
         np.testing.assert_array_equal(made, wanted)
         assert runtime.info["cuda_graph"].startswith("failed: end_capture failed")

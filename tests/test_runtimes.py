@@ -18,7 +18,6 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.runtimes import RUNTIMES, create_runtime
 from moebius_edge.runtimes.base import Arrays, Runtime
-from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.spec import COMPONENTS, Component
 from moebius_edge.system.files import sha256_file
 
@@ -173,7 +172,7 @@ def test_a_view_reaches_the_back_end_contiguous() -> None:
 
 
 def test_onnxruntime_computes_what_the_graphs_say(bundle: Bundle) -> None:
-    with OrtRuntime(bundle) as runtime:
+    with create_runtime("onnxruntime", bundle, "cpu") as runtime:
         latent = runtime.run("vae_encoder", {"image": image(3)})["latent"]
         np.testing.assert_allclose(latent, encode(image(3)), atol=1e-6)
         decoded = runtime.run("vae_decoder", {"latent": latent})["image"]
@@ -231,7 +230,7 @@ def test_a_provider_that_is_not_there_is_an_error_with_the_command(
     with pytest.raises(
         MachineError, match=r"has no CUDAExecutionProvider .*moebius-edge\[gpu\].*the device cpu"
     ):
-        OrtRuntime(bundle, device="cuda")
+        create_runtime("onnxruntime", bundle, "cuda")
 
 
 def test_a_provider_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +248,7 @@ def test_a_provider_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch:
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     with (
         pytest.raises(MachineError, match="could not start CUDAExecutionProvider"),
-        OrtRuntime(bundle, "cuda"),
+        create_runtime("onnxruntime", bundle, "cuda"),
     ):
         pass
 
@@ -265,7 +264,7 @@ def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MachineError, match=r'onnxruntime is missing .*`pip install "moebius-edge\[cpu\]"`'):
-        OrtRuntime(bundle)
+        create_runtime("onnxruntime", bundle, "cpu")
 
 
 def test_a_file_that_is_no_graph_is_one_line_without_the_stack(
@@ -273,7 +272,7 @@ def test_a_file_that_is_no_graph_is_one_line_without_the_stack(
 ) -> None:
     folder = make_toy_bundle(tmp_path / "toy")
     (folder / "denoiser.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BundleError) as caught, OrtRuntime(Bundle.load(make_manifest_true(folder))):
+    with pytest.raises(BundleError) as caught, create_runtime("onnxruntime", Bundle.load(make_manifest_true(folder)), "cpu"):
         pass
     message = str(caught.value)
     assert "denoiser.onnx is no ONNX file" in message and "export the bundle again" in message
@@ -287,7 +286,7 @@ def test_a_graph_of_another_component_is_refused(tmp_path: Path) -> None:
     bundle = Bundle.load(make_manifest_true(folder))
     with (
         pytest.raises(BundleError, match=r"has the inputs image, bundle\.json says latent"),
-        OrtRuntime(bundle),
+        create_runtime("onnxruntime", bundle, "cpu"),
     ):
         pass
 
@@ -302,7 +301,7 @@ def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
         def run(self, *args: object) -> None:
             raise RuntimeError(self.text)
 
-    with OrtRuntime(bundle) as runtime:
+    with create_runtime("onnxruntime", bundle, "cpu") as runtime:
         text = "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code\nstack"
         monkeypatch.setitem(runtime._sessions, "denoiser", Broken(text))
         with pytest.raises(
@@ -366,19 +365,19 @@ def test_an_int8_file_that_is_made_for_something_else_is_announced(
 def test_a_gpu_that_is_given_nothing_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = FakeGpu(monkeypatch)
     gpu.idle = True
-    with pytest.raises(MachineError, match=f"{CUDA} executes no node of vae_encoder"), OrtRuntime(bundle, "cuda"):
+    with pytest.raises(MachineError, match=f"{CUDA} executes no node of vae_encoder"), create_runtime("onnxruntime", bundle, "cuda"):
         pass
     gpu.idle, gpu.left_to_cpu = False, {"Conv"}
-    with pytest.raises(MachineError, match="vae_encoder would run 1 Conv on the CPU"), OrtRuntime(bundle, "cuda"):
+    with pytest.raises(MachineError, match="vae_encoder would run 1 Conv on the CPU"), create_runtime("onnxruntime", bundle, "cuda"):
         pass
     gpu.left_to_cpu = {"Gather", "Unsqueeze"}
-    with OrtRuntime(bundle, "cuda") as runtime:
+    with create_runtime("onnxruntime", bundle, "cuda") as runtime:
         assert runtime.info["nodes"]["denoiser"][CPU] >= 2
 
 
 def test_a_gpu_without_memory_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpu(monkeypatch)
-    with OrtRuntime(bundle, "cuda") as runtime:
+    with create_runtime("onnxruntime", bundle, "cuda") as runtime:
 
         class Full:
             def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
@@ -391,12 +390,12 @@ def test_a_gpu_without_memory_says_so(bundle: Bundle, monkeypatch: pytest.Monkey
 
 def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpu(monkeypatch)
-    runtime = OrtRuntime(bundle, "tensorrt")
+    runtime = create_runtime("onnxruntime", bundle, "tensorrt")
     error = RuntimeError("[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x")
     problem = runtime._problem("cannot load denoiser.onnx", error)
     assert isinstance(problem, MachineError)
     assert f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}" in str(problem)
-    assert isinstance(OrtRuntime(bundle, "cuda")._problem("cannot load denoiser.onnx", error), BundleError)
+    assert isinstance(create_runtime("onnxruntime", bundle, "cuda")._problem("cannot load denoiser.onnx", error), BundleError)
 
 
 def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -404,7 +403,7 @@ def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr("moebius_edge.runtimes.providers.ASSETS", bundle.path.parent)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    runtime = OrtRuntime(bundle, "tensorrt")
+    runtime = create_runtime("onnxruntime", bundle, "tensorrt")
     with pytest.raises(MachineError, match="cannot make the engine cache .*run `mkdir -p"), runtime:
         pass
 
@@ -414,7 +413,7 @@ def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest
 def test_a_real_gpu_agrees_with_the_cpu(device: str, tmp_path: Path) -> None:
     bundle = Bundle.load(make_toy_bundle(tmp_path / "toy"))
     feeds = denoiser_feeds(2) | {"sample": np.random.default_rng(0).normal(size=(2, 9, 8, 8)).astype(np.float32)}
-    with OrtRuntime(bundle) as cpu, OrtRuntime(bundle, device) as gpu:
+    with create_runtime("onnxruntime", bundle, "cpu") as cpu, create_runtime("onnxruntime", bundle, device) as gpu:
         for component, given in (("denoiser", feeds), ("vae_encoder", {"image": image(1)})):
             expected, found = cpu.run(component, given), gpu.run(component, given)
             for name, array in expected.items():
@@ -426,7 +425,7 @@ def test_a_real_gpu_agrees_with_the_cpu(device: str, tmp_path: Path) -> None:
 
 def test_the_toy_variants_are_what_they_say(tmp_path: Path) -> None:
     folder = make_toy_bundle(tmp_path / "nan", nan_in="vae_decoder")
-    with OrtRuntime(Bundle.load(folder)) as runtime:
+    with create_runtime("onnxruntime", Bundle.load(folder), "cpu") as runtime:
         assert np.isfinite(runtime.run("vae_encoder", {"image": image()})["latent"]).all()
         assert np.isnan(
             runtime.run("vae_decoder", {"latent": np.ones((1, 4, 8, 8), np.float32)})["image"]

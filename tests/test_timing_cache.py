@@ -10,7 +10,7 @@ import pytest
 
 from moebius_edge.export.timing_cache import read_timing_cache, write_timing_cache
 from moebius_edge.export.trt_builder import TrtBuilder
-from moebius_edge.runtimes.flavours import FLAVOURS
+from moebius_edge.runtimes.engine_files import FLAVOURS
 
 BLOB = b"\x00times\n\xff of kernels"
 

@@ -17,7 +17,6 @@ from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.pipeline.inpainter import denoise
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.base import Arrays
-from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.runtimes.trt import TrtRuntime
 from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M
 
@@ -42,7 +41,7 @@ def feeds(rows: int, seed: int = 0) -> Arrays:
 
 
 def expected(bundle: Bundle, given: Arrays) -> np.ndarray:
-    with OrtRuntime(bundle, threads=1) as reference:
+    with create_runtime("onnxruntime", bundle, "cpu", 1) as reference:
         return reference.run("denoiser", given)["noise"]
 
 
@@ -81,7 +80,7 @@ def test_a_trajectory_is_onnxruntimes_bit_for_bit(bundle: Bundle) -> None:
     mask = np.zeros((1, 1, 8, 8), np.float32)
     mask[..., 2:6, 2:6] = 1
     results = []
-    for runtime in (runtime_on(bundle, FakeCuda())[0], OrtRuntime(bundle, threads=1)):
+    for runtime in (runtime_on(bundle, FakeCuda())[0], create_runtime("onnxruntime", bundle, "cpu", 1)):
         with runtime:
             steps = list(denoise(runtime, latents, mask, masked, DDIM(6), 2.0))
         results.append(steps[-1].latent)
@@ -252,7 +251,7 @@ def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, flavour: str) -> 
     pytest.importorskip(flavour.replace("-", "_"), reason=f"{flavour} is not installed")
     options = EngineOptions(flavour, max_batch=2)
     build_engines(bundle, options, find_target(options))
-    with TrtRuntime(bundle, flavour) as runtime, OrtRuntime(bundle) as reference:
+    with TrtRuntime(bundle, flavour) as runtime, create_runtime("onnxruntime", bundle, "cpu") as reference:
         for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1]):
             given = feeds(rows, seed)
             got, wanted = (r.run("denoiser", given)["noise"] for r in (runtime, reference))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import MachineError, MoebiusError
+from ..errors import MachineError, MoebiusError, OutOfMemory
 from ..system.files import atomic_write
 
 
@@ -24,9 +24,10 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {**measure(), "status": "ok", "reason": None}
     except MemoryError as error:
         return _failed("out of memory", f"not enough memory: {error}" if str(error) else "not enough memory")
+    except OutOfMemory as error:
+        return _failed("out of memory", str(error))
     except MachineError as error:
-        short = "not enough memory" in str(error) or "out of memory" in str(error)
-        return _failed("out of memory" if short else "missing", str(error))
+        return _failed("missing", str(error))
     except MoebiusError as error:  # a damaged bundle, an engine that does not fit, a NaN
         return _failed("gated", str(error))
     except Exception as error:  # a bug, or a library's: this row is lost, the others are not

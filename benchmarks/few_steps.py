@@ -193,8 +193,7 @@ def main() -> None:
         for name in options.regimes
     }
     done = read(options.results)
-    paths = {name: bundle.component_path(name) for name in bundle.components}
-    runtime = CountingRuntime(bundle.components, paths, threads=1)
+    runtime = CountingRuntime(bundle.components, bundle.paths, threads=1)
     with Inpainter(bundle, runtime) as inpainter, options.results.open("a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that was cut off
         for number, case in enumerate(cases):

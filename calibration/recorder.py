@@ -29,7 +29,7 @@ class RecordingRuntime(OrtRuntime):
     def __init__(
         self, bundle: Bundle, component: str, activations: list[Activation], group_bytes: int, statistics: Statistics
     ) -> None:
-        super().__init__(bundle.components, {name: bundle.component_path(name) for name in bundle.components})
+        super().__init__(bundle.components, bundle.paths)
         self._recorded, self._statistics = component, statistics
         self._path = self.paths.pop(component)
         self._groups = group(activations, group_bytes)

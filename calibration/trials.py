@@ -105,7 +105,7 @@ class _Memo(OrtRuntime):
     """The float32 bundle; what was encoded once is not encoded again."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle.components, {name: bundle.component_path(name) for name in bundle.components})
+        super().__init__(bundle.components, bundle.paths)
         self._encoded: dict[bytes, Arrays] = {}
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:

@@ -55,8 +55,7 @@ def _onnxruntime(bundle: Bundle, device: str, threads: int | None) -> Runtime:
 
     version = import_onnxruntime().__version__
     folders = {name: engine_folder(bundle, name, version) for name in bundle.components} if device == "tensorrt" else {}
-    paths = {name: bundle.component_path(name) for name in bundle.components}
-    runtime = OrtRuntime(bundle.components, paths, device, threads, folders)
+    runtime = OrtRuntime(bundle.components, bundle.paths, device, threads, folders)
     target = None if bundle.int8 is None else bundle.int8["target"]
     if target is not None and (device == "cpu") != (target == "cpu"):
         right = "--target cpu, or fp32" if device == "cpu" else "--target tensorrt"

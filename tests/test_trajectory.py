@@ -60,7 +60,7 @@ def test_distilled_guidance_ends_where_guiding_does(tmp_path: Path) -> None:
 
 def test_a_component_that_is_not_finite_is_named(tmp_path: Path) -> None:
     runtime = create_runtime("onnxruntime", Bundle.load(make_toy_bundle(tmp_path / "toy", nan_in="vae_encoder")), "cpu")
-    with pytest.raises(BundleError, match="vae_encoder returned NaN on onnxruntime"):
+    with pytest.raises(BundleError, match="vae_encoder returned NaN for the masked image"):
         run_trajectory(runtime, steps=2, guidance=1, on_step=lambda done, total: None)
 
 

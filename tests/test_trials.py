@@ -21,6 +21,7 @@ from moebius_edge.imaging.masks import latent_mask
 from moebius_edge.metrics.trajectory import SEED, draw_scene
 from moebius_edge.pipeline.inpainter import STRENGTH, initial_noise
 from moebius_edge.runtimes import create_runtime
+from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.sampling.scheduler import DDIM
 
 STEPS, GUIDANCE = 4, 2.0

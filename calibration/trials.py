@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.bundle import Bundle
-from ..metrics.fidelity import PEAK, compare
-from ..metrics.quality import fill_figures
+from ..metrics.fidelity import PEAK, compare, fill_figures
 from ..metrics.trajectory import Trajectory, run_trajectory
 from ..runtimes import Runtime
 from ..runtimes.base import Arrays

@@ -36,11 +36,9 @@ def create_runtime(name: str, bundle: Bundle, device: str = AUTO, threads: int |
         raise UsageError(f"unknown runtime {name!r}", f"choose one of {', '.join(RUNTIMES)}, or {AUTO}")
     if AUTO in (name, device):
         selection = select(bundle, name, device)
-        chosen = selection.candidate
-        runtime = create_runtime(chosen.runtime, bundle, chosen.device, threads)
+        runtime = create_runtime(selection.candidate.runtime, bundle, selection.candidate.device, threads)
         runtime.selection = selection.to_dict() if selection.tried else None
-        if selection.notable:
-            runtime.notes.append(selection.reason)
+        runtime.notes += [selection.note] if selection.note else []
         return runtime
     if name == "onnxruntime":
         return _onnxruntime(bundle, device, threads)
@@ -59,12 +57,9 @@ def _onnxruntime(bundle: Bundle, device: str, threads: int | None) -> Runtime:
     target = None if bundle.int8 is None else bundle.int8["target"]
     if target is not None and (device == "cpu") != (target == "cpu"):
         right = "--target cpu, or fp32" if device == "cpu" else "--target tensorrt"
-        runtime.notes.append(
-            f"this bundle is INT8 for {target}: on {device} it gives the same pictures slowly; export with {right}"
-        )
+        slow = f"this bundle is INT8 for {target}: on {device} it gives the same pictures slowly"
+        runtime.notes.append(f"{slow}; export with {right}")
     if folders and (missing := engines_missing(bundle, version)):
-        folder = folders[missing[0]].parent
-        runtime.notes.append(
-            f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {folder}"
-        )
+        place = folders[missing[0]].parent
+        runtime.notes.append(f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {place}")
     return runtime

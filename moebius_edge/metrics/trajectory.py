@@ -54,13 +54,9 @@ def draw_scene(resolution: int, seed: int = SEED) -> Scene:
         planes.append(plane)
     image = np.stack(planes)
     for _ in range(8):
-        centre_x, centre_y, radius = (
-            generator.uniform(0, 1),
-            generator.uniform(0, 1),
-            generator.uniform(0.03, 0.18),
-        )
-        colour = generator.uniform(-0.9, 0.9, 3)
-        image[:, (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2] = colour[:, None]
+        centre_x, centre_y = generator.uniform(0, 1), generator.uniform(0, 1)
+        radius = generator.uniform(0.03, 0.18)
+        image[:, (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2] = generator.uniform(-0.9, 0.9, 3)[:, None]
     image = np.clip(image + generator.normal(0, 0.03, image.shape), -1, 1)
     ellipse = ((x - 0.42) / 0.22) ** 2 + ((y - 0.45) / 0.16) ** 2 < 1
     box = (abs(x - 0.7) < 0.12) & (abs(y - 0.68) < 0.1)

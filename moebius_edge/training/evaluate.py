@@ -20,7 +20,7 @@ from ..bundle.manifest import resolved_components
 from ..data.masks import sample_mask
 from ..data.photographs import HELD_OUT, load_photograph
 from ..imaging.classical import telea
-from ..metrics.quality import hole_psnr_db, hole_ssim, texture_ratio
+from ..metrics.fidelity import hole_psnr_db, hole_ssim, texture_ratio
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.loop import fill as fill_holes
 from ..pipeline.loop import initial_noise

@@ -23,7 +23,7 @@ from ..imaging.stitching import Filling
 from ..imaging.windows import Window, prefill
 from ..runtimes import AUTO, Runtime, create_runtime
 from ..sampling.calls import Sampling
-from ..sampling.guidance import Interval, check_interval, choose_guidance, guidance_at
+from ..sampling.guidance import Interval, check_interval, choose_guidance
 from ..sampling.scheduler import SCHEDULERS
 from ..spec import LATENT_CHANNELS
 from .latency import StageTimer
@@ -132,35 +132,30 @@ class Inpainter:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
 
         Args:
-            image: a picture, of Pillow's too, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept as it is
-                outside the mask and becomes opaque in it; grey stays grey.
+            image: a picture, of Pillow's too, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept outside
+                the mask and becomes opaque in it; grey stays grey.
             mask: (H, W), True or above half of its type's range where to fill; one of Pillow's counts by brightness.
             steps: length of the sampler's schedule, of which ``strength`` executes a part.
             guidance: e = eu + guidance (ec - eu); 1 needs half the network's work. The default is 2; a model with
                 distilled guidance has its own, takes no other, and always needs half the work.
-            start: where sampling starts. ``image``: from the original, as upstream; what is under the mask
-                leaks into the start, so an object to be removed may show through. ``prefill``: from the
-                original with its hole filled by a classical inpainter, right for removing an object.
-                ``noise``: from nothing.
+            start: ``image`` starts from the original, as upstream; what is under the mask leaks into the start.
+                ``prefill`` starts from the original with its hole filled by a classical inpainter, right for removing
+                an object. ``noise`` starts from nothing.
             seed: the same seed gives the same noise on every runtime.
             strength: share of the schedule that is executed, in (0, 1]; by default 0.99, and 1 for ``noise``.
             scheduler: a name in ``SCHEDULERS``.
-            feather: width of the seam in pixels; by default a quarter of the hole's own thickness, at most 3% of each
-                window's side or 4 pixels. Where the hole comes closer than that to the edge of its window, it is
-                narrower.
-            on_step: called after each call of the denoiser; with several windows in the picture, index and total
-                count through all of them.
+            feather: width of the seam in pixels; by default it follows the hole, see ``stitching.seam``.
+            on_step: called after each call of the denoiser; index and total count through all windows.
             timer: collects the stages' latencies.
             guidance_interval: (low, high), guidance at the timesteps low <= t < high alone, of 0 to 1000; the others
                 need half the work. By default all are guided. A model with distilled guidance takes none.
             on_window: called with each window, its fill as RGB (resolution, resolution, 3), about [0, 1] and not
-                clipped, and the hole that the network saw, bool (resolution, resolution). Windows then go through the
-                network one by one.
+                clipped, and the hole that the network saw. Windows then go through the network one by one.
             cache_interval: one call of the denoiser in so many computes all of it; those between compute its finest
                 level alone, and reuse the deep feature (DeepCache, arXiv 2312.00858). At 1 nothing is reused.
             on_plan: called before the work with the number of windows and of the denoiser's calls.
-            match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them;
-                ``stitching.match_colours`` says how. Upstream does not.
+            match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them.
+                Upstream does not.
 
         Raises:
             UsageError: an argument is out of range, the mask has another size than the image, or the bundle cannot
@@ -176,9 +171,12 @@ class Inpainter:
             guide = choose_guidance(guidance, self.bundle.distilled_guidance)
             check_interval(guidance_interval, self.bundle.distilled_guidance)
             check_cache_interval(cache_interval, self.bundle)
-            _check_numbers(seed, feather)
             if scheduler not in SCHEDULERS:
                 raise UsageError(f"unknown scheduler {scheduler!r}", f"choose one of {', '.join(SCHEDULERS)}")
+            if seed < 0:
+                raise UsageError(f"seed is {seed}", "give a whole number of 0 or more")
+            if feather is not None and not 0 <= feather < math.inf:
+                raise UsageError(f"feather is {feather}", "give 0 or more pixels")
             sampling = Sampling(
                 SCHEDULERS[scheduler](steps, strength), guide.sampled, guidance_interval, cache_interval
             )
@@ -209,7 +207,7 @@ class Inpainter:
                         widest = max(widest, filling.feather(window))
                         filling.paste(window, generated)
                 number += len(group)
-        notes = [*picture.notes, *_mask_notes(hole), *_interval_notes(sampling)]
+        notes = [*picture.notes, *_notes(hole, sampling)]
         settings = {
             "start": start,
             "steps": steps,
@@ -314,26 +312,16 @@ def _checked_mask(mask: np.ndarray | Image, picture: Picture) -> Mask:
     return hole
 
 
-def _mask_notes(hole: Mask) -> list[str]:
-    share = float(hole.mean())
+def _notes(hole: Mask, sampling: Sampling) -> list[str]:
+    """What may not have been meant: an empty mask or one over nearly everything, an interval without guidance."""
+    notes, share, interval = [], float(hole.mean()), sampling.interval
     if share == 0:
-        return ["mask is empty: image returned unchanged"]
-    if share > _LARGE_SHARE:
-        return [f"mask covers {share:.0%} of the image: little is left to guide the fill"]
-    return []
-
-
-def _interval_notes(sampling: Sampling) -> list[str]:
-    """An interval that changes nothing, or leaves no guidance at all, may not be what was meant."""
-    interval, timesteps = sampling.interval, sampling.scheduler.timesteps
-    if interval is None:
-        return []
-    chosen = f"guidance interval {interval[0]},{interval[1]}"
-    if sampling.guidance == 1:
-        return [f"{chosen} changes nothing: guidance is 1"]
-    if all(guidance_at(t, sampling.guidance, interval) == 1 for t in timesteps):
-        return [f"{chosen} holds none of the timesteps, {timesteps[0]} to {timesteps[-1]}: no guidance was applied"]
-    return []
+        notes.append("mask is empty: image returned unchanged")
+    elif share > _LARGE_SHARE:
+        notes.append(f"mask covers {share:.0%} of the image: little is left to guide the fill")
+    if interval is not None and all(call.rows == 1 for call in sampling.calls()):
+        notes.append(f"guidance interval {interval[0]},{interval[1]} holds no timestep with guidance: none was applied")
+    return notes
 
 
 def _checked_strength(start: str, strength: float | None) -> float:
@@ -341,13 +329,6 @@ def _checked_strength(start: str, strength: float | None) -> float:
         raise UsageError(f"unknown start {start!r}", f"choose one of {', '.join(STARTS)}")
     if start != "noise":
         return STRENGTH if strength is None else strength
-    if strength is not None and strength != 1:
+    if strength not in (None, 1):
         raise UsageError(f"strength {strength} does not go with start noise, which is strength 1", "leave it out")
     return 1.0
-
-
-def _check_numbers(seed: int, feather: float | None) -> None:
-    if seed < 0:
-        raise UsageError(f"seed is {seed}", "give a whole number of 0 or more")
-    if feather is not None and not (math.isfinite(feather) and feather >= 0):
-        raise UsageError(f"feather is {feather}", "give 0 or more pixels")

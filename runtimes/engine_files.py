@@ -61,9 +61,7 @@ def max_opset(flavour: str, version: tuple[int, int]) -> int:
     """The highest opset that ``flavour`` (as in ``FLAVOURS``) of (major, minor) ``version`` is known to parse."""
     if flavour == "tensorrt-rtx":
         return 23  # the highest that was tried with 1.7, whose parser refuses none by number
-    if version >= (11, 0):
-        return 25
-    return 24 if version >= (10, 15) else 20
+    return 25 if version >= (11, 0) else 24 if version >= (10, 15) else 20
 
 
 def load_package(flavour: Flavour) -> ModuleType:
@@ -142,7 +140,7 @@ class EngineKey:
 
     @property
     def folder(self) -> str:
-        """The folder's name: float32-tensorrt-10.3.0-orin-sm87."""
+        """The folder's name, such as float32-tensorrt-10.3.0-orin-sm87."""
         capabilities = "-".join(c.replace(".", "") for c in self.compute_capabilities)
         parts = (self.precision, self.flavour, self.version, self.gpu, f"sm{capabilities}")
         return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts)
@@ -181,7 +179,7 @@ def engine_folders(bundle: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise MachineError(f"cannot read {root}: {error.strerror}: check it with `ls -l {bundle}`") from error
+        raise MachineError(f"cannot read {root}: {error.strerror}", f"check it with `ls -l {bundle}`") from error
 
 
 def read_engine(folder: Path) -> Engine:
@@ -193,12 +191,12 @@ def read_engine(folder: Path) -> Engine:
     remedy = f"remove it with `rm -r {shlex.quote(str(folder))}` and build it again"
     path = folder / ENGINE_FILE
     if not os.path.lexists(path):
-        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine: {remedy}")
+        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine", remedy)
     safe_join(folder, ENGINE_FILE)
     engine: Engine = read_document(path, Engine, BundleError, remedy, path=folder)
     for component in (*engine.onnx, UPDATE):
         if component not in engine.plans:
-            raise BundleError(f"{path}: plans.{component} is missing: {remedy}")
+            raise BundleError(f"{path}: plans.{component} is missing", remedy)
     for component in engine.plans:
         engine.plan_path(component)
     return engine
@@ -218,33 +216,29 @@ def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, veri
         BundleError: there is none, or it was built with or from something else, or is damaged.
     """
     remedy = f"run `{build_command(bundle, flavour)}`"
-    near: list[tuple[int, str]] = []
+    rejected: list[tuple[int, str]] = []  # how many reasons, and the message; the nearest one is told
     for folder in engine_folders(bundle.path):
         try:
             engine = read_engine(folder)
         except BundleError as error:
-            near.append((99, str(error)))
+            rejected.append((99, str(error)))
             continue
         if engine.key.flavour != flavour.name:
             continue
-        problems = misfits(engine, bundle, version, gpu)
+        problems = _mismatches(engine, bundle, flavour, version, gpu)
         if not problems:
             if verify:
                 engine.verify(f"{remedy} --force")
             return engine
-        near.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
-    if near:
-        raise BundleError(min(near)[1])
-    raise BundleError(f"bundle {bundle.path} has no {flavour.title} engine: {remedy}")
+        rejected.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
+    raise BundleError(min(rejected)[1] if rejected else f"bundle {bundle.path} has no {flavour.title} engine: {remedy}")
 
 
-def misfits(engine: Engine, bundle: Bundle, version: str, gpu: Gpu) -> list[str]:
+def _mismatches(engine: Engine, bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu) -> list[str]:
     """Why ``engine`` cannot run ``bundle`` here, each as a phrase after "the engine was"; empty if it can."""
-    key, problems = engine.key, []
-    title = FLAVOURS[key.flavour].title if key.flavour in FLAVOURS else key.flavour
+    key, title, problems = engine.key, flavour.title, []
     here = ".".join(map(str, gpu.compute_capability))
-    wrong_gpu = here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name)
-    if key.version != version or wrong_gpu:
+    if key.version != version or here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name):
         capabilities = ", ".join(key.compute_capabilities)
         problems.append(
             f"built with {title} {key.version} for GPU {key.gpu} (compute capability {capabilities}), "
@@ -252,13 +246,12 @@ def misfits(engine: Engine, bundle: Bundle, version: str, gpu: Gpu) -> list[str]
         )
     if key.precision != bundle.precision:
         problems.append(f"built with precision {key.precision}, the bundle has {bundle.precision}")
-    if stale := staleness(engine, bundle):
-        problems.append(stale)
-    return problems
+    stale = staleness(engine, bundle)
+    return [*problems, stale] if stale else problems
 
 
 def staleness(engine: Engine, bundle: Bundle) -> str:
-    """What else ``engine`` was built from than it would be today, as in ``misfits``; empty if nothing else."""
+    """That ``engine`` was built from another ONNX file than the bundle has today; empty if it was not."""
     for name, component in bundle.components.items():
         if engine.onnx.get(name) != bundle.files[component.file]["sha256"]:
             return f"built from another {name}.onnx than the bundle's"

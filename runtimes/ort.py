@@ -12,15 +12,14 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ..errors import BundleError, MachineError, OutOfMemory, UsageError
-from ..spec import Component, Tensor
+from ..spec import Component
 from ..system.files import utf8_path
 from ..system.machine import available_cores
 from .base import Arrays, Runtime, batched
@@ -43,9 +42,8 @@ _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.I
 _STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
 _HEAVY = re.compile(r"Conv|MatMul|Gemm|Einsum")  # where nearly all of a network's time goes, fused kinds included
 
-# What loading and one row of a call may take on a CPU: a constant, and a share by the size of the file. The published
-# autoencoder's decoder (200 MB, 512x512, the slowest for its size) has ten minutes for what takes 20 s on two server
-# cores.
+# What loading and one row of a call may take on a CPU, with a share by the size of the file. The published
+# autoencoder's decoder (200 MB, 512x512) has ten minutes for what takes 20 s on two server cores.
 _LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 30.0, 5e6
 _ROW_SECONDS, _ROW_BYTES_PER_SECOND = 20.0, 200e6 / 600
 _ROW_RESOLUTION = 512
@@ -87,7 +85,6 @@ class OrtRuntime(Runtime):
         if lack := absence(self._ort, device):
             raise MachineError(f"{lack}, or use the device cpu")
         self._sessions: dict[str, Any] = {}
-        self._bound: dict[str, BoundSession] = {}
         self._placements: dict[str, Placement] = {}
 
     @property
@@ -101,8 +98,8 @@ class OrtRuntime(Runtime):
         }
         if self._placements:
             facts["nodes"] = {
-                component: {provider: sum(operators.values()) for provider, operators in placement.items()}
-                for component, placement in self._placements.items()
+                name: {provider: sum(nodes.values()) for provider, nodes in placement.items()}
+                for name, placement in self._placements.items()
             }
         return facts
 
@@ -116,11 +113,9 @@ class OrtRuntime(Runtime):
         with tempfile.TemporaryDirectory(prefix="moebius-edge-") as folder:
             for name, path in self.paths.items():
                 self._sessions[name] = self._open(name, path, profile=Path(folder) / name)
-                self._bound[name] = BoundSession(self._ort, self._sessions[name], self.components[name], "cuda")
                 self._warm(name)
 
     def deactivate(self) -> None:
-        self._bound.clear()  # buffers before the sessions whose allocators they came from
         self._sessions.clear()
         self._placements.clear()
 
@@ -132,28 +127,23 @@ class OrtRuntime(Runtime):
             options.profile_file_prefix = os.fspath(profile)
         declared = self.components[name]
         providers = session_providers(self._ort, self._device, declared, self._engine_folder(name))
+        seconds = _LOAD_SECONDS + path.stat().st_size / _LOAD_BYTES_PER_SECOND
+        slow = f"{path} does not load within {seconds:.0f} s: export the bundle again"
         try:
-            with utf8_path(path) as name_on_disk, self._limit_load(path):
+            with utf8_path(path) as name_on_disk, self._limit(seconds, slow):
                 session = self._ort.InferenceSession(name_on_disk, options, providers=providers, enable_fallback=0)
         except MachineError:
             raise
         except Exception as error:  # onnxruntime raises a class of its own for every cause
             raise self._problem(f"cannot load {path}", error) from error
         if self._provider not in session.get_providers():
-            raise MachineError(
-                f"onnxruntime could not start {self._provider}",
-                "check the driver with `nvidia-smi`, or use the device cpu",
-            )
-        for kind, nodes, tensors in (
-            ("inputs", session.get_inputs(), declared.inputs),
-            ("outputs", session.get_outputs(), declared.outputs),
-        ):
-            names, expected = sorted(n.name for n in nodes), sorted(t.name for t in tensors)
+            problem = f"onnxruntime could not start {self._provider}"
+            raise MachineError(problem, "check the driver with `nvidia-smi`, or use the device cpu")
+        graph, tensors = (session.get_inputs(), session.get_outputs()), (declared.inputs, declared.outputs)
+        for kind, *sides in zip(("inputs", "outputs"), graph, tensors, strict=True):
+            names, expected = (", ".join(sorted(tensor.name for tensor in side)) for side in sides)
             if names != expected:
-                raise BundleError(
-                    f"{path} has the {kind} {', '.join(names)}, bundle.json says {', '.join(expected)}",
-                    "export it again",
-                )
+                raise BundleError(f"{path} has the {kind} {names}, bundle.json says {expected}", "export it again")
         return session
 
     def _engine_folder(self, name: str) -> Path | None:
@@ -178,11 +168,13 @@ class OrtRuntime(Runtime):
         self._placements[name] = placement
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        rows = len(next(iter(feeds.values())))
+        scale = (self.components[component].resolution / _ROW_RESOLUTION) ** 2
+        seconds = rows * (_ROW_SECONDS + scale * self.paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
+        took = f"{component} took over {seconds:.0f} s for {rows} rows, as no network of its size does"
+        options = self._ort.RunOptions()
         try:
-            if component in self._bound:
-                return self._bound[component].run(feeds, outputs)
-            options = self._ort.RunOptions()
-            with self._limit_call(component, feeds, options):
+            with self._limit(seconds, f"{took}: export the bundle again", options):
                 results = self._sessions[component].run(outputs, feeds, options)
         except BundleError:
             raise
@@ -190,33 +182,24 @@ class OrtRuntime(Runtime):
             raise self._problem(f"{component} failed", error) from error
         return dict(zip(outputs, results, strict=True))
 
-    def _limit_load(self, path: Path) -> AbstractContextManager[None]:
-        """On a CPU: folding the constants of a hostile graph could take forever. On a GPU an engine may be built."""
-        if self._device != "cpu":
-            return nullcontext()
-        seconds = _LOAD_SECONDS + path.stat().st_size / _LOAD_BYTES_PER_SECOND
-        return time_limit(seconds, f"{path} does not load within {seconds:.0f} s: export the bundle again")
-
     @contextmanager
-    def _limit_call(self, component: str, feeds: Arrays, options: Any) -> Iterator[None]:
-        """On a CPU: ONNX Runtime is told to stop, between two operators, after far more time than a network takes."""
+    def _limit(self, seconds: float, message: str, options: Any = None) -> Iterator[None]:
+        """On a CPU: a limit far beyond what a network takes, for folding or running a hostile graph may have no end.
+
+        With the ``options`` of a run ONNX Runtime is told to stop between two operators. A GPU may build an engine.
+        """
         if self._device != "cpu":
             yield
             return
-        rows = len(next(iter(feeds.values())))
-        scale = (self.components[component].resolution / _ROW_RESOLUTION) ** 2
-        seconds = rows * (_ROW_SECONDS + scale * self.paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
-        took = f"{component} took over {seconds:.0f} s for {rows} rows"
-        message = f"{took}, as no network of its size does: export the bundle again"
 
         def stop() -> None:
             options.terminate = True
 
         try:
-            with time_limit(seconds, message, stop):
+            with time_limit(seconds, message, None if options is None else stop):
                 yield
         except Exception as error:
-            if options.terminate:
+            if options is not None and options.terminate:
                 raise BundleError(message) from error
             raise
 
@@ -227,53 +210,10 @@ class OrtRuntime(Runtime):
             return OutOfMemory(f"{what}: not enough memory on {self._device} ({reason})", "close other programs")
         if self._engine_folders and self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
             folder = next(iter(self._engine_folders.values())).parent
-            return MachineError(
-                f"{what}: its engine is damaged, or another TensorRT's ({reason})",
-                f"run `rm -r {folder}`, and it is built again",
-            )
-        return BundleError(
-            f"{what} in onnxruntime {self._ort.__version__} ({reason})",
-            "run `pip install -U onnxruntime` or export the bundle again",
-        )
-
-
-class BoundSession:
-    """Runs ``session`` on buffers of ``device_type``, ``cuda`` or ``cpu``, one set of them for each batch size.
-
-    A plain ``session.run`` allocates on the device for every call and copies through pageable memory it also allocates;
-    here a step copies into the same addresses each time, and what comes back is the caller's.
-    """
-
-    def __init__(self, ort: ModuleType, session: Any, component: Component, device_type: str) -> None:
-        self._ort, self._session, self._component, self._device = ort, session, component, device_type
-        self._buffers: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}  # batch -> binding, inputs, outputs
-
-    def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
-        """Those ``outputs`` by name, as arrays of their own: the next call overwrites the device's buffers only."""
-        batch = len(next(iter(feeds.values())))
-        if batch not in self._buffers:
-            self._buffers[batch] = self._allocate(batch)
-        binding, bound_inputs, bound_outputs = self._buffers[batch]
-        for name, buffer in bound_inputs.items():
-            buffer.update_inplace(feeds[name])
-        binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        return {name: np.array(bound_outputs[name].numpy()) for name in outputs}
-
-    def _allocate(self, batch: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        binding = self._session.io_binding()
-        inputs = {t.name: self._buffer(t, batch) for t in self._component.inputs}
-        outputs = {t.name: self._buffer(t, batch) for t in self._component.outputs}
-        for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, buffer)
-        for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, buffer)
-        return binding, inputs, outputs
-
-    def _buffer(self, tensor: Tensor, batch: int) -> Any:
-        shape, kind = list(batched(tensor, batch)), np.dtype(tensor.dtype).type
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device, 0)
+            problem = f"{what}: its engine is damaged, or another TensorRT's ({reason})"
+            return MachineError(problem, f"run `rm -r {folder}`, and it is built again")
+        problem = f"{what} in onnxruntime {self._ort.__version__} ({reason})"
+        return BundleError(problem, "run `pip install -U onnxruntime` or export the bundle again")
 
 
 def read_placement(profile: Path) -> Placement:

@@ -93,9 +93,7 @@ class Runtime(ABC):
         self.active = False
         self.deactivate()
 
-    def run(
-        self, component: str, feeds: Mapping[str, np.ndarray], outputs: Collection[str] | None = None
-    ) -> Arrays:
+    def run(self, component: str, feeds: Mapping[str, np.ndarray], outputs: Collection[str] | None = None) -> Arrays:
         """Execute ``component`` on ``feeds`` (tensor name -> array) and return its outputs by name.
 
         Only the named ``outputs`` are copied from the device, by default all.
@@ -104,7 +102,7 @@ class Runtime(ABC):
             ValueError: the feeds are not what the component declares, a bug of the caller's.
             BundleError: the outputs are not what the component declares.
         """
-        self._check_active("run")
+        self._check_active()
         if component not in self.components:
             raise ValueError(f"no component {component!r}: there are {', '.join(self.components)}")
         declared = self.components[component]
@@ -125,20 +123,18 @@ class Runtime(ABC):
             latents: (B, 4, h, w), noised for the scheduler's first timestep.
             condition: (B, 5, h, w): the mask, and the latents of the masked images.
         """
-        self._check_active("start_sampling")
+        self._check_active()
         return HostLatents(self, latents, condition, scheduler)
 
-    def _check_active(self, method: str) -> None:
+    def _check_active(self) -> None:
         if not self.active:
-            raise RuntimeError(f"{type(self).__name__} is not active: call {method} inside `with runtime:`")
+            raise RuntimeError(f"{type(self).__name__} is not active: use it inside `with runtime:`")
 
 
 class HostLatents(LatentBatch):
     """Latents in host memory: the runtime predicts the noise, numpy does the rest."""
 
-    def __init__(
-        self, runtime: Runtime, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler
-    ) -> None:
+    def __init__(self, runtime: Runtime, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> None:
         self._runtime, self._latents, self._condition, self._scheduler = runtime, latents, condition, scheduler
         self._deep = np.zeros(0, np.float32)
 
@@ -196,32 +192,23 @@ def check_finite(values: np.ndarray, component: str, where: str = "") -> None:
 
 
 def check_arrays(
-    component: str, kind: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, np.ndarray], batch: int | None = None
+    component: str, kind: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, np.ndarray], batch: int = 0
 ) -> int:
     """Raise ``ValueError`` unless ``arrays`` has the declared names, types and shapes; return the batch.
 
-    Every ``N`` must be the same number, ``batch`` where it is given.
+    Every ``N``, the first size of each tensor, must be the same number, ``batch`` where it is given.
     """
-    declared = [t.name for t in tensors]
-    if missing := [n for n in declared if n not in arrays]:
-        raise ValueError(f"{component} lacks {kind} {', '.join(missing)}")
-    if unknown := [n for n in arrays if n not in declared]:
-        raise ValueError(f"{component} has no {kind} {', '.join(unknown)}: it has {', '.join(declared)}")
-    for tensor in tensors:
-        array = arrays[tensor.name]
-        where = f"{component} {kind} {tensor.name!r}"
-        if array.dtype != np.dtype(tensor.dtype):
-            raise ValueError(f"{where} must be {tensor.dtype}, got {array.dtype}")
-        sizes = dict(zip(tensor.shape, array.shape, strict=False))
-        if batch is None and "N" in sizes:
-            batch = sizes["N"]
-        expected = tuple(batch if d == "N" else d for d in tensor.shape)
-        if array.shape != expected:
-            raise ValueError(f"{where} must have shape {_shape(expected)}, got {_shape(array.shape)}")
+    names = [t.name for t in tensors]
+    if sorted(arrays) != sorted(names):
+        raise ValueError(f"{component} must have the {kind} {', '.join(names)}, got {', '.join(arrays) or 'none'}")
+    batch = batch or len(np.atleast_1d(arrays[names[0]]))
     if not batch:
         raise ValueError(f"{component} {kind} has an empty batch")
+    for tensor in tensors:
+        array, expected = arrays[tensor.name], batched(tensor, batch)
+        if array.dtype != np.dtype(tensor.dtype) or array.shape != expected:
+            raise ValueError(
+                f"{component} {kind} {tensor.name!r} must be {tensor.dtype} of shape {expected}, "
+                f"got {array.dtype} of shape {array.shape}"
+            )
     return batch
-
-
-def _shape(shape: tuple[int | str | None, ...]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

@@ -1,14 +1,11 @@
 """Sampling with the latents on a GPU: the denoiser's engine, then ``update``, which writes the denoiser's next input.
 
-``update`` is guidance and the sampler's step as an engine of its own, which no bundle has and
-``export.update_network`` defines. Both are linear in what is on the device, so one small network serves every sampler:
-what differs from step to step is its input ``coefficients``. Every tensor of it has the denoiser's N rows. Row r
-belongs to picture r mod B; the two rows of a picture carry the same latent.
-
-The denoiser's ``noise`` is read where it lies. ``update`` may not write what it reads, so its results are copied within
-the device to where they are read next. From the host comes the timestep and a row of coefficients, to the host goes
-one number a row. In a cached call ``denoiser_shallow`` takes the denoiser's place; all its tensors lie in the
-denoiser's buffers, the deep feature too, which stays where the last full call has written it.
+``update`` is guidance and the sampler's step as an engine of its own, which ``export.update_network`` defines. Both are
+linear in what is on the device, so one small network serves every sampler: what differs from step to step is its input
+``coefficients``. All its tensors have the denoiser's N rows. Row r belongs to picture r mod B; the two rows of a
+picture carry the same latent. ``update`` may not write what it reads, so its results are copied within the device to
+where they are read next. From the host comes the timestep and a row of coefficients, to the host goes one number a
+row. In a cached call ``denoiser_shallow`` takes the denoiser's place; all its tensors lie in the denoiser's buffers.
 
 The first step at a number of rows is launched piece by piece, for TensorRT prepares itself then; the second is recorded
 with its copies as a CUDA graph, and from then on a step is one launch, also in the next picture. Full and cached
@@ -44,25 +41,18 @@ def update_component(latent_size: int) -> Component:
     ``magnitude`` is Σ|noise|, which is finite where all of the noise is (unless that lies beyond 1e33).
     """
 
-    def tensor(name: str, channels: int) -> Tensor:
-        return Tensor(name, "float32", ("N", channels, latent_size, latent_size))
+    def latents(name: str) -> Tensor:
+        return Tensor(name, "float32", ("N", LATENT_CHANNELS, latent_size, latent_size))
 
-    return Component(
-        UPDATE,
-        (
-            tensor("sample", 2 * LATENT_CHANNELS + 1),
-            tensor("noise", LATENT_CHANNELS),
-            tensor("clean", LATENT_CHANNELS),
-            Tensor("unconditional", "int32", ("N",)),  # the row of ``noise`` that is this row's eu
-            Tensor("conditional", "int32", ("N",)),  # and its ec: the same row where there is no guidance
-            Tensor("coefficients", "float32", ("N", len(COEFFICIENTS), 1, 1)),
-        ),
-        (
-            tensor("next_sample", 2 * LATENT_CHANNELS + 1),
-            tensor("next_clean", LATENT_CHANNELS),
-            Tensor("magnitude", "float32", ("N", 1, 1, 1)),
-        ),
-    )
+    def sample(name: str) -> Tensor:
+        return Tensor(name, "float32", ("N", 2 * LATENT_CHANNELS + 1, latent_size, latent_size))
+
+    # ``unconditional`` is the row of ``noise`` that is this row's eu, ``conditional`` its ec.
+    rows = [Tensor(name, "int32", ("N",)) for name in ("unconditional", "conditional")]
+    coefficients = Tensor("coefficients", "float32", ("N", len(COEFFICIENTS), 1, 1))
+    inputs = (sample("sample"), latents("noise"), latents("clean"), *rows, coefficients)
+    magnitude = Tensor("magnitude", "float32", ("N", 1, 1, 1))
+    return Component(UPDATE, inputs, (sample("next_sample"), latents("next_clean"), magnitude))
 
 
 def guidance_rows(rows: int, batch: int) -> Arrays:
@@ -79,13 +69,10 @@ class LaunchError(Exception):
 
 
 class Executor:
-    """One engine's buffers and launches, for ``component`` on ``context`` with at most ``max_rows`` rows.
+    """One engine's buffers and launches, for ``component`` on TensorRT's ``context`` with at most ``max_rows`` rows.
 
-    Buffers hold the most rows, so that an address never changes. ``context`` is TensorRT's ``IExecutionContext``,
-    ``cuda`` is open and ``stream`` its stream, in whose order everything happens. ``shared`` are tensors that lie in
-    the buffers of another executor with ``max_rows`` or more, on the device and on the host.
-
-    Methods raise ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
+    Buffers hold the most rows, so that an address never changes. ``shared`` are tensors that lie in the buffers of
+    another executor. Methods raise ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
     """
 
     def __init__(

@@ -171,7 +171,7 @@ class TrtRuntime(Runtime):
             return self._executors[component].run(feeds, outputs)
 
     def start_sampling(self, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> LatentBatch:
-        self._check_active("start_sampling")
+        self._check_active()
         assert self._loop is not None
         return DeviceLatents(self._loop, latents, condition, scheduler)
 

@@ -193,7 +193,7 @@ def main() -> None:
         for name in options.regimes
     }
     done = read(options.results)
-    runtime = CountingRuntime(bundle, threads=1)
+    runtime = CountingRuntime(bundle.components, bundle.paths, threads=1)
     with Inpainter(bundle, runtime) as inpainter, options.results.open("a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that was cut off
         for number, case in enumerate(cases):

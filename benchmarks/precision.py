@@ -21,7 +21,7 @@ from moebius_edge.errors import BundleError
 from moebius_edge.export.precision import ISLAND_MODULES, ISLANDS, to_float16
 from moebius_edge.metrics.fidelity import compare
 from moebius_edge.metrics.trajectory import Trajectory, run_trajectory
-from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes import create_runtime
 from moebius_edge.sampling.guidance import choose_guidance
 
 DENOISER, ENCODER, DECODER = "denoiser", "vae_encoder", "vae_decoder"
@@ -53,7 +53,7 @@ def main() -> None:
     guidance = choose_guidance(options.guidance, bundle.distilled_guidance).sampled
 
     def trajectory(of: Bundle) -> Trajectory:
-        runtime = OrtRuntime(of)
+        runtime = create_runtime("onnxruntime", of, "cpu")
         return run_trajectory(runtime, steps=options.steps, guidance=guidance, on_step=lambda done, total: None)
 
     reference = trajectory(bundle)

@@ -20,7 +20,7 @@ from moebius_edge.imaging.classical import telea
 from moebius_edge.imaging.masks import Mask
 from moebius_edge.imaging.pictures import read_picture
 from moebius_edge.imaging.windows import plan_windows
-from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.metrics.fidelity import hole_psnr_db
 from moebius_edge.pipeline.inpainter import Inpainter
 
 

@@ -25,7 +25,7 @@ from ..export.exporter import judge_shallow, shallow_difference
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
-from ..runtimes.ort import OrtRuntime
+from ..runtimes import create_runtime
 from ..spec import DENOISER, SHALLOW
 from ..system.files import atomic_directory, refuse_loss
 from .blocks import blocks
@@ -128,7 +128,8 @@ def quantise_bundle(
         candidate = Bundle.load(folder, verify=False)
         cases = make_cases(held_out, max(HELD_OUT_CASES, len(held_out)), reference.resolution, options.seed + 1)
         device = fastest_device(options.target)
-        with Trials(reference, cases, steps, options.guidance) as trials, OrtRuntime(candidate, device) as runtime:
+        quantised = create_runtime("onnxruntime", candidate, device)
+        with Trials(reference, cases, steps, options.guidance) as trials, quantised as runtime:
             figures = trials.runtime(runtime, "gate, held-out pictures", _bar(progress))
             difference = shallow_difference(runtime) if SHALLOW in candidate.components else None
         if not min(f.hole_psnr_db for f in figures) >= options.min_psnr_db:  # a floor that is NaN is missed too

@@ -29,9 +29,9 @@ class RecordingRuntime(OrtRuntime):
     def __init__(
         self, bundle: Bundle, component: str, activations: list[Activation], group_bytes: int, statistics: Statistics
     ) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle.components, bundle.paths)
         self._recorded, self._statistics = component, statistics
-        self._path = self._paths.pop(component)
+        self._path = self.paths.pop(component)
         self._groups = group(activations, group_bytes)
         self._parts: list[tuple[Any, list[str]]] = []
 

@@ -25,13 +25,9 @@ from ..system.files import scratch_directory
 ROUNDS, WARM_UPS = 9, 2
 
 
-class DenoiserRuntime(OrtRuntime):
+def denoiser_runtime(bundle: Bundle, device: str = "cpu") -> OrtRuntime:
     """A bundle's denoiser alone, without its autoencoder."""
-
-    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
-        super().__init__(bundle, device)
-        self.components = {"denoiser": self.components["denoiser"]}
-        self._paths = {"denoiser": self._paths["denoiser"]}
+    return OrtRuntime({DENOISER: bundle.components[DENOISER]}, {DENOISER: bundle.component_path(DENOISER)}, device)
 
 
 def fastest_device(target: str) -> str:
@@ -68,8 +64,8 @@ def measure_speed(
     device = fastest_device(target)
     with (
         _alternative(reference, candidate.path, device) as other,
-        DenoiserRuntime(candidate, device) as quantised,
-        DenoiserRuntime(other, device) as plain,
+        denoiser_runtime(candidate, device) as quantised,
+        denoiser_runtime(other, device) as plain,
     ):
         figures = compare_speed(quantised, plain, reference.branches, lambda i, n: progress("speed beside INT8", i, n))
         info = quantised.info

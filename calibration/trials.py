@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.bundle import Bundle
-from ..metrics.fidelity import PEAK, compare
-from ..metrics.quality import fill_figures
+from ..metrics.fidelity import PEAK, compare, fill_figures
 from ..metrics.trajectory import Trajectory, run_trajectory
 from ..runtimes import Runtime
 from ..runtimes.base import Arrays
@@ -105,7 +104,7 @@ class _Memo(OrtRuntime):
     """The float32 bundle; what was encoded once is not encoded again."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle.components, bundle.paths)
         self._encoded: dict[bytes, Arrays] = {}
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
@@ -121,11 +120,10 @@ class _Candidate(OrtRuntime):
     """The denoiser in a file, with another runtime's autoencoder."""
 
     def __init__(self, bundle: Bundle, denoiser: Path, autoencoder: OrtRuntime) -> None:
-        super().__init__(bundle)
-        self._paths = {"denoiser": denoiser}
+        super().__init__(bundle.components, {"denoiser": denoiser})
         self._autoencoder = autoencoder
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
-        if component in self._paths:
+        if component in self.paths:
             return super()._run(component, feeds, outputs)
         return self._autoencoder.run(component, feeds)

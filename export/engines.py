@@ -25,13 +25,14 @@ from ..runtimes.engine_files import (
     ANY_GPU,
     ENGINE_FILE,
     ENGINE_SCHEMA_VERSION,
+    FLAVOURS,
     Engine,
     EngineKey,
     engine_document,
+    load_package,
     read_engine,
 )
-from ..runtimes.flavours import FLAVOURS, load_package
-from ..runtimes.update import UPDATE, update_component
+from ..runtimes.latent_loop import UPDATE, update_component
 from ..spec import DENOISER, SHALLOW, Component
 from ..system.files import atomic_directory
 from ..system.fingerprint import first_difference

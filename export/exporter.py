@@ -166,9 +166,8 @@ def _export(
         defaults["guidance"] = guidance  # any other is refused
     card = {**_description(name, files, config), "tools": tools, "defaults": defaults}
     card |= {"precision": options.precision, "float32_islands": islands}
-    write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
     min_psnr_db = MIN_PSNR_DB[options.precision] if options.min_psnr_db is None else options.min_psnr_db
-    with OrtRuntime(Bundle.load(folder, verify=False)) as runtime:
+    with OrtRuntime(components, {name: folder / part.file for name, part in components.items()}) as runtime:
         gate = compare(trajectory(runtime, "gate, ONNX Runtime"), reference)
         judge(gate, min_psnr_db)
         gate["shallow_difference"] = shallow_difference(runtime)

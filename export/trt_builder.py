@@ -24,9 +24,9 @@ import numpy as np
 
 from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory
 from ..progress import Progress
-from ..runtimes.flavours import FLAVOURS, load_package, max_opset, version_of
+from ..runtimes.engine_files import FLAVOURS, load_package, max_opset, version_of
+from ..runtimes.latent_loop import COEFFICIENTS, update_component
 from ..runtimes.onnx_check import check_onnx_file
-from ..runtimes.update import COEFFICIENTS, update_component
 from ..spec import LATENT_CHANNELS, Component
 from ..system.files import atomic_write, sha256_file, utf8_path
 from ..system.machine import peak_memory_bytes

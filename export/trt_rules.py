@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ..runtimes.flavours import max_opset
+from ..runtimes.engine_files import max_opset
 from .onnx_graph import PRODUCTS, attribute  # TensorRT fuses each of PRODUCTS with the pairs before it
 
 OLDEST = (10, 3)

@@ -47,6 +47,12 @@ class Component:
     def file(self) -> str:
         return f"{self.name}.onnx"
 
+    @property
+    def resolution(self) -> int:
+        """The side in pixels of the images that a component with all its sizes filled in works on."""
+        first = self.inputs[0]
+        return int(first.shape[-1]) * (1 if first.name == "image" else LATENT_DOWNSCALE)
+
 
 # Images are RGB in [-1, 1]. Latents are scaled (times the VAE's scaling factor) on both sides: the
 # factor is inside the graphs, and the encoder returns the posterior's mean.
@@ -79,17 +85,14 @@ DENOISER, SHALLOW, DEEP = "denoiser", "denoiser_shallow", "deep"
 
 
 def components(deep_channels: int | None) -> dict[str, Component]:
-    """``COMPONENTS``; with the deep feature's channels those of a bundle that can reuse it (``deep_cache``).
+    """``COMPONENTS``; with the deep feature's channels those of a bundle that can reuse it (see ``sampling.calls``).
 
     Its denoiser also returns ``deep``, and ``denoiser_shallow`` is given one beside the denoiser's inputs.
     """
     if deep_channels is None:
         return dict(COMPONENTS)
+    encoder, denoiser, decoder = COMPONENTS.values()
     deep = Tensor(DEEP, "float32", ("N", deep_channels, "h", "w"))
-    found = {}
-    for name, component in COMPONENTS.items():
-        found[name] = component
-        if name == DENOISER:
-            found[name] = Component(name, component.inputs, (*component.outputs, deep))
-            found[SHALLOW] = Component(SHALLOW, (*component.inputs, deep), component.outputs)
-    return found
+    full = Component(DENOISER, denoiser.inputs, (*denoiser.outputs, deep))
+    shallow = Component(SHALLOW, (*denoiser.inputs, deep), denoiser.outputs)
+    return {c.name: c for c in (encoder, full, shallow, decoder)}

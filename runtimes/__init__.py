@@ -1,9 +1,9 @@
-"""The back-ends that execute a bundle's graphs, behind one small interface.
+"""What executes ONNX components, behind one small interface.
 
-``create_runtime`` picks one by name, or the fastest that works, and imports it only then, so a machine needs no
-more than the runtime it uses. What lies here: ``base.py`` the interface and its checks, ``auto.py`` the choice,
-``ort.py`` ONNX Runtime with ``providers.py``, ``placement.py`` and ``binding.py`` for its GPU providers, ``trt.py``
-TensorRT with ``engine_files.py``, ``executor.py`` (buffers and launches), ``cuda.py`` and ``flavours.py``.
+``create_runtime`` picks a runtime by name, or the fastest that works, and imports it only then, so a machine needs no
+more than the runtime it uses. ``base`` has the interface and its checks, ``auto`` the choice, ``ort`` and ``providers``
+ONNX Runtime, ``trt`` TensorRT with ``latent_loop`` (buffers, launches, sampling on the GPU), ``cuda`` and
+``engine_files``; ``pytorch`` runs the networks themselves, as the reference.
 """
 
 from __future__ import annotations
@@ -23,28 +23,43 @@ __all__ = ["AUTO", "RUNTIMES", "Runtime", "create_runtime"]
 
 
 def create_runtime(name: str, bundle: Bundle, device: str = AUTO, threads: int | None = None) -> Runtime:
-    """The runtime called ``name`` for ``bundle``; nothing is loaded before ``with`` enters it.
+    """The runtime called ``name`` for the components of ``bundle``; nothing is loaded before ``with`` enters it.
 
     ``auto`` as the name or the device leaves the choice to ``auto.select``; the runtime's ``selection`` and
     ``notes`` then say what was chosen and why. ``threads`` is for ONNX Runtime alone.
 
-    Raises ``UsageError`` for an unknown name or device and ``MachineError`` for a missing package
-    or device.
+    Raises:
+        UsageError: an unknown name or device.
+        MachineError: a package or a device is missing.
     """
     if name != AUTO and name not in RUNTIMES:
-        raise UsageError(f"unknown runtime {name!r}: choose one of {', '.join(RUNTIMES)}, or {AUTO}")
+        raise UsageError(f"unknown runtime {name!r}", f"choose one of {', '.join(RUNTIMES)}, or {AUTO}")
     if AUTO in (name, device):
         selection = select(bundle, name, device)
-        chosen = selection.candidate
-        runtime = create_runtime(chosen.runtime, bundle, chosen.device, threads)
+        runtime = create_runtime(selection.candidate.runtime, bundle, selection.candidate.device, threads)
         runtime.selection = selection.to_dict() if selection.tried else None
-        if selection.notable:
-            runtime.notes.append(selection.reason)
+        runtime.notes += [selection.note] if selection.note else []
         return runtime
     if name == "onnxruntime":
-        from .ort import OrtRuntime
-
-        return OrtRuntime(bundle, device=device, threads=threads)
+        return _onnxruntime(bundle, device, threads)
     from .trt import TrtRuntime
 
     return TrtRuntime(bundle, name, device)
+
+
+def _onnxruntime(bundle: Bundle, device: str, threads: int | None) -> Runtime:
+    from .ort import OrtRuntime
+    from .providers import engine_folder, engines_missing, import_onnxruntime
+
+    version = import_onnxruntime().__version__
+    folders = {name: engine_folder(bundle, name, version) for name in bundle.components} if device == "tensorrt" else {}
+    runtime = OrtRuntime(bundle.components, bundle.paths, device, threads, folders)
+    target = None if bundle.int8 is None else bundle.int8["target"]
+    if target is not None and (device == "cpu") != (target == "cpu"):
+        right = "--target cpu, or fp32" if device == "cpu" else "--target tensorrt"
+        slow = f"this bundle is INT8 for {target}: on {device} it gives the same pictures slowly"
+        runtime.notes.append(f"{slow}; export with {right}")
+    if folders and (missing := engines_missing(bundle, version)):
+        place = folders[missing[0]].parent
+        runtime.notes.append(f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {place}")
+    return runtime

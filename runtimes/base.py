@@ -1,71 +1,69 @@
-"""The interface every back-end implements: build cheaply, ``with`` to touch the device, ``run`` a graph.
+"""The interface of every runtime: building one is cheap, ``with`` loads the graphs, ``run`` executes one of them.
 
-Inputs and outputs are checked here, once for all back-ends, so that a back-end holds nothing but its
-own calls. It does not look at values: the pipeline says at which stage a network went non-finite.
-A back-end may also sample with the latents on its device, see ``DeviceLatents``.
+Inputs and outputs are checked here, once for all runtimes. For sampling a runtime gives the loop a ``LatentBatch``,
+which takes the steps: in host memory unless the runtime keeps the latents on its device.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import BundleError
-from ..sampling.scheduler import LinearStep
-from ..spec import Component, Tensor
+from ..sampling.calls import Call
+from ..sampling.scheduler import Scheduler
+from ..spec import DEEP, DENOISER, SHALLOW, Component, Tensor
 
 Arrays = dict[str, np.ndarray]
 _Self = TypeVar("_Self", bound="Runtime")  # typing.Self needs Python 3.11
+CONDITIONAL, UNCONDITIONAL = 0, 1  # the values of the denoiser's ``branch``
 
 
-class DeviceLatents(Protocol):
-    """One batch of latents that stays on the device while it is sampled."""
+class LatentBatch(ABC):
+    """The latents of B pictures that are sampled together, wherever the runtime keeps them."""
 
-    def step(self, t: int, coefficients: LinearStep, whole: bool = True) -> np.ndarray:
-        """Call the denoiser at timestep ``t``, apply guidance and the sampler's step.
+    @abstractmethod
+    def step(self, call: Call) -> None:
+        """Call the denoiser, apply guidance and take the sampler's step.
 
-        Unless ``whole`` is true ``denoiser_shallow`` is called, with the deep feature of the last whole call.
-
-        Returns Σ|noise| of each row: NaN or infinite where the predicted noise is, before guidance.
+        Raises BundleError if the predicted noise is not finite.
         """
 
-    def guide(self, branch: np.ndarray, guidance: float) -> None:
-        """Call the denoiser with other rows from the next step on: 2B, or at guidance 1 B; as in ``keep_latents``."""
-
+    @abstractmethod
     def read(self) -> np.ndarray:
-        """The latents (B, 4, h, w) after the last step, in memory of the caller's own."""
+        """The latents (B, 4, h, w) after the last step, in memory that no later step changes."""
 
 
 class Runtime(ABC):
-    """Executes the components of one bundle.
+    """Executes ONNX components. A subclass implements ``activate``, ``deactivate``, ``_run`` and ``info``.
 
-    A subclass implements ``activate``, ``deactivate``, ``_run`` and ``info``. ``components`` maps each
-    component's name to its tensors, every size fixed but the batch ``N``. ``notes`` are what a user should know
-    before it is entered; ``selection`` says how it was chosen where that was left to ``auto``.
+    Attributes:
+        components: the tensors of each component by name, every size fixed but the batch ``N``.
+        notes: what a user should know before the runtime is entered.
+        selection: how it was chosen, where that was left to ``auto``.
     """
 
     def __init__(self, components: Mapping[str, Component]) -> None:
         self.components = dict(components)
         self.notes: list[str] = []
         self.selection: dict[str, Any] | None = None
-        self._active = False
+        self.active = False
 
     @property
     @abstractmethod
     def info(self) -> dict[str, Any]:
-        """What executes: ``name``, ``version``, ``device``, ``provider`` and the back-end's own settings."""
+        """What executes: ``name``, ``version``, ``device``, ``provider`` and the runtime's own settings."""
 
     @property
     def pictures_per_call(self) -> int:
-        """How many pictures are best sampled in one call; 1 where a call with more of them gains nothing."""
+        """How many pictures are best sampled in one call; 1 where more of them gain nothing."""
         return 1
 
     def report(self) -> dict[str, Any]:
-        """``info``, and ``selection`` where there is one: what a figure's reader must know of the runtime."""
+        """``info``, and ``selection`` where there is one, for the JSON output of a command."""
         return dict(self.info) if self.selection is None else {**self.info, "selection": self.selection}
 
     @abstractmethod
@@ -74,76 +72,100 @@ class Runtime(ABC):
 
     @abstractmethod
     def deactivate(self) -> None:
-        """Free what ``activate`` took; called once after it, also after a failure inside ``with``."""
+        """Free what ``activate`` has taken; called once after it, also after a failure in it."""
 
     @abstractmethod
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
-        """Execute one graph on checked, contiguous inputs, for the ``outputs`` that are wanted."""
+        """Execute one graph on checked, contiguous inputs and return the named ``outputs``."""
 
     def __enter__(self: _Self) -> _Self:
-        if self._active:
+        if self.active:
             raise RuntimeError(f"{type(self).__name__} is already active: enter it once")
         try:
             self.activate()
         except BaseException:
             self.deactivate()
             raise
-        self._active = True
+        self.active = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._active = False
+    def __exit__(self, *error: object) -> None:
+        self.active = False
         self.deactivate()
 
-    @property
-    def active(self) -> bool:
-        return self._active
-
-    def run(
-        self, component: str, feeds: Mapping[str, np.ndarray], outputs: Collection[str] | None = None
-    ) -> Arrays:
+    def run(self, component: str, feeds: Mapping[str, np.ndarray], outputs: Collection[str] | None = None) -> Arrays:
         """Execute ``component`` on ``feeds`` (tensor name -> array) and return its outputs by name.
 
-        ``outputs`` are those that are wanted, absent all: what is not does not travel from a device.
+        Only the named ``outputs`` are copied from the device, by default all.
 
-        Raises ``ValueError`` for feeds that are not what the component declares (the caller's bug) and
-        ``BundleError`` for outputs that are not (the graph's).
+        Raises:
+            ValueError: the feeds are not what the component declares, a bug of the caller's.
+            BundleError: the outputs are not what the component declares.
         """
-        self._check_active("run")
+        self._check_active()
         if component not in self.components:
-            raise ValueError(f"no component {component!r}: this bundle has {', '.join(self.components)}")
-        tensors = self.components[component]
-        batch = check_arrays(component, "input", tensors.inputs, feeds)
-        ordered = {t.name: np.ascontiguousarray(feeds[t.name]) for t in tensors.inputs}
-        wanted = tuple(t for t in tensors.outputs if outputs is None or t.name in outputs)
-        made = self._run(component, ordered, [t.name for t in wanted])
+            raise ValueError(f"no component {component!r}: there are {', '.join(self.components)}")
+        declared = self.components[component]
+        batch = check_arrays(component, "input", declared.inputs, feeds)
+        ordered = {t.name: np.ascontiguousarray(feeds[t.name]) for t in declared.inputs}
+        tensors = tuple(t for t in declared.outputs if outputs is None or t.name in outputs)
+        results = self._run(component, ordered, [t.name for t in tensors])
         try:
-            check_arrays(component, "output", wanted, made, batch)
+            check_arrays(component, "output", tensors, results, batch)
         except ValueError as error:
-            raise BundleError(f"{error}: the graph is not what bundle.json says; export it again") from None
-        return made
+            raise BundleError(f"{error}", "the graph is not what bundle.json says; export it again") from None
+        return results
 
-    def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents | None:
-        """Put a batch on the device for all its steps, or None where this back-end leaves the arithmetic to numpy.
+    def start_sampling(self, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> LatentBatch:
+        """Take a batch of latents for all its steps; the next batch, or ``run`` of the denoiser, may replace it.
 
         Args:
-            sample: (N, 9, h, w), the denoiser's first: N = 2B, the unconditional rows first, or B at guidance 1.
-            branch: (N,) int64.
-
-        The batch is lost with the next call of this method or of ``run`` for the denoiser.
+            latents: (B, 4, h, w), noised for the scheduler's first timestep.
+            condition: (B, 5, h, w): the mask, and the latents of the masked images.
         """
-        self._check_active("keep_latents")
-        return None
+        self._check_active()
+        return HostLatents(self, latents, condition, scheduler)
 
-    def _check_active(self, method: str) -> None:
-        if not self._active:
-            raise RuntimeError(f"{type(self).__name__} is not active: call {method} inside `with runtime:`")
+    def _check_active(self) -> None:
+        if not self.active:
+            raise RuntimeError(f"{type(self).__name__} is not active: use it inside `with runtime:`")
+
+
+class HostLatents(LatentBatch):
+    """Latents in host memory: the runtime predicts the noise, numpy does the rest."""
+
+    def __init__(self, runtime: Runtime, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> None:
+        self._runtime, self._latents, self._condition, self._scheduler = runtime, latents, condition, scheduler
+        self._deep = np.zeros(0, np.float32)
+
+    def step(self, call: Call) -> None:
+        batch = len(self._latents)
+        branch = branches(call.rows, batch)
+        sample = np.tile(np.concatenate([self._latents, self._condition], axis=1), (call.rows, 1, 1, 1))
+        timestep = np.full(len(branch), call.timestep, np.float32)
+        feeds: Arrays = {"sample": sample, "timestep": timestep, "branch": branch}
+        if call.full:
+            results = self._runtime.run(DENOISER, feeds, ("noise", DEEP) if call.reused else ("noise",))
+            self._deep = results.get(DEEP, self._deep)
+        else:
+            results = self._runtime.run(SHALLOW, {**feeds, DEEP: self._deep})
+        noise = results["noise"]
+        check_finite(noise, DENOISER, call.where)
+        if call.rows == 2:
+            noise = noise[:batch] + np.float32(call.guidance) * (noise[batch:] - noise[:batch])
+        self._latents = self._scheduler.step(noise, call.timestep, self._latents)
+
+    def read(self) -> np.ndarray:
+        return self._latents
+
+
+def branches(rows: int, batch: int) -> np.ndarray:
+    """The denoiser's ``branch`` for ``batch`` pictures of 1 or 2 rows: the unconditional rows come first."""
+    return np.repeat(np.array([UNCONDITIONAL, CONDITIONAL][-rows:], np.int64), batch)
 
 
 def batched(tensor: Tensor, batch: int) -> tuple[int, ...]:
-    """The shape of ``tensor`` for ``batch`` rows; a bundle has fixed every other size."""
+    """The shape of ``tensor`` for ``batch`` rows; every other size is fixed."""
     return tuple(d if isinstance(d, int) else batch for d in tensor.shape)
 
 
@@ -158,37 +180,35 @@ def drawn_feeds(component: Component, rows: int) -> Arrays:
     return feeds
 
 
+def check_finite(values: np.ndarray, component: str, where: str = "") -> None:
+    """Raise ``BundleError`` naming the stage unless every value is finite; none is ever replaced."""
+    if np.isfinite(values).all():
+        return
+    what = "NaN" if np.isnan(values).any() else "an infinite value"
+    raise BundleError(
+        f"{component} returned {what}{where}",
+        "its weights are damaged or its precision overflows; export or download the bundle again",
+    )
+
+
 def check_arrays(
-    component: str,
-    kind: str,
-    tensors: tuple[Tensor, ...],
-    arrays: Mapping[str, np.ndarray],
-    batch: int | None = None,
+    component: str, kind: str, tensors: tuple[Tensor, ...], arrays: Mapping[str, np.ndarray], batch: int = 0
 ) -> int:
     """Raise ``ValueError`` unless ``arrays`` has the declared names, types and shapes; return the batch.
 
-    Every ``N`` must be the same number, ``batch`` where it is given.
+    Every ``N``, the first size of each tensor, must be the same number, ``batch`` where it is given.
     """
-    declared = [t.name for t in tensors]
-    if missing := [n for n in declared if n not in arrays]:
-        raise ValueError(f"{component} lacks {kind} {', '.join(missing)}")
-    if unknown := [n for n in arrays if n not in declared]:
-        raise ValueError(f"{component} has no {kind} {', '.join(unknown)}: it has {', '.join(declared)}")
-    for tensor in tensors:
-        array = arrays[tensor.name]
-        where = f"{component} {kind} {tensor.name!r}"
-        if array.dtype != np.dtype(tensor.dtype):
-            raise ValueError(f"{where} must be {tensor.dtype}, got {array.dtype}")
-        sizes = dict(zip(tensor.shape, array.shape, strict=False))
-        if batch is None and "N" in sizes:
-            batch = sizes["N"]
-        expected = tuple(batch if d == "N" else d for d in tensor.shape)
-        if array.shape != expected:
-            raise ValueError(f"{where} must have shape {_shape(expected)}, got {_shape(array.shape)}")
+    names = [t.name for t in tensors]
+    if sorted(arrays) != sorted(names):
+        raise ValueError(f"{component} must have the {kind} {', '.join(names)}, got {', '.join(arrays) or 'none'}")
+    batch = batch or len(np.atleast_1d(arrays[names[0]]))
     if not batch:
         raise ValueError(f"{component} {kind} has an empty batch")
+    for tensor in tensors:
+        array, expected = arrays[tensor.name], batched(tensor, batch)
+        if array.dtype != np.dtype(tensor.dtype) or array.shape != expected:
+            raise ValueError(
+                f"{component} {kind} {tensor.name!r} must be {tensor.dtype} of shape {expected}, "
+                f"got {array.dtype} of shape {array.shape}"
+            )
     return batch
-
-
-def _shape(shape: tuple[int | str | None, ...]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

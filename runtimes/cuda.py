@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from ctypes import byref, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ def find_gpu() -> Gpu | None:
 class Cuda:
     """One device: addresses are ints, streams and graphs are opaque ints, sizes are bytes.
 
-    Between ``open`` and ``close`` the device's primary context is held and current on this thread.
+    Between ``open`` and ``close`` the device's primary context is held and current on this thread. Copies are queued
+    on a stream and happen in order.
 
     Raises ``MachineError`` where no driver is installed, and ``CudaError`` for a call that fails.
     """
@@ -63,27 +65,25 @@ class Cuda:
         try:
             self._library: Any = ctypes.CDLL(name)
         except OSError as error:
-            raise MachineError(f"no NVIDIA driver ({error}): install it and check with `nvidia-smi`") from None
-        self._device: ctypes.c_int | None = None
+            raise MachineError(f"no NVIDIA driver ({error})", "install it and check with `nvidia-smi`") from None
+        self._device: c_int | None = None
         self._call("cuInit", 0)
 
     def gpu(self) -> Gpu:
-        device, version = ctypes.c_int(), ctypes.c_int()
-        self._call("cuDeviceGet", ctypes.byref(device), 0)
-        self._call("cuDriverGetVersion", ctypes.byref(version))
+        device, version, memory = c_int(), c_int(), c_size_t()
         name = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGet", byref(device), 0)
+        self._call("cuDriverGetVersion", byref(version))
         self._call("cuDeviceGetName", name, len(name), device)
-        memory = ctypes.c_size_t()
-        self._call("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+        self._call("cuDeviceTotalMem_v2", byref(memory), device)
         major, minor, integrated = (self._attribute(a, device) for a in (_MAJOR, _MINOR, _INTEGRATED))
         driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        title = name.value.decode(errors="replace")
-        return Gpu(title, (major, minor), memory.value, bool(integrated), driver)
+        return Gpu(name.value.decode(errors="replace"), (major, minor), memory.value, bool(integrated), driver)
 
     def open(self) -> None:
-        device, context = ctypes.c_int(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(device), 0)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        device, context = c_int(), c_void_p()
+        self._call("cuDeviceGet", byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", byref(context), device)
         self._device = device
         self._call("cuCtxSetCurrent", context)
 
@@ -94,79 +94,76 @@ class Cuda:
             self._call("cuDevicePrimaryCtxRelease_v2", device)
 
     def allocate(self, size: int) -> int:
-        address = ctypes.c_void_p()
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
-        return address.value or 0
+        return self._new("cuMemAlloc_v2", c_size_t(size))
 
     def free(self, address: int) -> None:
-        self._call("cuMemFree_v2", ctypes.c_void_p(address))
+        self._call("cuMemFree_v2", c_void_p(address))
 
     def allocate_host(self, size: int) -> np.ndarray:
         """Page-locked host memory as bytes, so that copies need no staging; free with ``free_host``."""
-        address = ctypes.c_void_p()
-        self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size), 0)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address.value or 0))
+        address = self._new("cuMemHostAlloc", c_size_t(size), 0)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free_host(self, memory: np.ndarray) -> None:
-        self._call("cuMemFreeHost", ctypes.c_void_p(memory.ctypes.data))
+        self._call("cuMemFreeHost", c_void_p(memory.ctypes.data))
 
     def upload(self, address: int, source: np.ndarray, size: int, stream: int) -> None:
         """Queue a copy of the first ``size`` bytes of ``source`` to the device."""
-        host = ctypes.c_void_p(source.ctypes.data)
-        self._call("cuMemcpyHtoDAsync_v2", ctypes.c_void_p(address), host, ctypes.c_size_t(size), _handle(stream))
+        self._copy("cuMemcpyHtoDAsync_v2", address, source.ctypes.data, size, stream)
 
     def download(self, target: np.ndarray, address: int, size: int, stream: int) -> None:
-        host = ctypes.c_void_p(target.ctypes.data)
-        self._call("cuMemcpyDtoHAsync_v2", host, ctypes.c_void_p(address), ctypes.c_size_t(size), _handle(stream))
+        """Queue a copy of ``size`` bytes from the device into ``target``."""
+        self._copy("cuMemcpyDtoHAsync_v2", target.ctypes.data, address, size, stream)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         """Queue a copy within the device; the two may not overlap."""
-        here, there = ctypes.c_void_p(target), ctypes.c_void_p(source)
-        self._call("cuMemcpyDtoDAsync_v2", here, there, ctypes.c_size_t(size), _handle(stream))
+        self._copy("cuMemcpyDtoDAsync_v2", target, source, size, stream)
 
     def create_stream(self) -> int:
-        stream = ctypes.c_void_p()
-        self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
-        return stream.value or 0
+        return self._new("cuStreamCreate", _NON_BLOCKING)
 
     def destroy_stream(self, stream: int) -> None:
-        self._call("cuStreamDestroy_v2", _handle(stream))
+        self._call("cuStreamDestroy_v2", c_void_p(stream))
 
     def synchronise(self, stream: int) -> None:
-        self._call("cuStreamSynchronize", _handle(stream))
+        self._call("cuStreamSynchronize", c_void_p(stream))
 
     def begin_capture(self, stream: int) -> None:
         """From here on, what is queued on ``stream`` is recorded instead of executed."""
-        self._call("cuStreamBeginCapture_v2", _handle(stream), _THREAD_LOCAL)
+        self._call("cuStreamBeginCapture_v2", c_void_p(stream), _THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> int:
         """Stop recording; the executable graph, to be destroyed with ``destroy_graph``."""
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuStreamEndCapture", _handle(stream), ctypes.byref(graph))
+        graph = c_void_p()
+        self._call("cuStreamEndCapture", c_void_p(stream), byref(graph))
         try:
-            self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+            return self._new("cuGraphInstantiateWithFlags", graph, ctypes.c_ulonglong(0))
         finally:
             self._call("cuGraphDestroy", graph)
-        return executable.value or 0
 
     def launch_graph(self, graph: int, stream: int) -> None:
-        self._call("cuGraphLaunch", _handle(graph), _handle(stream))
+        self._call("cuGraphLaunch", c_void_p(graph), c_void_p(stream))
 
     def destroy_graph(self, graph: int) -> None:
-        self._call("cuGraphExecDestroy", _handle(graph))
+        self._call("cuGraphExecDestroy", c_void_p(graph))
 
-    def _attribute(self, attribute: int, device: ctypes.c_int) -> int:
-        value = ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+    def _attribute(self, attribute: int, device: c_int) -> int:
+        value = c_int()
+        self._call("cuDeviceGetAttribute", byref(value), attribute, device)
         return value.value
+
+    def _copy(self, name: str, target: int, source: int, size: int, stream: int) -> None:
+        self._call(name, c_void_p(target), c_void_p(source), c_size_t(size), c_void_p(stream))
+
+    def _new(self, name: str, *arguments: Any) -> int:
+        """The handle or address that a call writes through its first argument."""
+        handle = c_void_p()
+        self._call(name, byref(handle), *arguments)
+        return handle.value or 0
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = int(getattr(self._library, name)(*arguments))
         if code:
             text = ctypes.c_char_p()
-            self._library.cuGetErrorString(code, ctypes.byref(text))
+            self._library.cuGetErrorString(code, byref(text))
             raise CudaError(name, code, (text.value or b"unknown").decode(errors="replace"))
-
-
-def _handle(value: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p(value)

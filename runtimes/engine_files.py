@@ -1,17 +1,22 @@
-"""Engines on disk: ``BUNDLE/engines/<key>/`` with a plan a component, one for the sampler's arithmetic (``update``),
-and ``engine.json``, which says what they are.
+"""Engines on disk, and the two TensorRTs that they are built with and for.
 
-An engine fits one bundle's ONNX files, one precision, one version of TensorRT and one kind of GPU. What was built
-for anything else is refused here, before TensorRT sees it, with the command that builds the right one.
+``BUNDLE/engines/<key>/`` holds a plan a component, one for the sampler's arithmetic (``latent_loop.UPDATE``), and
+``engine.json``, which says what they are. An engine fits one bundle's ONNX files, one precision, one version of
+TensorRT and one kind of GPU. What was built for anything else is refused here, before TensorRT sees it, with the
+command that builds the right one. The Python calls of TensorRT and of TensorRT for RTX are the same; what differs
+stands in ``FLAVOURS``.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field
@@ -23,12 +28,82 @@ from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, T
 from ..errors import BundleError, MachineError
 from ..system.files import safe_join
 from .cuda import Gpu
-from .flavours import FLAVOURS, Flavour
-from .update import UPDATE
+from .latent_loop import UPDATE
 
 ENGINE_FILE = "engine.json"
 ENGINE_SCHEMA_VERSION: Final = 1
 ANY_GPU = "any"  # TensorRT for RTX builds for compute capabilities, whatever the card's name
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One variant of TensorRT. Versions are (major, minor); ``below`` is the first that is not supported."""
+
+    name: str  # on the command line, and in an engine's key
+    title: str
+    module: str
+    extra: str
+    least: tuple[int, int]
+    below: tuple[int, int]
+    needs_gpu: bool  # to build
+
+
+FLAVOURS = {
+    f.name: f
+    for f in (
+        Flavour("tensorrt", "TensorRT", "tensorrt", "tensorrt", (10, 3), (12, 0), True),
+        Flavour("tensorrt-rtx", "TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 7), (2, 0), False),
+    )
+}
+
+
+def max_opset(flavour: str, version: tuple[int, int]) -> int:
+    """The highest opset that ``flavour`` (as in ``FLAVOURS``) of (major, minor) ``version`` is known to parse."""
+    if flavour == "tensorrt-rtx":
+        return 23  # the highest that was tried with 1.7, whose parser refuses none by number
+    return 25 if version >= (11, 0) else 24 if version >= (10, 15) else 20
+
+
+def load_package(flavour: Flavour) -> ModuleType:
+    """The Python package of ``flavour``.
+
+    Raises:
+        MachineError: it is missing, broken, or of a version that was never tried.
+    """
+    install = f'run `pip install "moebius-edge[{flavour.extra}]"`'
+    try:
+        package = importlib.import_module(flavour.module)
+    except Exception as error:  # a library that does not load arrives as OSError or RuntimeError too
+        hint = " (a Jetson has it: make the environment with --system-site-packages)" if flavour.needs_gpu else ""
+        problem = f"the package {flavour.module} is missing or broken ({error})"
+        raise MachineError(problem, f"{install}{hint}") from None
+    if not flavour.least <= version_of(package) < flavour.below:
+        least, below = (".".join(map(str, v)) for v in (flavour.least, flavour.below))
+        problem = f"{flavour.title} {package.__version__} is not supported, {least} or newer and below {below} is"
+        raise MachineError(problem, install)
+    return package
+
+
+def version_of(package: ModuleType) -> tuple[int, int]:
+    """(major, minor) of the package."""
+    major, minor = str(package.__version__).split(".")[:2]
+    return int(major), int(minor)
+
+
+def make_logger(package: Any, sink: Callable[[str, str], None]) -> Any:
+    """A logger that passes on the severity (VERBOSE, INFO, WARNING, ERROR, INTERNAL_ERROR) and text of each message.
+
+    Keep one a process: TensorRT uses the first it is given, always.
+    """
+
+    class Logger(package.ILogger):
+        def __init__(self) -> None:
+            package.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            sink(str(severity).rpartition(".")[2], message)
+
+    return Logger()
 
 
 class Plan(FileRecord):
@@ -65,7 +140,7 @@ class EngineKey:
 
     @property
     def folder(self) -> str:
-        """The folder's name: float32-tensorrt-10.3.0-orin-sm87."""
+        """The folder's name, such as float32-tensorrt-10.3.0-orin-sm87."""
         capabilities = "-".join(c.replace(".", "") for c in self.compute_capabilities)
         parts = (self.precision, self.flavour, self.version, self.gpu, f"sm{capabilities}")
         return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts)
@@ -104,7 +179,7 @@ def engine_folders(bundle: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise MachineError(f"cannot read {root}: {error.strerror}: check it with `ls -l {bundle}`") from error
+        raise MachineError(f"cannot read {root}: {error.strerror}", f"check it with `ls -l {bundle}`") from error
 
 
 def read_engine(folder: Path) -> Engine:
@@ -116,12 +191,12 @@ def read_engine(folder: Path) -> Engine:
     remedy = f"remove it with `rm -r {shlex.quote(str(folder))}` and build it again"
     path = folder / ENGINE_FILE
     if not os.path.lexists(path):
-        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine: {remedy}")
+        raise BundleError(f"{folder} holds no {ENGINE_FILE}, so it is no engine", remedy)
     safe_join(folder, ENGINE_FILE)
     engine: Engine = read_document(path, Engine, BundleError, remedy, path=folder)
     for component in (*engine.onnx, UPDATE):
         if component not in engine.plans:
-            raise BundleError(f"{path}: plans.{component} is missing: {remedy}")
+            raise BundleError(f"{path}: plans.{component} is missing", remedy)
     for component in engine.plans:
         engine.plan_path(component)
     return engine
@@ -141,33 +216,29 @@ def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, veri
         BundleError: there is none, or it was built with or from something else, or is damaged.
     """
     remedy = f"run `{build_command(bundle, flavour)}`"
-    near: list[tuple[int, str]] = []
+    rejected: list[tuple[int, str]] = []  # how many reasons, and the message; the nearest one is told
     for folder in engine_folders(bundle.path):
         try:
             engine = read_engine(folder)
         except BundleError as error:
-            near.append((99, str(error)))
+            rejected.append((99, str(error)))
             continue
         if engine.key.flavour != flavour.name:
             continue
-        problems = misfits(engine, bundle, version, gpu)
+        problems = _mismatches(engine, bundle, flavour, version, gpu)
         if not problems:
             if verify:
                 engine.verify(f"{remedy} --force")
             return engine
-        near.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
-    if near:
-        raise BundleError(min(near)[1])
-    raise BundleError(f"bundle {bundle.path} has no {flavour.title} engine: {remedy}")
+        rejected.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
+    raise BundleError(min(rejected)[1] if rejected else f"bundle {bundle.path} has no {flavour.title} engine: {remedy}")
 
 
-def misfits(engine: Engine, bundle: Bundle, version: str, gpu: Gpu) -> list[str]:
+def _mismatches(engine: Engine, bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu) -> list[str]:
     """Why ``engine`` cannot run ``bundle`` here, each as a phrase after "the engine was"; empty if it can."""
-    key, problems = engine.key, []
-    title = FLAVOURS[key.flavour].title if key.flavour in FLAVOURS else key.flavour
+    key, title, problems = engine.key, flavour.title, []
     here = ".".join(map(str, gpu.compute_capability))
-    wrong_gpu = here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name)
-    if key.version != version or wrong_gpu:
+    if key.version != version or here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name):
         capabilities = ", ".join(key.compute_capabilities)
         problems.append(
             f"built with {title} {key.version} for GPU {key.gpu} (compute capability {capabilities}), "
@@ -175,13 +246,12 @@ def misfits(engine: Engine, bundle: Bundle, version: str, gpu: Gpu) -> list[str]
         )
     if key.precision != bundle.precision:
         problems.append(f"built with precision {key.precision}, the bundle has {bundle.precision}")
-    if stale := staleness(engine, bundle):
-        problems.append(stale)
-    return problems
+    stale = staleness(engine, bundle)
+    return [*problems, stale] if stale else problems
 
 
 def staleness(engine: Engine, bundle: Bundle) -> str:
-    """What else ``engine`` was built from than it would be today, as in ``misfits``; empty if nothing else."""
+    """That ``engine`` was built from another ONNX file than the bundle has today; empty if it was not."""
     for name, component in bundle.components.items():
         if engine.onnx.get(name) != bundle.files[component.file]["sha256"]:
             return f"built from another {name}.onnx than the bundle's"

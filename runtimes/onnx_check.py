@@ -14,7 +14,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BundleError, MachineError
@@ -26,19 +25,21 @@ _STANDARD, _OURS = ("", "ai.onnx"), "moebius"  # domains
 _QUICK_GELU = ("com.microsoft", "QuickGelu")  # ONNX Runtime's own, which INT8 for a CPU uses
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-Span = tuple[int, int]  # of a field that is a text, bytes or a message
-
-
-@dataclass
-class _Model:
-    """What is collected of a file. ``bodies``: how many nodes each function has; ``called``: how often each is
-    called."""
-
-    opset: int = 1
-    nodes: int = 0
-    fields: int = 0
-    bodies: dict[str, int] = field(default_factory=dict)
-    called: Counter[str] = field(default_factory=Counter)
+_SUBGRAPH = "!it has a graph inside of an operator, as loops and branches have"
+_SPARSE = "!it has sparse weights"
+_EXTERNAL = "!its weights lie in another file"
+# What is read of each message of onnx.proto: by field number the message or value it holds, or "!" and what is wrong
+# with a file that has it. Other fields are skipped.
+_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 8: "operator set", 20: "!it has a part for training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: _SPARSE},
+    "function": {1: "text", 7: "node of a function", 11: "attribute"},
+    "node": {4: "text", 5: "attribute", 7: "text"},
+    "node of a function": {4: "text", 5: "attribute", 7: "text"},
+    "attribute": {5: "tensor", 6: _SUBGRAPH, 10: "tensor", 11: _SUBGRAPH, 22: _SPARSE, 23: _SPARSE},
+    "tensor": {13: _EXTERNAL, 14: "number"},
+    "operator set": {1: "text", 2: "number"},
+}
 
 
 class _Problem(Exception):
@@ -48,163 +49,121 @@ class _Problem(Exception):
 def check_onnx_file(path: Path) -> int:
     """The version of the standard operators that the ONNX file at ``path`` declares, 1 where it declares none.
 
-    Raises MachineError for a file that cannot be read, BundleError for one that is no ONNX model, or one that
-    ``export`` does not write: with weights in other files, with a graph inside of a node (a loop or a branch),
-    operators of foreign domains, functions in functions, too many nodes.
+    Raises:
+        MachineError: the file cannot be read.
+        BundleError: it is no ONNX model, or one that ``export`` does not write: with weights in other files, with a
+            graph inside of a node (a loop or a branch), operators of foreign domains, functions in functions, too many
+            nodes.
     """
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise _Problem("it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                model = _Model()
-                _read_model(data, model)
+                return _Reader(data).check_model()
     except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
+        raise MachineError(f"cannot read {path}: {error.strerror}", f"check it with `ls -l {path}`") from error
     except (_Problem, ValueError) as problem:
-        raise BundleError(
-            f"{path} is no ONNX file that this program writes ({problem}): export the bundle again"
-        ) from None
-    return model.opset
+        message = f"{path} is no ONNX file that this program writes ({problem})"
+        raise BundleError(message, "export the bundle again") from None
 
 
-def _read_model(data: mmap.mmap, model: _Model) -> None:
-    functions: list[Span] = []
-    for number, value in _fields(data, (0, len(data)), model):
-        if number == 7:
-            for inner, span in _messages(data, value, model, (1, 5, 15)):
-                if inner == 1:
-                    _read_node(data, span, model, ours=True)
-                else:
-                    _read_tensor(data, span, model, sparse=inner == 15)
-        elif number == 8:
-            domain, version = _operator_set(data, value, model)
-            model.opset = version if domain in _STANDARD else model.opset
-        elif number == 20:
-            raise _Problem("it has a part for training")
-        elif number == 25:
-            functions.append(_span(value))
-    for span in functions:
-        _read_function(data, span, model)
-    if missing := model.called.keys() - model.bodies.keys():
-        raise _Problem(f"it calls {sorted(missing)[0]!r:.60}, a function that it lacks")
-    if model.nodes + sum(model.bodies[name] * times for name, times in model.called.items()) > MAX_NODES:
-        raise _Problem(f"it has over {MAX_NODES} operators")
+class _Reader:
+    """Reads one file; ``bodies`` has how many nodes each function has, ``calls`` how often each is called."""
 
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._opset, self._nodes, self._fields_read = 1, 0, 0
+        self._bodies: dict[str, int] = {}
+        self._calls: Counter[str] = Counter()
 
-def _read_function(data: mmap.mmap, span: Span, model: _Model) -> None:
-    """A function's nodes are operators of the standard alone, so that none can call itself or multiply."""
-    name, count = "", 0
-    for number, value in _messages(data, span, model, (1, 7, 11)):
-        if number == 1:
-            name = _text(data, value)
-        elif number == 7:
-            _read_node(data, value, model, ours=False)
-            count += 1
-        else:
-            _read_attribute(data, value, model)
-    if name in model.bodies:
-        raise _Problem(f"it has the function {name!r:.60} twice")
-    model.bodies[name] = count
+    def check_model(self) -> int:
+        self._read("model", 0, len(self._data))
+        if missing := self._calls.keys() - self._bodies.keys():
+            raise _Problem(f"it calls {sorted(missing)[0]!r:.60}, a function that it lacks")
+        self._count(sum(self._bodies[name] * times for name, times in self._calls.items()))
+        return self._opset
 
+    def _count(self, nodes: int) -> None:
+        self._nodes += nodes
+        if self._nodes > MAX_NODES:
+            raise _Problem(f"it has over {MAX_NODES} operators")
 
-def _read_node(data: mmap.mmap, span: Span, model: _Model, ours: bool) -> None:
-    kind = domain = ""
-    for number, value in _messages(data, span, model, (4, 5, 7)):
-        if number == 4:
-            kind = _text(data, value)
-        elif number == 7:
-            domain = _text(data, value)
-        else:
-            _read_attribute(data, value, model)
-    if domain not in _STANDARD and not (ours and domain == _OURS) and (domain, kind) != _QUICK_GELU:
-        where = f"domain {domain!r:.40}" if ours else f"domain {domain!r:.40} inside of a function"
-        raise _Problem(f"it has the operator {kind!r:.40} of {where}")
-    if domain == _OURS:
-        model.called[kind] += 1
-    model.nodes += 1
-    if model.nodes > MAX_NODES:
-        raise _Problem(f"it has over {MAX_NODES} operators")
+    def _read(self, message: str, at: int, end: int) -> None:
+        """Read the message between two bytes of the file and check it."""
+        texts: dict[int, str] = {}
+        numbers: dict[int, int] = {}
+        before = self._nodes
+        for field, wire_type, value, stop in self._fields(at, end):
+            content = _FIELDS[message].get(field, "")
+            if content.startswith("!"):
+                raise _Problem(content[1:])
+            if content and (content == "number") != (wire_type == _VARINT):
+                raise _Problem("a number stands where a message belongs")
+            if content == "number":
+                numbers[field] = value
+            elif content == "text":
+                texts[field] = self._data[value : min(stop, value + 200)].decode("utf-8", "replace")
+            elif content:
+                self._read(content, value, stop)
+        if message == "function":
+            self._add_function(texts.get(1, ""), self._nodes - before)
+        elif message.startswith("node"):
+            self._add_node(texts.get(4, ""), texts.get(7, ""), inside=message != "node")
+        elif message == "tensor" and numbers.get(14):
+            raise _Problem(_EXTERNAL[1:])
+        elif message == "operator set" and texts.get(1, "") in _STANDARD:
+            self._opset = numbers.get(2, 1)
 
+    def _add_function(self, name: str, nodes: int) -> None:
+        if name in self._bodies:
+            raise _Problem(f"it has the function {name!r:.60} twice")
+        self._bodies[name] = nodes
 
-def _read_attribute(data: mmap.mmap, span: Span, model: _Model) -> None:
-    for number, value in _messages(data, span, model, (5, 6, 10, 11, 22, 23)):
-        if number in (6, 11):
-            raise _Problem("it has a graph inside of an operator, as loops and branches have")
-        _read_tensor(data, value, model, sparse=number in (22, 23))
+    def _add_node(self, operator: str, domain: str, inside: bool) -> None:
+        """A function's nodes are operators of the standard alone, so that none can call itself or multiply."""
+        if domain == _OURS and not inside:
+            self._calls[operator] += 1
+        elif domain not in _STANDARD and (domain, operator) != _QUICK_GELU:
+            where = f"domain {domain!r:.40}" + (" inside of a function" if inside else "")
+            raise _Problem(f"it has the operator {operator!r:.40} of {where}")
+        self._count(1)
 
+    def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """Each field's number and wire type; then a number's value and 0, or where the content begins and ends."""
+        while at < end:
+            self._fields_read += 1
+            if self._fields_read > _MAX_FIELDS:
+                raise _Problem(f"it has over {_MAX_FIELDS} fields")
+            tag, at = self._varint(at, end)
+            field, wire_type = tag >> 3, tag & 7
+            if not field or wire_type not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
+                raise _Problem(f"no field of a model at byte {at}")
+            if wire_type == _VARINT:
+                value, at = self._varint(at, end)
+                yield field, wire_type, value, 0
+                continue
+            length = 8 if wire_type == _FIXED64 else 4
+            if wire_type == _BYTES:
+                length, at = self._varint(at, end)
+            if at + length > end:
+                raise _Problem("it is cut short")
+            yield field, wire_type, at, at + length
+            at += length
 
-def _read_tensor(data: mmap.mmap, span: Span, model: _Model, sparse: bool) -> None:
-    if sparse:
-        raise _Problem("it has sparse weights")
-    for number, value in _fields(data, span, model):
-        if number == 13 or (number == 14 and value != 0):
-            raise _Problem("its weights lie in another file")
-
-
-def _operator_set(data: mmap.mmap, value: int | Span, model: _Model) -> tuple[str, int]:
-    domain, version = "", 1
-    for number, inner in _fields(data, _span(value), model):
-        if number == 1:
-            domain = _text(data, _span(inner))
-        elif number == 2 and isinstance(inner, int):
-            version = inner
-    return domain, version
-
-
-def _messages(data: mmap.mmap, value: int | Span, model: _Model, wanted: tuple[int, ...]) -> Iterator[tuple[int, Span]]:
-    """The fields of a message whose numbers are ``wanted``, all of them texts or messages."""
-    return ((number, _span(inner)) for number, inner in _fields(data, _span(value), model) if number in wanted)
-
-
-def _fields(data: mmap.mmap, span: Span, model: _Model) -> Iterator[tuple[int, int | Span]]:
-    """The fields of the message at ``span``: their numbers, with the number or the span that each holds."""
-    at, end = span
-    while at < end:
-        model.fields += 1
-        if model.fields > _MAX_FIELDS:
-            raise _Problem(f"it has over {_MAX_FIELDS} fields")
-        tag, at = _varint(data, at, end)
-        number, kind = tag >> 3, tag & 7
-        if not number or kind not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
-            raise _Problem(f"no field of a model at byte {at}")
-        if kind == _VARINT:
-            value, at = _varint(data, at, end)
-            yield number, value
-            continue
-        length = 8 if kind == _FIXED64 else 4
-        if kind == _BYTES:
-            length, at = _varint(data, at, end)
-        if at + length > end:
-            raise _Problem("it is cut short")
-        yield number, (at, at + length) if kind == _BYTES else 0
-        at += length
-
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """The number whose first byte is at ``at``, and where it ends."""
-    value = shift = 0
-    while at < end:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise _Problem("a number is too long")
-    raise _Problem("it is cut short")
-
-
-def _span(value: int | Span) -> Span:
-    if isinstance(value, int):
-        raise _Problem("a number stands where a message belongs")
-    return value
-
-
-def _text(data: mmap.mmap, span: Span) -> str:
-    begin, end = span
-    return data[begin : min(end, begin + 200)].decode("utf-8", "replace")
+    def _varint(self, at: int, end: int) -> tuple[int, int]:
+        """The number whose first byte is at ``at``, and where it ends."""
+        value = shift = 0
+        while at < end:
+            byte = self._data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, at
+            shift += 7
+            if shift > 63:
+                raise _Problem("a number is too long")
+        raise _Problem("it is cut short")
 
 
 @contextmanager

@@ -44,7 +44,7 @@ class Provider:
     """``chain`` is what a session is given, best first: a node goes to the first that can execute it."""
 
     chain: tuple[str, ...]
-    remedy: str
+    install: str
 
     @property
     def name(self) -> str:
@@ -52,12 +52,11 @@ class Provider:
 
 
 # The builds of ONNX Runtime share an import name: with two installed, whichever came last wins.
+_GPU_BUILD = 'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]"'
 PROVIDERS = {
     "cpu": Provider((CPU,), 'pip install "moebius-edge[cpu]"'),
-    "cuda": Provider((CUDA, CPU), 'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]"'),
-    "tensorrt": Provider(
-        (TENSORRT, CUDA, CPU), 'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]" "tensorrt<11"'
-    ),
+    "cuda": Provider((CUDA, CPU), _GPU_BUILD),
+    "tensorrt": Provider((TENSORRT, CUDA, CPU), f'{_GPU_BUILD} "tensorrt<11"'),
 }
 
 
@@ -67,21 +66,21 @@ def import_onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise MachineError(
-            f"the package onnxruntime is missing or broken ({error}): run "
-            '`pip install "moebius-edge[cpu]"`, or `"moebius-edge[gpu]"` on an NVIDIA GPU'
+            f"the package onnxruntime is missing or broken ({error})",
+            'run `pip install "moebius-edge[cpu]"`, or `"moebius-edge[gpu]"` on an NVIDIA GPU',
         ) from None
     return onnxruntime
 
 
 def absence(ort: ModuleType, device: str) -> str:
     """Why this build of ONNX Runtime has no provider for ``device``, and what brings it; empty where it has."""
-    wanted, available = PROVIDERS[device], ort.get_available_providers()
-    if wanted.name in available:
+    name, available = PROVIDERS[device].name, ort.get_available_providers()
+    if name in available:
         return ""
-    remedy = f"run `{wanted.remedy}`"
+    remedy = f"run `{PROVIDERS[device].install}`"
     if device != "cpu" and platform.machine() == "aarch64":  # which wheels there are depends on the JetPack
         remedy = "docs/jetson.md says which build a Jetson needs"
-    return f"this onnxruntime {ort.__version__} has no {wanted.name} (it has {', '.join(available)}): {remedy}"
+    return f"this onnxruntime {ort.__version__} has no {name} (it has {', '.join(available)}): {remedy}"
 
 
 def start_problem(ort: ModuleType, device: str) -> str:
@@ -105,12 +104,34 @@ def start_problem(ort: ModuleType, device: str) -> str:
 
 
 def session_providers(
-    ort: ModuleType, device: str, component: Component, engines: Path
+    ort: ModuleType, device: str, component: Component, engines: Path | None = None
 ) -> list[str | tuple[str, dict[str, str]]]:
     """The providers of one component's session with their options. ``engines`` is TensorRT's cache folder."""
-    options = {CPU: {}, CUDA: _cuda_options(), TENSORRT: _tensorrt_options(component, engines)}
-    available = ort.get_available_providers()
-    return [(name, options[name]) if options[name] else name for name in PROVIDERS[device].chain if name in available]
+
+    def shapes(rows: int) -> str:
+        """``name:1x9x64x64,...`` for a batch of ``rows``."""
+        return ",".join(f"{t.name}:{'x'.join(map(str, batched(t, rows)))}" for t in component.inputs)
+
+    most = shapes(MAX_BATCH.get(component.name, 1))
+    cuda = {
+        "device_id": "0",
+        "use_tf32": "0",  # on by default, it would round the factors of float32 products to ten bits
+        "arena_extend_strategy": "kSameAsRequested",  # not the next power of two: a Jetson shares its memory
+    }
+    tensorrt = {
+        "device_id": "0",
+        "trt_fp16_enable": "0",  # types are the file's
+        "trt_int8_enable": "0",
+        # One range for all calls: without it an engine is built for the first shape and again for the second.
+        "trt_profile_min_shapes": shapes(1),
+        "trt_profile_opt_shapes": most,
+        "trt_profile_max_shapes": most,
+    }
+    for cache in ("engine", "timing") if engines is not None else ():
+        tensorrt |= {f"trt_{cache}_cache_enable": "1", f"trt_{cache}_cache_path": str(engines)}
+    options: dict[str, dict[str, str]] = {CUDA: cuda, TENSORRT: tensorrt}
+    chain = [name for name in PROVIDERS[device].chain if name in ort.get_available_providers()]
+    return [(name, options[name]) if name in options else name for name in chain]
 
 
 def engine_folder(bundle: Bundle, component: str, version: str) -> Path:
@@ -151,35 +172,6 @@ def first_line(error: Exception) -> str:
     return re.sub(r"^/\S+\.(?:cc|h):\d+ .*?\) ", "", line)  # where in its sources, and in which function
 
 
-def _cuda_options() -> dict[str, str]:
-    return {
-        "device_id": "0",
-        "use_tf32": "0",  # on by default, it would round the factors of float32 products to ten bits
-        "arena_extend_strategy": "kSameAsRequested",  # not the next power of two: a Jetson shares its memory
-    }
-
-
-def _tensorrt_options(component: Component, engines: Path) -> dict[str, str]:
-    def shapes(rows: int) -> str:
-        """``name:1x9x64x64,...`` for a batch of ``rows``."""
-        return ",".join(f"{t.name}:{'x'.join(map(str, batched(t, rows)))}" for t in component.inputs)
-
-    most = MAX_BATCH.get(component.name, 1)
-    return {
-        "device_id": "0",
-        "trt_fp16_enable": "0",  # types are the file's
-        "trt_int8_enable": "0",
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": os.fspath(engines),
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": os.fspath(engines),
-        # One range for all calls: without it an engine is built for the first shape and again for the second.
-        "trt_profile_min_shapes": shapes(1),
-        "trt_profile_opt_shapes": shapes(most),
-        "trt_profile_max_shapes": shapes(most),
-    }
-
-
 def _load_libraries(ort: ModuleType, device: str) -> None:
     """Load CUDA's, cuDNN's and TensorRT's libraries where they came as Python packages, off the linker's path.
 
@@ -208,13 +200,12 @@ def _not_started(ort: ModuleType, device: str, reason: str) -> str:
 
 def _missing_library(folder: Path, device: str) -> str:
     """The linker's complaint about a library that a provider's own, in ``folder``, needs; empty without one."""
+    library = os.fspath(folder / f"libonnxruntime_providers_{device}.so")
     with suppress(OSError):
         ctypes.CDLL(os.fspath(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
-    library = folder / f"libonnxruntime_providers_{device}.so"
     try:
-        ctypes.CDLL(os.fspath(library))
+        ctypes.CDLL(library)
     except OSError as error:
-        complaint = str(error)
-        if "cannot open shared object" in complaint and os.fspath(library) not in complaint:
-            return complaint.removesuffix(": No such file or directory")
+        complaint = str(error).removesuffix(": No such file or directory")
+        return complaint if "cannot open shared object" in complaint and library not in complaint else ""
     return ""

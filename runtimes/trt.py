@@ -1,8 +1,7 @@
-"""TensorRT back-end, both flavours: engines that ``export --engine`` built for this machine, on its GPU.
+"""TensorRT, both variants: engines that ``export --engine`` built for this machine, on its GPU.
 
-Loading and checking stand here; buffers and launches are ``executor``'s, sampling with the latents on the device
-``latent_loop``'s, files and keys ``engine_files``'.
-An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
+Loading and checking stand here; buffers, launches and sampling on the device are in ``latent_loop``, files and keys in
+``engine_files``. An engine is never built here, for that takes minutes. Use a runtime on the thread that entered it.
 """
 
 from __future__ import annotations
@@ -10,37 +9,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import BundleError, MachineError, OutOfMemory, UsageError
+from ..sampling.scheduler import Scheduler
 from ..spec import DENOISER, SHALLOW, Component
-from .base import Arrays, DeviceLatents, Runtime
+from .base import Arrays, LatentBatch, Runtime
 from .cuda import Cuda, CudaError, Gpu
-from .engine_files import Engine, build_command, choose_engine
-from .executor import Executor, LaunchError
-from .flavours import FLAVOURS, load_package, make_logger
-from .latent_loop import SHARED, LatentLoop
-from .update import UPDATE, update_component
+from .engine_files import FLAVOURS, Engine, build_command, choose_engine, load_package, make_logger
+from .latent_loop import SHARED, UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, update_component
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
-_loggers: dict[str, Any] = {}  # by flavour: TensorRT keeps the first logger it is given as long as it lives
-_said: list[str] = []  # errors that TensorRT logged since the last call
+_loggers: dict[str, Any] = {}  # by variant: TensorRT keeps the first logger it is given as long as it lives
+_logged: list[str] = []  # errors that TensorRT logged since the last call
 
 
 class TrtRuntime(Runtime):
     """One engine a component and one for the sampler's arithmetic, for ``flavour`` ``tensorrt`` or ``tensorrt-rtx``.
 
-    ``cuda`` and ``package`` stand in for the driver and the Python package.
+    It takes a bundle, since an engine is chosen by what the bundle's files and this machine are. ``cuda`` and
+    ``package`` stand in for the driver and the Python package.
 
     Raises:
         UsageError: a device other than the GPU was asked for.
-        MachineError: the package or the driver is missing, or GPU memory is short.
+        MachineError: the package or the driver is missing; ``OutOfMemory`` on entering.
         BundleError: the bundle has no engine that fits (on entering).
     """
 
@@ -55,38 +54,37 @@ class TrtRuntime(Runtime):
     ) -> None:
         super().__init__(bundle.components)
         if device != "cuda":
-            raise UsageError(f"runtime {flavour} has no device {device!r}: leave --device out, or choose cuda")
+            raise UsageError(f"runtime {flavour} has no device {device!r}", "leave --device out, or choose cuda")
         self._bundle = bundle
         self._flavour = FLAVOURS[flavour]
         self._trt: Any = package or load_package(self._flavour)
         self._cuda = cuda or Cuda()
+        # TensorRT for RTX compiles kernels while it runs, and records a CUDA graph itself when it has them.
+        self._records = self._flavour.needs_gpu
         self._gpu: Gpu | None = None
         self._engine: Engine | None = None
         self._stream = 0
         self._open = False
         self._executors: dict[str, Executor] = {}
         self._loop: LatentLoop | None = None
-        self._kept: list[Any] = []  # TensorRT's objects: contexts need their engines, engines their runtime
+        self._objects: list[Any] = []  # TensorRT's: contexts need their engines, engines their runtime
 
     @property
     def info(self) -> dict[str, Any]:
         """As in ``Runtime``; ``provider`` is the engine's key, and empty until the runtime was entered."""
-        state = "recorded" if self._loop is not None and self._loop.recorded else "not recorded"
-        if self._loop is not None and self._loop.graph_problem:
-            state = f"failed: {self._loop.graph_problem}"
         return {
             "name": self._flavour.name,
             "version": str(self._trt.__version__),
             "device": "cuda",
             "provider": "" if self._engine is None else self._engine.key.folder,
             "gpu": "" if self._gpu is None else self._gpu.name,
-            "cuda_graph": state if self._records else "TensorRT's own",
+            "cuda_graph": self._graph_state() if self._records else "TensorRT's own",
         }
 
-    @property
-    def _records(self) -> bool:
-        """TensorRT for RTX compiles kernels while it runs, and records a graph itself when it has them."""
-        return self._flavour.needs_gpu
+    def _graph_state(self) -> str:
+        if self._loop is not None and self._loop.graph_problem:
+            return f"failed: {self._loop.graph_problem}"
+        return "recorded" if self._loop is not None and self._loop.recorded else "not recorded"
 
     @property
     def pictures_per_call(self) -> int:
@@ -101,21 +99,15 @@ class TrtRuntime(Runtime):
             self._open = True
             self._stream = self._cuda.create_stream()
             runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, self._logger())
-            self._kept.append(runtime)
             for component in self.components.values():
                 # All that the shallow part reads and writes is the denoiser's too.
                 shared = [t.name for t in (*component.inputs, *component.outputs)] if component.name == SHALLOW else ()
                 self._load(component, runtime, shared)
             self._load(update_component(self._bundle.latent_size), runtime, SHARED)
             networks = [self._executors[name] for name in (DENOISER, SHALLOW) if name in self._executors]
+            update = self._executors[UPDATE]
             self._loop = LatentLoop(
-                self._cuda,
-                self._stream,
-                networks,
-                self._executors[UPDATE],
-                self._records,
-                self._told,
-                self._check_loop_rows,
+                self._cuda, self._stream, networks, update, self._records, self._errors, self._check_loop_rows
             )
         except (CudaError, LaunchError) as error:
             raise self._problem("load the engines", error) from error
@@ -123,26 +115,25 @@ class TrtRuntime(Runtime):
     def deactivate(self) -> None:
         if not self._open:
             return
-        for holder in (self._loop, *self._executors.values()):
-            if holder is None:
-                continue
+        frees = [executor.close for executor in self._executors.values()]
+        if self._loop is not None:
+            frees.insert(0, self._loop.close)
+        if self._stream:
+            frees.append(partial(self._cuda.destroy_stream, self._stream))
+        for free in frees:
             with suppress(CudaError):  # after a failed launch nothing can be freed, and that error is the one to tell
-                holder.close()
-        with suppress(CudaError):
-            if self._stream:
-                self._cuda.destroy_stream(self._stream)
+                free()
         self._executors, self._loop, self._stream, self._open = {}, None, 0, False
-        while self._kept:
-            self._kept.pop()  # last taken, first freed
+        while self._objects:
+            self._objects.pop()  # last taken, first freed
         with suppress(CudaError):
             self._cuda.close()
 
     def _load(self, component: Component, runtime: Any, shared: Iterable[str]) -> None:
         """Make the executor of ``component``, and take its buffers but for those it ``shared`` with the denoiser."""
         assert self._engine is not None
-        name, path = component.name, self._engine.plan_path(component.name)
+        path = self._engine.plan_path(component.name)
         engine = self._call(f"load {path}", runtime.deserialize_cuda_engine, path.read_bytes())
-        self._kept.append(engine)
         owners = {tensor: self._executors[DENOISER] for tensor in shared}
         max_rows = min([self._check_contract(component, engine), *(owner.max_rows for owner in owners.values())])
         arguments = []
@@ -151,39 +142,38 @@ class TrtRuntime(Runtime):
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             arguments.append(config)
         context = self._call(f"prepare {path}", engine.create_execution_context, *arguments)
-        self._kept.append(context)
-        self._executors[name] = Executor(self._cuda, self._stream, context, component, max_rows, owners)
-        self._executors[name].allocate()
+        executor = Executor(self._cuda, self._stream, context, component, max_rows, owners)
+        self._executors[component.name] = executor
+        executor.allocate()
 
     def _check_contract(self, component: Component, engine: Any) -> int:
         """The most rows ``engine`` takes, if its tensors are those of the component."""
         is_input = self._trt.TensorIOMode.INPUT
-        found = {}
+        tensors = {}
         for index in range(engine.num_io_tensors):
-            tensor = engine.get_tensor_name(index)
-            kind = "input" if engine.get_tensor_mode(tensor) == is_input else "output"
-            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(tensor))).name
-            found[tensor] = (kind, dtype, tuple(engine.get_tensor_shape(tensor))[1:])
-        wanted: dict[str, tuple[Any, ...]] = {}
-        for kind, tensors in (("input", component.inputs), ("output", component.outputs)):
-            wanted |= {t.name: (kind, t.dtype, t.shape[1:]) for t in tensors}
-        if found != wanted:
-            raise BundleError(
-                f"the engine of {component.name} has {found} and should have {wanted}: {self._remedy()} --force"
-            )
+            name = engine.get_tensor_name(index)
+            kind = "input" if engine.get_tensor_mode(name) == is_input else "output"
+            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
+            tensors[name] = (kind, dtype, tuple(engine.get_tensor_shape(name))[1:])
+        expected: dict[str, tuple[Any, ...]] = {}
+        for kind, declared in (("input", component.inputs), ("output", component.outputs)):
+            expected |= {t.name: (kind, t.dtype, t.shape[1:]) for t in declared}
+        if tensors != expected:
+            problem = f"the engine of {component.name} has {tensors} and should have {expected}"
+            raise BundleError(problem, self._remedy("--force"))
         return min(int(engine.get_tensor_profile_shape(t.name, 0)[2][0]) for t in component.inputs)
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         self._check_rows(component, len(next(iter(feeds.values()))))
         if component in (DENOISER, SHALLOW) and self._loop is not None:
-            self._loop.forget()
-        with self._told(f"run {component}"):
+            self._loop.current = None
+        with self._errors(f"run {component}"):
             return self._executors[component].run(feeds, outputs)
 
-    def keep_latents(self, sample: np.ndarray, branch: np.ndarray, guidance: float) -> DeviceLatents:
-        self._check_active("keep_latents")
+    def start_sampling(self, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> LatentBatch:
+        self._check_active()
         assert self._loop is not None
-        return self._loop.start(sample, branch, guidance)
+        return DeviceLatents(self._loop, latents, condition, scheduler)
 
     def _check_loop_rows(self, rows: int) -> None:
         for name in (DENOISER, SHALLOW, UPDATE):
@@ -194,47 +184,46 @@ class TrtRuntime(Runtime):
         most = self._executors[component].max_rows
         if rows > most:
             pictures = rows // self._bundle.branches if component in (DENOISER, SHALLOW, UPDATE) else rows
-            raise BundleError(
-                f"the engine of {component} takes {most} rows and this call has {rows}: "
-                f"{self._remedy()} --max-batch {pictures}"
-            )
+            problem = f"the engine of {component} takes {most} rows and this call has {rows}"
+            raise BundleError(problem, self._remedy(f"--max-batch {pictures}"))
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _errors(self, what: str) -> Iterator[None]:
         """What the driver or TensorRT refuses, as an error of ours."""
-        _said.clear()
+        _logged.clear()
         try:
             yield
         except (CudaError, LaunchError) as error:
             raise self._problem(what, error) from error
 
     def _call(self, what: str, function: Any, *arguments: Any) -> Any:
-        """TensorRT's answer; it says no by returning None."""
-        _said.clear()
+        """What TensorRT's ``function`` makes, kept until the end; TensorRT says no by returning None."""
+        _logged.clear()
         try:
-            made = function(*arguments)
+            result = function(*arguments)
         except (RuntimeError, TypeError) as error:  # a constructor that fails
             raise self._problem(what, error) from error
-        if made is None:
+        if result is None:
             raise self._problem(what, LaunchError("no reason given"))
-        return made
+        self._objects.append(result)
+        return result
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
-        reason = " ".join((_said[0] if _said else str(error)).split())
+        reason = " ".join((_logged[0] if _logged else str(error)).split())
         message = f"{self._flavour.title} {self._trt.__version__} cannot {what} ({reason})"
-        if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _said)):
+        if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _logged)):
             return OutOfMemory(f"{message}: not enough memory on the GPU", "close other programs")
         if isinstance(error, CudaError):
-            return MachineError(f"{message}: check the GPU with `nvidia-smi` and start again")
-        return BundleError(f"{message}: {self._remedy()} --force")
+            return MachineError(message, "check the GPU with `nvidia-smi` and start again")
+        return BundleError(message, self._remedy("--force"))
 
-    def _remedy(self) -> str:
-        return f"run `{build_command(self._bundle, self._flavour)}` with"
+    def _remedy(self, options: str) -> str:
+        return f"run `{build_command(self._bundle, self._flavour)}` with {options}"
 
     def _logger(self) -> Any:
         def sink(severity: str, message: str) -> None:
             if severity in ("ERROR", "INTERNAL_ERROR"):
-                _said.append(message)
+                _logged.append(message)
 
         if self._flavour.name not in _loggers:
             _loggers[self._flavour.name] = make_logger(self._trt, sink)

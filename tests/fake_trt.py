@@ -21,7 +21,8 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.export.trt_builder import define_update
 from moebius_edge.runtimes.cuda import CudaError, Gpu
 from moebius_edge.runtimes.engine_files import Engine, EngineKey, engine_document
-from moebius_edge.runtimes.update import UPDATE, update_component
+from moebius_edge.runtimes.latent_loop import UPDATE, update_component
+from moebius_edge.runtimes.trt import TrtRuntime
 from moebius_edge.spec import DENOISER, SHALLOW
 from moebius_edge.system.files import sha256_file
 
@@ -380,6 +381,12 @@ class _Context:
 
         cuda.queue(stream, compute)
         return True
+
+
+def trt_runtime(bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt") -> tuple[TrtRuntime, FakeTensorRT]:
+    """A runtime on the fakes, and the package that it uses."""
+    package = FakeTensorRT(cuda, rtx=flavour == "tensorrt-rtx")
+    return TrtRuntime(bundle, flavour, cuda=cuda, package=package), package  # type: ignore[arg-type]
 
 
 def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:

@@ -15,6 +15,7 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import (
+    FLAVOURS,
     Engine,
     EngineKey,
     build_command,
@@ -22,7 +23,6 @@ from moebius_edge.runtimes.engine_files import (
     engine_folders,
     read_engine,
 )
-from moebius_edge.runtimes.flavours import FLAVOURS
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24_000_000_000, False, "13.0")
 

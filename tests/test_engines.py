@@ -35,7 +35,7 @@ from moebius_edge.export.trt_builder import TrtBuilder, build, describe_network,
 from moebius_edge.progress import no_progress
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import read_engine
-from moebius_edge.runtimes.update import update_component
+from moebius_edge.runtimes.latent_loop import update_component
 from moebius_edge.system import subprocess_job
 from moebius_edge.system.files import sha256_file
 

@@ -14,7 +14,7 @@ from training_toys import STUDENT
 
 from moebius_edge.data.photographs import HELD_OUT, TRAINING
 from moebius_edge.errors import MachineError
-from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.metrics.fidelity import hole_psnr_db
 from moebius_edge.model import build_student
 from moebius_edge.training import evaluate
 from moebius_edge.training.autoencoder import AutoencoderRecipe, build_autoencoder

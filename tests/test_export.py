@@ -35,7 +35,7 @@ from moebius_edge.export.onnx_file import check_onnx
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.export.weights_metadata import guidance_metadata
 from moebius_edge.model import StudentConfig, build_student
-from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.pytorch import TorchRuntime
 from moebius_edge.spec import DEEP, DENOISER, SHALLOW, components
 
@@ -159,7 +159,7 @@ def test_the_files_keep_the_contract(exported: SimpleNamespace, name: str) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_batch_equals_pytorch(exported: SimpleNamespace, parts: SimpleNamespace, name: str) -> None:
-    with OrtRuntime(exported.bundle) as runtime, reference(parts) as torch_runtime:
+    with create_runtime("onnxruntime", exported.bundle, "cpu") as runtime, reference(parts) as torch_runtime:
         for batch in (1, 2, 3):
             arrays = feeds(exported.bundle, name, batch)
             ours, theirs = (r.run(name, arrays) for r in (runtime, torch_runtime))
@@ -181,7 +181,7 @@ def test_branches_and_scale_are_the_networks_own(exported: SimpleNamespace, part
         noise = student(sample, torch.tensor([450, 450]), ids).noise
         latent = vae.encode(image).latent_dist.mode() * 0.13025
         decoded = vae.decode(latent / 0.13025).sample
-    with OrtRuntime(exported.bundle) as runtime:
+    with create_runtime("onnxruntime", exported.bundle, "cpu") as runtime:
         got = runtime.run(
             "denoiser",
             {

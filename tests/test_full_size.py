@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 import pytest
+from exporting import weight_bytes
 from onnx import TensorProto
 
 from moebius_edge.bundle.manifest import resolved_components

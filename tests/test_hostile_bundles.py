@@ -29,8 +29,7 @@ from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.bundle.manifest import component_tables, resolved_components
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError
-from moebius_edge.runtimes.engine_files import choose_engine
-from moebius_edge.runtimes.flavours import FLAVOURS
+from moebius_edge.runtimes.engine_files import FLAVOURS, choose_engine
 
 BUNDLES = share(500)
 SECONDS = 5.0

@@ -38,7 +38,7 @@ from moebius_edge.export import EngineOptions, build_engines
 from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.imaging.pictures import Picture
 from moebius_edge.pipeline.inpainter import Inpainter
-from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes import create_runtime
 
 TINY = Bundle.load("tiny", verify=False)
 FEED_FORWARD, ATTENTION = "down_blocks.0.attentions.0.ff", "down_blocks.0.attentions.0.attn1"
@@ -139,7 +139,7 @@ def inpaint(bundle: Bundle) -> np.ndarray:
     pixels = np.full((256, 256, 3), 90, np.uint8)
     hole = np.zeros((256, 256), bool)
     hole[100:140, 90:150] = True
-    with Inpainter(bundle, OrtRuntime(bundle)) as inpainter:
+    with Inpainter(bundle, create_runtime("onnxruntime", bundle, "cpu")) as inpainter:
         return inpainter.inpaint(Picture(pixels), hole, steps=2).picture.pixels
 
 
@@ -200,7 +200,7 @@ def test_for_tensorrt_the_rest_is_fp16(tensorrt: SimpleNamespace) -> None:
     assert bundle.float32_islands["vae_decoder"] == "all"
     assert "LayerNormalization" in bundle.float32_islands["denoiser"]
     assert bundle.files["denoiser.onnx"]["bytes"] < 0.55 * TINY.files["denoiser.onnx"]["bytes"]
-    (note,) = OrtRuntime(bundle).notes
+    (note,) = create_runtime("onnxruntime", bundle, "cpu").notes
     assert note.startswith("this bundle is INT8 for tensorrt: on cpu it gives the same pictures slowly")
 
 
@@ -211,7 +211,7 @@ def test_for_a_cpu_the_rest_is_float32_and_the_kernels_are_integer(cpu: SimpleNa
     assert sum(integer_kernels(bundle.component_path("denoiser")).values()) >= len(bundle.int8["nodes"])
     for name in ("vae_encoder.onnx", "vae_decoder.onnx"):
         assert bundle.files[name] == TINY.files[name]
-    assert bundle.float32_islands == {} and OrtRuntime(bundle).notes == []
+    assert bundle.float32_islands == {} and create_runtime("onnxruntime", bundle, "cpu").notes == []
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])

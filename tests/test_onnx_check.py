@@ -17,9 +17,8 @@ from toy import describe_again, make_toy_bundle
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError
-from moebius_edge.runtimes import ort
+from moebius_edge.runtimes import create_runtime, ort
 from moebius_edge.runtimes.onnx_check import MAX_NODES, check_onnx_file
-from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.spec import COMPONENTS
 
 
@@ -165,7 +164,7 @@ def slow_encoder(folder: Path) -> Path:
 def test_a_call_without_an_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = slow_encoder(tmp_path / "slow")
     monkeypatch.setattr(ort, "_ROW_SECONDS", 0.5)
-    with OrtRuntime(Bundle.load(folder), threads=1) as runtime:
+    with create_runtime("onnxruntime", Bundle.load(folder), "cpu", 1) as runtime:
         with pytest.raises(BundleError, match=r"vae_encoder took over \d s for 1 rows, as no network of its size does"):
             runtime.run("vae_encoder", {"image": np.zeros((1, 3, 64, 64), np.float32)})
         runtime.run("vae_decoder", {"latent": np.zeros((1, 4, 8, 8), np.float32)})  # it can go on with another

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from pictures import noise, square
 
-from moebius_edge.metrics.fidelity import ssim
-from moebius_edge.metrics.quality import fill_figures, hole_psnr_db, hole_ssim, planes, texture_ratio
+from moebius_edge.metrics.fidelity import fill_figures, hole_psnr_db, hole_ssim, planes, ssim, texture_ratio
 
 
 def flat(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

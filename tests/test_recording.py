@@ -67,7 +67,7 @@ class Listening(OrtRuntime):
 
 
 def noise_of_the_pipeline(bundle: Bundle, pictures: Drawn) -> list[tuple[Arrays, np.ndarray]]:
-    runtime = Listening(bundle)
+    runtime = Listening(bundle.components, bundle.paths)
     runtime.calls = []
     with Inpainter(bundle, runtime) as inpainter:
         for i in range(len(pictures)):

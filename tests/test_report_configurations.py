@@ -11,7 +11,7 @@ from toy import make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.pipeline.deep_cache import check_cache_interval
+from moebius_edge.pipeline.loop import check_cache_interval
 from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.report.baseline_rows import baseline_rows
 from moebius_edge.report.configurations import Choices, grid

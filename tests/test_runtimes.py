@@ -1,35 +1,40 @@
-"""The runtime interface and ONNX Runtime behind it, on graphs whose results are known in closed form."""
+"""The interface of the runtimes, and ``auto``: the order of the candidates, what passes one over, what is told."""
 
 from __future__ import annotations
 
 import builtins
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
-from toy import call_int8, decode, encode, expected_latent, flip_byte, make_toy_bundle
+from toy import make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.runtimes import RUNTIMES, create_runtime
+from moebius_edge.runtimes import RUNTIMES, auto, create_runtime, cuda, engine_files
+from moebius_edge.runtimes.auto import Candidate, select
 from moebius_edge.runtimes.base import Arrays, Runtime
-from moebius_edge.runtimes.ort import OrtRuntime
-from moebius_edge.spec import COMPONENTS, Component
-from moebius_edge.system.files import sha256_file
+from moebius_edge.runtimes.providers import engine_folder
+from moebius_edge.system import machine
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return Bundle.load(make_toy_bundle(tmp_path_factory.mktemp("bundles") / "toy"))
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.load(make_toy_bundle(tmp_path / "toy"))
 
 
-def image(batch: int = 1) -> np.ndarray:
-    return np.random.default_rng(batch).uniform(-1, 1, (batch, 3, 64, 64)).astype(np.float32)
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without one, whatever runs the tests."""
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    monkeypatch.setattr(machine, "_board", lambda: None)
 
 
 def denoiser_feeds(batch: int) -> Arrays:
@@ -41,10 +46,10 @@ def denoiser_feeds(batch: int) -> Arrays:
 
 
 class Recorder(Runtime):
-    """A back-end that answers zeros and records what the base class does to it."""
+    """A runtime that answers zeros and records what the base class does to it."""
 
     def __init__(self, answer: Arrays | None = None, fail: bool = False) -> None:
-        super().__init__({name: component_of(name) for name in COMPONENTS})
+        super().__init__(resolved_components(64))
         self.calls: list[str] = []
         self.answer, self.fail = answer, fail
 
@@ -69,30 +74,10 @@ class Recorder(Runtime):
         return {t.name: np.zeros((batch, *t.shape[1:]), t.dtype) for t in self.components[component].outputs}
 
 
-def component_of(name: str) -> Component:
-    c = COMPONENTS[name]
-    return replace(
-        c, inputs=tuple(t.resolved(64) for t in c.inputs), outputs=tuple(t.resolved(64) for t in c.outputs)
-    )
-
-
-def make_manifest_true(folder: Path) -> Path:
-    """Record the files' present hashes, as an exporter with a bug would."""
-    manifest = json.loads((folder / "bundle.json").read_text())
-    for name in manifest["files"]:
-        path = folder / name
-        manifest["files"][name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-    (folder / "bundle.json").write_text(json.dumps(manifest))
-    return folder
-
-
-# --- the interface ---------------------------------------------------------------------------------------
-
-
 def test_the_device_is_touched_only_inside_with() -> None:
     runtime = Recorder()
     assert runtime.calls == [] and not runtime.active
-    with pytest.raises(RuntimeError, match="not active: call run inside `with runtime:`"):
+    with pytest.raises(RuntimeError, match="Recorder is not active: use it inside `with runtime:`"):
         runtime.run("denoiser", denoiser_feeds(1))
     with runtime as entered:
         assert entered is runtime and runtime.active
@@ -116,34 +101,24 @@ def test_what_was_taken_is_freed_after_any_failure() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"branch": None}, r"denoiser lacks input branch"),
-        ({"prompt": np.zeros(2)}, r"denoiser has no input prompt: it has sample, timestep, branch"),
-        ({"timestep": np.zeros(2)}, r"denoiser input 'timestep' must be float32, got float64"),
-        ({"branch": np.zeros(2, np.int32)}, r"denoiser input 'branch' must be int64, got int32"),
-        ({"timestep": np.zeros(3, np.float32)}, r"'timestep' must have shape \(2,\), got \(3,\)"),
-        ({"timestep": np.float32(1)}, r"'timestep' must have shape \(2,\), got \(\)"),
-        (
-            {"sample": np.zeros((2, 9, 8, 16), np.float32)},
-            r"'sample' must have shape \(2, 9, 8, 8\), got \(2, 9, 8, 16\)",
-        ),
+        ({"branch": None}, "denoiser must have the input sample, timestep, branch, got sample, timestep$"),
+        ({"prompt": np.zeros(2)}, "must have the input sample, timestep, branch, got sample, timestep, branch, prompt"),
+        ({"timestep": np.zeros(2)}, r"denoiser input 'timestep' must be float32 of shape \(2,\), got float64 of"),
+        ({"branch": np.zeros(2, np.int32)}, r"denoiser input 'branch' must be int64 of .*, got int32 of"),
+        ({"timestep": np.zeros(3, np.float32)}, r"'timestep' must be float32 of shape \(2,\), got .* shape \(3,\)"),
+        ({"timestep": np.float32(1)}, r"'timestep' must be .* shape \(2,\), got float32 of shape \(\)"),
+        ({"sample": np.zeros((2, 9, 8, 16), np.float32)}, r"must be .* \(2, 9, 8, 8\), got .* \(2, 9, 8, 16\)"),
+        (denoiser_feeds(0), "denoiser input has an empty batch"),
     ],
 )
-def test_feeds_are_checked_once_for_every_back_end(change: dict, message: str) -> None:
+def test_feeds_are_checked_once_for_every_runtime(change: dict, message: str) -> None:
     feeds = {k: v for k, v in (denoiser_feeds(2) | change).items() if v is not None}
     with Recorder() as runtime:
         with pytest.raises(ValueError, match=message):
             runtime.run("denoiser", feeds)
+        with pytest.raises(ValueError, match="no component 'unet': there are vae_encoder, denoiser, vae_decoder"):
+            runtime.run("unet", feeds)
         assert "run" not in runtime.calls
-    with (
-        Recorder() as runtime,
-        pytest.raises(ValueError, match="no component 'unet': this bundle has vae_enc"),
-    ):
-        runtime.run("unet", feeds)
-
-
-def test_an_empty_batch_is_refused() -> None:
-    with Recorder() as runtime, pytest.raises(ValueError, match="denoiser input has an empty batch"):
-        runtime.run("denoiser", denoiser_feeds(0))
 
 
 @pytest.mark.parametrize(
@@ -155,282 +130,159 @@ def test_an_empty_batch_is_refused() -> None:
     ],
 )
 def test_a_graph_that_breaks_the_contract_is_the_bundles_fault(answer: Arrays) -> None:
-    with (
-        Recorder(answer) as runtime,
-        pytest.raises(BundleError, match=r"the graph is not what bundle\.json says"),
-    ):
+    with Recorder(answer) as runtime, pytest.raises(BundleError, match=r"the graph is not what bundle\.json says"):
         runtime.run("denoiser", denoiser_feeds(2))
 
 
-def test_a_view_reaches_the_back_end_contiguous() -> None:
+def test_a_view_reaches_the_runtime_contiguous() -> None:
     feeds = denoiser_feeds(2)
     feeds["sample"] = np.zeros((2, 8, 8, 9), np.float32).transpose(0, 3, 1, 2)
     with Recorder() as runtime:
         assert runtime.run("denoiser", feeds)["noise"].shape == (2, 4, 8, 8)
 
 
-# --- ONNX Runtime ----------------------------------------------------------------------------------------
+# --- auto ------------------------------------------------------------------------------------------------
 
 
-def test_onnxruntime_computes_what_the_graphs_say(bundle: Bundle) -> None:
-    with OrtRuntime(bundle) as runtime:
-        latent = runtime.run("vae_encoder", {"image": image(3)})["latent"]
-        np.testing.assert_allclose(latent, encode(image(3)), atol=1e-6)
-        decoded = runtime.run("vae_decoder", {"latent": latent})["image"]
-        np.testing.assert_allclose(decoded, decode(latent), atol=1e-6)
-
-        # At t = 0 with x_t = x̂ there is hardly any noise left to predict; the branches differ by a tenth.
-        mask = np.zeros((1, 1, 8, 8), np.float32)
-        mask[:, :, 2:5, 3:6] = 1
-        masked = latent[:1] * (1 - mask)
-        clean = expected_latent(mask, masked, 1.0)
-        sample = np.concatenate([clean * np.float32(np.sqrt(0.99915)), mask, masked], axis=1)
-        noise = runtime.run(
-            "denoiser",
-            {
-                "sample": np.repeat(sample, 2, axis=0),
-                "timestep": np.zeros(2, np.float32),
-                "branch": np.array([1, 0]),
-            },
-        )["noise"]
-        np.testing.assert_allclose(noise[1], 0, atol=1e-4)
-        np.testing.assert_allclose(noise[0], 0.1 * clean[0] * np.sqrt(0.99915 / 0.00085), atol=1e-3)
-
-
-def test_building_is_cheap_and_info_says_what_executes(bundle: Bundle) -> None:
-    import onnxruntime
-
-    runtime = create_runtime("onnxruntime", bundle, threads=1)
-    assert not runtime.active
-    assert runtime.info == {
-        "name": "onnxruntime",
-        "version": onnxruntime.__version__,
-        "device": "cpu",
-        "provider": "CPUExecutionProvider",
-        "threads": 1,
+def test_without_a_gpu_nothing_changes(bundle: Bundle) -> None:
+    runtime = create_runtime("auto", bundle, "auto")
+    assert (runtime.info["name"], runtime.info["device"]) == ("onnxruntime", "cpu")
+    assert runtime.notes == [], "there was nothing to choose"
+    assert runtime.selection is not None and set(runtime.selection["passed_over"]) == {
+        "tensorrt on cuda",
+        "tensorrt-rtx on cuda",
+        "onnxruntime on tensorrt",
+        "onnxruntime on cuda",
     }
-    assert create_runtime("onnxruntime", bundle).info["threads"] >= 1
+    assert runtime.report()["selection"] == runtime.selection and "selection" not in runtime.info
+    by_name = create_runtime("onnxruntime", bundle, "cpu")
+    assert by_name.selection is None and by_name.info == runtime.info == by_name.report()
 
 
-def test_unknown_choices_name_the_known_ones(bundle: Bundle) -> None:
-    assert RUNTIMES == ("onnxruntime", "tensorrt", "tensorrt-rtx")
-    with pytest.raises(UsageError, match="unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx"):
-        create_runtime("caffe", bundle)
-    with pytest.raises(UsageError, match="has no device 'tpu': choose one of cpu, cuda, tensorrt"):
-        create_runtime("onnxruntime", bundle, device="tpu")
-    with pytest.raises(UsageError, match="threads must be 1 or more, got 0"):
-        create_runtime("onnxruntime", bundle, threads=0)
+def test_the_note_says_what_was_passed_over_and_why(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+
+    def chosen() -> tuple[str, str]:
+        runtime = create_runtime("auto", bundle, "auto")
+        return runtime.info["device"], " ".join(runtime.notes)
+
+    device, note = chosen()
+    assert device == "cuda"
+    assert "not onnxruntime on tensorrt: no engines are built for this bundle yet: `--device tensorrt`" in note
+    gpu.broken = {CUDA}
+    assert chosen()[0] == "cpu"
+    gpu.broken, gpu.providers = set(), (CUDA, CPU)
+    assert f"has no {TENSORRT}" in chosen()[1]
+    gpu.providers = (CPU,)
+    monkeypatch.setattr(machine, "_board", lambda: "NVIDIA Jetson Orin Nano Developer Kit")
+    device, note = chosen()  # a GPU that is left idle
+    assert note.startswith("onnxruntime on cpu is the fastest that works here (not tensorrt on cuda: this machine has")
+    assert "not onnxruntime on cuda: this onnxruntime" in note and f"has no {CUDA}" in note
 
 
-def test_a_provider_that_is_not_there_is_an_error_with_the_command(
+def test_tensorrts_provider_is_taken_once_its_engines_are_there(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime
+    gpu = FakeGpu(monkeypatch)
+    for name in bundle.components:
+        folder = engine_folder(bundle, name, onnxruntime.__version__)
+        folder.mkdir(parents=True)
+        (folder / "x.engine").touch()
+    runtime = create_runtime("auto", bundle, "auto")
+    assert runtime.info["device"] == "tensorrt"
+    assert runtime.notes[0].startswith("onnxruntime on tensorrt is the fastest that works here (not tensorrt on cuda: ")
+    gpu.broken = {TENSORRT}
+    (note,) = create_runtime("auto", bundle, "auto").notes
+    assert "onnxruntime on cuda is the fastest that works" in note and "(Please install TensorRT)" in note
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(
-        MachineError, match=r"has no CUDAExecutionProvider .*moebius-edge\[gpu\].*the device cpu"
-    ):
-        OrtRuntime(bundle, device="cuda")
 
-
-def test_a_provider_that_does_not_start_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-
-    class Session:  # what ONNX Runtime gives when CUDA's libraries do not load: a CPU session
-        def __init__(self, *args: object, **kwargs: object) -> None: ...
-        def get_providers(self) -> list[str]:
-            return ["CPUExecutionProvider"]
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    with (
-        pytest.raises(MachineError, match="could not start CUDAExecutionProvider"),
-        OrtRuntime(bundle, "cuda"),
-    ):
+def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    gpu.broken = {CUDA}
+    with pytest.raises(MachineError, match=f"nothing works here on cuda; .*could not start {CUDA}"):
+        create_runtime("auto", bundle, "cuda")
+    runtime = create_runtime("onnxruntime", bundle, "cuda")
+    assert runtime.notes == [] and runtime.selection is None, "nothing was chosen"
+    with pytest.raises(MachineError, match=f"could not start {CUDA}"), runtime:
         pass
+    gpu.providers = (CPU,)
+    for name in ("auto", "onnxruntime"):
+        with pytest.raises(MachineError, match=f"has no {CUDA}"):
+            create_runtime(name, bundle, "cuda")
+    assert create_runtime("onnxruntime", bundle, "auto").info["device"] == "cpu"
 
 
-def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "device", "message"),
+    [
+        ("auto", "tpu", "there is no device 'tpu': choose one of cuda, tensorrt, cpu, or auto"),
+        ("onnxruntime", "tpu", "has no device 'tpu': choose one of cpu, cuda, tensorrt"),
+        ("caffe", "auto", "unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx, or auto"),
+    ],
+)
+def test_wrong_names(bundle: Bundle, runtime: str, device: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        create_runtime(runtime, bundle, device)
+
+
+def test_native_engines_come_first_where_they_fit(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU, a package and an engine that are put in place of real ones."""
+    native, rtx = auto.CANDIDATES[:2]
+    assert (native.name, rtx.name) == ("tensorrt on cuda", "tensorrt-rtx on cuda")
+    assert "no NVIDIA GPU" in native.problem(bundle)
+    gpu = cuda.Gpu("Orin", (8, 7), 8 << 30, True, "12.6")
+    monkeypatch.setattr(cuda, "find_gpu", lambda: gpu)
+    asked: list[Any] = []
+
+    def package(flavour: engine_files.Flavour) -> Any:
+        if flavour.name != "tensorrt":
+            raise MachineError("the package tensorrt_rtx is missing")
+        return SimpleNamespace(__version__="10.3.0")
+
+    monkeypatch.setattr(engine_files, "load_package", package)
+    assert "has no TensorRT engine: run `moebius-edge export" in native.problem(bundle)
+    monkeypatch.setattr(engine_files, "choose_engine", lambda *given, **options: asked.append((given, options)))
+    assert native.problem(bundle) == ""
+    assert asked == [((bundle, engine_files.FLAVOURS["tensorrt"], "10.3.0", gpu), {"verify": False})]
+    assert rtx.problem(bundle) == "the package tensorrt_rtx is missing"
+
+
+def test_candidates_are_tried_in_order(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def candidate(runtime: str, device: str, problem: str) -> Candidate:
+        return Candidate(runtime, device, lambda given: asked.append(f"{runtime} on {device}") or problem)
+
+    rows = tuple(
+        candidate(*row) for row in (("fast", "cuda", "no engine"), ("slower", "cuda", "no driver"), ("slow", "cpu", ""))
+    )
+    monkeypatch.setattr(auto, "CANDIDATES", rows)
+    selection = select(bundle)
+    assert selection.candidate is rows[2] and asked == ["fast on cuda", "slower on cuda", "slow on cpu"]
+    assert selection.passed_over == {"fast on cuda": "no engine", "slower on cuda": "no driver"}
+    with pytest.raises(MachineError, match="on cuda; fast on cuda: no engine; slower on cuda: no driver$"):
+        select(bundle, device="cuda")
+    asked.clear()
+    only = select(bundle, runtime="fast")
+    assert only.candidate is rows[0] and asked == [], "creating it says what is wrong"
+    assert not only.tried and not only.note
+
+
+def test_every_candidate_can_be_created() -> None:
+    assert {c.runtime for c in auto.CANDIDATES} == set(RUNTIMES)
+    assert auto.CANDIDATES[-1].device == "cpu", "the last resort"
+
+
+@pytest.mark.parametrize("runtime", ["auto", "onnxruntime"])
+def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
     real = builtins.__import__
 
-    def without(name: str, *args: object, **kwargs: object) -> object:
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
         if name == "onnxruntime":
             raise ImportError("No module named 'onnxruntime'")
-        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+        return real(name, *arguments, **options)
 
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MachineError, match=r'onnxruntime is missing .*`pip install "moebius-edge\[cpu\]"`'):
-        OrtRuntime(bundle)
-
-
-def test_a_file_that_is_no_graph_is_one_line_without_the_stack(
-    tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    folder = make_toy_bundle(tmp_path / "toy")
-    (folder / "denoiser.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BundleError) as caught, OrtRuntime(Bundle.load(make_manifest_true(folder))):
-        pass
-    message = str(caught.value)
-    assert "denoiser.onnx is no ONNX file" in message and "export the bundle again" in message
-    assert "\n" not in message
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_graph_of_another_component_is_refused(tmp_path: Path) -> None:
-    folder = make_toy_bundle(tmp_path / "toy")
-    (folder / "vae_decoder.onnx").write_bytes((folder / "vae_encoder.onnx").read_bytes())
-    bundle = Bundle.load(make_manifest_true(folder))
-    with (
-        pytest.raises(BundleError, match=r"has the inputs image, bundle\.json says latent"),
-        OrtRuntime(bundle),
-    ):
-        pass
-
-
-def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Broken:
-        def __init__(self, text: str) -> None:
-            self.text = text
-
-        def run(self, *args: object) -> None:
-            raise RuntimeError(self.text)
-
-    with OrtRuntime(bundle) as runtime:
-        text = "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code\nstack"
-        monkeypatch.setitem(runtime._sessions, "denoiser", Broken(text))
-        with pytest.raises(
-            BundleError, match=r"denoiser failed in onnxruntime .* \(Non-zero status code\): run"
-        ):
-            runtime.run("denoiser", denoiser_feeds(1))
-        monkeypatch.setitem(runtime._sessions, "denoiser", Broken("std::bad_alloc"))
-        with pytest.raises(MachineError, match="denoiser failed: not enough memory on cpu"):
-            runtime.run("denoiser", denoiser_feeds(1))
-
-
-# --- ONNX Runtime on a GPU, as far as it shows without one ------------------------------------------------
-
-
-@pytest.mark.parametrize(("device", "provider"), [("cuda", CUDA), ("tensorrt", TENSORRT)])
-def test_a_gpu_session_computes_in_bound_buffers(
-    device: str, provider: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = FakeGpu(monkeypatch)
-    runtime = create_runtime("onnxruntime", bundle, device)
-    assert gpu.buffers == [] and "nodes" not in runtime.info, "nothing is touched before with"
-    with runtime:
-        allocated = list(gpu.buffers)
-        assert {kind for kind, _ in allocated} == {"cuda"}
-        latent = runtime.run("vae_encoder", {"image": image(1)})["latent"]
-        np.testing.assert_allclose(latent, encode(image(1)), atol=1e-5)
-        runtime.run("denoiser", denoiser_feeds(2))
-        assert gpu.buffers == allocated, "warming up has allocated what a guided run needs"
-        assert set(runtime.info["nodes"]) == set(COMPONENTS)
-        assert set(runtime.info["nodes"]["denoiser"]) == {provider}
-        assert runtime.info["provider"] == provider and runtime.info["nodes"]["denoiser"][provider] > 5
-    assert not runtime._bound and not runtime._sessions
-
-
-def test_engines_that_must_be_built_first_are_announced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGpu(monkeypatch)
-    assert create_runtime("onnxruntime", bundle, "cuda").notes == []
-    (note,) = create_runtime("onnxruntime", bundle, "tensorrt").notes
-    assert "TensorRT builds engines for vae_encoder, denoiser, vae_decoder first" in note
-    assert str(bundle.path / "engines") in note
-
-
-@pytest.mark.parametrize(
-    ("target", "device", "said"),
-    [
-        ("tensorrt", "cpu", "INT8 for tensorrt: on cpu it gives the same pictures slowly; export with --target cpu"),
-        ("cpu", "cuda", "INT8 for cpu: on cuda it gives the same pictures slowly; export with --target tensorrt"),
-        ("tensorrt", "cuda", None),
-        ("cpu", "cpu", None),
-    ],
-)
-def test_an_int8_file_that_is_made_for_something_else_is_announced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, device: str, said: str | None
-) -> None:
-    FakeGpu(monkeypatch)
-    quantised = Bundle.load(call_int8(make_toy_bundle(tmp_path / "toy"), target=target))
-    notes = create_runtime("onnxruntime", quantised, device).notes
-    assert len(notes) == (said is not None) and (said is None or said in notes[0])
-
-
-def test_a_gpu_that_is_given_nothing_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = FakeGpu(monkeypatch)
-    gpu.idle = True
-    with pytest.raises(MachineError, match=f"{CUDA} executes no node of vae_encoder"), OrtRuntime(bundle, "cuda"):
-        pass
-    gpu.idle, gpu.left_to_cpu = False, {"Conv"}
-    with pytest.raises(MachineError, match="vae_encoder would run 1 Conv on the CPU"), OrtRuntime(bundle, "cuda"):
-        pass
-    gpu.left_to_cpu = {"Gather", "Unsqueeze"}
-    with OrtRuntime(bundle, "cuda") as runtime:
-        assert runtime.info["nodes"]["denoiser"][CPU] >= 2
-
-
-def test_a_gpu_without_memory_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGpu(monkeypatch)
-    with OrtRuntime(bundle, "cuda") as runtime:
-
-        class Full:
-            def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
-                raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for 1 GB")
-
-        monkeypatch.setitem(runtime._bound, "denoiser", Full())
-        with pytest.raises(MachineError, match=r"denoiser failed: not enough memory on cuda \(Failed to allocate"):
-            runtime.run("denoiser", denoiser_feeds(1))
-
-
-def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGpu(monkeypatch)
-    runtime = OrtRuntime(bundle, "tensorrt")
-    error = RuntimeError("[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x")
-    problem = runtime._problem("cannot load denoiser.onnx", error)
-    assert isinstance(problem, MachineError)
-    assert f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}" in str(problem)
-    assert isinstance(OrtRuntime(bundle, "cuda")._problem("cannot load denoiser.onnx", error), BundleError)
-
-
-def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    FakeGpu(monkeypatch)
-    (tmp_path / "cache").write_text("a file")
-    monkeypatch.setattr("moebius_edge.runtimes.providers.ASSETS", bundle.path.parent)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    runtime = OrtRuntime(bundle, "tensorrt")
-    with pytest.raises(MachineError, match="cannot make the engine cache .*run `mkdir -p"), runtime:
-        pass
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_a_real_gpu_agrees_with_the_cpu(device: str, tmp_path: Path) -> None:
-    bundle = Bundle.load(make_toy_bundle(tmp_path / "toy"))
-    feeds = denoiser_feeds(2) | {"sample": np.random.default_rng(0).normal(size=(2, 9, 8, 8)).astype(np.float32)}
-    with OrtRuntime(bundle) as cpu, OrtRuntime(bundle, device) as gpu:
-        for component, given in (("denoiser", feeds), ("vae_encoder", {"image": image(1)})):
-            expected, found = cpu.run(component, given), gpu.run(component, given)
-            for name, array in expected.items():
-                np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-4)
-
-
-# --- the toy itself --------------------------------------------------------------------------------------
-
-
-def test_the_toy_variants_are_what_they_say(tmp_path: Path) -> None:
-    folder = make_toy_bundle(tmp_path / "nan", nan_in="vae_decoder")
-    with OrtRuntime(Bundle.load(folder)) as runtime:
-        assert np.isfinite(runtime.run("vae_encoder", {"image": image()})["latent"]).all()
-        assert np.isnan(
-            runtime.run("vae_decoder", {"latent": np.ones((1, 4, 8, 8), np.float32)})["image"]
-        ).any()
-    flip_byte(folder / "denoiser.onnx")
-    with pytest.raises(BundleError, match="denoiser.onnx was altered"):
-        Bundle.load(folder)
+        create_runtime(runtime, bundle, "auto")

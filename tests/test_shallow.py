@@ -15,7 +15,7 @@ from moebius_edge.errors import QualityError
 from moebius_edge.export.exporter import judge_shallow, shallow_difference
 from moebius_edge.export.precision import to_float16
 from moebius_edge.export.shallow import shallow_part, write_shallow
-from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes import create_runtime
 
 
 @pytest.fixture
@@ -44,19 +44,19 @@ def test_in_fp16_the_feature_is_rounded_where_the_whole_rounds_it(bundle: Bundle
     part = write_shallow(path, bundle.component_path("denoiser_shallow"))
     (entry,) = (node for node in part.graph.node if "deep" in node.input)
     assert entry.op_type == "Cast" and part.graph.input[3].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    with OrtRuntime(bundle, threads=1) as runtime:
+    with create_runtime("onnxruntime", bundle, "cpu", 1) as runtime:
         assert shallow_difference(runtime) == 0
 
 
 def test_the_gate_sees_another_part(bundle: Bundle) -> None:
-    with OrtRuntime(bundle, threads=1) as runtime:
+    with create_runtime("onnxruntime", bundle, "cpu", 1) as runtime:
         assert shallow_difference(runtime) < 1e-6
     path = bundle.component_path("denoiser_shallow")
     model = onnx.load(path)
     (weight,) = (t for t in model.graph.initializer if t.name == "weight")
     weight.CopyFrom(onnx.numpy_helper.from_array(np.float32(1.01), "weight"))
     onnx.save(model, path)
-    with OrtRuntime(bundle, threads=1) as runtime:
+    with create_runtime("onnxruntime", bundle, "cpu", 1) as runtime:
         difference = shallow_difference(runtime)
     assert difference == pytest.approx(0.01, rel=1e-3)
     message = r"the shallow part .* by 1\.0e-02 of the largest noise, 0\.0\d* is allowed"

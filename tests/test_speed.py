@@ -17,9 +17,9 @@ from moebius_edge.calibration import speed as speed_module
 from moebius_edge.calibration.speed import (
     ROUNDS,
     WARM_UPS,
-    DenoiserRuntime,
     advice,
     compare_speed,
+    denoiser_runtime,
     fastest_device,
     measure_speed,
 )
@@ -85,7 +85,7 @@ def test_the_ratio_is_of_medians_without_warm_ups(toy: Bundle, monkeypatch: pyte
 
 def test_only_the_denoiser_is_loaded(toy: Bundle) -> None:
     (toy.path / "vae_encoder.onnx").write_bytes(b"no graph")
-    runtime = DenoiserRuntime(toy)
+    runtime = denoiser_runtime(toy)
     with runtime:
         assert list(runtime.components) == ["denoiser"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
-from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.metrics.fidelity import hole_psnr_db
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.runtimes.base import Arrays

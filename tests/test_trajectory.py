@@ -11,7 +11,7 @@ from toy import decode, encode, expected_latent, make_toy_bundle
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
 from moebius_edge.metrics.trajectory import Scene, draw_scene, run_trajectory
-from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.runtimes import create_runtime
 
 
 def test_the_scene_is_always_the_same() -> None:
@@ -31,7 +31,7 @@ def chequered() -> Scene:
 
 @pytest.mark.parametrize("scene", [None, chequered()])
 def test_it_ends_where_any_correct_sampler_ends(tmp_path: Path, scene: Scene | None) -> None:
-    runtime = OrtRuntime(Bundle.load(make_toy_bundle(tmp_path / "toy")))
+    runtime = create_runtime("onnxruntime", Bundle.load(make_toy_bundle(tmp_path / "toy")), "cpu")
     steps: list[tuple[int, int]] = []
     trajectory = run_trajectory(
         runtime, steps=6, guidance=1.5, scene=scene, on_step=lambda done, total: steps.append((done, total))
@@ -53,19 +53,19 @@ def test_distilled_guidance_ends_where_guiding_does(tmp_path: Path) -> None:
     ends = []
     for distilled, guidance in ((None, 1.5), (1.5, 1)):
         folder = make_toy_bundle(tmp_path / str(distilled), distilled_guidance=distilled)
-        runtime = OrtRuntime(Bundle.load(folder))
+        runtime = create_runtime("onnxruntime", Bundle.load(folder), "cpu")
         ends.append(run_trajectory(runtime, steps=4, guidance=guidance, on_step=lambda done, total: None).image)
     np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
 
 
 def test_a_component_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    runtime = OrtRuntime(Bundle.load(make_toy_bundle(tmp_path / "toy", nan_in="vae_encoder")))
-    with pytest.raises(BundleError, match="vae_encoder returned NaN on onnxruntime"):
+    runtime = create_runtime("onnxruntime", Bundle.load(make_toy_bundle(tmp_path / "toy", nan_in="vae_encoder")), "cpu")
+    with pytest.raises(BundleError, match="vae_encoder returned NaN for the masked image"):
         run_trajectory(runtime, steps=2, guidance=1, on_step=lambda done, total: None)
 
 
 def test_an_active_runtime_is_left_active(tmp_path: Path) -> None:
-    with OrtRuntime(Bundle.load(make_toy_bundle(tmp_path / "toy"))) as runtime:
+    with create_runtime("onnxruntime", Bundle.load(make_toy_bundle(tmp_path / "toy")), "cpu") as runtime:
         images = [run_trajectory(runtime, steps=3, guidance=1, on_step=lambda *_: None).image for _ in range(2)]
         assert runtime.active
     np.testing.assert_array_equal(images[0], images[1])

@@ -20,6 +20,7 @@ from moebius_edge.errors import BundleError
 from moebius_edge.imaging.masks import latent_mask
 from moebius_edge.metrics.trajectory import SEED, draw_scene
 from moebius_edge.pipeline.inpainter import STRENGTH, initial_noise
+from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.sampling.scheduler import DDIM
 
@@ -95,7 +96,7 @@ def test_a_runtime_of_another_bundle_is_measured_whole(toy: Bundle, trials: Tria
     weight = next(t for t in model.graph.initializer if t.name == "weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(0.5), "weight"))
     onnx.save(model, other / "vae_decoder.onnx")
-    with OrtRuntime(Bundle.load(other, verify=False)) as runtime:
+    with create_runtime("onnxruntime", Bundle.load(other, verify=False), "cpu") as runtime:
         (first, _) = trials.runtime(runtime, "other", silent)
     reference = picture(CASES[0], 1.0)
     error = ((reference / 2 - reference)[..., CASES[0].scene[1]] ** 2).mean()

@@ -1,4 +1,4 @@
-"""The TensorRT back-end: its host logic on a fake driver and a fake package, then, marked ``gpu``, the real ones."""
+"""The TensorRT runtime: its host logic on a fake driver and a fake package, then, marked ``gpu``, the real ones."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_trt import ORIN, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, write_engine
+from fake_trt import ORIN, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, trt_runtime, write_document, write_engine
 from PIL import Image
 from toy import decode, encode, make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
-from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.pipeline.inpainter import denoise
+from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
+from moebius_edge.pipeline.loop import denoise
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.base import Arrays
-from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.runtimes.trt import TrtRuntime
+from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M
+from moebius_edge.system.files import sha256_file
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return Bundle.load(make_toy_bundle(tmp_path / "toy"))
-
-
-def runtime_on(bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt") -> tuple[TrtRuntime, FakeTensorRT]:
-    package = FakeTensorRT(cuda, rtx=flavour == "tensorrt-rtx")
-    return TrtRuntime(bundle, flavour, cuda=cuda, package=package), package  # type: ignore[arg-type]
 
 
 def feeds(rows: int, seed: int = 0) -> Arrays:
@@ -42,50 +38,31 @@ def feeds(rows: int, seed: int = 0) -> Arrays:
 
 
 def expected(bundle: Bundle, given: Arrays) -> np.ndarray:
-    with OrtRuntime(bundle, threads=1) as reference:
+    with create_runtime("onnxruntime", bundle, "cpu", 1) as reference:
         return reference.run("denoiser", given)["noise"]
 
 
+def refuse_to_enter(runtime: TrtRuntime, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), runtime:
+        raise AssertionError("never entered")
+
+
 def test_every_call_gives_the_graphs_own_numbers(bundle: Bundle) -> None:
-    """Through plain launches, a recording, its replays, other shapes, and back: bit for bit."""
+    """Through plain launches, a recording, its replays, other shapes, and back: bit for bit, and the caller's own."""
     write_engine(bundle, max_batch=2)
     cuda = FakeCuda()
-    runtime, _ = runtime_on(bundle, cuda)
+    runtime, _ = trt_runtime(bundle, cuda)
     with runtime:
+        results = []
         for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1, 2, 2, 2]):
-            given = feeds(rows, seed)
-            np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
+            results.append((runtime.run("denoiser", feeds(rows, seed))["noise"], expected(bundle, feeds(rows, seed))))
+        for noise, right in results:
+            np.testing.assert_array_equal(noise, right)
         picture = np.random.default_rng(1).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
         latent = runtime.run("vae_encoder", {"image": picture})["latent"]
         np.testing.assert_allclose(latent, encode(picture), atol=1e-6)
-        np.testing.assert_allclose(
-            runtime.run("vae_decoder", {"latent": latent})["image"], decode(latent), atol=1e-6
-        )
+        np.testing.assert_allclose(runtime.run("vae_decoder", {"latent": latent})["image"], decode(latent), atol=1e-6)
     assert cuda.left() == []
-
-
-def test_results_are_the_callers_own(bundle: Bundle) -> None:
-    write_engine(bundle)
-    runtime, _ = runtime_on(bundle, FakeCuda())
-    with runtime:
-        first = runtime.run("denoiser", feeds(2, 1))["noise"]
-        kept = first.copy()
-        runtime.run("denoiser", feeds(2, 2))
-        np.testing.assert_array_equal(first, kept)
-
-
-def test_a_trajectory_is_onnxruntimes_bit_for_bit(bundle: Bundle) -> None:
-    write_engine(bundle)
-    draw = np.random.default_rng(3)
-    latents, masked = (draw.normal(size=(1, 4, 8, 8)).astype(np.float32) for _ in range(2))
-    mask = np.zeros((1, 1, 8, 8), np.float32)
-    mask[..., 2:6, 2:6] = 1
-    results = []
-    for runtime in (runtime_on(bundle, FakeCuda())[0], OrtRuntime(bundle, threads=1)):
-        with runtime:
-            steps = list(denoise(runtime, latents, mask, masked, DDIM(6), 2.0))
-        results.append(steps[-1].latent)
-    np.testing.assert_array_equal(*results)
 
 
 def test_run_is_onnxruntimes_byte_for_byte(
@@ -118,7 +95,7 @@ def test_run_is_onnxruntimes_byte_for_byte(
 def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle) -> None:
     write_engine(bundle, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.7"))
     cuda = FakeCuda()
-    runtime, package = runtime_on(bundle, cuda, "tensorrt-rtx")
+    runtime, package = trt_runtime(bundle, cuda, "tensorrt-rtx")
     with runtime:
         for seed in range(3):
             given = feeds(2, seed)
@@ -131,26 +108,17 @@ def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle) -> None:
 
 def test_info_says_what_executes(bundle: Bundle) -> None:
     engine = write_engine(bundle)
-    runtime, _ = runtime_on(bundle, FakeCuda())
+    runtime, _ = trt_runtime(bundle, FakeCuda())
     assert runtime.info["provider"] == "" and not runtime.active
     with runtime:
-        assert runtime.info == {
-            "name": "tensorrt",
-            "version": "10.3.0",
-            "device": "cuda",
-            "provider": engine.key.folder,
-            "gpu": "Orin",
-            "cuda_graph": "not recorded",
-        }
+        named = {"name": "tensorrt", "version": "10.3.0", "device": "cuda", "provider": engine.key.folder}
+        assert runtime.info == {**named, "gpu": "Orin", "cuda_graph": "not recorded"}
 
 
 def test_more_rows_than_the_engine_takes_names_the_option(bundle: Bundle) -> None:
     write_engine(bundle)
-    runtime, _ = runtime_on(bundle, FakeCuda())
-    with (
-        runtime,
-        pytest.raises(BundleError, match=r"denoiser takes 2 rows and this call has 6: run .* --max-batch 3"),
-    ):
+    most = r"denoiser takes 2 rows and this call has 6: run .* --max-batch 3"
+    with trt_runtime(bundle, FakeCuda())[0] as runtime, pytest.raises(BundleError, match=most):
         runtime.run("denoiser", feeds(6))
 
 
@@ -158,17 +126,16 @@ def test_more_rows_than_the_engine_takes_names_the_option(bundle: Bundle) -> Non
 def test_what_was_taken_is_freed_when_memory_runs_out(bundle: Bundle, call: str) -> None:
     write_engine(bundle)
     cuda = FakeCuda()
-    runtime, _ = runtime_on(bundle, cuda)
+    runtime, _ = trt_runtime(bundle, cuda)
     cuda.fail[call] = OUT_OF_MEMORY
-    with pytest.raises(MachineError, match="not enough memory on the GPU: close other programs"), runtime:
-        raise AssertionError("never entered")
+    refuse_to_enter(runtime, OutOfMemory, "not enough memory on the GPU: close other programs")
     assert cuda.left() == []
 
 
 def test_a_failing_launch_is_one_line_and_frees_all(bundle: Bundle) -> None:
     write_engine(bundle)
     cuda = FakeCuda()
-    runtime, package = runtime_on(bundle, cuda)
+    runtime, package = trt_runtime(bundle, cuda)
     with runtime:
         package.refuse_launches = True
         with pytest.raises(BundleError, match=r"cannot run denoiser \(the launch was refused\): run .* --force"):
@@ -183,7 +150,7 @@ def test_a_failing_launch_is_one_line_and_frees_all(bundle: Bundle) -> None:
 def test_a_device_in_a_failed_state_does_not_hide_the_error(bundle: Bundle) -> None:
     write_engine(bundle)
     cuda = FakeCuda()
-    runtime, _ = runtime_on(bundle, cuda)
+    runtime, _ = trt_runtime(bundle, cuda)
     with pytest.raises(MachineError, match="cannot run denoiser"), runtime:
         cuda.fail.update(dict.fromkeys(("synchronise", "free", "free_host", "destroy_stream", "close"), 700))
         runtime.run("denoiser", feeds(2))
@@ -194,43 +161,28 @@ def test_a_plan_that_tensorrt_refuses(bundle: Bundle) -> None:
     engine = write_engine(bundle)
     path = engine.plan_path("denoiser")
     path.write_bytes(b"no plan")
-    from fake_trt import write_document
-
-    from moebius_edge.system.files import sha256_file
-
     engine.plans["denoiser"].update(sha256=sha256_file(path), bytes=7)
     write_document(engine)
     cuda = FakeCuda()
-    runtime, _ = runtime_on(bundle, cuda)
-    with pytest.raises(BundleError, match=r"cannot load .*denoiser\.plan .*the plan is corrupt.*--force"), runtime:
-        raise AssertionError("never entered")
+    refuse_to_enter(
+        trt_runtime(bundle, cuda)[0], BundleError, r"cannot load .*denoiser\.plan .*the plan is corrupt.*--force"
+    )
     assert cuda.left() == []
 
 
 def test_an_engine_of_another_component_is_refused(bundle: Bundle) -> None:
     engine = write_engine(bundle)
     engine.plans["vae_decoder"], engine.plans["vae_encoder"] = engine.plans["vae_encoder"], engine.plans["vae_decoder"]
-    from fake_trt import write_document
-
     write_document(engine)
-    runtime, _ = runtime_on(bundle, FakeCuda())
-    with pytest.raises(BundleError, match=r"the engine of vae_encoder has .* and should have .*--force"), runtime:
-        raise AssertionError("never entered")
+    message = r"the engine of vae_encoder has .* and should have .*--force"
+    refuse_to_enter(trt_runtime(bundle, FakeCuda())[0], BundleError, message)
 
 
-def test_a_bundle_without_engines_names_the_command(bundle: Bundle) -> None:
-    runtime, _ = runtime_on(bundle, FakeCuda())
-    command = f"moebius-edge export {bundle.path} --engine tensorrt`"
-    with pytest.raises(BundleError, match=rf"has no TensorRT engine: run `{command}"), runtime:
-        raise AssertionError("never entered")
-
-
-def test_the_device_is_the_gpu(bundle: Bundle) -> None:
+def test_what_is_missing_names_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = rf"has no TensorRT engine: run `moebius-edge export {bundle.path} --engine tensorrt`"
+    refuse_to_enter(trt_runtime(bundle, FakeCuda())[0], BundleError, command)
     with pytest.raises(UsageError, match="runtime tensorrt has no device 'cpu': leave --device out"):
         create_runtime("tensorrt", bundle, device="cpu")
-
-
-def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MachineError, match=r"package tensorrt is missing .*moebius-edge\[tensorrt\]"):
         create_runtime("tensorrt", bundle)
@@ -251,21 +203,18 @@ def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, flavour: str) -> 
     pytest.importorskip(flavour.replace("-", "_"), reason=f"{flavour} is not installed")
     options = EngineOptions(flavour, max_batch=2)
     build_engines(bundle, options)
-    with TrtRuntime(bundle, flavour) as runtime, OrtRuntime(bundle) as reference:
+    with TrtRuntime(bundle, flavour) as runtime, create_runtime("onnxruntime", bundle, "cpu") as reference:
         for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1]):
-            given = feeds(rows, seed)
-            got, wanted = (r.run("denoiser", given)["noise"] for r in (runtime, reference))
-            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+            actual, right = (r.run("denoiser", feeds(rows, seed))["noise"] for r in (runtime, reference))
+            np.testing.assert_allclose(actual, right, rtol=1e-3, atol=1e-3)
         picture = np.random.default_rng(1).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
         latent = runtime.run("vae_encoder", {"image": picture})["latent"]
         np.testing.assert_allclose(latent, encode(picture), atol=1e-3)
-        made = runtime.run("vae_decoder", {"latent": latent})["image"]
-        np.testing.assert_allclose(made, decode(latent), atol=1e-3)
+        np.testing.assert_allclose(runtime.run("vae_decoder", {"latent": latent})["image"], decode(latent), atol=1e-3)
         for scheduler in (DDIM(6), DPMSolverPP2M(6)):
             for guidance in (2.0, 1.0, 2.0):
-                start = (latent, np.zeros((2, 1, 8, 8), np.float32), latent, scheduler, guidance)
-                ends = [list(denoise(r, *start))[-1].latent for r in (runtime, reference)]
-                np.testing.assert_allclose(*ends, rtol=1e-3, atol=1e-3)
+                start = (latent, np.zeros((2, 1, 8, 8), np.float32), latent, Sampling(scheduler, guidance))
+                np.testing.assert_allclose(*(denoise(r, *start) for r in (runtime, reference)), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -291,9 +240,9 @@ def test_the_real_driver() -> None:
         cuda.synchronise(stream)
         assert (back == value).all()
     cuda.destroy_graph(graph)
-    cuda.free(device)
-    cuda.free(other)
-    cuda.free_host(there)
-    cuda.free_host(back)
+    for address in (device, other):
+        cuda.free(address)
+    for memory in (there, back):
+        cuda.free_host(memory)
     cuda.destroy_stream(stream)
     cuda.close()

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.export.trt_rules import problems
-from moebius_edge.runtimes.flavours import max_opset
+from moebius_edge.runtimes.engine_files import max_opset
 from moebius_edge.spec import COMPONENTS
 
 

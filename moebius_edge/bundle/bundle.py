@@ -66,6 +66,11 @@ class Bundle(Manifest):
         """Rows of the denoiser that a picture takes where it is guided: one where guidance is distilled."""
         return 2 if self.distilled_guidance is None else 1
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The ONNX file of each component."""
+        return {name: self.component_path(name) for name in self.components}
+
     def component_path(self, name: str) -> Path:
         """The ONNX file of a component."""
         return self.path / self.components[name].file

@@ -54,7 +54,7 @@ def compare(
     """
     from ..bundle.bundle import Bundle
     from ..metrics.fidelity import compare as compare_trajectories
-    from ..pipeline.deep_cache import check_cache_interval
+    from ..pipeline.loop import check_cache_interval
     from ..runtimes import create_runtime
 
     if (image is None) != (mask is None):

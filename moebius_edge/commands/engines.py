@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class EngineName(str, Enum):
-    """``runtimes.flavours.FLAVOURS``, which is not imported here."""
+    """``runtimes.engine_files.FLAVOURS``, which is not imported here."""
 
     tensorrt = "tensorrt"
     rtx = "tensorrt-rtx"

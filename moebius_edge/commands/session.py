@@ -95,8 +95,8 @@ class Session:
 
     def _open(self) -> Inpainter:
         from ..bundle.bundle import Bundle
-        from ..pipeline.deep_cache import check_cache_interval
         from ..pipeline.inpainter import Inpainter
+        from ..pipeline.loop import check_cache_interval
         from ..pipeline.presets import preset_notes, preset_settings
         from ..sampling.guidance import check_interval, choose_guidance
 

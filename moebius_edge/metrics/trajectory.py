@@ -14,11 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..imaging.masks import Mask, latent_mask
+from ..imaging.masks import Mask
 from ..imaging.windows import extract, extract_mask, plan_windows
-from ..pipeline.inpainter import STRENGTH, check_finite, denoise, initial_noise
+from ..pipeline.inpainter import STRENGTH
+from ..pipeline.loop import Step, fill, initial_noise
 from ..runtimes import Runtime
+from ..sampling.calls import Sampling
 from ..sampling.scheduler import DDIM
+from ..spec import LATENT_CHANNELS
 
 SEED = 20
 Scene = tuple[np.ndarray, np.ndarray]  # image (1, 3, H, W) float32 in [-1, 1], hole (H, W) bool, True = fill
@@ -51,13 +54,9 @@ def draw_scene(resolution: int, seed: int = SEED) -> Scene:
         planes.append(plane)
     image = np.stack(planes)
     for _ in range(8):
-        centre_x, centre_y, radius = (
-            generator.uniform(0, 1),
-            generator.uniform(0, 1),
-            generator.uniform(0.03, 0.18),
-        )
-        colour = generator.uniform(-0.9, 0.9, 3)
-        image[:, (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2] = colour[:, None]
+        centre_x, centre_y = generator.uniform(0, 1), generator.uniform(0, 1)
+        radius = generator.uniform(0.03, 0.18)
+        image[:, (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2] = generator.uniform(-0.9, 0.9, 3)[:, None]
     image = np.clip(image + generator.normal(0, 0.03, image.shape), -1, 1)
     ellipse = ((x - 0.42) / 0.22) ** 2 + ((y - 0.45) / 0.16) ** 2 < 1
     box = (abs(x - 0.7) < 0.12) & (abs(y - 0.68) < 0.1)
@@ -88,43 +87,35 @@ def run_trajectory(
     cache_interval: int = 1,
     on_step: Callable[[int, int], None],
 ) -> Trajectory:
-    """Encode, denoise and decode a scene on ``runtime``; ``on_step(done, total)`` each step.
+    """Encode, denoise and decode a scene on ``runtime``, from the noised image with DDIM as upstream does.
 
     A runtime that is active already is used as it is and left active.
 
-    ``scene`` is by default the drawn one of ``seed``; one that is given must have the model's resolution.
-    Sampling starts from the noised image with DDIM at the usual strength, as upstream does. ``cache_interval`` is that
-    of ``sampling.denoise``.
+    Args:
+        scene: by default the drawn one of ``seed``; one that is given must have the model's resolution.
+        cache_interval: as in ``Sampling``.
+        on_step: called with the number of steps done and their total.
 
     Raises:
         BundleError: a component's output is not finite.
     """
     image, hole = draw_scene(_size(runtime, "vae_encoder"), seed) if scene is None else scene
+    size = _size(runtime, "denoiser")
+    noise = initial_noise(seed, 0, (1, LATENT_CHANNELS, size, size))
+    latents: list[np.ndarray] = []
+
+    def keep(step: Step) -> None:
+        latents.append(step.latent)
+        on_step(step.index, step.total)
+
+    sampling = Sampling(DDIM(steps, STRENGTH), guidance, cache_interval=cache_interval)
     with nullcontext() if runtime.active else runtime:
-        original, masked = _encode(runtime, image), _encode(runtime, image * ~hole)
-        mask = latent_mask(hole, _size(runtime, "denoiser"))[None, None].astype(np.float32)
-        scheduler = DDIM(steps, STRENGTH)
-        latent = scheduler.add_noise(original, initial_noise(seed, 0, original.shape))
-        latents = []
-        for step in denoise(runtime, latent, mask, masked, scheduler, guidance, cache_interval=cache_interval):
-            latents.append(step.latent.copy())
-            on_step(step.index, step.total)
-        decoded = runtime.run("vae_decoder", {"latent": latents[-1]})["image"]
-        check_finite(decoded, "vae_decoder", _on(runtime))
-    return Trajectory(np.concatenate([original, masked]), latents, decoded)
+        result = fill(runtime, image, hole[None], noise, sampling, image, keep)
+    assert result.start is not None
+    return Trajectory(np.concatenate([result.start, result.masked]), latents, result.images)
 
 
 def _size(runtime: Runtime, component: str) -> int:
     size = runtime.components[component].inputs[0].shape[-1]
     assert isinstance(size, int), "a trajectory needs components with their sizes filled in"
     return size
-
-
-def _encode(runtime: Runtime, image: np.ndarray) -> np.ndarray:
-    latent = runtime.run("vae_encoder", {"image": image})["latent"]
-    check_finite(latent, "vae_encoder", _on(runtime))
-    return latent
-
-
-def _on(runtime: Runtime) -> str:
-    return f" on {runtime.info['name']}"

@@ -1,42 +1,41 @@
 """The main job: fill the masked part of a picture with a bundle's network, and change nothing else.
 
-``Inpainter`` goes from picture to picture: ``stitching.Filling`` plans the windows that cover the mask, each goes
-through ``sampling.denoise``, and is blended in before the next is cut out. Files are read and written by ``imaging``.
+``Inpainter.inpaint`` plans the windows that cover the mask (``stitching.Filling``); each goes through ``loop.fill`` and
+is blended in before the next is cut out. ``Inpainter(...)(image=..., mask_image=...)`` is the same with the names of a
+diffusers inpainting pipeline. Files are read and written by ``imaging``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..bundle.bundle import Bundle
 from ..errors import UsageError
-from ..imaging.masks import Mask, latent_mask, threshold
+from ..imaging.masks import Mask, threshold
 from ..imaging.pictures import Picture
 from ..imaging.stitching import Filling
 from ..imaging.windows import Window, prefill
 from ..runtimes import AUTO, Runtime, create_runtime
-from ..sampling.guidance import Interval, check_interval, choose_guidance, guidance_at
-from ..sampling.scheduler import SCHEDULERS, Scheduler
+from ..sampling.calls import Sampling
+from ..sampling.guidance import Interval, check_interval, choose_guidance
+from ..sampling.scheduler import SCHEDULERS
 from ..spec import LATENT_CHANNELS
-from .deep_cache import check_cache_interval
-from .loop import Floats, Step, check_finite, denoise, initial_noise, measured
+from .latency import StageTimer
+from .loop import Floats, OnStep, Step, check_cache_interval, fill, initial_noise
 
 if TYPE_CHECKING:
-    from .latency import StageTimer
-
-__all__ = ["STARTS", "Inpainter", "Result", "Step", "check_finite", "denoise", "initial_noise"]
+    from PIL.Image import Image
 
 STARTS = ("image", "prefill", "noise")
 STRENGTH = 0.99  # upstream's: of 20 steps the first is left out
-LARGE_SHARE = 0.9  # a mask covering more of the picture than this leaves too little to go by
+_LARGE_SHARE = 0.9  # a mask that covers more of the picture leaves too little to go by
+OnWindow = Callable[[Window, Floats, Mask], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +51,23 @@ class Result:
         """(H, W, C): grey, grey and alpha, RGB, or RGB and alpha, in the input's type."""
         return self.picture.samples
 
+    @property
+    def pil(self) -> Image:
+        """The picture for Pillow, in 8 bits a channel."""
+        from PIL.Image import fromarray
+
+        samples = self.image
+        if samples.dtype == np.uint16:
+            samples = np.rint(samples / 257).astype(np.uint8)
+        return fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What a call of an ``Inpainter`` returns, as a diffusers pipeline does: ``images`` are of Pillow."""
+
+    images: list[Image]
+
 
 class Inpainter:
     """A bundle's model, ready for one picture after another.
@@ -62,7 +78,7 @@ class Inpainter:
 
     Args:
         bundle: a loaded bundle, a bundle's folder, or the name of a bundled model.
-        runtime: a runtime's name, ``auto`` for the fastest that works here, or a runtime that holds the graphs
+        runtime: a runtime's name, ``auto`` for the fastest that works here, or a runtime that holds the components
             of ``bundle``.
         device: where a runtime given by name executes; ``auto`` here too.
 
@@ -80,9 +96,7 @@ class Inpainter:
         self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -98,8 +112,8 @@ class Inpainter:
 
     def inpaint(
         self,
-        image: np.ndarray | Picture,
-        mask: np.ndarray,
+        image: np.ndarray | Picture | Image,
+        mask: np.ndarray | Image,
         steps: int = 20,
         guidance: float | None = None,
         start: str = "image",
@@ -107,10 +121,10 @@ class Inpainter:
         strength: float | None = None,
         scheduler: str = "ddim",
         feather: float | None = None,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: OnStep | None = None,
         timer: StageTimer | None = None,
         guidance_interval: Interval | None = None,
-        on_window: Callable[[Window, Floats, Mask], None] | None = None,
+        on_window: OnWindow | None = None,
         cache_interval: int = 1,
         on_plan: Callable[[int, int], None] | None = None,
         match_colours: bool = True,
@@ -118,159 +132,166 @@ class Inpainter:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
 
         Args:
-            image: a picture, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept as it is outside the mask
-                and becomes opaque in it; grey stays grey.
-            mask: (H, W), True or above half of its type's range where to fill.
+            image: a picture, of Pillow's too, or (H, W) or (H, W, 1 to 4) of uint8 or uint16. Alpha is kept outside
+                the mask and becomes opaque in it; grey stays grey.
+            mask: (H, W), True or above half of its type's range where to fill; one of Pillow's counts by brightness.
             steps: length of the sampler's schedule, of which ``strength`` executes a part.
-            guidance: e = eu + guidance (ec - eu); 1 needs half the network's work. Absent, 2; a model with distilled
-                guidance has its own, takes no other, and always needs half the work.
-            start: where sampling starts. ``image``: from the original, as upstream; what is under the mask
-                leaks into the start, so an object to be removed may show through. ``prefill``: from the
-                original with its hole filled by a classical inpainter, right for removing an object.
-                ``noise``: from nothing.
+            guidance: e = eu + guidance (ec - eu); 1 needs half the network's work. The default is 2; a model with
+                distilled guidance has its own, takes no other, and always needs half the work.
+            start: ``image`` starts from the original, as upstream; what is under the mask leaks into the start.
+                ``prefill`` starts from the original with its hole filled by a classical inpainter, right for removing
+                an object. ``noise`` starts from nothing.
             seed: the same seed gives the same noise on every runtime.
-            strength: share of the schedule that is executed, in (0, 1]; absent, 0.99, and 1 for ``noise``.
+            strength: share of the schedule that is executed, in (0, 1]; by default 0.99, and 1 for ``noise``.
             scheduler: a name in ``SCHEDULERS``.
-            feather: width of the seam in pixels; absent, a quarter of the hole's own thickness, at most 3% of each
-                window's side or 4 pixels. Where the hole comes closer than that to the edge of its window, it is
-                narrower.
-            on_step: called after each network call of the denoiser; with several windows in the picture,
-                index and total count through all of them.
+            feather: width of the seam in pixels; by default it follows the hole, see ``stitching.seam``.
+            on_step: called after each call of the denoiser; index and total count through all windows.
             timer: collects the stages' latencies.
             guidance_interval: (low, high), guidance at the timesteps low <= t < high alone, of 0 to 1000; the others
-                need half the work. Absent, at all. A model with distilled guidance takes none.
-            on_window: called with each window, what the network made of it, RGB (resolution, resolution, 3), about
-                [0, 1] and not clipped, and the hole that it saw, bool (resolution, resolution). Windows then go
-                through the network one by one.
+                need half the work. By default all are guided. A model with distilled guidance takes none.
+            on_window: called with each window, its fill as RGB (resolution, resolution, 3), about [0, 1] and not
+                clipped, and the hole that the network saw. Windows then go through the network one by one.
             cache_interval: one call of the denoiser in so many computes all of it; those between compute its finest
-                level alone, and reuse what the deeper ones made (DeepCache, arXiv 2312.00858). At 1 nothing is reused.
+                level alone, and reuse the deep feature (DeepCache, arXiv 2312.00858). At 1 nothing is reused.
             on_plan: called before the work with the number of windows and of the denoiser's calls.
-            match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them;
-                ``stitching.match_colours`` says how. Upstream does not.
+            match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them.
+                Upstream does not.
 
         Raises:
             UsageError: an argument is out of range, the mask has another size than the image, or the bundle cannot
                 reuse deep features.
             BundleError: a component's output is not finite; the message names the stage.
         """
-        with measured(timer, "total"):
-            picture = image if isinstance(image, Picture) else Picture.from_array(image)
+        timer = timer or StageTimer()
+        with timer.measure("total"):
+            picture = image if isinstance(image, Picture) else Picture.from_array(_array(image))
             hole = _checked_mask(mask, picture)
             picture = picture.opaque_in(hole)
             strength = _checked_strength(start, strength)
             guide = choose_guidance(guidance, self.bundle.distilled_guidance)
             check_interval(guidance_interval, self.bundle.distilled_guidance)
             check_cache_interval(cache_interval, self.bundle)
-            _check_numbers(seed, feather)
             if scheduler not in SCHEDULERS:
-                raise UsageError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
-            sampler = SCHEDULERS[scheduler](steps, strength)
-            with measured(timer, "preprocess"):
-                filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
-            windows = filling.windows
-            notes = [*picture.notes, *_mask_notes(hole)]
-            notes += _interval_notes(guidance_interval, guide.sampled, sampler)
-            if windows:
-                self._open()
-            groups = _groups(windows, 1 if on_window is not None else self.runtime.pictures_per_call)
-            calls = len(sampler.timesteps)
-            if on_plan is not None:
-                on_plan(len(windows), len(groups) * calls)
-            sample = partial(
-                denoise,
-                self.runtime,
-                scheduler=sampler,
-                guidance=guide.sampled,
-                timer=timer,
-                interval=guidance_interval,
-                cache_interval=cache_interval,
+                raise UsageError(f"unknown scheduler {scheduler!r}", f"choose one of {', '.join(SCHEDULERS)}")
+            if seed < 0:
+                raise UsageError(f"seed is {seed}", "give a whole number of 0 or more")
+            if feather is not None and not 0 <= feather < math.inf:
+                raise UsageError(f"feather is {feather}", "give 0 or more pixels")
+            sampling = Sampling(
+                SCHEDULERS[scheduler](steps, strength), guide.sampled, guidance_interval, cache_interval
             )
-            widest = 0.0
-            number = 0
+            with timer.measure("preprocess"):
+                filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
+            if filling.windows:
+                self._open()
+            groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
+            calls = len(sampling.scheduler.timesteps)
+            if on_plan is not None:
+                on_plan(len(filling.windows), len(groups) * calls)
+            widest, number = 0.0, 0
             for done, group in enumerate(groups):
 
                 def report(step: Step, before: int = done * calls) -> None:
                     if on_step is not None:
                         on_step(replace(step, index=before + step.index, total=len(groups) * calls))
 
-                noises = [initial_noise(seed, number + i, self._latent_shape()) for i in range(len(group))]
-                fills = self._fill(filling, group, start, noises, sampler, sample, report, timer)
-                for window, (made, seen) in zip(group, fills, strict=True):
+                noise = np.concatenate([self._noise(seed, number + i) for i in range(len(group))])
+                with timer.measure("preprocess"):
+                    images, holes, starts = _views(filling, group, start)
+                filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
+                for window, seen, decoded in zip(group, holes, filled.images, strict=True):
+                    generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
                     if on_window is not None:
-                        on_window(window, made, seen)
-                    with measured(timer, "stitch"):
+                        on_window(window, generated, seen)
+                    with timer.measure("stitch"):
                         widest = max(widest, filling.feather(window))
-                        filling.paste(window, made)
+                        filling.paste(window, generated)
                 number += len(group)
-            settings = {
-                "start": start,
-                "steps": steps,
-                "steps_executed": calls if windows else 0,
-                "guidance": guide.scale,
-                "guidance_interval": None if guidance_interval is None else list(guidance_interval),
-                "distilled_guidance": self.bundle.distilled_guidance,
-                "cache_interval": cache_interval,
-                "strength": strength,
-                "scheduler": scheduler,
-                "seed": seed,
-                "generator": "PCG64",
-                "windows": len(windows),
-                "network_calls": len(groups) * calls,
-                "feather_px": widest,
-                "match_colours": match_colours,
-            }
-            return Result(replace(picture, pixels=filling.canvas), notes, settings)
+        notes = [*picture.notes, *_notes(hole, sampling)]
+        settings = {
+            "start": start,
+            "steps": steps,
+            "steps_executed": calls if groups else 0,
+            "guidance": guide.scale,
+            "guidance_interval": None if guidance_interval is None else list(guidance_interval),
+            "distilled_guidance": self.bundle.distilled_guidance,
+            "cache_interval": cache_interval,
+            "strength": strength,
+            "scheduler": scheduler,
+            "seed": seed,
+            "generator": "PCG64",
+            "windows": len(filling.windows),
+            "network_calls": len(groups) * calls,
+            "feather_px": widest,
+            "match_colours": match_colours,
+        }
+        return Result(replace(picture, pixels=filling.canvas), notes, settings)
 
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        return 1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size
-
-    def _fill(
+    def __call__(
         self,
-        filling: Filling,
-        group: Sequence[Window],
-        start: str,
-        noises: Sequence[Floats],
-        sampler: Scheduler,
-        sample: Callable[..., Iterator[Step]],
-        report: Callable[[Step], None],
-        timer: StageTimer | None,
-    ) -> list[tuple[Floats, Mask]]:
-        """What the network makes of windows that are sampled together, and the hole that it sees in each.
+        image: Any,
+        mask_image: Any,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+        generator: Any = 0,
+        **unsupported: Any,
+    ) -> Images:
+        """Fill pictures with the arguments of a diffusers inpainting pipeline, and the bundle's own for the others.
 
-        RGB in [0, 1], (resolution, resolution, 3), and bool (resolution, resolution).
-        Encoder and decoder take one window at a time: two would double their memory, which is the largest on a device.
+        Args:
+            image, mask_image: a picture and its mask as for ``inpaint``, or a list of each.
+            strength: 1 starts from noise, less from the image.
+            generator: a seed, or an object with ``initial_seed()``, such as PyTorch's generator.
+
+        Raises:
+            UsageError: as ``inpaint``, or for an argument that this network has no use for, such as a prompt.
         """
-        cells, masked, latents, holes = [], [], [], []
-        for window, noise in zip(group, noises, strict=True):
-            with measured(timer, "preprocess"):
-                image, hole = filling.view(window)
-                holes.append(hole)
-                cells.append(latent_mask(hole, self.bundle.latent_size)[None, None].astype(np.float32))
-                first = prefill(image, hole) if start == "prefill" else image
-            masked.append(self._encode(_to_network(image) * ~hole, timer, "the masked image"))
-            if start == "noise":
-                latents.append(noise)
-            else:
-                latents.append(sampler.add_noise(self._encode(_to_network(first), timer, "the start"), noise))
-        for step in sample(np.concatenate(latents), np.concatenate(cells), np.concatenate(masked)):
-            report(step)
-        return [(self._decode(latent[None], timer), hole) for latent, hole in zip(step.latent, holes, strict=True)]
+        if unsupported:
+            raise UsageError(
+                f"the network takes no {', '.join(unsupported)}, since it is conditioned on the picture and its mask "
+                "alone",
+                "leave it out",
+            )
+        images, masks = (value if isinstance(value, (list, tuple)) else [value] for value in (image, mask_image))
+        if len(images) != len(masks):
+            raise UsageError(f"there are {len(images)} images and {len(masks)} masks", "give a mask for each image")
+        start = None if strength is None else "noise" if strength == 1 else "image"
+        arguments = {"steps": num_inference_steps, "guidance": guidance_scale, "strength": strength, "start": start}
+        settings = self.bundle.settings(**{name: value for name, value in arguments.items() if value is not None})
+        seed = int(generator.initial_seed() if hasattr(generator, "initial_seed") else generator or 0)
+        return Images([self.inpaint(i, m, seed=seed, **settings).pil for i, m in zip(images, masks, strict=True)])
 
-    def _decode(self, latent: Floats, timer: StageTimer | None) -> Floats:
-        with measured(timer, "vae_decode"):
-            decoded = self.runtime.run("vae_decoder", {"latent": latent})["image"]
-        check_finite(decoded, "vae_decoder")
-        return decoded[0].transpose(1, 2, 0) / 2 + np.float32(0.5)
+    def _noise(self, seed: int, number: int) -> Floats:
+        return initial_noise(seed, number, (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size))
 
-    def _encode(self, image: Floats, timer: StageTimer | None, what: str) -> Floats:
-        with measured(timer, "vae_encode"):
-            latent = self.runtime.run("vae_encoder", {"image": image})["latent"]
-        check_finite(latent, "vae_encoder", f" for {what}")
-        return latent
+
+def _array(image: np.ndarray | Image) -> np.ndarray:
+    """An array as it is; a picture of Pillow's as uint8 or uint16, in a mode that the pipeline knows."""
+    if isinstance(image, np.ndarray):
+        return image
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return np.asarray(image)
+
+
+def _views(filling: Filling, windows: Sequence[Window], start: str) -> tuple[Floats, Mask, Floats | None]:
+    """The images (B, 3, R, R) in [-1, 1] that the network sees, their holes (B, R, R), and where sampling starts."""
+    views = [filling.view(window) for window in windows]
+    images, holes = np.stack([_to_network(image) for image, _ in views]), np.stack([hole for _, hole in views])
+    if start == "prefill":
+        return images, holes, np.stack([_to_network(prefill(image, hole)) for image, hole in views])
+    return images, holes, images if start == "image" else None
+
+
+def _to_network(image: Floats) -> Floats:
+    """(H, W, 3) in [0, 1] -> (3, H, W) in [-1, 1]."""
+    return image.transpose(2, 0, 1) * np.float32(2) - np.float32(1)
 
 
 def _groups(windows: Sequence[Window], most: int) -> list[list[Window]]:
-    """``windows`` in their order, in groups of at most ``most`` that may be sampled together: none sees another's."""
+    """``windows`` in their order, in groups of at most ``most`` of which none overlaps another, to be sampled
+    together."""
     groups: list[list[Window]] = []
     for window in windows:
         if groups and len(groups[-1]) < most and not any(window.overlaps(other) for other in groups[-1]):
@@ -280,56 +301,34 @@ def _groups(windows: Sequence[Window], most: int) -> list[list[Window]]:
     return groups
 
 
-def _to_network(image: Floats) -> Floats:
-    """(H, W, 3) in [0, 1] -> (1, 3, H, W) in [-1, 1]."""
-    return image.transpose(2, 0, 1)[None] * np.float32(2) - np.float32(1)
-
-
-def _checked_mask(mask: np.ndarray, picture: Picture) -> Mask:
-    hole = threshold(mask)
+def _checked_mask(mask: np.ndarray | Image, picture: Picture) -> Mask:
+    hole = threshold(mask if isinstance(mask, np.ndarray) else np.asarray(mask.convert("L")))
     height, width = hole.shape
     if (width, height) != picture.size:
         raise UsageError(
-            f"the mask is {width}x{height} and the picture is {picture.size[0]}x{picture.size[1]}: "
-            "give a mask of the picture's size"
+            f"the mask is {width}x{height} and the picture is {picture.size[0]}x{picture.size[1]}",
+            "give a mask of the picture's size",
         )
     return hole
 
 
-def _mask_notes(hole: Mask) -> list[str]:
-    share = float(hole.mean())
+def _notes(hole: Mask, sampling: Sampling) -> list[str]:
+    """What may not have been meant: an empty mask or one over nearly everything, an interval without guidance."""
+    notes, share, interval = [], float(hole.mean()), sampling.interval
     if share == 0:
-        return ["mask is empty: image returned unchanged"]
-    if share > LARGE_SHARE:
-        return [f"mask covers {share:.0%} of the image: little is left to guide the fill"]
-    return []
-
-
-def _interval_notes(interval: Interval | None, guidance: float, sampler: Scheduler) -> list[str]:
-    """An interval that changes nothing, or leaves no guidance at all, may not be what was meant."""
-    if interval is None:
-        return []
-    chosen = f"guidance interval {interval[0]},{interval[1]}"
-    if guidance == 1:
-        return [f"{chosen} changes nothing: guidance is 1"]
-    if all(guidance_at(t, guidance, interval) == 1 for t in sampler.timesteps):
-        first, last = sampler.timesteps[0], sampler.timesteps[-1]
-        return [f"{chosen} holds none of the timesteps, {first} to {last}: no guidance was applied"]
-    return []
+        notes.append("mask is empty: image returned unchanged")
+    elif share > _LARGE_SHARE:
+        notes.append(f"mask covers {share:.0%} of the image: little is left to guide the fill")
+    if interval is not None and all(call.rows == 1 for call in sampling.calls()):
+        notes.append(f"guidance interval {interval[0]},{interval[1]} holds no timestep with guidance: none was applied")
+    return notes
 
 
 def _checked_strength(start: str, strength: float | None) -> float:
     if start not in STARTS:
-        raise UsageError(f"unknown start {start!r}: choose one of {', '.join(STARTS)}")
+        raise UsageError(f"unknown start {start!r}", f"choose one of {', '.join(STARTS)}")
     if start != "noise":
         return STRENGTH if strength is None else strength
-    if strength is not None and strength != 1:
-        raise UsageError(f"strength {strength} does not go with start noise, which is strength 1: leave it out")
+    if strength not in (None, 1):
+        raise UsageError(f"strength {strength} does not go with start noise, which is strength 1", "leave it out")
     return 1.0
-
-
-def _check_numbers(seed: int, feather: float | None) -> None:
-    if seed < 0:
-        raise UsageError(f"seed is {seed}: give a whole number of 0 or more")
-    if feather is not None and not (math.isfinite(feather) and feather >= 0):
-        raise UsageError(f"feather is {feather}: give 0 or more pixels")

@@ -1,40 +1,35 @@
-"""The sampling loop, latents in and latents out, and the noise it starts from.
+"""The sampling loop, and the one way of a batch of windows through the three networks.
 
-It knows nothing of pictures. The loop is a generator: progress, timing and stopping early belong to the
-caller, so that one loop serves ``run``, the export's gate and the report. Guidance and the sampler's step are
-numpy's here, unless the runtime keeps the latents on its device.
+``fill`` is what ``run``, the export's gate, calibration and training's evaluation execute: it encodes, calls
+``denoise`` and decodes. Where the latents lie in the meantime is the runtime's business: see ``LatentBatch``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BundleError
+from ..errors import UsageError
+from ..imaging.masks import latent_mask
 from ..runtimes import Runtime
-from ..runtimes.base import DeviceLatents
-from ..sampling.guidance import Interval, guidance_at
-from ..sampling.scheduler import Scheduler
-from ..spec import DEEP, DENOISER, NOISE_OFFSET, SHALLOW
-from .deep_cache import whole_calls
+from ..runtimes.base import check_finite
+from ..sampling.calls import Sampling
+from ..spec import NOISE_OFFSET
+from .latency import StageTimer
 
 if TYPE_CHECKING:
-    from .latency import StageTimer
+    from ..bundle.bundle import Bundle
 
 Floats = npt.NDArray[np.float32]
-
-_CONDITIONAL, _UNCONDITIONAL = 0, 1  # values of the denoiser's ``branch``
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One network call done: ``index`` counts from 1 to ``total``."""
+    """One call of the denoiser is done: ``index`` counts from 1 to ``total``."""
 
     index: int
     total: int
@@ -43,28 +38,24 @@ class Step:
 
     @property
     def latent(self) -> Floats:
-        """(B, 4, h, w), the call's outcome. Reading it may be a copy from the device, which still has it only until
-        the next call; then it is a ``RuntimeError``. The last step's can be read for ever.
-        """
+        """(B, 4, h, w), the outcome of the call; read it inside of ``on_step``, for the next call replaces it."""
         return self.read()
 
 
-class Call(NamedTuple):
-    """One call of the denoiser: its guidance, its rows a picture, and whether it computes the whole network."""
-
-    timestep: int
-    guidance: float
-    rows: int  # 1, the conditional branch alone, where guidance is 1
-    whole: bool
+OnStep = Callable[[Step], None]
 
 
-def plan_calls(
-    timesteps: Sequence[int], guidance: float, interval: Interval | None, cache_interval: int
-) -> list[Call]:
-    """The calls that ``denoise`` makes with these arguments."""
-    scales = [guidance_at(t, guidance, interval) for t in timesteps]
-    rows = [1 if scale == 1 else 2 for scale in scales]
-    return [Call(*call) for call in zip(timesteps, scales, rows, whole_calls(rows, cache_interval), strict=True)]
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """What the networks made of a batch.
+
+    ``images`` (B, 3, R, R) span about [-1, 1] and are not clipped; ``start`` and ``masked`` are the encoder's latents
+    (B, 4, h, w); ``start`` is None where sampling began from noise alone.
+    """
+
+    images: Floats
+    masked: Floats
+    start: Floats | None
 
 
 def denoise(
@@ -72,78 +63,86 @@ def denoise(
     latents: Floats,
     mask: Floats,
     masked: Floats,
-    scheduler: Scheduler,
-    guidance: float,
+    sampling: Sampling,
+    on_step: OnStep | None = None,
     timer: StageTimer | None = None,
-    interval: Interval | None = None,
-    cache_interval: int = 1,
-) -> Iterator[Step]:
-    """The sampling loop: yield a ``Step`` after each call of the denoiser on an active ``runtime``.
+) -> Floats:
+    """The sampling loop on an active ``runtime``: the latents (B, 4, h, w) after the last step.
 
     A call has 2B rows, the unconditional branch of all B first, then the conditional: e = eu + g (ec - eu).
-    At guidance 1, where that is ec, and at timesteps outside of ``interval``, it has the B conditional rows alone.
+    At guidance 1, where that is ec, it has the B conditional rows alone.
 
     Args:
         latents: (B, 4, h, w), noised for the scheduler's first timestep.
         mask: (B, 1, h, w), 1 in the hole.
         masked: (B, 4, h, w), latents of the images without their holes.
-        interval: the timesteps with guidance; absent, all.
-        cache_interval: one call in so many computes the whole denoiser (``deep_cache``); 1, each does.
+        on_step: called after each call of the denoiser; an exception that it raises ends the loop.
+        timer: takes one entry ``denoise`` a call.
 
     Raises:
         BundleError: the predicted noise is not finite.
     """
-    batch = len(latents)
-    calls = plan_calls(scheduler.timesteps, guidance, interval, cache_interval)
-    total = len(calls)
+    timer = timer or StageTimer()
+    calls = sampling.calls()
+    batch = runtime.start_sampling(latents, np.concatenate([mask, masked], axis=1), sampling.scheduler)
+    for call in calls:
+        with timer.measure("denoise"):
+            batch.step(call)
+            if call.index == call.total:
+                latents = batch.read()  # the copy from a device belongs to the last step
+        if on_step is not None:
+            on_step(Step(call.index, call.total, call.timestep, batch.read))
+    return latents
 
-    def joined(rows: int) -> Floats:
-        return np.tile(np.concatenate([latents, mask, masked], axis=1), (rows // batch, 1, 1, 1))
 
-    kept: DeviceLatents | None = None
-    reached = 0  # the step whose latents the device has
-    deep = np.zeros(0, np.float32)
+def fill(
+    runtime: Runtime,
+    images: Floats,
+    holes: npt.NDArray[np.bool_],
+    noise: Floats,
+    sampling: Sampling,
+    start: Floats | None = None,
+    on_step: OnStep | None = None,
+    timer: StageTimer | None = None,
+) -> Fill:
+    """Fill the holes of images of the network's size on an active ``runtime``.
 
-    def read_from(device: DeviceLatents, index: int) -> Floats:
-        if index != reached:
-            raise RuntimeError(f"the latent of step {index} is gone: read it before the next step")
-        return device.read()
+    Encoder and decoder take one image at a time: two would double their memory, which is the largest on a device.
 
-    for index, (t, scale, rows, whole) in enumerate(calls, start=1):
-        where = f" at step {index} of {total} (t={t})"
-        read: Callable[[], Floats]
-        with measured(timer, "denoise"):
-            branch = np.repeat(np.array([_UNCONDITIONAL, _CONDITIONAL][-rows:], np.int64), batch)
-            if index == 1:
-                kept = runtime.keep_latents(joined(len(branch)), branch, scale)
-            elif kept is not None and scale != calls[index - 2].guidance:
-                kept.guide(branch, scale)
-            if kept is None:
-                timesteps = np.full(len(branch), t, np.float32)
-                feeds: dict[str, np.ndarray] = {"sample": joined(len(branch)), "timestep": timesteps, "branch": branch}
-                if whole:
-                    kept_on = index < total and not calls[index].whole  # the next call reuses what this one makes
-                    made = runtime.run(DENOISER, feeds, ("noise", DEEP) if kept_on else ("noise",))
-                    deep = made.get(DEEP, deep)
-                else:
-                    made = runtime.run(SHALLOW, {**feeds, DEEP: deep})
-                noise = made["noise"]
-                check_finite(noise, "denoiser", where)
-                if len(branch) > batch:
-                    noise = noise[:batch] + np.float32(scale) * (noise[batch:] - noise[:batch])
-                latents = scheduler.step(noise, t, latents)
-                read = partial(np.asarray, latents)
-            else:
-                reached = index
-                check_finite(kept.step(t, scheduler.linear_step(index - 1), whole), "denoiser", where)
-                read = partial(read_from, kept, index)
-                if index == total:
-                    read = partial(np.asarray, kept.read())
-        yield Step(index, total, t, read)
+    Args:
+        images: (B, 3, R, R) float32 in [-1, 1]; what lies in the holes is not seen.
+        holes: (B, R, R), True where to fill.
+        noise: (B, 4, h, w), as ``initial_noise`` draws it.
+        start: images (B, 3, R, R) whose latents are noised for the first timestep; None starts from ``noise`` itself.
+
+    Raises:
+        BundleError: what a component returned is not finite; the message names the stage.
+    """
+    timer = timer or StageTimer()
+
+    def encode(image: Floats, what: str) -> Floats:
+        with timer.measure("vae_encode"):
+            latent = runtime.run("vae_encoder", {"image": image})["latent"]
+        check_finite(latent, "vae_encoder", f" for {what}")
+        return latent
+
+    def decode(latent: Floats) -> Floats:
+        with timer.measure("vae_decode"):
+            image = runtime.run("vae_decoder", {"latent": latent})["image"]
+        check_finite(image, "vae_decoder")
+        return image
+
+    pairs = list(zip(images, holes, strict=True))
+    masked = np.concatenate([encode(image[None] * ~hole, "the masked image") for image, hole in pairs])
+    started = None if start is None else np.concatenate([encode(image[None], "the start") for image in start])
+    mask = np.stack([latent_mask(hole, noise.shape[-1])[None].astype(np.float32) for hole in holes])
+    latents = noise if started is None else sampling.scheduler.add_noise(started, noise)
+    latents = denoise(runtime, latents, mask, masked, sampling, on_step, timer)
+    return Fill(np.concatenate([decode(latent[None]) for latent in latents]), masked, started)
 
 
 def initial_noise(seed: int, region_index: int, shape: tuple[int, int, int, int]) -> Floats:
-    """The noise a region starts from, (N, 4, h, w), the same on every machine and runtime.
+    """The noise that a region starts from, (N, 4, h, w), the same on every machine and runtime.
 
     numpy's PCG64 seeded with ``SeedSequence([seed, region_index])`` draws float64 normals of ``shape``, then
     (N, 4, 1, 1) more, which times ``NOISE_OFFSET`` are added (upstream's offset, one an image and channel).
@@ -154,17 +153,13 @@ def initial_noise(seed: int, region_index: int, shape: tuple[int, int, int, int]
     return (noise + NOISE_OFFSET * offset).astype(np.float32)
 
 
-def check_finite(values: np.ndarray, component: str, where: str = "") -> None:
-    """Raise ``BundleError`` naming the stage unless every value is finite; none is ever replaced."""
-    if np.isfinite(values).all():
-        return
-    what = "NaN" if np.isnan(values).any() else "an infinite value"
-    raise BundleError(
-        f"{component} returned {what}{where}: its weights are damaged or its precision overflows; "
-        "export or download the bundle again"
-    )
-
-
-def measured(timer: StageTimer | None, stage: str) -> AbstractContextManager[None]:
-    """Time a block as ``stage``, or do not."""
-    return nullcontext() if timer is None else timer.measure(stage)
+def check_cache_interval(interval: int, bundle: Bundle) -> None:
+    """Raise ``UsageError`` unless ``bundle`` can reuse its deep feature for ``interval`` calls."""
+    if interval < 1:
+        raise UsageError(f"cache interval is {interval}", "give a whole number of 1 (nothing is reused) or more")
+    if interval > 1 and bundle.deep_channels is None:
+        raise UsageError(
+            f"cache interval is {interval}, and bundle {bundle.path} was exported without the part that reuses deep "
+            "features",
+            "leave it out, or export the checkpoint again",
+        )

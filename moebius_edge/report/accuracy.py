@@ -17,8 +17,7 @@ import numpy as np
 from ..errors import BundleError
 from ..imaging.masks import Mask
 from ..imaging.windows import Floats, Window
-from ..metrics.fidelity import PEAK, worst_pixel
-from ..metrics.quality import fill_figures, planes, texture_ratio
+from ..metrics.fidelity import PEAK, fill_figures, planes, texture_ratio, worst_pixel
 from ..pipeline.inpainter import Step
 from ..system.files import atomic_write
 from .perceptual import Perceptual

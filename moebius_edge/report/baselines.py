@@ -18,7 +18,7 @@ from ..errors import BundleError, MachineError, UsageError
 from ..imaging.classical import navier_stokes, telea
 from ..imaging.masks import Mask
 from ..imaging.stitching import Filling
-from ..pipeline.loop import check_finite
+from ..runtimes.base import check_finite
 from ..system.files import utf8_path
 from ..system.machine import available_cores
 from ..toml import read_toml

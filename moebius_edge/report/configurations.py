@@ -15,8 +15,8 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..errors import MachineError, UsageError
-from ..pipeline.deep_cache import check_cache_interval
 from ..pipeline.inpainter import STARTS, STRENGTH
+from ..pipeline.loop import check_cache_interval
 from ..pipeline.presets import PRESETS, preset_settings
 from ..runtimes import AUTO, RUNTIMES
 from ..runtimes.auto import CANDIDATES, select

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..bundle.bundle import Bundle
-from ..pipeline.loop import plan_calls
+from ..sampling.calls import Sampling
 from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
 from ..spec import DENOISER, SHALLOW
@@ -20,9 +20,9 @@ _PEAKS = ("multiplications_per_second", "bytes_per_second", "runtime", "precisio
 def network_calls(settings: Mapping[str, Any]) -> Counter[tuple[str, int]]:
     """How many calls of a trajectory are of which component and have how many rows, of a configuration's settings."""
     sampled = choose_guidance(settings["guidance"], settings["distilled_guidance"]).sampled
-    timesteps = SCHEDULERS[settings["scheduler"]](settings["steps"], settings["strength"]).timesteps
-    calls = plan_calls(timesteps, sampled, settings["guidance_interval"], settings["cache_interval"])
-    return Counter((DENOISER if call.whole else SHALLOW, call.rows) for call in calls)
+    scheduler = SCHEDULERS[settings["scheduler"]](settings["steps"], settings["strength"])
+    sampling = Sampling(scheduler, sampled, settings["guidance_interval"], settings["cache_interval"])
+    return Counter((DENOISER if call.full else SHALLOW, call.rows) for call in sampling.calls())
 
 
 def work_figures(bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, Any]:

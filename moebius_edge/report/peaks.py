@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,7 +116,7 @@ def _session(model: bytes, device: str, threads: int, optimise: bool = True) -> 
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # With the options that networks get: with TF32, say, a peak would be another precision's.
-    providers = session_providers(ort, device, Component("peak", (Tensor("x", "float32", ("N", 1)),), ()), Path())
+    providers = session_providers(ort, device, Component("peak", (Tensor("x", "float32", ("N", 1)),), ()))
     provider = PROVIDERS[device]
     try:
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)

@@ -21,36 +21,36 @@ MAX_GUIDANCE = 1000.0  # far above any use, and far below what overflows float32
 
 
 class Guidance(NamedTuple):
-    """``scale`` is g, which every output states; ``sampled`` is what ``sampling.denoise`` is to compute."""
+    """``scale`` is g, which every output states; ``sampled`` is the guidance that the sampling loop applies."""
 
     scale: float
     sampled: float
 
 
 def choose_guidance(chosen: float | None, distilled: float | None) -> Guidance:
-    """The guidance of a run: ``chosen``, absent the network's ``distilled`` one, absent that too ``GUIDANCE``.
+    """The guidance of a run: ``chosen``, by default the network's ``distilled`` one, without that ``GUIDANCE``.
 
     With distilled guidance ``sampled`` is 1, at which the sampler runs the conditional branch alone.
 
     Raises:
-        UsageError: ``chosen`` is no guidance, or not the one that is distilled.
+        UsageError: ``chosen`` is out of range, or is not the guidance that is distilled.
     """
     if chosen is None:
         chosen = GUIDANCE if distilled is None else distilled
     if not 0 <= chosen <= MAX_GUIDANCE:  # NaN fails too
-        raise UsageError(f"guidance is {chosen}: give a number from 0 to {MAX_GUIDANCE:g}, such as {GUIDANCE}")
+        raise UsageError(f"guidance is {chosen}", f"give a number from 0 to {MAX_GUIDANCE:g}, such as {GUIDANCE}")
     if distilled is None:
         return Guidance(chosen, chosen)
     if chosen != distilled:
         raise UsageError(
-            f"guidance is {chosen}, and the model has guidance {distilled} distilled into it and takes no other: "
-            "leave it out, or use a model without distilled guidance"
+            f"guidance is {chosen}, and the model has guidance {distilled} distilled into it and takes no other",
+            "leave it out, or use a model without distilled guidance",
         )
     return Guidance(chosen, 1.0)
 
 
 def check_interval(interval: Interval | None, distilled: float | None) -> None:
-    """Raise ``UsageError`` unless ``interval`` is one of timesteps, empty or not, or is absent.
+    """Raise ``UsageError`` unless ``interval`` is None or an interval of timesteps, which may be empty.
 
     A network with ``distilled`` guidance takes none: it is guided at every timestep.
     """
@@ -59,21 +59,23 @@ def check_interval(interval: Interval | None, distilled: float | None) -> None:
     low, high = interval
     if not 0 <= low <= high <= NUM_TRAIN_TIMESTEPS:
         raise UsageError(
-            f"guidance interval is {low},{high}: give LOW,HIGH with 0 <= LOW <= HIGH <= {NUM_TRAIN_TIMESTEPS}, "
-            "such as 200,800; timesteps near 0 are nearly free of noise"
+            f"guidance interval is {low},{high}",
+            f"give LOW,HIGH with 0 <= LOW <= HIGH <= {NUM_TRAIN_TIMESTEPS}, such as 200,800; timesteps near 0 are "
+            "nearly free of noise",
         )
     if distilled is not None:
         raise UsageError(
             f"guidance interval is {low},{high}, and the model has guidance {distilled} distilled into it, at every "
-            "timestep: leave it out, or use a model without distilled guidance"
+            "timestep",
+            "leave it out, or use a model without distilled guidance",
         )
 
 
 def guidance_at(t: int, guidance: float, interval: Interval | None) -> float:
-    """``guidance`` at timestep ``t``, which is 1, the conditional branch alone, outside of ``interval``."""
+    """``guidance`` at timestep ``t``; outside of ``interval`` it is 1."""
     return guidance if interval is None or interval[0] <= t < interval[1] else 1.0
 
 
 def is_distillable(guidance: Any) -> bool:
-    """Whether ``guidance`` is a number that distillation makes sense for: more than 1, which is none."""
+    """Whether ``guidance`` is a number above 1, for only that can be distilled: 1 means no guidance."""
     return isinstance(guidance, (int, float)) and not isinstance(guidance, bool) and 1 < guidance <= MAX_GUIDANCE

@@ -1,8 +1,8 @@
 """The samplers: which timesteps are visited, and how a predicted noise moves the latent to the next one.
 
-Numpy only, no network and no random numbers here: the noise is passed in, so a run repeats on every runtime.
-Coefficients are worked out in float64 and applied in the arrays' own type. Only what the bundles declare is
-offered: scaled-linear betas, noise prediction, leading spacing, no clipping, no noise added on the way.
+There are no random numbers here: the noise is passed in, so a run repeats on every runtime. Coefficients are worked
+out in float64 and applied in the arrays' own type. Only what the bundles declare is offered: scaled-linear betas,
+noise prediction, leading spacing, no clipping, no noise added on the way.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Scheduler(ABC):
 
     def __init__(self, steps: int, strength: float = 1.0) -> None:
         if not 1 <= steps <= self.max_steps:
-            raise UsageError(f"steps is {steps}: give a whole number from 1 to {self.max_steps}")
+            raise UsageError(f"steps is {steps}", f"give a whole number from 1 to {self.max_steps}")
         if not 0.0 < strength <= 1.0:  # NaN fails too
-            raise UsageError(f"strength is {strength}: give a number above 0 and at most 1")
+            raise UsageError(f"strength is {strength}", "give a number above 0 and at most 1")
         kept = int(steps * strength)
         if kept == 0:
-            raise UsageError(f"strength {strength} leaves no step of {steps}: {self._more(steps, strength)}")
-        self.steps = steps
+            least = math.ceil(1000 / steps) / 1000
+            raise UsageError(f"strength {strength} leaves no step of {steps}", f"raise it to {least:g}, or the steps")
         self.strength = strength
         self.timesteps: list[int] = self._schedule(steps)[steps - kept :]
 
@@ -73,7 +73,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def linear_step(self, index: int) -> LinearStep:
-        """What ``step`` does at ``timesteps[index]``, as numbers; it neither needs nor changes what was done before."""
+        """What ``step`` does at ``timesteps[index]``, as numbers; it depends on no earlier call."""
 
     def alpha_bar(self, t: int) -> float:
         """Share of the signal's variance at timestep ``t``; 1 below timestep 0, where all noise is gone."""
@@ -92,14 +92,6 @@ class Scheduler(ABC):
             t = self.timesteps[0]
         alpha_bar = self.alpha_bar(t)
         return math.sqrt(alpha_bar) * latent + math.sqrt(1.0 - alpha_bar) * noise
-
-    def _more(self, steps: int, strength: float) -> str:
-        """The remedy for a strength that leaves no step: values that do leave one."""
-        least = f"raise the strength to {math.ceil(1000 / steps) / 1000:g}"
-        needed = math.ceil(1.0 / strength)
-        if int(needed * strength) < 1:  # the product may round to just below 1
-            needed += 1
-        return least if needed > self.max_steps else f"{least} or the steps to {needed}"
 
 
 class DDIM(Scheduler):

@@ -20,12 +20,14 @@ from ..bundle.manifest import resolved_components
 from ..data.masks import sample_mask
 from ..data.photographs import HELD_OUT, load_photograph
 from ..imaging.classical import telea
-from ..imaging.masks import latent_mask
-from ..metrics.quality import hole_psnr_db, hole_ssim, texture_ratio
+from ..metrics.fidelity import hole_psnr_db, hole_ssim, texture_ratio
 from ..pipeline.inpainter import Inpainter
-from ..pipeline.loop import denoise, initial_noise
+from ..pipeline.loop import fill as fill_holes
+from ..pipeline.loop import initial_noise
 from ..runtimes.pytorch import TorchRuntime
+from ..sampling.calls import Sampling
 from ..sampling.scheduler import DDIM
+from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE
 from ..system.files import atomic_write, utf8_path
 from .autoencoder import texture_loss
 from .data import to_network
@@ -72,17 +74,15 @@ def fill(
     Nothing of what lies under the mask is seen. Raises BundleError for a prediction that is not finite.
     """
     size = len(cases[0].mask)
+    latent_size = size // LATENT_DOWNSCALE
     components = resolved_components(size)
     fills = []
     with TorchRuntime(student, vae, components) as runtime:
         for number, case in enumerate(cases):
-            holed = to_network(case.image[None]) * ~case.mask  # mid-grey
-            masked = runtime.run("vae_encoder", {"image": holed.astype(np.float32)})["latent"]
-            mask = latent_mask(case.mask, masked.shape[-1]).astype(np.float32)[None, None]
-            latents = initial_noise(number, 0, masked.shape)
-            for step in denoise(runtime, latents, mask, masked, DDIM(steps), guidance):
-                latents = step.latent
-            image = runtime.run("vae_decoder", {"latent": latents})["image"][0].transpose(1, 2, 0)
+            noise = initial_noise(number, 0, (1, LATENT_CHANNELS, latent_size, latent_size))
+            sampling = Sampling(DDIM(steps), guidance)
+            result = fill_holes(runtime, to_network(case.image[None]), case.mask[None], noise, sampling)
+            image = result.images[0].transpose(1, 2, 0)
             pixels = ((image.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
             fills.append(np.where(case.mask[..., None], pixels, case.image))
     return fills

@@ -19,6 +19,7 @@ from ..bundle.manifest import resolved_components
 from ..errors import MachineError
 from ..pipeline.loop import denoise, initial_noise
 from ..runtimes.pytorch import TorchRuntime
+from ..sampling.calls import Sampling
 from ..sampling.scheduler import DDIM
 from ..spec import LATENT_DOWNSCALE
 from ..system.files import atomic_write, utf8_path
@@ -101,11 +102,10 @@ class SampleGrid:
         """
         size = self._mask.shape[-1] * LATENT_DOWNSCALE
         components = resolved_components(size)
-        scheduler = DDIM(self._steps)
-        latents = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))
+        sampling = Sampling(DDIM(self._steps), self._guidance)
+        noise = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))
         with TorchRuntime(student, self._vae, components) as runtime:
-            for step in denoise(runtime, latents, self._mask, self._masked, scheduler, self._guidance):
-                latents = step.latent
+            latents = denoise(runtime, noise, self._mask, self._masked, sampling)
         fills = self._decode(torch.from_numpy(latents))
         fills = np.where(in_pixels(self._mask), fills, self._clean)
         rows = zip(self._clean, self._holes, fills, strict=True)

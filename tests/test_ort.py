@@ -1,0 +1,380 @@
+"""ONNX Runtime on graphs whose results are known, and its GPU providers as far as they show without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
+from toy import call_int8, decode, describe_again, encode, expected_latent, make_toy_bundle
+
+from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
+from moebius_edge.runtimes import create_runtime, providers
+from moebius_edge.runtimes.base import Arrays
+from moebius_edge.runtimes.cuda import find_gpu
+from moebius_edge.runtimes.ort import OrtRuntime, check_placement, read_placement
+from moebius_edge.runtimes.providers import (
+    PROBE,
+    absence,
+    engine_folder,
+    engines_missing,
+    session_providers,
+    start_problem,
+)
+from moebius_edge.spec import COMPONENTS
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.load(make_toy_bundle(tmp_path / "toy"))
+
+
+def image(batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(batch).uniform(-1, 1, (batch, 3, 64, 64)).astype(np.float32)
+
+
+def denoiser_feeds(batch: int) -> Arrays:
+    sample = np.random.default_rng(0).normal(size=(batch, 9, 8, 8)).astype(np.float32)
+    return {"sample": sample, "timestep": np.zeros(batch, np.float32), "branch": np.zeros(batch, np.int64)}
+
+
+class Broken:
+    """A session whose calls fail with ``text``."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def run(self, *arguments: object) -> None:
+        raise RuntimeError(self.text)
+
+
+def refuse_to_enter(runtime: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught, runtime:
+        raise AssertionError("never entered")
+    assert "\n" not in str(caught.value)
+
+
+def test_it_computes_what_the_graphs_say(bundle: Bundle) -> None:
+    with create_runtime("onnxruntime", bundle, "cpu") as runtime:
+        latent = runtime.run("vae_encoder", {"image": image(3)})["latent"]
+        np.testing.assert_allclose(latent, encode(image(3)), atol=1e-6)
+        np.testing.assert_allclose(runtime.run("vae_decoder", {"latent": latent})["image"], decode(latent), atol=1e-6)
+
+        # At t = 0 with x_t = x̂ there is hardly any noise left to predict; the branches differ by a tenth.
+        mask = np.zeros((1, 1, 8, 8), np.float32)
+        mask[:, :, 2:5, 3:6] = 1
+        masked = latent[:1] * (1 - mask)
+        clean = expected_latent(mask, masked, 1.0)
+        sample = np.concatenate([clean * np.float32(np.sqrt(0.99915)), mask, masked], axis=1)
+        feeds = {"sample": np.repeat(sample, 2, axis=0), "timestep": np.zeros(2, np.float32), "branch": np.arange(2)}
+        noise = runtime.run("denoiser", feeds)["noise"]
+        np.testing.assert_allclose(noise[0], 0, atol=1e-4)
+        np.testing.assert_allclose(noise[1], 0.1 * clean[0] * np.sqrt(0.99915 / 0.00085), atol=1e-3)
+
+
+def test_any_graph_runs_without_a_bundle(bundle: Bundle) -> None:
+    encoder = {"vae_encoder": bundle.components["vae_encoder"]}
+    with OrtRuntime(encoder, {"vae_encoder": bundle.path / "vae_encoder.onnx"}) as runtime:
+        np.testing.assert_allclose(runtime.run("vae_encoder", {"image": image()})["latent"], encode(image()), atol=1e-6)
+
+
+def test_building_is_cheap_and_info_says_what_executes(bundle: Bundle) -> None:
+    runtime = create_runtime("onnxruntime", bundle, threads=1)
+    assert not runtime.active
+    named = {"name": "onnxruntime", "version": onnxruntime.__version__, "device": "cpu", "provider": CPU}
+    assert runtime.info == {**named, "threads": 1}
+    assert create_runtime("onnxruntime", bundle).info["threads"] >= 1
+    with pytest.raises(UsageError, match="threads must be 1 or more, got 0"):
+        create_runtime("onnxruntime", bundle, threads=0)
+
+
+def test_a_file_that_is_no_graph_is_one_line_without_the_stack(bundle: Bundle, capfd: pytest.CaptureFixture) -> None:
+    (bundle.path / "denoiser.onnx").write_bytes(b"not a graph")
+    again = Bundle.load(describe_again(bundle.path))
+    refuse_to_enter(create_runtime("onnxruntime", again), BundleError, "denoiser.onnx is no ONNX file .*export the")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_of_another_component_is_refused(bundle: Bundle) -> None:
+    (bundle.path / "vae_decoder.onnx").write_bytes((bundle.path / "vae_encoder.onnx").read_bytes())
+    again = Bundle.load(describe_again(bundle.path))
+    message = r"has the inputs image, bundle\.json says latent"
+    refuse_to_enter(create_runtime("onnxruntime", again), BundleError, message)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code\nstack",
+            BundleError,
+            r"denoiser failed in onnxruntime .* \(Non-zero status code\): run",
+        ),
+        ("std::bad_alloc", OutOfMemory, "denoiser failed: not enough memory on {device}"),
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for 1 GB",
+            OutOfMemory,
+            r"denoiser failed: not enough memory on {device} \(Failed to allocate",
+        ),
+    ],
+)
+def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str, text: str, error: type[Exception], message: str
+) -> None:
+    FakeGpu(monkeypatch)
+    with create_runtime("onnxruntime", bundle, device) as runtime:
+        monkeypatch.setitem(runtime._sessions, "denoiser", Broken(text))
+        with pytest.raises(error, match=message.format(device=device)):
+            runtime.run("denoiser", denoiser_feeds(1))
+
+
+# --- a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "provider"), [("cuda", CUDA), ("tensorrt", TENSORRT)])
+def test_a_gpu_session_proves_where_it_runs(
+    device: str, provider: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeGpu(monkeypatch)
+    runtime = create_runtime("onnxruntime", bundle, device)
+    assert "nodes" not in runtime.info, "nothing is touched before with"
+    with runtime:
+        latent = runtime.run("vae_encoder", {"image": image(1)})["latent"]
+        np.testing.assert_allclose(latent, encode(image(1)), atol=1e-5)
+        assert set(runtime.info["nodes"]) == set(COMPONENTS)
+        assert set(runtime.info["nodes"]["denoiser"]) == {provider}
+        assert runtime.info["provider"] == provider and runtime.info["nodes"]["denoiser"][provider] > 5
+    assert not runtime._sessions
+
+
+def test_a_gpu_that_is_given_nothing_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    gpu.idle = True
+    refuse_to_enter(
+        create_runtime("onnxruntime", bundle, "cuda"), MachineError, f"{CUDA} executes no node of vae_encoder"
+    )
+    gpu.idle, gpu.left_to_cpu = False, {"Conv"}
+    message = "vae_encoder would run 1 Conv on the CPU"
+    refuse_to_enter(create_runtime("onnxruntime", bundle, "cuda"), MachineError, message)
+    gpu.left_to_cpu = {"Gather", "Unsqueeze"}
+    with create_runtime("onnxruntime", bundle, "cuda") as runtime:
+        assert runtime.info["nodes"]["denoiser"][CPU] >= 2
+
+
+def test_a_real_profile_is_read(bundle: Bundle, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(bundle.paths["vae_encoder"], options, providers=[CPU])
+    session.run(None, {"image": image()})
+    assert read_placement(Path(session.end_profiling())) == {CPU: Counter({"AveragePool": 1, "Conv": 1})}
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ({CUDA: Counter(Conv=40), CPU: Counter(Shape=3, Gather=2)}, None),
+        *(
+            ({CUDA: Counter(Add=40), CPU: Counter({operator: 2, "Shape": 1})}, f"would run 2 {operator} on the CPU")
+            for operator in ("Conv", "FusedMatMul", "QLinearConv", "Gemm", "Einsum")
+        ),
+        ({CPU: Counter(Conv=3)}, r"executes no node of denoiser \(3 on CPUE"),
+        ({}, r"executes no node of denoiser \(none at all"),
+    ],
+)
+def test_products_are_not_left_to_the_cpu(placement: dict, message: str | None) -> None:
+    """Shape arithmetic may be."""
+    if message is None:
+        check_placement("denoiser", placement, CUDA, "cuda")
+        return
+    with pytest.raises(MachineError, match=message):
+        check_placement("denoiser", placement, CUDA, "cuda")
+
+
+def test_engines_that_must_be_built_first_are_announced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    assert create_runtime("onnxruntime", bundle, "cuda").notes == []
+    (note,) = create_runtime("onnxruntime", bundle, "tensorrt").notes
+    assert "TensorRT builds engines for vae_encoder, denoiser, vae_decoder first" in note
+    assert str(bundle.path / "engines") in note
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "said"),
+    [
+        ("tensorrt", "cpu", "INT8 for tensorrt: on cpu it gives the same pictures slowly; export with --target cpu"),
+        ("cpu", "cuda", "INT8 for cpu: on cuda it gives the same pictures slowly; export with --target tensorrt"),
+        ("tensorrt", "cuda", None),
+        ("cpu", "cpu", None),
+    ],
+)
+def test_an_int8_file_that_is_made_for_something_else_is_announced(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, device: str, said: str | None
+) -> None:
+    FakeGpu(monkeypatch)
+    notes = create_runtime("onnxruntime", Bundle.load(call_int8(bundle.path, target=target)), device).notes
+    assert len(notes) == (said is not None) and (said is None or said in notes[0])
+
+
+def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpu(monkeypatch)
+    text = "[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x"
+    for device, error in (("tensorrt", MachineError), ("cuda", BundleError)):
+        with create_runtime("onnxruntime", bundle, device) as runtime:
+            monkeypatch.setitem(runtime._sessions, "denoiser", Broken(text))
+            with pytest.raises(error) as caught:
+                runtime.run("denoiser", denoiser_feeds(1))
+        command = f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}"
+        assert (command in str(caught.value)) == (device == "tensorrt")
+
+
+def test_an_engine_cache_that_cannot_be_made(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeGpu(monkeypatch)
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(providers, "ASSETS", bundle.path.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    message = "cannot make the engine cache .*run `mkdir -p"
+    refuse_to_enter(create_runtime("onnxruntime", bundle, "tensorrt"), MachineError, message)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_real_gpu_agrees_with_the_cpu(device: str, bundle: Bundle) -> None:
+    if find_gpu() is None:
+        pytest.skip("no GPU in this machine")
+    with create_runtime("onnxruntime", bundle, "cpu") as cpu, create_runtime("onnxruntime", bundle, device) as gpu:
+        for component, feeds in (("denoiser", denoiser_feeds(2)), ("vae_encoder", {"image": image(1)})):
+            expected, actual = cpu.run(component, feeds), gpu.run(component, feeds)
+            for name, array in expected.items():
+                np.testing.assert_allclose(actual[name], array, rtol=1e-4, atol=1e-4)
+
+
+# --- providers -------------------------------------------------------------------------------------------
+
+
+def test_the_probe_is_one_addition() -> None:
+    model = onnx.load_from_string(PROBE)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(n.op_type, list(n.input), list(n.output)) for n in model.graph.node] == [("Add", ["x", "x"], ["y"])]
+    session = onnxruntime.InferenceSession(PROBE, providers=[CPU])
+    assert session.run(None, {"x": np.array([1, 2], np.float32)})[0].tolist() == [2, 4]
+
+
+def test_a_provider_that_works_and_those_that_do_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    assert [start_problem(onnxruntime, device) for device in ("cpu", "cuda", "tensorrt")] == ["", "", ""]
+    for device, name, why in (("cuda", CUDA, ""), ("tensorrt", TENSORRT, " (Please install TensorRT)")):
+        gpu.broken = {name}
+        expected = f"onnxruntime could not start {name}{why}: check the driver with `nvidia-smi`"
+        assert start_problem(onnxruntime, device) == expected
+    gpu.broken = set()
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *a: [np.zeros(2, np.float32)])
+    assert "computes 1 + 1 = 0.0" in start_problem(onnxruntime, "cuda")
+    assert capfd.readouterr() == ("", ""), "--json has stdout to itself"
+
+
+@pytest.mark.parametrize(
+    ("complaint", "named", "remedy"),
+    [
+        ("libcudnn.so.9: cannot open shared object file: No such file or directory", True, "[cuda,cudnn]"),
+        ("libnvinfer.so.10: cannot open shared object file: No such file or directory", True, '"tensorrt<11"'),
+        ("libcuda.so.1: cannot open shared object file: No such file or directory", True, "nvidia-smi"),
+        ("FOLDER/x.so: undefined symbol: Provider_GetHost", False, "nvidia-smi"),
+        ("FOLDER/LIBRARY: cannot open shared object file: No such file or directory", False, "nvidia-smi"),
+    ],
+)
+def test_the_library_that_is_missing_is_named(
+    complaint: str, named: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeGpu(monkeypatch).broken = {CUDA, TENSORRT}
+    loaded: list[str] = []
+
+    def load(path: str, *mode: int) -> None:
+        loaded.append(Path(path).name)
+        folder, name = os.path.split(path)
+        raise OSError(complaint.replace("FOLDER", folder).replace("LIBRARY", name))
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    problem = start_problem(onnxruntime, "tensorrt")
+    assert loaded == ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_tensorrt.so"]
+    assert remedy in problem and (f"({complaint.split(':')[0]}: cannot open shared object file)" in problem) == named
+
+
+def test_the_command_fits_the_machine(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+    FakeGpu(monkeypatch, providers=(CPU,))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert absence(onnxruntime, "cpu") == ""
+    assert 'pip install "moebius-edge[gpu]" "tensorrt<11"`' in absence(onnxruntime, "tensorrt")
+    with pytest.raises(MachineError, match=rf"has no {CUDA} .*moebius-edge\[gpu\].*, or use the device cpu"):
+        create_runtime("onnxruntime", bundle, "cuda")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    text = absence(onnxruntime, "cuda")
+    assert "pip install" not in text and "docs/jetson.md" in text
+
+
+def test_options_keep_the_files_precision(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+    FakeGpu(monkeypatch)
+
+    def given(device: str, component: str = "denoiser", engines: Path | None = Path("/e")) -> Sequence[Any]:
+        return session_providers(onnxruntime, device, bundle.components[component], engines)
+
+    (name, cuda), last = given("cuda")
+    assert (name, last) == (CUDA, CPU)
+    assert cuda["use_tf32"] == "0" and cuda["arena_extend_strategy"] == "kSameAsRequested"
+    (name, options), (second, again), last = given("tensorrt")
+    assert (name, second, last, again) == (TENSORRT, CUDA, CPU, cuda)
+    assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == "/e"
+    assert options["trt_profile_min_shapes"] == "sample:1x9x8x8,timestep:1,branch:1"
+    for most in ("trt_profile_opt_shapes", "trt_profile_max_shapes"):
+        assert options[most] == "sample:2x9x8x8,timestep:2,branch:2"
+    assert given("tensorrt", "vae_encoder")[0][1]["trt_profile_max_shapes"] == "image:1x3x64x64"
+    assert "trt_engine_cache_enable" not in given("tensorrt", engines=None)[0][1]
+
+
+def test_engines_lie_beside_the_bundle_by_content_version_and_gpu(
+    monkeypatch: pytest.MonkeyPatch, bundle: Bundle
+) -> None:
+    monkeypatch.setattr(providers, "gpu_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(providers, "package_version", lambda *names: None)
+    digest = bundle.files["denoiser.onnx"]["sha256"][:12]
+    inner = Path("onnxruntime-1.23.2-nvidia-geforce-rtx-4090") / f"denoiser-{digest}"
+    assert engine_folder(bundle, "denoiser", "1.23.2") == bundle.path / "engines" / inner
+    assert engines_missing(bundle, "1.23.2") == ["vae_encoder", "denoiser", "vae_decoder"]
+    for name in ("denoiser", "vae_decoder"):
+        folder = engine_folder(bundle, name, "1.23.2")
+        folder.mkdir(parents=True)
+        (folder / "TensorrtExecutionProvider_graph_sm89.engine").touch()
+    assert engines_missing(bundle, "1.23.2") == ["vae_encoder"]
+    assert len(engines_missing(bundle, "1.24.0")) == 3, "another version builds its own"
+    monkeypatch.setattr(providers, "package_version", lambda *names: ("tensorrt", "10.13.2.6"))
+    assert "onnxruntime-1.23.2-tensorrt-10.13.2.6-nvidia" in str(engine_folder(bundle, "denoiser", "1.23.2"))
+    Bundle.load(bundle.path)  # an engine is no part of the bundle's files
+
+
+def test_engines_of_an_installed_or_read_only_bundle_are_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, bundle: Bundle, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(providers, "gpu_name", lambda: None)
+    monkeypatch.setattr(providers, "package_version", lambda *names: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle.path and writable(path, mode))
+    expected = tmp_path / "cache" / "moebius-edge" / "engines" / "onnxruntime-1-gpu"
+    assert engine_folder(bundle, "vae_encoder", "1").parent == expected
+    monkeypatch.setattr(os, "access", writable)
+    assert engine_folder(bundle, "vae_encoder", "1").is_relative_to(bundle.path)
+    monkeypatch.setattr(providers, "ASSETS", bundle.path.parent)
+    assert engine_folder(bundle, "vae_encoder", "1").parent == expected

@@ -1,41 +1,28 @@
-"""How fast a quantised denoiser is beside the one it would replace, both on this machine's own runtime.
-
-They take turns, so that a noisy machine slows both alike: the ratio is what counts.
-"""
+"""How fast a quantised denoiser is beside the one that would run instead, both on this machine's ONNX Runtime."""
 
 from __future__ import annotations
 
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from ..bundle.bundle import Bundle, write_bundle
+from ..bundle.bundle import Bundle
 from ..export.precision import to_float16
-from ..runtimes import Runtime
-from ..runtimes.base import drawn_feeds
+from ..progress import Progress
+from ..runtimes.base import Runtime, drawn_feeds
 from ..runtimes.ort import OrtRuntime
 from ..runtimes.providers import absence, import_onnxruntime, start_problem
-from ..spec import DENOISER, SHALLOW
+from ..spec import DENOISER
 from ..system.files import scratch_directory
+from .components import partial_bundle
 
 ROUNDS, WARM_UPS = 9, 2
-
-
-class DenoiserRuntime(OrtRuntime):
-    """A bundle's denoiser alone, without its autoencoder."""
-
-    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
-        super().__init__(bundle, device)
-        self.components = {"denoiser": self.components["denoiser"]}
-        self._paths = {"denoiser": self._paths["denoiser"]}
+_OPTION = {"float32": "fp32", "float16": "fp16"}  # of ``--precision``
 
 
 def fastest_device(target: str) -> str:
-    """Where files of ``target`` run on this machine by ONNX Runtime: ``tensorrt``, ``cuda`` or ``cpu``."""
+    """Where files for ``target`` run on this machine by ONNX Runtime: ``tensorrt``, ``cuda`` or ``cpu``."""
     ort = import_onnxruntime()
     for device in ("tensorrt", "cuda") if target == "tensorrt" else ():
         if not absence(ort, device) and not start_problem(ort, device):
@@ -43,70 +30,53 @@ def fastest_device(target: str) -> str:
     return "cpu"
 
 
-def compare_speed(quantised: Runtime, other: Runtime, rows: int, tell: Callable[[int, int], None]) -> dict[str, Any]:
-    """Median milliseconds of a call with ``rows`` rows of two active runtimes that have a denoiser, and their ratio.
+def measure_speed(reference: Bundle, candidate: Bundle, target: str, progress: Progress) -> dict[str, Any]:
+    """INT8 beside what one would run instead: FP16 on a GPU, float32 on a CPU.
 
-    ``speedup`` is the other's time over the quantised one's: above 1, INT8 pays.
+    ``int8_ms`` and ``other_ms`` are median milliseconds of a call with ``rows`` rows; ``speedup`` is the other's time
+    over INT8's, so that INT8 pays above 1.
     """
+    device = fastest_device(target)
+    precision = "float32" if device == "cpu" else "float16"
+    other = partial_bundle(reference, DENOISER)
+    with scratch_directory(candidate.path) as folder:
+        if precision == "float16":
+            other = partial_bundle(reference, DENOISER, folder=folder)
+            shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
+            to_float16(other.component_path(DENOISER))
+        with (
+            OrtRuntime(partial_bundle(candidate, DENOISER), device) as quantised,
+            OrtRuntime(other, device) as plain,
+        ):
+            times = compare_speed(quantised, plain, reference.branches, progress)
+            info = quantised.info
+    runtime = f"onnxruntime {info['version']}"
+    return {"other": precision, "device": device, "runtime": runtime, "threads": info["threads"], **times}
+
+
+def compare_speed(quantised: Runtime, other: Runtime, rows: int, progress: Progress) -> dict[str, Any]:
+    """The times of two active runtimes, which take turns, so that a noisy machine slows both alike."""
     feeds = drawn_feeds(quantised.components[DENOISER], rows)
-    taken: tuple[list[float], list[float]] = ([], [])
+    measured: tuple[list[float], list[float]] = ([], [])
     for turn in range(WARM_UPS + ROUNDS):
-        for runtime, times in zip((quantised, other), taken, strict=True):
+        for runtime, times in zip((quantised, other), measured, strict=True):
             start = time.perf_counter()
-            runtime.run("denoiser", feeds)
+            runtime.run(DENOISER, feeds)
             if turn >= WARM_UPS:
                 times.append((time.perf_counter() - start) * 1e3)
-        tell(turn + 1, WARM_UPS + ROUNDS)
-    fast, slow = (statistics.median(times) for times in taken)
+        progress("speed beside INT8", turn + 1, WARM_UPS + ROUNDS)
+    fast, slow = (statistics.median(times) for times in measured)
     return {"int8_ms": round(fast, 2), "other_ms": round(slow, 2), "speedup": round(slow / fast, 3), "rows": rows}
 
 
-def measure_speed(
-    reference: Bundle, candidate: Bundle, target: str, progress: Callable[[str, int, int], None]
-) -> dict[str, Any]:
-    """INT8 beside what one would run instead, FP16 on a GPU and float32 on a CPU: ``compare_speed``, and on what."""
-    device = fastest_device(target)
-    with (
-        _alternative(reference, candidate.path, device) as other,
-        DenoiserRuntime(candidate, device) as quantised,
-        DenoiserRuntime(other, device) as plain,
-    ):
-        figures = compare_speed(quantised, plain, reference.branches, lambda i, n: progress("speed beside INT8", i, n))
-        info = quantised.info
-    where = {"device": device, "runtime": f"onnxruntime {info['version']}", "threads": info["threads"]}
-    return {"other": other.precision, **where, **figures}
-
-
 def advice(speed: dict[str, Any], target: str) -> list[str]:
-    """What a speed that was measured means for this machine; nothing where INT8 pays."""
+    """What a measured speed means for this machine; nothing if INT8 pays."""
     if speed["speedup"] > 1:
         return []
-    other = {"float32": "fp32", "float16": "fp16"}[speed["other"]]
-    said = f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
-    said += f"{speed['other_ms']:g} ms; use --precision {other} here"
+    text = (
+        f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
+        f"{speed['other_ms']:g} ms; use --precision {_OPTION[speed['other']]} here"
+    )
     if speed["device"] == "cpu" and target == "tensorrt":
-        said += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
-    return [said]
-
-
-@contextmanager
-def _alternative(reference: Bundle, beside: Path, device: str) -> Iterator[Bundle]:
-    """The float32 bundle, or for a GPU one in FP16 that is gone afterwards."""
-    if device == "cpu":
-        yield reference
-        return
-    with scratch_directory(beside) as folder:
-        for component in reference.components.values():
-            shutil.copyfile(reference.component_path(component.name), folder / component.file)
-        for component in (c for c in reference.components.values() if c.name in (DENOISER, SHALLOW)):
-            to_float16(folder / component.file)
-        write_bundle(
-            folder,
-            **{key: getattr(reference, key) for key in ("name", "description", "licence", "model", "resolution")},
-            **{key: getattr(reference, key) for key in ("scaling_factor", "source", "tools", "defaults")},
-            distilled_guidance=reference.distilled_guidance,
-            deep_channels=reference.deep_channels,
-            precision="float16",
-            gate={},
-        )
-        yield Bundle.load(folder, verify=False)
+        text += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
+    return [text]

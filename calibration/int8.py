@@ -27,20 +27,26 @@ from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
 from ..progress import Progress, no_progress
-from ..runtimes.ort import OrtRuntime
+from ..runtimes import create_runtime
 from ..spec import DENOISER, SHALLOW
 from ..system.files import atomic_directory, refuse_loss
 from ..system.fingerprint import ResultCache
 from .blocks import Recipe, blocks
-from .evaluate import CandidateEvaluator, CaseMetrics, make_cases, mean_hole_psnr_db
+from .evaluate import (
+    CandidateEvaluator,
+    CaseMetrics,
+    fastest_device,
+    make_cases,
+    mean_hole_psnr_db,
+    measure_speed,
+)
 from .quantise import Quantiser, integer_kernels, quantised_nodes
 from .record import record
-from .search import Sensitivity, best_psnr_db, choose_recipe, measure_sensitivity
-from .speed import advice, fastest_device, measure_speed
+from .search import Search, best_psnr_db
 
 RECIPE_FILE = "recipe.json"
 MIN_PSNR_DB = 30.0  # in the hole, of the worst held-out case
-SEARCH_CASES, SEARCH_STEPS = 2, 5
+SEARCH_CASES = 2
 _REST = {"tensorrt": "float16", "cpu": "float32"}  # what is not quantised
 _INHERITED = (  # what an INT8 bundle has in common with the one that it was made from
     *("description", "licence", "model", "resolution", "scaling_factor"),
@@ -50,14 +56,11 @@ _INHERITED = (  # what an INT8 bundle has in common with the one that it was mad
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How to quantise.
+    """How to quantise; ``cache`` is the folder that keeps what was recorded and measured.
 
     ``data`` and ``masks`` are as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is
-    one of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; ``cache`` is the folder that keeps what was
-    recorded and measured; ``name`` is the new bundle's, and with ``force`` it replaces one that is there already.
-
-    Raises:
-        UsageError: there is no ``data``.
+    one of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; with ``force`` an older output is replaced.
+    Without ``data`` a ``UsageError`` is raised.
     """
 
     cache: Path
@@ -70,22 +73,20 @@ class Int8Options:
     steps: int = 20
     guidance: float | None = None
     seed: int = 0
-    name: str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
         if self.data is None:
             raise UsageError(
-                f"INT8 is calibrated on photographs, {ADVISED} or more of the kind to fill, and none are given",
-                "name their folder, as in `moebius-edge export tiny --precision int8 --calibration-data photos "
-                "--output tiny-int8`",
+                f"INT8 is calibrated on photographs, {ADVISED} or more of the kind to fill, and none are named",
+                "name their folder, such as `moebius-edge export tiny --precision int8 --calibration-data photos "
+                "-o tiny-int8`",
             )
 
 
 def default_cache(output: str | os.PathLike[str]) -> Path:
     """The cache beside the output, where it outlives an export that failed."""
-    target = Path(output)
-    return target.with_name(f"{target.name}.calibration")
+    return Path(output).with_name(f"{Path(output).name}.calibration")
 
 
 def quantise_bundle(
@@ -105,19 +106,31 @@ def quantise_bundle(
     refuse_loss(output, (reference.path, options.cache, options.data, options.masks), "which is used or kept")
     recipe = None if options.recipe is None else _load_recipe(options.recipe, reference)
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)
+    settings: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
     with atomic_directory(output, overwrite=options.force) as folder:
-        job = _Job(reference, recorded, options, progress)
+        cache = ResultCache(options.cache)
+        statistics = record(reference, recorded, options.target, cache, progress, seed=options.seed, **settings)
+        progress("read the denoiser", 0, 0)
+        quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges, options.target)
+        cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
+        search = Search(reference, quantiser, cases, cache, progress, **settings)
         if recipe is None:
-            recipe = job.find_recipe()
+            recipe = search.find_recipe(options.min_psnr_db)
         recipe.save(options.cache / RECIPE_FILE)
-        facts = job.write_files(folder, recipe)
-        write_bundle(folder, gate={}, **facts)  # provisional, for the runtime reads a bundle
+        progress("quantise", 0, 0)
+        card = _write_files(folder, reference, quantiser, recipe)
+        card["name"] = Path(output).resolve().name
+        card["int8"]["calibration"] = {key: statistics.facts[key] for key in ("pictures", "steps", "seed")}
+        write_bundle(folder, gate={}, **card)  # provisional, so that a runtime can be made of it
         candidate = Bundle.load(folder, verify=False)
-        gate = job.judge(candidate, recipe, held_out, facts["int8"])
-        facts["int8"]["speed"] = measure_speed(reference, candidate, options.target, progress)
-        notes += advice(facts["int8"]["speed"], options.target)
-        write_bundle(folder, gate=gate, **facts)
-    return Bundle.load(Path(output), verify=False), notes
+        metrics, gate = _measure(reference, candidate, held_out, options, progress)
+        if not gate["hole_psnr_db"] >= options.min_psnr_db:  # a floor that is NaN is missed too
+            raise gate_error(metrics, recipe, search, options)
+        card["int8"]["blocks"] = block_table(quantiser, recipe, card["int8"]["nodes"], search.sensitivity)
+        card["int8"]["cases"] = [{k: v for k, v in asdict(m).items() if k != "latent_rms_drift"} for m in metrics]
+        card["int8"]["speed"] = measure_speed(reference, candidate, options.target, progress)
+        write_bundle(folder, gate=gate, **card)
+    return Bundle.load(Path(output), verify=False), notes + advice(card["int8"]["speed"], options.target)
 
 
 def _load_recipe(path: Path, reference: Bundle) -> Recipe:
@@ -129,115 +142,46 @@ def _load_recipe(path: Path, reference: Bundle) -> Recipe:
     return recipe
 
 
-class _Job:
-    """The steps of one quantisation: building it records, or takes up what was recorded."""
-
-    def __init__(self, reference: Bundle, recorded: Pictures, options: Int8Options, progress: Progress) -> None:
-        self.reference, self.options, self.progress = reference, options, progress
-        self.cache = ResultCache(options.cache)
-        settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
-        self.statistics = record(reference, recorded, options.target, self.cache, progress, **settings)
-        progress("read the denoiser", 0, 0)
-        self.quantiser = Quantiser(reference.component_path(DENOISER), self.statistics, options.ranges, options.target)
-        self.cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
-        self.sensitivity: Sensitivity = {}  # of the blocks that were measured
-
-    def find_recipe(self) -> Recipe:
-        """The recipe with the most multiply-adds in INT8 that stays above the floor."""
-        self.measure([block.name for block in self.quantiser.blocks])
-        options = self.options
-        with CandidateEvaluator(self.reference, self.cases, options.steps, options.guidance) as evaluator:
-            return choose_recipe(
-                self.quantiser, self.sensitivity, evaluator, options.min_psnr_db, self.cache, self.progress
-            )
-
-    def measure(self, names: list[str]) -> None:
-        """Measure the sensitivity of the blocks ``names``."""
-        facts: dict[str, Any] = {"recording": self.statistics.facts, "ranges": self.options.ranges}
-        facts |= {"steps": SEARCH_STEPS, "cases": len(self.cases)}
-        with CandidateEvaluator(self.reference, self.cases, SEARCH_STEPS, self.options.guidance) as evaluator:
-            search = (self.quantiser, evaluator, names, self.cache, facts, self.progress)
-            self.sensitivity = measure_sensitivity(*search)
-
-    def write_files(self, folder: Path, recipe: Recipe) -> dict[str, Any]:
-        """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them."""
-        self.progress("quantise", 0, 0)
-        target, reference = self.options.target, self.reference
-        half = _REST[target] == "float16"
-        float32_operators: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
-        model, kept_float32 = self.quantiser.quantise(recipe, half)
-        networks = {DENOISER: model}
-        if SHALLOW in reference.components:
-            networks[SHALLOW] = shallow_part(model)
-        for component in reference.components.values():
-            file = folder / component.file
-            if component.name in networks:
-                onnx.save(networks[component.name], str(file))
-                _check_operators(file, networks[component.name], target)
-                continue
-            shutil.copyfile(reference.component_path(component.name), file)
-            if half and component.name not in FLOAT32_COMPONENTS:
-                float32_operators[component.name] = to_float16(file)
-        if half:
-            float32_operators[DENOISER] = kept_float32
-        recipe.save(folder / RECIPE_FILE)
-        tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-        return {
-            **{field: getattr(reference, field) for field in _INHERITED},
-            "name": self.options.name or f"{reference.name}-int8",
-            "precision": "int8",
-            "float32_islands": float32_operators,
-            "tools": {**reference.tools, **tools},
-            "int8": self._int8_facts({name: quantised_nodes(network) for name, network in networks.items()}),
-        }
-
-    def _int8_facts(self, nodes: dict[str, list[str]]) -> dict[str, Any]:
-        """``int8`` of ``bundle.json`` as far as the files decide it; ``nodes`` are the quantised ones by component."""
-        target, quantiser, quantised = self.options.target, self.quantiser, nodes[DENOISER]
-        if not quantised:
-            raise UsageError(
-                f"the recipe leaves nothing in INT8 for {target}", "set a block to true that it computes in INT8"
-            )
-        return {
-            "target": target,
-            "rest": _REST[target],
-            "quantised_products": len(quantised),
-            "products": sum(len(block.nodes) for block in quantiser.blocks),
-            "share_of_multiplications": round(
-                sum(quantiser.share(b) for b in quantiser.blocks if not set(quantised).isdisjoint(b.nodes)), 4
-            ),
-            "ranges": self.options.ranges,
-            "calibration": {key: self.statistics.facts[key] for key in ("pictures", "steps", "seed")},
-            "nodes": quantised,
-            **({"shallow_nodes": nodes[SHALLOW]} if SHALLOW in nodes else {}),
-        }
-
-    def judge(self, candidate: Bundle, recipe: Recipe, held_out: Pictures, int8: dict[str, Any]) -> dict[str, Any]:
-        """The gate's metrics of ``candidate``; adds its cases and blocks to ``int8``.
-
-        Raises:
-            QualityError: the worst case is below the floor, or the shallow part differs from the whole denoiser.
-        """
-        options, reference = self.options, self.reference
-        number = max(HELD_OUT_CASES, len(held_out))
-        cases = make_cases(held_out, number, reference.resolution, options.seed + 1)
-        device = fastest_device(options.target)
-        evaluator = CandidateEvaluator(reference, cases, options.steps, options.guidance)
-        with evaluator, OrtRuntime(candidate, device) as runtime:
-            metrics = evaluator.evaluate(runtime, "gate, held-out pictures", self.progress)
-            difference = shallow_difference(runtime) if SHALLOW in candidate.components else None
-        if not min(m.hole_psnr_db for m in metrics) >= options.min_psnr_db:  # a floor that is NaN is missed too
-            if not self.sensitivity:
-                self.measure(sorted(recipe.chosen))
-            raise gate_error(metrics, recipe, self.sensitivity, options.min_psnr_db, options.cache / RECIPE_FILE)
-        gate = gate_report(metrics, options.min_psnr_db)
-        gate |= {"steps": options.steps, "guidance": self.statistics.facts["guidance"], "device": device}
-        if difference is not None:
-            judge_shallow(difference, "int8")
-            gate["shallow_difference"] = difference
-        int8["cases"] = [{k: v for k, v in asdict(m).items() if k != "latent_rms_drift"} for m in metrics]
-        int8["blocks"] = block_table(self.quantiser, recipe, int8["nodes"], self.sensitivity)
-        return gate
+def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe) -> dict[str, Any]:
+    """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them."""
+    target, half = quantiser.target, _REST[quantiser.target] == "float16"
+    float32: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
+    denoiser, float32_nodes = quantiser.quantise(recipe, half)
+    networks = {DENOISER: denoiser}
+    if SHALLOW in reference.components:
+        networks[SHALLOW] = shallow_part(denoiser)
+    nodes = {name: quantised_nodes(network) for name, network in networks.items()}
+    if not nodes[DENOISER]:
+        raise UsageError(
+            f"the recipe leaves nothing in INT8 for {target}", "set a block to true that it computes in INT8"
+        )
+    for component in reference.components.values():
+        file = folder / component.file
+        if component.name in networks:
+            onnx.save(networks[component.name], str(file))
+            _check_operators(file, networks[component.name], target)
+            continue
+        shutil.copyfile(reference.component_path(component.name), file)
+        if half and component.name not in FLOAT32_COMPONENTS:
+            float32[component.name] = to_float16(file)
+    if half:
+        float32[DENOISER] = float32_nodes
+    recipe.save(folder / RECIPE_FILE)
+    tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    quantised_blocks = [b for b in quantiser.blocks if not set(b.nodes).isdisjoint(nodes[DENOISER])]
+    int8 = {
+        "target": target,
+        "rest": _REST[target],
+        "quantised_products": len(nodes[DENOISER]),
+        "products": sum(len(block.nodes) for block in quantiser.blocks),
+        "share_of_multiplications": round(sum(map(quantiser.share, quantised_blocks)), 4),
+        "ranges": quantiser.method,
+        "nodes": nodes[DENOISER],
+        **({"shallow_nodes": nodes[SHALLOW]} if SHALLOW in nodes else {}),
+    }
+    inherited = {field: getattr(reference, field) for field in _INHERITED}
+    tools = {**reference.tools, **tools}
+    return {**inherited, "precision": "int8", "float32_islands": float32, "tools": tools, "int8": int8}
 
 
 def _check_operators(file: Path, model: onnx.ModelProto, target: str) -> None:
@@ -246,6 +190,28 @@ def _check_operators(file: Path, model: onnx.ModelProto, target: str) -> None:
         integer_kernels(file)
     elif wrong := problems(model):
         raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}: this is a bug, please report it")
+
+
+def _measure(
+    reference: Bundle, candidate: Bundle, pictures: Pictures, options: Int8Options, progress: Progress
+) -> tuple[list[CaseMetrics], dict[str, Any]]:
+    """The metrics of the files of ``candidate`` on each held-out case, and what the gate keeps of them.
+
+    Raises:
+        QualityError: the shallow part differs from the whole denoiser.
+    """
+    number = max(HELD_OUT_CASES, len(pictures))
+    cases = make_cases(pictures, number, reference.resolution, options.seed + 1)
+    device = fastest_device(options.target)
+    evaluator = CandidateEvaluator(reference, cases, options.steps, options.guidance)
+    with create_runtime("onnxruntime", candidate, device) as runtime:
+        metrics = evaluator.evaluate(runtime, "gate, held-out pictures", progress)
+        gate = gate_report(metrics, options.min_psnr_db)
+        gate |= {"steps": options.steps, "guidance": evaluator.guidance.scale, "device": device}
+        if SHALLOW in candidate.components:
+            gate["shallow_difference"] = shallow_difference(runtime)
+            judge_shallow(gate["shallow_difference"], "int8")
+    return metrics, gate
 
 
 def gate_report(metrics: Sequence[CaseMetrics], floor: float) -> dict[str, Any]:
@@ -260,24 +226,23 @@ def gate_report(metrics: Sequence[CaseMetrics], floor: float) -> dict[str, Any]:
     }
 
 
-def gate_error(
-    metrics: Sequence[CaseMetrics], recipe: Recipe, sensitivity: Sensitivity, floor: float, recipe_file: Path
-) -> QualityError:
-    """The error for a gate that was missed: the worst case, and the three blocks that cost most alone."""
+def gate_error(metrics: Sequence[CaseMetrics], recipe: Recipe, search: Search, options: Int8Options) -> QualityError:
+    """The error for a gate that was missed: the worst case, and the three blocks that cost most where measured."""
     worst = min(metrics, key=lambda m: m.hole_psnr_db)
-    alone = {name: best_psnr_db(sensitivity[name]) for name in recipe.chosen}
-    blocks = ", ".join(f"{name} ({alone[name]:.1f} dB alone)" for name in sorted(alone, key=alone.__getitem__)[:3])
+    search.measure(sorted(recipe.chosen))
+    alone = {name: best_psnr_db(search.sensitivity[name]) for name in recipe.chosen}
+    costly = ", ".join(f"{name} ({alone[name]:.1f} dB alone)" for name in sorted(alone, key=alone.__getitem__)[:3])
     return QualityError(
-        f"quality gate missed: in the hole of {worst.name} INT8 is {worst.hole_psnr_db:.2f} dB from float32, {floor:g} "
-        f"dB is the floor (mean of {len(metrics)} held-out cases {mean_hole_psnr_db(metrics):.2f} dB); the blocks that "
-        f"cost most: {blocks}; nothing was saved",
-        f"set them to false in {recipe_file} and pass it with --int8-recipe, give more calibration pictures, or lower "
-        "--min-psnr",
+        f"quality gate missed: in the hole of {worst.name} INT8 is {worst.hole_psnr_db:.2f} dB from float32, "
+        f"{options.min_psnr_db:g} dB is the floor (mean of {len(metrics)} held-out cases "
+        f"{mean_hole_psnr_db(metrics):.2f} dB); the blocks that cost most: {costly}; nothing was saved",
+        f"set them to false in {options.cache / RECIPE_FILE} and pass it with --int8-recipe, give more calibration "
+        "pictures, or lower --min-psnr",
     )
 
 
 def block_table(
-    quantiser: Quantiser, recipe: Recipe, nodes: Sequence[str], sensitivity: Sensitivity
+    quantiser: Quantiser, recipe: Recipe, nodes: Sequence[str], sensitivity: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
     """Each block: its PSNR alone (None where it was not measured), its share of the multiply-adds, whether quantised.
 
@@ -290,3 +255,17 @@ def block_table(
         row: dict[str, Any] = {"name": block.name, "share": round(quantiser.share(block), 5), "psnr_db": None}
         rows.append(row | sensitivity.get(block.name, {}) | {"quantised": quantised} | smoothed)
     return rows
+
+
+def advice(speed: dict[str, Any], target: str) -> list[str]:
+    """What a measured speed means for this machine; nothing if INT8 pays."""
+    if speed["speedup"] > 1:
+        return []
+    option = {"float32": "fp32", "float16": "fp16"}[speed["other"]]
+    text = (
+        f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
+        f"{speed['other_ms']:g} ms; use --precision {option} here"
+    )
+    if speed["device"] == "cpu" and target == "tensorrt":
+        text += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
+    return [text]

@@ -57,7 +57,8 @@ class Quantiser:
 
     def __init__(self, file: Path, statistics: Statistics, method: str, target: str) -> None:
         self.model = onnx.load(str(file))
-        self.target = target
+        self.method, self.target = method, target
+        self.facts = {**statistics.facts, "ranges": method}  # what a result of this quantiser depends on
         self.blocks: list[Block] = blocks(self.model)
         self.smoothable = frozenset(norm.block for norm in norms(self.model))
         self.candidates = [

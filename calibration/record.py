@@ -23,14 +23,13 @@ from ..export.onnx_graph import PRODUCTS, constant_tensors, summed_axis
 from ..pipeline.inpainter import Inpainter, Step
 from ..progress import Progress
 from ..runtimes.base import Arrays, Runtime
-from ..runtimes.ort import OrtRuntime
 from ..runtimes.providers import first_line, quiet_options
 from ..sampling.guidance import choose_guidance
 from ..spec import DENOISER, Component
 from ..system.fingerprint import ResultCache
 from ..system.machine import available_cores
 from .blocks import inlined
-from .components import AUTOENCODER, CombinedRuntime, partial_bundle
+from .evaluate import AUTOENCODER, CombinedRuntime, ort_runtime
 from .quantise import rounded_outputs
 from .statistics import Statistics, TensorStatistics
 
@@ -72,8 +71,8 @@ def record(
     if statistics.pictures == number:
         return statistics
     recording = RecordingRuntime(bundle.components[DENOISER], model, statistics)
-    autoencoder = OrtRuntime(partial_bundle(bundle, *AUTOENCODER))
-    with Inpainter(bundle, CombinedRuntime(recording, autoencoder)) as inpainter:
+    runtime = CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})
+    with Inpainter(bundle, runtime) as inpainter:
         for i in range(statistics.pictures, number):
 
             def report(step: Step, i: int = i) -> None:

@@ -7,128 +7,122 @@ up only roughly, hence the second measurement.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
 
+from ..bundle.bundle import Bundle
 from ..errors import QualityError
 from ..progress import Progress, no_progress
 from ..spec import DENOISER
 from ..system.files import scratch_directory
 from ..system.fingerprint import ResultCache
 from .blocks import Block, Recipe
-from .evaluate import CandidateEvaluator, CaseMetrics, mean_hole_psnr_db
+from .evaluate import CandidateEvaluator, Case, CaseMetrics, mean_hole_psnr_db
 from .quantise import Quantiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
+SEARCH_STEPS = 5  # of the trajectories that tell a block's sensitivity
 SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
-_RESULT = "sensitivity"
-
-# Block -> ``psnr_db`` in the hole with it alone quantised, and ``smoothed_psnr_db`` with its norm's outliers migrated.
-Sensitivity = dict[str, dict[str, float]]
+PLAIN, SMOOTHED = "psnr_db", "smoothed_psnr_db"
 
 
 def smoothing_helps(row: dict[str, float]) -> bool:
-    """Whether smoothing pays before a block with these measurements."""
-    return row.get("smoothed_psnr_db", -1.0) >= row["psnr_db"] + SMOOTHING_GAIN_DB
+    """Whether smoothing pays before a block with this sensitivity."""
+    return row.get(SMOOTHED, -1.0) >= row[PLAIN] + SMOOTHING_GAIN_DB
 
 
 def best_psnr_db(row: dict[str, float]) -> float:
-    """The PSNR of a block with these measurements, with smoothing where it helps."""
-    return row["smoothed_psnr_db"] if smoothing_helps(row) else row["psnr_db"]
+    """The PSNR of a block with this sensitivity, smoothed if that helps."""
+    return row[SMOOTHED] if smoothing_helps(row) else row[PLAIN]
 
 
-def measure_sensitivity(
-    quantiser: Quantiser,
-    evaluator: CandidateEvaluator,
-    names: list[str],
-    cache: ResultCache,
-    facts: dict[str, Any],
-    progress: Progress,
-) -> Sensitivity:
-    """The sensitivity of each block of ``names``, kept in ``cache`` block by block: an interrupted search goes on.
+class Search:
+    """Looks for the best recipe of ``quantiser`` on trajectories of ``steps`` and ``guidance``.
 
-    ``facts`` say, in plain JSON, what the measurements depend on.
+    Attributes:
+        sensitivity: by block that was measured, ``psnr_db`` in the hole with the block alone quantised, and
+            ``smoothed_psnr_db`` with its norm's outliers migrated, if it has such a norm.
     """
-    sensitivity: Sensitivity = cache.get(_RESULT, facts) or {}
-    trials = [(name, "psnr_db") for name in names]
-    trials += [(name, "smoothed_psnr_db") for name in names if name in quantiser.smoothable]
-    for done, (name, key) in enumerate(trials):
-        row = sensitivity.setdefault(name, {})
-        if key in row:
-            continue
-        smoothed = key == "smoothed_psnr_db"
-        what = f"sensitivity of {name}{', smoothed' if smoothed else ''}"
-        recipe = Recipe({name: True}, (name,) if smoothed else ())
-        progress(what, done, len(trials))
-        row[key] = mean_hole_psnr_db(try_recipe(quantiser, evaluator, recipe, cache, what, no_progress))
-        cache.put(_RESULT, facts, sensitivity)
-    return sensitivity
 
+    def __init__(
+        self,
+        reference: Bundle,
+        quantiser: Quantiser,
+        cases: Sequence[Case],
+        cache: ResultCache,
+        progress: Progress,
+        steps: int,
+        guidance: float | None,
+    ) -> None:
+        self.quantiser, self.cache, self.progress, self.steps = quantiser, cache, progress, steps
+        self.sensitivity: dict[str, dict[str, float]] = {}
+        self._evaluator = lambda steps: CandidateEvaluator(reference, cases, steps, guidance)
+        self._facts: dict[str, Any] = {"recording": quantiser.facts, "steps": SEARCH_STEPS, "cases": len(cases)}
 
-def choose_recipe(
-    quantiser: Quantiser,
-    sensitivity: Sensitivity,
-    evaluator: CandidateEvaluator,
-    min_psnr_db: float,
-    cache: ResultCache,
-    progress: Progress,
-) -> Recipe:
-    """The recipe with the most quantised multiply-adds whose worst case stays ``MARGIN_DB`` above the floor.
+    def measure(self, names: Sequence[str]) -> None:
+        """Measure the sensitivity of each block of ``names``, kept block by block: an interrupted search goes on."""
+        self.sensitivity = self.cache.get("sensitivity", self._facts) or {}
+        trials = [(name, PLAIN) for name in names]
+        trials += [(name, SMOOTHED) for name in names if name in self.quantiser.smoothable]
+        evaluator = self._evaluator(SEARCH_STEPS)
+        for done, (name, key) in enumerate(trials):
+            row = self.sensitivity.setdefault(name, {})
+            if key in row:
+                continue
+            self.progress(f"sensitivity of {name}{', smoothed' if key == SMOOTHED else ''}", done, len(trials))
+            recipe = Recipe({name: True}, (name,) if key == SMOOTHED else ())
+            row[key] = mean_hole_psnr_db(self._try(evaluator, recipe, "", no_progress))
+            self.cache.put("sensitivity", self._facts, self.sensitivity)
 
-    A block that is below that alone takes no part, however much it brings: with others it can only be worse.
+    def find_recipe(self, min_psnr_db: float) -> Recipe:
+        """The recipe with the most multiply-adds in INT8 whose worst case stays ``MARGIN_DB`` above the floor.
 
-    Raises:
-        QualityError: not one block may be quantised.
-    """
-    least = min_psnr_db + MARGIN_DB
-    alone = {block.name: best_psnr_db(sensitivity[block.name]) for block in quantiser.candidates}
+        A block that is below that alone takes no part, however much it brings: with others it can only be worse.
 
-    def error_per_mac(block: Block) -> float:
-        return float(10 ** (-alone[block.name] / 10) / block.macs)
+        Raises:
+            QualityError: not one block may be quantised.
+        """
+        self.measure([block.name for block in self.quantiser.blocks])
+        least = min_psnr_db + MARGIN_DB
+        alone = {block.name: best_psnr_db(self.sensitivity[block.name]) for block in self.quantiser.candidates}
 
-    passing = [block for block in quantiser.candidates if alone[block.name] >= least]
-    order = [block.name for block in sorted(passing, key=error_per_mac)]
-    smoothed = [name for name in order if smoothing_helps(sensitivity[name])]
-    tried = []
+        def error_per_mac(block: Block) -> float:
+            return float(10 ** (-alone[block.name] / 10) / block.macs)
 
-    def recipe(number: int) -> Recipe:
-        chosen = order[:number]
-        return Recipe({b.name: b.name in chosen for b in quantiser.blocks}, tuple(s for s in smoothed if s in chosen))
+        passing = [block for block in self.quantiser.candidates if alone[block.name] >= least]
+        order = [block.name for block in sorted(passing, key=error_per_mac)]
+        tried: dict[int, float] = {}  # number of blocks -> PSNR of the worst case
+        evaluator = self._evaluator(self.steps)
 
-    def passes(number: int) -> bool:
-        tried.append(number)
-        what = f"recipe {len(tried)}, {number} of {len(order)} blocks"
-        worst = min(m.hole_psnr_db for m in try_recipe(quantiser, evaluator, recipe(number), cache, what, progress))
-        if number == 1:
-            alone[order[0]] = worst
-        return worst >= least
+        def passes(number: int) -> bool:
+            what = f"recipe {len(tried) + 1}, {number} of {len(order)} blocks"
+            metrics = self._try(evaluator, self._recipe(order[:number]), what, self.progress)
+            tried[number] = min(m.hole_psnr_db for m in metrics)
+            return tried[number] >= least
 
-    number = _largest_passing(len(order), passes)
-    if number == 0:
-        best = max(order[:1] or alone, key=alone.__getitem__, default=None)
-        problem = "there is no block to quantise" if best is None else f"{best} alone has {alone[best]:.2f}"
-        raise QualityError(
-            f"no block can be quantised: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "
-            f"{MARGIN_DB:g}), {problem}; nothing was saved",
-            "lower --min-psnr, or use --precision fp16",
-        )
-    return recipe(number)
+        number = _largest_passing(len(order), passes)
+        if number == 0:
+            alone = {order[0]: tried[1]} if order else alone
+            best = max(alone, key=alone.__getitem__, default=None)
+            problem = "there is no block to quantise" if best is None else f"{best} alone has {alone[best]:.2f}"
+            raise QualityError(
+                f"no block can be quantised: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "
+                f"{MARGIN_DB:g}), {problem}; nothing was saved",
+                "lower --min-psnr, or use --precision fp16",
+            )
+        return self._recipe(order[:number])
 
+    def _recipe(self, chosen: Sequence[str]) -> Recipe:
+        smoothed = tuple(name for name in chosen if smoothing_helps(self.sensitivity[name]))
+        return Recipe({block.name: block.name in chosen for block in self.quantiser.blocks}, smoothed)
 
-def try_recipe(
-    quantiser: Quantiser,
-    evaluator: CandidateEvaluator,
-    recipe: Recipe,
-    cache: ResultCache,
-    what: str,
-    progress: Progress,
-) -> list[CaseMetrics]:
-    """The metrics of a recipe's denoiser, which lies beside the cache for as long as it is tried."""
-    with scratch_directory(cache.folder) as folder:
-        onnx.save(quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
-        return evaluator.evaluate_denoiser(folder, what, progress)
+    def _try(self, evaluator: CandidateEvaluator, recipe: Recipe, what: str, progress: Progress) -> list[CaseMetrics]:
+        """The metrics of a recipe's denoiser, which lies beside the cache for as long as it is tried."""
+        with scratch_directory(self.cache.folder) as folder:
+            onnx.save(self.quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
+            return evaluator.evaluate_denoiser(folder, what, progress)
 
 
 def _largest_passing(largest: int, passes: Callable[[int], bool]) -> int:
@@ -138,8 +132,5 @@ def _largest_passing(largest: int, passes: Callable[[int], bool]) -> int:
     low, high = 0, largest  # low passes, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        if passes(middle):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if passes(middle) else (low, middle)
     return low

@@ -68,16 +68,16 @@ def smooth(
     for norm in norms(model):
         if norm.block not in chosen:
             continue
-        largest = channels[norm.tensors[0]]
         arrays = [numpy_helper.to_array(weights[n.input[1]]) for n in norm.readers]
         axes = [_WEIGHT_AXIS[n.op_type] for n in norm.readers]
-        reach = np.max([_maxima(w, axis) for w, axis in zip(arrays, axes, strict=True)], axis=0)
+        others = [tuple(i for i in range(w.ndim) if i != axis) for w, axis in zip(arrays, axes, strict=True)]
+        reach = np.max([np.abs(w).max(rest) for w, rest in zip(arrays, others, strict=True)], axis=0)
+        largest = channels[norm.tensors[0]]
         factors = migration_factors(norm.tensors[0], largest, reach)
         for name in norm.node.input[1:3]:
             _replace(weights[name], numpy_helper.to_array(weights[name]) / factors)
-        for node, values, axis in zip(norm.readers, arrays, axes, strict=True):
-            along = [-1 if i == axis else 1 for i in range(values.ndim)]
-            _replace(weights[node.input[1]], values * factors.reshape(along))
+        for node, values, rest in zip(norm.readers, arrays, others, strict=True):
+            _replace(weights[node.input[1]], values * np.expand_dims(factors, rest))
         scales.update(dict.fromkeys(norm.tensors, float((largest / factors).max()) / LARGEST))
     return scales
 
@@ -85,21 +85,14 @@ def smooth(
 def migration_factors(name: str, activations: npt.ArrayLike, weights: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """s (C,) by which channel j of the activations is divided, and of the weights multiplied.
 
-    s_j = max|X_j|^α / max|W_j|^(1 - α) with α = ``ALPHA``, equation 4 of Xiao et al., arXiv 2211.10438. A channel that
-    is zero on either side has nothing to move: its factor is 1.
-
-    Args:
-        name: of the activation, for errors.
-        activations: the largest |X| of each input channel, (C,).
-        weights: the largest |W| of each input channel, (C,).
-
-    Raises:
-        UsageError: a maximum is not finite.
+    s_j = max|X_j|^α / max|W_j|^(1 - α) with α = ``ALPHA``, equation 4 of Xiao et al., arXiv 2211.10438, of the largest
+    magnitudes (C,) of the activation called ``name`` and of the weights. A channel that is zero on either side has
+    nothing to move: its factor is 1. Raises UsageError for a maximum that is not finite.
     """
     x, w = np.asarray(activations, np.float64), np.asarray(weights, np.float64)
     if not (np.isfinite(x).all() and np.isfinite(w).all()):
         raise UsageError(
-            f"a channel of activation {name} or of its weight is not finite", "take its block out of `smoothed`"
+            f"a channel of activation {name} or of its weight is not finite", "take its block out of the recipe"
         )
     alive = (x > 0) & (w > 0)
     factors = np.where(alive, x, 1) ** ALPHA / np.where(alive, w, 1) ** (1 - ALPHA)
@@ -133,11 +126,6 @@ def _matches(node: NodeProto, weight: TensorProto | None, gain: TensorProto) -> 
     if weight is None or (node.op_type == "MatMul" and len(weight.dims) != 2):
         return False
     return [weight.dims[_WEIGHT_AXIS[node.op_type]]] == list(gain.dims)
-
-
-def _maxima(values: np.ndarray, axis: int) -> np.ndarray:
-    """The largest magnitude of each channel along ``axis``."""
-    return np.abs(values).max(tuple(i for i in range(values.ndim) if i != axis))
 
 
 def _replace(tensor: TensorProto, values: np.ndarray) -> None:

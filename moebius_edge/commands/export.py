@@ -76,7 +76,7 @@ def export(
     ] = None,
     calibration_data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="INT8, required: 20 or more photographs of the kind to fill; or a list, .tar."),
+        typer.Option(metavar="DIR", help="INT8, required: 20 or more photographs of the kind to fill."),
     ] = None,
     calibration_masks: Annotated[
         Path | None, typer.Option(metavar="DIR", help="INT8: a mask for each photograph; default drawn holes.")

@@ -75,7 +75,7 @@ def mean_hole_psnr_db(metrics: Sequence[CaseMetrics]) -> float:
 
 
 class CandidateEvaluator:
-    """Measures candidates on ``cases``, beside the float32 ``bundle``, by trajectories of ``steps`` and ``guidance``."""
+    """Measures candidates on ``cases`` beside the float32 ``bundle``, by trajectories of so many ``steps``."""
 
     def __init__(self, bundle: Bundle, cases: Sequence[Case], steps: int, guidance: float | None) -> None:
         self.guidance = choose_guidance(guidance, bundle.distilled_guidance)

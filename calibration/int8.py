@@ -56,14 +56,14 @@ _INHERITED = (  # what an INT8 bundle has in common with the one that it was mad
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How to quantise; ``cache`` is the folder that keeps what was recorded and measured.
+    """How to quantise; ``folder`` keeps what was recorded and measured.
 
     ``data`` and ``masks`` are as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is
     one of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; with ``force`` an older output is replaced.
     Without ``data`` a ``UsageError`` is raised.
     """
 
-    cache: Path
+    folder: Path
     data: str | None
     masks: str | None = None
     target: str = "tensorrt"
@@ -84,7 +84,7 @@ class Int8Options:
             )
 
 
-def default_cache(output: str | os.PathLike[str]) -> Path:
+def default_folder(output: str | os.PathLike[str]) -> Path:
     """The cache beside the output, where it outlives an export that failed."""
     return Path(output).with_name(f"{Path(output).name}.calibration")
 
@@ -103,12 +103,12 @@ def quantise_bundle(
     """
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
-    refuse_loss(output, (reference.path, options.cache, options.data, options.masks), "which is used or kept")
+    refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
     recipe = None if options.recipe is None else _load_recipe(options.recipe, reference)
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)
     settings: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
     with atomic_directory(output, overwrite=options.force) as folder:
-        cache = ResultCache(options.cache)
+        cache = ResultCache(options.folder)
         statistics = record(reference, recorded, options.target, cache, progress, seed=options.seed, **settings)
         progress("read the denoiser", 0, 0)
         quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges, options.target)
@@ -116,7 +116,7 @@ def quantise_bundle(
         search = Search(reference, quantiser, cases, cache, progress, **settings)
         if recipe is None:
             recipe = search.find_recipe(options.min_psnr_db)
-        recipe.save(options.cache / RECIPE_FILE)
+        recipe.save(options.folder / RECIPE_FILE)
         progress("quantise", 0, 0)
         card = _write_files(folder, reference, quantiser, recipe)
         card["name"] = Path(output).resolve().name
@@ -236,7 +236,7 @@ def gate_error(metrics: Sequence[CaseMetrics], recipe: Recipe, search: Search, o
         f"quality gate missed: in the hole of {worst.name} INT8 is {worst.hole_psnr_db:.2f} dB from float32, "
         f"{options.min_psnr_db:g} dB is the floor (mean of {len(metrics)} held-out cases "
         f"{mean_hole_psnr_db(metrics):.2f} dB); the blocks that cost most: {costly}; nothing was saved",
-        f"set them to false in {options.cache / RECIPE_FILE} and pass it with --int8-recipe, give more calibration "
+        f"set them to false in {options.folder / RECIPE_FILE} and pass it with --int8-recipe, give more calibration "
         "pictures, or lower --min-psnr",
     )
 

@@ -106,7 +106,7 @@ class _Scales(dict[str, float]):
         return self[name]
 
 
-def quantise(model: ModelProto, recipe: Recipe, scales: Mapping[str, float], target: str) -> ModelProto:
+def quantise(model: ModelProto, recipe: Recipe, scales: Mapping[str, float], target: str = "tensorrt") -> ModelProto:
     """A copy of ``model``, in float32 or FP16, with the recipe's blocks in INT8 for ``target``.
 
     ``scales`` holds the step of INT8 of every activation that is rounded, by its name in ``inlined(model)``, for an

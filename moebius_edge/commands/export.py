@@ -189,13 +189,13 @@ def export(
                 )
             else:
                 try:
-                    from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_cache, quantise_bundle
+                    from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
                 except ModuleNotFoundError as error:
                     install = 'run `pip install "moebius-edge[export]"`'
                     raise MachineError(f"INT8 needs the package {error.name}: {install}") from None
-                cache = calibration_cache or default_cache(output)
+                cache = calibration_cache or default_folder(output)
                 options = Int8Options(
-                    cache=cache,
+                    folder=cache,
                     data=None if calibration_data is None else str(calibration_data),
                     masks=None if calibration_masks is None else str(calibration_masks),
                     target=(target or Target.tensorrt).value,
@@ -204,7 +204,6 @@ def export(
                     min_psnr_db=MIN_PSNR_DB if min_psnr is None else min_psnr,
                     steps=steps,
                     guidance=guidance,
-                    name=output.resolve().name,
                     force=force,
                 )
                 with float32_bundle(source, vae, output, force, **common) as reference:

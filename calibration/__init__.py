@@ -1,8 +1,7 @@
-"""Calibration: from recorded trajectories to an INT8 file. Needs no PyTorch.
+"""Calibration: from recorded trajectories to an INT8 bundle. Needs no PyTorch.
 
-``recording.py`` runs the product's own pipeline over photographs with holes (``pictures.py``) on the runtime of
-``recorder.py``, which looks at the tensors of ``activations.py``; what is kept are running figures (``statistics.py``,
-``histogram.py``). ``ranges.py`` turns those into scales, ``migration.py`` moves outliers of activations into weights.
-``blocks.py`` and ``recipe.py`` say what is quantised, ``quantise.py`` does it (``pairs.py``), and
-``kernels.py`` sees which products ONNX Runtime then computes in integers.
+``int8.py`` is the whole way. ``record.py`` runs the product's own pipeline over photographs with holes and keeps the
+``statistics.py`` of every activation, which ``ranges.py`` turns into scales. ``blocks.py`` says what can be quantised
+and what a recipe is, ``quantise.py`` quantises by a recipe, after ``smoothing.py`` has moved outliers into weights.
+``evaluate.py`` measures candidates, ``search.py`` finds a recipe with it, and ``speed.py`` times the result.
 """

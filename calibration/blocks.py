@@ -1,8 +1,8 @@
-"""The denoiser's blocks: what is quantised together or not at all, and each block's share of the multiplications.
+"""The denoiser's blocks, which are quantised as a whole or not at all, and the recipe that says which of them are.
 
 A block is a part of the network under its own name: a convolution of a resnet (``down_blocks.0.resnets.0.conv1``), the
 projections or the feed-forward of a transformer (``...attentions.0.attn1``, ``...attentions.0.ff``). Two kinds of
-products stand apart from the rest of theirs, because INT8 serves them differently: depthwise convolutions
+operators are blocks of their own, because INT8 serves them differently: depthwise convolutions
 (``...conv1.depthwise``), which have no INT8 kernel worth having on most devices, and those inside a lambda operator
 (``...attn1.lambda``), which must be taken out of its function first. Names come from the module paths that the exporter
 noted at every node, since the weights of linear layers lose theirs.
@@ -10,13 +10,19 @@ noted at every node, since the weights of linear layers lose theirs.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from onnx import ModelProto, NodeProto
 
-from ..errors import BundleError
+from ..documents import Flag, Text, read_document
+from ..errors import BundleError, UsageError
 from ..export.onnx_graph import FUNCTION, PRODUCTS, attribute, infer_shapes, inline, multiplications, outline
+from ..system.files import atomic_write
 
 _BLOCK = re.compile(r"\w+_blocks\.\d+\.\w+\.\d+\.\w+|\w+")
 _ROOT = "network."
@@ -24,35 +30,41 @@ _ROOT = "network."
 
 @dataclass(frozen=True)
 class Block:
-    """``nodes`` are the names of its products once functions are inlined; ``multiplications`` are those of one call
-    at batch 1."""
+    """``nodes`` are the names of its convolutions and matrix products once functions are inlined, ``operators`` their
+    types, and ``macs`` the multiply-adds of one call at batch 1."""
 
     name: str
     nodes: tuple[str, ...]
-    multiplications: int
+    operators: frozenset[str]
+    macs: int
 
 
 def blocks(model: ModelProto) -> list[Block]:
-    """The blocks of a denoiser in the order of the network, those inside lambda operators too; changes nothing.
+    """The blocks of a denoiser in the order of the network, those inside lambda operators included.
 
     Raises:
-        BundleError: a product has no module path, or its shapes cannot be inferred.
+        BundleError: a convolution or matrix product has no module path, or its shapes cannot be inferred.
     """
-    copy = outline(model)
-    inline(copy, lambda call: True, fold=False)
-    graph, shapes = copy.graph, infer_shapes(copy, rows=1)
-    nodes: dict[str, list[str]] = {}
-    counts: dict[str, int] = {}
-    for node in graph.node:
+    flat = outline(model)
+    inline(flat, lambda call: True, fold=False)
+    shapes = infer_shapes(flat, rows=1)
+    members: dict[str, list[NodeProto]] = {}
+    for node in flat.graph.node:
         if node.op_type in PRODUCTS:
-            name = block_of(node)
-            nodes.setdefault(name, []).append(node.name)
-            counts[name] = counts.get(name, 0) + _multiplications(node, shapes)
-    return [Block(name, tuple(nodes[name]), counts[name]) for name in nodes]
+            members.setdefault(block_of(node), []).append(node)
+    return [
+        Block(
+            name,
+            tuple(node.name for node in nodes),
+            frozenset(node.op_type for node in nodes),
+            sum(_macs(node, shapes) for node in nodes),
+        )
+        for name, nodes in members.items()
+    ]
 
 
 def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto:
-    """A copy of ``model`` whose lambda operators are their bodies: all, or those of the blocks ``only``."""
+    """A copy of ``model`` with the bodies of its lambda operators in their place: of all, or of the blocks ``only``."""
     copy = ModelProto()
     copy.CopyFrom(model)
     inline(copy, lambda call: only is None or block_of(call) in only)
@@ -60,23 +72,68 @@ def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto
 
 
 def block_of(node: NodeProto) -> str:
-    """The name of the block that a product, or a call of a function, belongs to."""
-    noted = {p.key: p.value for p in node.metadata_props}
-    modules = [part.split(":")[0] for part in noted.get("namespace", "").split("/")]
+    """The name of the block that a convolution, a matrix product or the call of a function belongs to."""
+    metadata = {p.key: p.value for p in node.metadata_props}
+    modules = [part.split(":")[0] for part in metadata.get("namespace", "").split("/")]
     paths = [m.removeprefix(_ROOT) for m in modules if m.startswith(_ROOT)]
-    found = _BLOCK.match(paths[-1]) if paths else None
-    if found is None or not node.name:
+    match = _BLOCK.match(paths[-1]) if paths else None
+    if match is None or not node.name:
         lack = "module path" if node.name else "name"
         raise BundleError(
-            f"node {node.name or node.output[0]!r} ({node.op_type}) has no {lack}: export the bundle again"
+            f"node {node.name or node.output[0]!r} ({node.op_type}) has no {lack}", "export the bundle again"
         )
-    if node.domain or FUNCTION in noted:
-        return f"{found[0]}.lambda"
-    return f"{found[0]}.depthwise" if attribute(node, "group", 1) > 1 else found[0]
+    if node.domain or FUNCTION in metadata:
+        return f"{match[0]}.lambda"
+    return f"{match[0]}.depthwise" if attribute(node, "group", 1) > 1 else match[0]
 
 
-def _multiplications(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+def _macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
     count = multiplications(node, shapes)
     if count is None:
-        raise BundleError(f"the shapes of node {node.name!r} ({node.op_type}) are not known: export the bundle again")
+        raise BundleError(f"the shapes of node {node.name!r} ({node.op_type}) are not known", "export the bundle again")
     return count
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which blocks are quantised: a JSON file that a person may edit and apply again.
+
+    A block that ``quantised`` does not name is not quantised. Before the blocks in ``smoothed`` the outliers of the
+    activations are migrated into the weights (``smoothing``).
+    """
+
+    quantised: dict[Text, Flag]
+    smoothed: tuple[Text, ...] = ()
+    schema_version: Literal[1] = 1
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The blocks that are quantised."""
+        return frozenset(name for name, chosen in self.quantised.items() if chosen)
+
+    def check(self, known: Iterable[str]) -> None:
+        """Raise ``UsageError`` if the recipe names a block that is not among the ``known`` ones."""
+        names = set(known)
+        if unknown := [name for name in (*self.quantised, *self.smoothed) if name not in names]:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise UsageError(
+                f"the recipe names blocks that the model does not have: {', '.join(unknown[:3])}{more}",
+                "remove them, or use the recipe with the model it was made for",
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the recipe to the file ``path``, whole or not at all."""
+        document = {name: getattr(self, name) for name in ("schema_version", "quantised", "smoothed")}
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """The recipe in the file ``path``.
+
+        Raises:
+            MachineError: the file cannot be read.
+            UsageError: it holds no recipe, or one of another version.
+        """
+        recipe: Recipe = read_document(path, cls, UsageError, "correct it, or let the export write one")
+        return recipe

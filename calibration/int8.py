@@ -1,15 +1,15 @@
-"""``quantise_bundle``: a float32 bundle and pictures -> an INT8 bundle that has passed its gate, or nothing at all.
+"""``quantise_bundle``: from a float32 bundle and photographs to an INT8 bundle that has passed its gate.
 
-Record, find the recipe, write the files, and judge the very files that will run, on pictures that calibration has not
-seen. What was recorded and measured on the way lies in a folder of its own, so that an interrupted export goes on, and
-one with another floor or recipe does not start anew. Needs no PyTorch.
+It records, finds the recipe, writes the files, and judges the very files that will run on pictures that calibration
+has not seen. What was recorded and measured on the way is kept in a folder of its own, so that an interrupted export
+goes on, and one with another floor or recipe records nothing again. Needs no PyTorch.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,70 +19,80 @@ import onnxruntime
 
 from .. import __version__
 from ..bundle.bundle import Bundle, write_bundle
-from ..data.calibration_pictures import open_calibration
-from ..errors import BundleError, UsageError
+from ..data.calibration_pictures import ADVISED, HELD_OUT_CASES, open_calibration
+from ..data.pictures import Pictures
+from ..errors import BundleError, QualityError, UsageError
 from ..export.exporter import judge_shallow, shallow_difference
 from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
+from ..progress import Progress, no_progress
 from ..runtimes import create_runtime
 from ..spec import DENOISER, SHALLOW
 from ..system.files import atomic_directory, refuse_loss
-from .blocks import blocks
-from .cases import HELD_OUT_CASES, make_cases, part
-from .kernels import integer_kernels
-from .quantise import check_target, quantised_nodes
-from .quantiser import Quantiser
-from .ranges import METHODS
-from .recipe import Recipe
-from .recording import Settings, record
-from .search import Sensitivity, choose_recipe, measure_sensitivity
-from .speed import advice, fastest_device, measure_speed
-from .trials import Trials
-from .verdict import block_table, gate_figures, missed
+from ..system.fingerprint import ResultCache
+from .blocks import Recipe, blocks
+from .evaluate import (
+    CandidateEvaluator,
+    CaseMetrics,
+    fastest_device,
+    make_cases,
+    mean_hole_psnr_db,
+    measure_speed,
+)
+from .quantise import Quantiser, integer_kernels, quantised_nodes
+from .record import record
+from .search import Search, best_psnr_db
 
 RECIPE_FILE = "recipe.json"
 MIN_PSNR_DB = 30.0  # in the hole, of the worst held-out case
-SEARCH_CASES, SEARCH_STEPS = 2, 5
+SEARCH_CASES = 2
 _REST = {"tensorrt": "float16", "cpu": "float32"}  # what is not quantised
-
-Tell = Callable[[str, float | None], None]
-Note = Callable[[str], None]
+_INHERITED = (  # what an INT8 bundle has in common with the one that it was made from
+    *("description", "licence", "model", "resolution", "scaling_factor"),
+    *("distilled_guidance", "deep_channels", "defaults", "source"),
+)
 
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How to quantise; absent values are the bundle's or a search's.
+    """How to quantise; ``folder`` keeps what was recorded and measured.
 
-    ``data`` and ``masks`` as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is one
-    of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; ``folder`` keeps what was recorded and measured.
+    ``data`` and ``masks`` are as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is
+    one of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; with ``force`` an older output is replaced.
+    Without ``data`` a ``UsageError`` is raised.
     """
 
     folder: Path
-    data: str | None = None
+    data: str | None
     masks: str | None = None
     target: str = "tensorrt"
     recipe: Path | None = None
     ranges: str = "mse"
     min_psnr_db: float = MIN_PSNR_DB
-    steps: int | None = None
+    steps: int = 20
     guidance: float | None = None
     seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            raise UsageError(
+                f"INT8 is calibrated on photographs, {ADVISED} or more of the kind to fill, and none are named",
+                "name their folder, such as `moebius-edge export tiny --precision int8 --calibration-data photos "
+                "-o tiny-int8`",
+            )
+
+
+def default_folder(output: str | os.PathLike[str]) -> Path:
+    """The cache beside the output, where it outlives an export that failed."""
+    return Path(output).with_name(f"{Path(output).name}.calibration")
 
 
 def quantise_bundle(
-    reference: Bundle,
-    output: str | os.PathLike[str],
-    options: Int8Options,
-    *,
-    name: str | None = None,
-    progress: Tell,
-    note: Note,
-    force: bool = False,
-) -> Bundle:
-    """An INT8 bundle of ``reference`` (float32) in the folder ``output``.
-
-    ``progress(stage, fraction)`` as in ``export_bundle``; ``note`` is told what a user should know.
+    reference: Bundle, output: str | os.PathLike[str], options: Int8Options, progress: Progress = no_progress
+) -> tuple[Bundle, list[str]]:
+    """An INT8 bundle of ``reference`` (float32) in the folder ``output``, and notes for the user.
 
     Raises:
         UsageError: an option or the pictures are unusable, or ``output`` may not be replaced; a recipe names blocks
@@ -93,147 +103,169 @@ def quantise_bundle(
     """
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
-    check_target(options.target)
-    if options.ranges not in METHODS:
-        raise UsageError(f"unknown range method {options.ranges!r}: choose one of {', '.join(METHODS)}")
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
-    given = None if options.recipe is None else _load_recipe(options.recipe, reference)
-    pictures, notes = open_calibration(options.data, options.masks)
-    recorded, held_out = part(pictures)
-    for text in notes:
-        note(text)
-    steps = reference.defaults["steps"] if options.steps is None else options.steps
-    with atomic_directory(output, overwrite=force) as folder:
-        settings = Settings(steps=steps, guidance=options.guidance, seed=options.seed, target=options.target)
-        statistics = record(reference, recorded, settings, options.folder / "recorded", _bar(progress))
-        progress("read the denoiser", None)
-        quantiser = Quantiser(reference.component_path("denoiser"), statistics, options.ranges, options.target)
+    recipe = None if options.recipe is None else _load_recipe(options.recipe, reference)
+    recorded, held_out, notes = open_calibration(str(options.data), options.masks)
+    settings: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
+    with atomic_directory(output, overwrite=options.force) as folder:
+        cache = ResultCache(options.folder)
+        statistics = record(reference, recorded, options.target, cache, progress, seed=options.seed, **settings)
+        progress("read the denoiser", 0, 0)
+        quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges, options.target)
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
-
-        def sensitivity(names: Sequence[str]) -> Sensitivity:
-            key = {"recording": statistics.key, "ranges": options.ranges, "steps": SEARCH_STEPS, "cases": len(cases)}
-            with Trials(reference, cases, SEARCH_STEPS, options.guidance) as trials:
-                return measure_sensitivity(quantiser, trials, list(names), options.folder, key, _bar(progress))
-
-        known: Sensitivity | None = None
-        recipe = given
+        search = Search(reference, quantiser, cases, cache, progress, **settings)
         if recipe is None:
-            known = sensitivity([block.name for block in quantiser.blocks])
-            with Trials(reference, cases, steps, options.guidance) as trials:
-                recipe = choose_recipe(quantiser, known, trials, options.min_psnr_db, options.folder, _bar(progress))
+            recipe = search.find_recipe(options.min_psnr_db)
         recipe.save(options.folder / RECIPE_FILE)
-        progress("quantise", None)
-        card = _write(folder, reference, quantiser, recipe, options, name)
-        write_bundle(folder, gate={}, **card)  # provisional, for the runtime reads a bundle
+        progress("quantise", 0, 0)
+        card = _write_files(folder, reference, quantiser, recipe)
+        card["name"] = Path(output).resolve().name
+        card["int8"]["calibration"] = {key: statistics.facts[key] for key in ("pictures", "steps", "seed")}
+        write_bundle(folder, gate={}, **card)  # provisional, so that a runtime can be made of it
         candidate = Bundle.load(folder, verify=False)
-        cases = make_cases(held_out, max(HELD_OUT_CASES, len(held_out)), reference.resolution, options.seed + 1)
-        device = fastest_device(options.target)
-        quantised = create_runtime("onnxruntime", candidate, device)
-        with Trials(reference, cases, steps, options.guidance) as trials, quantised as runtime:
-            figures = trials.runtime(runtime, "gate, held-out pictures", _bar(progress))
-            difference = shallow_difference(runtime) if SHALLOW in candidate.components else None
-        if not min(f.hole_psnr_db for f in figures) >= options.min_psnr_db:  # a floor that is NaN is missed too
-            known = known or sensitivity(sorted(recipe.chosen))
-            raise missed(figures, recipe, known, options.min_psnr_db, options.folder / RECIPE_FILE)
-        if difference is not None:
-            judge_shallow(difference, "int8")
-        card["int8"]["blocks"] = block_table(quantiser, recipe, card["int8"]["nodes"], known)
-        card["int8"]["cases"] = [{k: v for k, v in asdict(f).items() if k != "latent_rms_drift"} for f in figures]
-        card["int8"]["speed"] = measure_speed(reference, candidate, options.target, _bar(progress))
-        for text in advice(card["int8"]["speed"], options.target):
-            note(text)
-        progress("write bundle.json", None)
-        run = {"steps": steps, "guidance": settings.resolved(reference).guidance, "device": device}
-        gate = gate_figures(figures, options.min_psnr_db, run)
-        if difference is not None:
-            gate["shallow_difference"] = difference
+        metrics, gate = _measure(reference, candidate, held_out, options, progress)
+        if not gate["hole_psnr_db"] >= options.min_psnr_db:  # a floor that is NaN is missed too
+            raise gate_error(metrics, recipe, search, options)
+        card["int8"]["blocks"] = block_table(quantiser, recipe, card["int8"]["nodes"], search.sensitivity)
+        card["int8"]["cases"] = [{k: v for k, v in asdict(m).items() if k != "latent_rms_drift"} for m in metrics]
+        card["int8"]["speed"] = measure_speed(reference, candidate, options.target, progress)
         write_bundle(folder, gate=gate, **card)
-    return Bundle.load(Path(output), verify=False)
-
-
-def _write(
-    folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe, options: Int8Options, name: str | None
-) -> dict[str, Any]:
-    """The ONNX files and the recipe in ``folder``; what ``bundle.json`` says of them."""
-    half = _REST[options.target] == "float16"
-    islands: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
-    made: dict[str, onnx.ModelProto] = {}
-    for component in reference.components.values():
-        file = folder / component.file
-        if component.name == DENOISER:
-            made[DENOISER], kept = quantiser.make(recipe, half)
-            if half:
-                islands[DENOISER] = kept
-        elif component.name == SHALLOW:
-            made[SHALLOW] = shallow_part(made[DENOISER])
-        else:
-            shutil.copyfile(reference.component_path(component.name), file)
-            if half and component.name not in FLOAT32_COMPONENTS:
-                islands[component.name] = to_float16(file)
-    nodes = {network: quantised_nodes(model) for network, model in made.items()}
-    products = nodes[DENOISER]
-    if not products:
-        raise UsageError(
-            f"the recipe leaves nothing in INT8 for {options.target}: set a block to true that it computes in INT8"
-        )
-    for network, model in made.items():
-        file = folder / reference.components[network].file
-        onnx.save(model, str(file))
-        _check(file, model, options.target)
-    recipe.save(folder / RECIPE_FILE)
-    share = sum(quantiser.share(b) for b in quantiser.blocks if set(b.nodes) & set(products))
-    recorded = quantiser.statistics.key
-    return {
-        "name": name or f"{reference.name}-int8",
-        "description": reference.description,
-        "licence": reference.licence,
-        "model": reference.model,
-        "resolution": reference.resolution,
-        "scaling_factor": reference.scaling_factor,
-        "precision": "int8",
-        "float32_islands": islands,
-        "distilled_guidance": reference.distilled_guidance,
-        "deep_channels": reference.deep_channels,
-        "defaults": reference.defaults,
-        "source": reference.source,
-        "tools": {**reference.tools, "moebius-edge": __version__, "onnx": onnx.__version__,
-                  "onnxruntime": onnxruntime.__version__},
-        "int8": {
-            "target": options.target,
-            "rest": _REST[options.target],
-            "quantised_products": len(products),
-            "products": sum(len(block.nodes) for block in quantiser.blocks),
-            "share_of_multiplications": round(share, 4),
-            "ranges": options.ranges,
-            "calibration": {"pictures": recorded["pictures"], "steps": recorded["steps"], "seed": recorded["seed"]},
-            "nodes": products,
-            **({"shallow_nodes": nodes[SHALLOW]} if SHALLOW in nodes else {}),
-        },
-    }  # fmt: skip
+    return Bundle.load(Path(output), verify=False), notes + advice(card["int8"]["speed"], options.target)
 
 
 def _load_recipe(path: Path, reference: Bundle) -> Recipe:
-    """A recipe that fits the model: told before anything is recorded."""
+    """The recipe in the file ``path``, which is checked before anything is recorded."""
     recipe = Recipe.load(path)
-    recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path("denoiser")))))
+    recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path(DENOISER)))))
     if not recipe.chosen:
-        raise UsageError(f"recipe {path} quantises nothing: set a block to true")
+        raise UsageError(f"recipe {path} quantises nothing", "set a block to true")
     return recipe
 
 
-def _check(file: Path, model: onnx.ModelProto, target: str) -> None:
-    """The target's own rules: TensorRT's, or that every quantised product has a kernel in integers."""
+def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe) -> dict[str, Any]:
+    """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them."""
+    target, half = quantiser.target, _REST[quantiser.target] == "float16"
+    float32: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
+    denoiser, float32_nodes = quantiser.quantise(recipe, half)
+    networks = {DENOISER: denoiser}
+    if SHALLOW in reference.components:
+        networks[SHALLOW] = shallow_part(denoiser)
+    nodes = {name: quantised_nodes(network) for name, network in networks.items()}
+    if not nodes[DENOISER]:
+        raise UsageError(
+            f"the recipe leaves nothing in INT8 for {target}", "set a block to true that it computes in INT8"
+        )
+    for component in reference.components.values():
+        file = folder / component.file
+        if component.name in networks:
+            onnx.save(networks[component.name], str(file))
+            _check_operators(file, networks[component.name], target)
+            continue
+        shutil.copyfile(reference.component_path(component.name), file)
+        if half and component.name not in FLOAT32_COMPONENTS:
+            float32[component.name] = to_float16(file)
+    if half:
+        float32[DENOISER] = float32_nodes
+    recipe.save(folder / RECIPE_FILE)
+    tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    quantised_blocks = [b for b in quantiser.blocks if not set(b.nodes).isdisjoint(nodes[DENOISER])]
+    int8 = {
+        "target": target,
+        "rest": _REST[target],
+        "quantised_products": len(nodes[DENOISER]),
+        "products": sum(len(block.nodes) for block in quantiser.blocks),
+        "share_of_multiplications": round(sum(map(quantiser.share, quantised_blocks)), 4),
+        "ranges": quantiser.method,
+        "nodes": nodes[DENOISER],
+        **({"shallow_nodes": nodes[SHALLOW]} if SHALLOW in nodes else {}),
+    }
+    inherited = {field: getattr(reference, field) for field in _INHERITED}
+    tools = {**reference.tools, **tools}
+    return {**inherited, "precision": "int8", "float32_islands": float32, "tools": tools, "int8": int8}
+
+
+def _check_operators(file: Path, model: onnx.ModelProto, target: str) -> None:
+    """Check TensorRT's rules, or that every quantised operator has a kernel in integers on the CPU."""
     if target == "cpu":
         integer_kernels(file)
     elif wrong := problems(model):
         raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}: this is a bug, please report it")
 
 
-def _bar(progress: Tell) -> Callable[[str, int, int], None]:
-    return lambda label, done, total: progress(label, done / total if total else None)
+def _measure(
+    reference: Bundle, candidate: Bundle, pictures: Pictures, options: Int8Options, progress: Progress
+) -> tuple[list[CaseMetrics], dict[str, Any]]:
+    """The metrics of the files of ``candidate`` on each held-out case, and what the gate keeps of them.
+
+    Raises:
+        QualityError: the shallow part differs from the whole denoiser.
+    """
+    number = max(HELD_OUT_CASES, len(pictures))
+    cases = make_cases(pictures, number, reference.resolution, options.seed + 1)
+    device = fastest_device(options.target)
+    evaluator = CandidateEvaluator(reference, cases, options.steps, options.guidance)
+    with create_runtime("onnxruntime", candidate, device) as runtime:
+        metrics = evaluator.evaluate(runtime, "gate, held-out pictures", progress)
+        gate = gate_report(metrics, options.min_psnr_db)
+        gate |= {"steps": options.steps, "guidance": evaluator.guidance.scale, "device": device}
+        if SHALLOW in candidate.components:
+            gate["shallow_difference"] = shallow_difference(runtime)
+            judge_shallow(gate["shallow_difference"], "int8")
+    return metrics, gate
 
 
-def default_folder(output: str | os.PathLike[str]) -> Path:
-    """Beside the output: what was recorded outlives an export that failed."""
-    target = Path(output)
-    return target.with_name(f"{target.name}.calibration")
+def gate_report(metrics: Sequence[CaseMetrics], floor: float) -> dict[str, Any]:
+    """The worst metrics of all cases, and the mean in the hole."""
+    return {
+        **{name: min(getattr(m, name) for m in metrics) for name in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim")},
+        "mean_hole_psnr_db": mean_hole_psnr_db(metrics),
+        "latent_rms_drift": [max(values) for values in zip(*(m.latent_rms_drift for m in metrics), strict=True)],
+        "min_psnr_db": floor,
+        "cases": len(metrics),
+        "start": "image",
+    }
+
+
+def gate_error(metrics: Sequence[CaseMetrics], recipe: Recipe, search: Search, options: Int8Options) -> QualityError:
+    """The error for a gate that was missed: the worst case, and the three blocks that cost most where measured."""
+    worst = min(metrics, key=lambda m: m.hole_psnr_db)
+    search.measure(sorted(recipe.chosen))
+    alone = {name: best_psnr_db(search.sensitivity[name]) for name in recipe.chosen}
+    costly = ", ".join(f"{name} ({alone[name]:.1f} dB alone)" for name in sorted(alone, key=alone.__getitem__)[:3])
+    return QualityError(
+        f"quality gate missed: in the hole of {worst.name} INT8 is {worst.hole_psnr_db:.2f} dB from float32, "
+        f"{options.min_psnr_db:g} dB is the floor (mean of {len(metrics)} held-out cases "
+        f"{mean_hole_psnr_db(metrics):.2f} dB); the blocks that cost most: {costly}; nothing was saved",
+        f"set them to false in {options.folder / RECIPE_FILE} and pass it with --int8-recipe, give more calibration "
+        "pictures, or lower --min-psnr",
+    )
+
+
+def block_table(
+    quantiser: Quantiser, recipe: Recipe, nodes: Sequence[str], sensitivity: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Each block: its PSNR alone (None where it was not measured), its share of the multiply-adds, whether quantised.
+
+    ``nodes`` are those that really are quantised: a recipe may name blocks that the target computes in floating point.
+    """
+    rows = []
+    for block in quantiser.blocks:
+        quantised = not set(nodes).isdisjoint(block.nodes)
+        smoothed = {"smoothed": True} if quantised and block.name in recipe.smoothed else {}
+        row: dict[str, Any] = {"name": block.name, "share": round(quantiser.share(block), 5), "psnr_db": None}
+        rows.append(row | sensitivity.get(block.name, {}) | {"quantised": quantised} | smoothed)
+    return rows
+
+
+def advice(speed: dict[str, Any], target: str) -> list[str]:
+    """What a measured speed means for this machine; nothing if INT8 pays."""
+    if speed["speedup"] > 1:
+        return []
+    option = {"float32": "fp32", "float16": "fp16"}[speed["other"]]
+    text = (
+        f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
+        f"{speed['other_ms']:g} ms; use --precision {option} here"
+    )
+    if speed["device"] == "cpu" and target == "tensorrt":
+        text += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
+    return [text]

@@ -1,160 +1,136 @@
-"""Which blocks are quantised: each one's harm alone, then the most arithmetic that stays above a floor.
+"""Which blocks are quantised: each one's sensitivity alone, then the most multiply-adds that stay above a floor.
 
-A block's harm is measured, not guessed: it alone is quantised, and short trajectories are compared in the hole. Blocks
-join in the order of harm for what they bring, squared error over multiplications; how many of them may, whole
-trajectories say. The errors of blocks add up only roughly, hence the second measurement.
+A block's sensitivity is measured: it alone is quantised, and short trajectories are compared in the hole. Blocks join
+in the order of squared error over multiply-adds; how many of them may, whole trajectories say. The errors of blocks add
+up only roughly, hence the second measurement.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
 
+from ..bundle.bundle import Bundle
 from ..errors import QualityError
-from ..system.files import atomic_write
-from .quantiser import Quantiser
-from .recipe import Recipe
-from .trials import Figures, Progress, Trials, mean_hole_psnr_db
+from ..progress import Progress, no_progress
+from ..spec import DENOISER
+from ..system.files import scratch_directory
+from ..system.fingerprint import ResultCache
+from .blocks import Block, Recipe
+from .evaluate import CandidateEvaluator, Case, CaseMetrics, mean_hole_psnr_db
+from .quantise import Quantiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
-_GAIN_DB = 0.5  # what smoothing must bring a block alone
-_FILE = "sensitivity.json"
+SEARCH_STEPS = 5  # of the trajectories that tell a block's sensitivity
+SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
+PLAIN, SMOOTHED = "psnr_db", "smoothed_psnr_db"
 
 
-@dataclass
-class Sensitivity:
-    """PSNR in the hole, in dB, with one block quantised, by block; ``smoothed``: with its norm's outliers migrated."""
-
-    plain: dict[str, float]
-    smoothed: dict[str, float]
-
-    def best(self, name: str) -> float:
-        """With smoothing where it helps."""
-        return max(self.plain[name], self.smoothed[name]) if self.helps(name) else self.plain[name]
-
-    def helps(self, name: str) -> bool:
-        """Whether smoothing pays before this block."""
-        return self.smoothed.get(name, -1.0) >= self.plain[name] + _GAIN_DB
+def smoothing_helps(row: dict[str, float]) -> bool:
+    """Whether smoothing pays before a block with this sensitivity."""
+    return row.get(SMOOTHED, -1.0) >= row[PLAIN] + SMOOTHING_GAIN_DB
 
 
-def measure_sensitivity(
-    quantiser: Quantiser, trials: Trials, names: list[str], folder: Path, key: dict[str, Any], progress: Progress
-) -> Sensitivity:
-    """The harm of each block of ``names``. Kept in ``folder`` block by block, so that an interrupted search goes on.
+def best_psnr_db(row: dict[str, float]) -> float:
+    """The PSNR of a block with this sensitivity, smoothed if that helps."""
+    return row[SMOOTHED] if smoothing_helps(row) else row[PLAIN]
 
-    ``key`` says, in plain JSON, what the figures depend on; figures of another key are measured anew.
+
+class Search:
+    """Looks for the best recipe of ``quantiser`` on trajectories of ``steps`` and ``guidance``.
+
+    Attributes:
+        sensitivity: by block that was measured, ``psnr_db`` in the hole with the block alone quantised, and
+            ``smoothed_psnr_db`` with its norm's outliers migrated, if it has such a norm.
     """
-    file = folder / _FILE
-    known = _load(file, key)
-    wanted = [(name, False) for name in names]
-    wanted += [(name, True) for name in names if name in quantiser.smoothable]
-    for done, (name, smoothed) in enumerate(wanted):
-        found = known.smoothed if smoothed else known.plain
-        if name in found:
-            continue
-        recipe = Recipe({name: True}, (name,) if smoothed else ())
-        label = f"sensitivity of {name}{', smoothed' if smoothed else ''}"
-        figures = try_recipe(quantiser, trials, recipe, folder, label, _whole(progress, done, len(wanted)))
-        found[name] = mean_hole_psnr_db(figures)
-        _save(file, key, known)
-    return known
+
+    def __init__(
+        self,
+        reference: Bundle,
+        quantiser: Quantiser,
+        cases: Sequence[Case],
+        cache: ResultCache,
+        progress: Progress,
+        steps: int,
+        guidance: float | None,
+    ) -> None:
+        self.quantiser, self.cache, self.progress, self.steps = quantiser, cache, progress, steps
+        self.sensitivity: dict[str, dict[str, float]] = {}
+        self._evaluator = lambda steps: CandidateEvaluator(reference, cases, steps, guidance)
+        self._facts: dict[str, Any] = {"recording": quantiser.facts, "steps": SEARCH_STEPS, "cases": len(cases)}
+
+    def measure(self, names: Sequence[str]) -> None:
+        """Measure the sensitivity of each block of ``names``, kept block by block: an interrupted search goes on."""
+        self.sensitivity = self.cache.get("sensitivity", self._facts) or {}
+        trials = [(name, PLAIN) for name in names]
+        trials += [(name, SMOOTHED) for name in names if name in self.quantiser.smoothable]
+        evaluator = self._evaluator(SEARCH_STEPS)
+        for done, (name, key) in enumerate(trials):
+            row = self.sensitivity.setdefault(name, {})
+            if key in row:
+                continue
+            self.progress(f"sensitivity of {name}{', smoothed' if key == SMOOTHED else ''}", done, len(trials))
+            recipe = Recipe({name: True}, (name,) if key == SMOOTHED else ())
+            row[key] = mean_hole_psnr_db(self._try(evaluator, recipe, "", no_progress))
+            self.cache.put("sensitivity", self._facts, self.sensitivity)
+
+    def find_recipe(self, min_psnr_db: float) -> Recipe:
+        """The recipe with the most multiply-adds in INT8 whose worst case stays ``MARGIN_DB`` above the floor.
+
+        A block that is below that alone takes no part, however much it brings: with others it can only be worse.
+
+        Raises:
+            QualityError: not one block may be quantised.
+        """
+        self.measure([block.name for block in self.quantiser.blocks])
+        least = min_psnr_db + MARGIN_DB
+        alone = {block.name: best_psnr_db(self.sensitivity[block.name]) for block in self.quantiser.candidates}
+
+        def error_per_mac(block: Block) -> float:
+            return float(10 ** (-alone[block.name] / 10) / block.macs)
+
+        passing = [block for block in self.quantiser.candidates if alone[block.name] >= least]
+        order = [block.name for block in sorted(passing, key=error_per_mac)]
+        tried: dict[int, float] = {}  # number of blocks -> PSNR of the worst case
+        evaluator = self._evaluator(self.steps)
+
+        def passes(number: int) -> bool:
+            what = f"recipe {len(tried) + 1}, {number} of {len(order)} blocks"
+            metrics = self._try(evaluator, self._recipe(order[:number]), what, self.progress)
+            tried[number] = min(m.hole_psnr_db for m in metrics)
+            return tried[number] >= least
+
+        number = _largest_passing(len(order), passes)
+        if number == 0:
+            alone = {order[0]: tried[1]} if order else alone
+            best = max(alone, key=alone.__getitem__, default=None)
+            problem = "there is no block to quantise" if best is None else f"{best} alone has {alone[best]:.2f}"
+            raise QualityError(
+                f"no block can be quantised: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "
+                f"{MARGIN_DB:g}), {problem}; nothing was saved",
+                "lower --min-psnr, or use --precision fp16",
+            )
+        return self._recipe(order[:number])
+
+    def _recipe(self, chosen: Sequence[str]) -> Recipe:
+        smoothed = tuple(name for name in chosen if smoothing_helps(self.sensitivity[name]))
+        return Recipe({block.name: block.name in chosen for block in self.quantiser.blocks}, smoothed)
+
+    def _try(self, evaluator: CandidateEvaluator, recipe: Recipe, what: str, progress: Progress) -> list[CaseMetrics]:
+        """The metrics of a recipe's denoiser, which lies beside the cache for as long as it is tried."""
+        with scratch_directory(self.cache.folder) as folder:
+            onnx.save(self.quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
+            return evaluator.evaluate_denoiser(folder, what, progress)
 
 
-def choose_recipe(
-    quantiser: Quantiser,
-    sensitivity: Sensitivity,
-    trials: Trials,
-    min_psnr_db: float,
-    folder: Path,
-    progress: Progress,
-) -> Recipe:
-    """The recipe with the most quantised multiplications whose worst case stays ``MARGIN_DB`` above the floor.
-
-    A block that is below that alone takes no part, however much it brings: with others it can only be worse.
-
-    Raises:
-        QualityError: not one block may be quantised.
-    """
-    least = min_psnr_db + MARGIN_DB
-    able = [block for block in quantiser.candidates if sensitivity.best(block.name) >= least]
-
-    def cost(name: str, multiplications: int) -> float:
-        return float(10 ** (-sensitivity.best(name) / 10) / multiplications)
-
-    order = [b.name for b in sorted(able, key=lambda b: cost(b.name, b.multiplications))]
-    smoothed = tuple(name for name in order if sensitivity.helps(name))
-
-    def recipe(number: int) -> Recipe:
-        chosen = set(order[:number])
-        return Recipe({b.name: b.name in chosen for b in quantiser.blocks}, tuple(s for s in smoothed if s in chosen))
-
-    worst: dict[int, float] = {}  # by number of blocks
-
-    def passes(number: int) -> bool:
-        label = f"recipe {len(worst) + 1}, {number} of {len(order)} blocks"
-        figures = try_recipe(quantiser, trials, recipe(number), folder, label, progress)
-        worst[number] = min(f.hole_psnr_db for f in figures)
-        return worst[number] >= least
-
-    number = _most(len(order), passes)
-    if number == 0:
-        alone = {order[0]: worst[1]} if order else {b.name: sensitivity.best(b.name) for b in quantiser.candidates}
-        best = max(alone, key=alone.__getitem__, default=None)
-        found = "there is no block to quantise" if best is None else f"{best} alone has {alone[best]:.2f}"
-        raise QualityError(
-            f"no block can be quantised: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "
-            f"{MARGIN_DB:g}), {found}; nothing was saved: lower --min-psnr, or use --precision fp16"
-        )
-    return recipe(number)
-
-
-def try_recipe(
-    quantiser: Quantiser, trials: Trials, recipe: Recipe, folder: Path, label: str, progress: Progress
-) -> list[Figures]:
-    """The figures of a recipe's denoiser, which lies in ``folder`` for as long as it is tried."""
-    file = folder / "candidate.onnx"
-    try:
-        onnx.save(quantiser.make(recipe)[0], str(file))
-        return trials.denoiser(file, label, progress)
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _most(largest: int, passes: Callable[[int], bool]) -> int:
-    """The largest number that passes, where those below one that passes do; all of them are tried first."""
+def _largest_passing(largest: int, passes: Callable[[int], bool]) -> int:
+    """The largest number that passes, if every smaller one passes too; ``largest`` is tried first."""
     if largest and passes(largest):
         return largest
     low, high = 0, largest  # low passes, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        if passes(middle):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if passes(middle) else (low, middle)
     return low
-
-
-def _whole(progress: Progress, done: int, total: int) -> Progress:
-    """Progress through all blocks rather than through one."""
-    return lambda label, _, __: progress(label, done, total)
-
-
-def _load(file: Path, key: dict[str, Any]) -> Sensitivity:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["key"] == json.loads(json.dumps(key)):
-            return Sensitivity(content["plain_psnr_db"], content["smoothed_psnr_db"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or not one of ours: it is measured
-    return Sensitivity({}, {})
-
-
-def _save(file: Path, key: dict[str, Any], known: Sensitivity) -> None:
-    content = {"key": key, "plain_psnr_db": known.plain, "smoothed_psnr_db": known.smoothed}
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,187 +1,124 @@
-"""What a recording keeps of the activations: running figures of each tensor, never the activations themselves.
+"""What a recording keeps of each activation: a histogram of its magnitudes and the largest of each channel.
 
-Saved after each picture, whole or not at all, with a key that says what they were recorded from: the same command
-goes on where it was interrupted. ``statistics.npz`` is what is read again, ``statistics.json`` is for people.
+The activations themselves are never kept, so that memory does not grow with the number of pictures.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..data.calibration_pictures import MASK_SIZES
-from ..errors import BundleError, MachineError, UsageError
-from ..system.files import atomic_write
-from .histogram import BINS, Histogram
+BINS = 4096  # at least half are in use, so that a step of INT8 over the whole range spans 16 bins or more
+_SMALLEST_LIMIT = 2.0**-100  # finer values fall into the first bin, and bins / limit stays within float32
+_CHUNK = 1 << 20  # values counted at a time, so that temporary arrays stay at a few MB whatever the tensor's size
 
-STATE_FILE, SUMMARY_FILE = "statistics.npz", "statistics.json"
-BRANCHES = 2
-_FORMAT = 1
-_CHUNK = 1 << 20  # values at a time: temporary arrays stay at a few MB whatever the tensor's size
 
-Strata = list[tuple[int, int, int]]  # for each row of a call: index of the timestep, branch, index in MASK_SIZES
+class Histogram:
+    """Counts of magnitudes in equal bins over [0, ``limit``), with exact zeros counted apart.
+
+    The limit is a power of two and grows with the data by doubling, when neighbouring bins are merged in pairs. The
+    bins' width is a power of two as well, so that a value's bin is exact in float32, and what was counted before a
+    doubling lies where it would lie after it: the order of the data changes nothing.
+
+    Zeros are apart because every symmetric scale represents them exactly: in a bin they would pass for small values,
+    and after a ReLU they are the majority.
+
+    Attributes:
+        counts: int64 (bins,), magnitudes above zero.
+        limit: the upper end of the last bin; 0 while nothing but zeros was seen.
+        zeros: how many values were exactly zero.
+        maximum: the largest magnitude.
+    """
+
+    def __init__(self, bins: int = BINS) -> None:
+        self.counts: npt.NDArray[np.int64] = np.zeros(bins, np.int64)  # ``bins`` is a power of two
+        self.limit = 0.0
+        self.zeros = 0
+        self.maximum = 0.0
+
+    @property
+    def width(self) -> float:
+        """The width of one bin."""
+        return self.limit / len(self.counts)
+
+    def add(self, magnitudes: npt.NDArray[np.float32]) -> None:
+        """Count the values of an array of any shape, finite and not negative."""
+        flat = magnitudes.reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            self._add(flat[start : start + _CHUNK])
+
+    def _add(self, magnitudes: npt.NDArray[np.float32]) -> None:
+        zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
+        self.zeros += zeros
+        if zeros == magnitudes.size:
+            return
+        largest = float(magnitudes.max())
+        self.maximum = max(self.maximum, largest)
+        self._grow(largest)
+        bins = len(self.counts)
+        index = (magnitudes * np.float32(bins / self.limit)).astype(np.int32)
+        self.counts += np.bincount(index, minlength=bins)
+        self.counts[0] -= zeros
+
+    def _grow(self, value: float) -> None:
+        """Make the limit the smallest power of two above ``value``, unless it is larger already."""
+        needed = max(math.ldexp(1.0, math.frexp(value)[1]), _SMALLEST_LIMIT)
+        self.limit = self.limit or needed
+        while self.limit < needed:
+            pairs = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.concatenate([pairs, np.zeros_like(pairs)])
+            self.limit *= 2
 
 
 class TensorStatistics:
-    """Running figures of one activation.
+    """The histogram of |x| of an activation, and float32 ``channels`` (C,), the largest |x| of each channel.
 
-    Args:
-        axis: where its channels are, if it is multiplied by a constant weight there; None otherwise.
-        timesteps: how many calls a trajectory has.
-
-    Attributes:
-        histogram: of |x|. minimum, maximum: of x.
-        channels: float32 (C,), largest |x| of each channel; None without ``axis``, or before the first values.
-        strata: float32 (timesteps, branches, mask sizes), largest |x| of each kind of row; 0 where none was seen.
+    ``axis`` is that of the channels, or None if there is no constant weight that sums over it; without it, and before
+    the first values, ``channels`` is None.
     """
 
-    def __init__(self, axis: int | None, timesteps: int) -> None:
+    def __init__(self, axis: int | None) -> None:
         self.axis = axis
         self.histogram = Histogram()
-        self.minimum, self.maximum = np.inf, -np.inf
         self.channels: npt.NDArray[np.float32] | None = None
-        self.strata = np.zeros((timesteps, BRANCHES, len(MASK_SIZES)), np.float32)
 
-    @property
-    def count(self) -> int:
-        """How many values were seen."""
-        return self.histogram.total
-
-    def update(self, values: np.ndarray, strata: Strata) -> bool:
-        """Take in one call's values, of which the first axis is a whole multiple of ``len(strata)`` rows.
-
-        Returns False, and takes in nothing, where a value is not finite.
-        """
-        rows = values.reshape(len(strata), -1)
-        low, high = rows.min(axis=1).astype(np.float32), rows.max(axis=1).astype(np.float32)
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            return False
-        self.minimum, self.maximum = min(self.minimum, float(low.min())), max(self.maximum, float(high.max()))
-        for where, magnitude in zip(strata, np.maximum(high, -low), strict=True):
-            self.strata[where] = max(self.strata[where], magnitude)
+    def update(self, values: np.ndarray) -> None:
+        """Take in the values of one call, of any shape, all of them finite."""
+        magnitudes = np.abs(values).astype(np.float32, copy=False)
+        self.histogram.add(magnitudes)
         if self.axis is not None:
             others = tuple(a for a in range(values.ndim) if a != self.axis % values.ndim)
-            largest = np.maximum(values.max(axis=others), -values.min(axis=others)).astype(np.float32)
+            largest = magnitudes.max(axis=others)
             self.channels = largest if self.channels is None else np.maximum(self.channels, largest)
-        flat = rows.reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            self.histogram.add(np.abs(flat[start : start + _CHUNK]).astype(np.float32, copy=False))
-        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The statistics as plain JSON, from which ``from_dict`` restores every bit."""
+        histogram = {**vars(self.histogram), "counts": self.histogram.counts.tolist()}
+        channels = None if self.channels is None else self.channels.tolist()
+        return {"axis": self.axis, "channels": channels, "histogram": histogram}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TensorStatistics:
+        """What ``to_dict`` returned."""
+        tensor = cls(content["axis"])
+        vars(tensor.histogram).update(content["histogram"])
+        tensor.histogram.counts = np.array(content["histogram"]["counts"], np.int64)
+        if content["channels"] is not None:
+            tensor.channels = np.array(content["channels"], np.float32)
+        return tensor
 
 
 @dataclass
 class Statistics:
-    """A recording, complete or not.
+    """A recording of so many ``pictures``; ``facts`` are what it was recorded from and how, in plain JSON.
 
-    Attributes:
-        key: what it was recorded from and how, plain JSON.
-        timesteps: of a trajectory's calls, in order.
-        tensors: by the tensors' names in the component with its local functions inlined.
-        rows: int64 (timesteps, branches, mask sizes), how many rows of each kind the network was called with.
-        done: how many pictures are in it.
+    ``tensors`` maps the names of tensors in the denoiser with its local functions inlined.
     """
 
-    key: dict[str, Any]
-    timesteps: tuple[int, ...]
+    facts: dict[str, Any]
     tensors: dict[str, TensorStatistics]
-    rows: npt.NDArray[np.int64] = field(init=False)
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self.rows = np.zeros((len(self.timesteps), BRANCHES, len(MASK_SIZES)), np.int64)
-
-    def save(self, folder: Path) -> None:
-        """Write both files into ``folder``. Raises MachineError where that cannot be done."""
-        entries = list(self.tensors.values())
-        channels = [np.zeros(0, np.float32) if t.channels is None else t.channels for t in entries]
-        head = {
-            "format": _FORMAT,
-            "key": self.key,
-            "timesteps": self.timesteps,
-            "names": list(self.tensors),
-            "axes": [t.axis for t in entries],
-            "done": self.done,
-        }
-        with atomic_write(folder / STATE_FILE) as temporary, temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                head=np.frombuffer(json.dumps(head).encode(), np.uint8),
-                rows=self.rows,
-                counts=np.stack([t.histogram.counts for t in entries]),
-                limits=np.array([t.histogram.limit for t in entries]),
-                zeros=np.array([t.histogram.zeros for t in entries], np.int64),
-                range=np.array([(t.minimum, t.maximum) for t in entries]),
-                strata=np.stack([t.strata for t in entries]),
-                channels=np.concatenate(channels),
-                channel_counts=np.array([len(c) for c in channels], np.int64),
-            )
-        with atomic_write(folder / SUMMARY_FILE) as temporary:
-            temporary.write_text(json.dumps(self._summary(), indent=2) + "\n", encoding="utf-8")
-
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "key": self.key,
-            "pictures_done": self.done,
-            "timesteps": self.timesteps,
-            "mask_sizes": MASK_SIZES,
-            "rows": self.rows.tolist(),
-            "tensors": {
-                name: {"minimum": t.minimum, "maximum": t.maximum, "count": t.count}
-                for name, t in self.tensors.items()
-                if t.count  # a recording that is interrupted at once has none, and JSON no infinity
-            },
-        }
-
-    @classmethod
-    def load(cls, folder: Path, key: dict[str, Any] | None = None) -> Statistics | None:
-        """The recording in ``folder``, None if there is none.
-
-        Raises:
-            UsageError: it was recorded from something else than ``key`` says.
-            BundleError: it is damaged. MachineError: it cannot be read.
-        """
-        path = folder / STATE_FILE
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            head = json.loads(arrays["head"].tobytes())
-            loaded = cls._restored(head, arrays)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise MachineError(f"{path} cannot be read: {error.strerror or error}: run `chmod u+r {path}`") from error
-        except (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{path} is damaged: remove it, and the same command records anew") from error
-        if key is not None and (other := sorted(k for k in key | loaded.key if key.get(k) != loaded.key.get(k))):
-            raise UsageError(
-                f"{path} was recorded with another {', '.join(other)}: remove it or name another folder"
-            )
-        return loaded
-
-    @classmethod
-    def _restored(cls, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> Statistics:
-        if head["format"] != _FORMAT or arrays["counts"].shape != (len(head["names"]), BINS):
-            raise ValueError("not this version's")
-        timesteps = tuple(head["timesteps"])
-        parts = np.split(arrays["channels"], np.cumsum(arrays["channel_counts"])[:-1])
-        tensors = {}
-        for i, (name, axis) in enumerate(zip(head["names"], head["axes"], strict=True)):
-            tensor = TensorStatistics(axis, len(timesteps))
-            tensor.minimum, tensor.maximum = arrays["range"][i].tolist()
-            tensor.strata = arrays["strata"][i].copy()
-            tensor.channels = parts[i].copy() if len(parts[i]) else None
-            histogram = tensor.histogram
-            histogram.counts = arrays["counts"][i].copy()
-            histogram.limit, histogram.zeros = float(arrays["limits"][i]), int(arrays["zeros"][i])
-            if tensor.count:
-                histogram.maximum = max(tensor.maximum, -tensor.minimum)
-            tensors[name] = tensor
-        loaded = cls(head["key"], timesteps, tensors, done=head["done"])
-        loaded.rows = arrays["rows"].copy()
-        return loaded
+    pictures: int = 0

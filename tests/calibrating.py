@@ -19,9 +19,11 @@ from moebius_edge.system.files import sha256_file
 DOMAIN = "moebius"
 
 
-def make_calibration_bundle(folder: Path, resolution: int = 64, scale: float = 1.0) -> Path:
+def make_calibration_bundle(
+    folder: Path, resolution: int = 64, scale: float = 1.0, distilled_guidance: float | None = None
+) -> Path:
     """``scale`` is that of the products' weights: NaN or infinity for damaged ones."""
-    make_toy_bundle(folder, resolution)
+    make_toy_bundle(folder, resolution, distilled_guidance=distilled_guidance)
     path = folder / "denoiser.onnx"
     model = onnx.load(str(path))
     graph = model.graph

@@ -1,7 +1,9 @@
-"""Blocks with their multiplications counted by hand; lambda operators inlined: the same numbers, constants folded."""
+"""Blocks with their multiply-adds counted by hand, lambda operators inlined and in INT8, recipes as files."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle.bundle import ASSETS
-from moebius_edge.calibration.blocks import blocks, inlined
-from moebius_edge.calibration.quantise import activations, quantise
-from moebius_edge.calibration.recipe import Recipe
-from moebius_edge.errors import BundleError
+from moebius_edge.calibration.blocks import Recipe, blocks, inlined
+from moebius_edge.calibration.quantise import quantise
+from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export.onnx_file import OPSET
 from moebius_edge.export.operators import local_function, window_positions
 
@@ -32,11 +33,11 @@ def test_blocks_cover_every_product_of_the_network(tiny: SimpleNamespace) -> Non
     products = [n.name for n in inlined(tiny.model).graph.node if n.op_type in ("Conv", "MatMul", "Gemm")]
     assert sorted(products) == sorted(n for b in tiny.blocks for n in b.nodes)
     # 32 x 32 positions of 64 channels; 1x1 up to 2 x 160, back from 160
-    assert found["down_blocks.0.attentions.0.ff"].multiplications == 32 * 32 * 64 * 160 * 3
-    assert found["down_blocks.0.resnets.0.conv1.depthwise"].multiplications == 32 * 32 * 64 * 9
-    assert found["time_embedding"].multiplications == 64 * 256 + 256 * 256
+    assert found["down_blocks.0.attentions.0.ff"].macs == 32 * 32 * 64 * 160 * 3
+    assert found["down_blocks.0.resnets.0.conv1.depthwise"].macs == 32 * 32 * 64 * 9
+    assert found["time_embedding"].macs == 64 * 256 + 256 * 256
     local = found[LAMBDA]  # 8 keys of 8 values: content, 15 x 15 convolved, read by 8 heads
-    assert local.multiplications == 32 * 32 * 64 * (1 + 15 * 15 + 8) and len(local.nodes) == 3
+    assert local.macs == 32 * 32 * 64 * (1 + 15 * 15 + 8) and len(local.nodes) == 3
 
 
 def test_inlined_and_folded_it_computes_what_it_did(tiny: SimpleNamespace) -> None:
@@ -84,11 +85,9 @@ def test_kernels_that_a_tile_sees_become_weights_in_int8() -> None:
     generator = np.random.default_rng(5)
     wanted = {v.name: [2, *(d.dim_value for d in v.type.tensor_type.shape.dim[1:])] for v in model.graph.input}
     feeds = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in wanted.items()}
-    recipe = Recipe({LAMBDA: True})
-    names = activations(model, recipe)
-    assert names == ["k", "v", "call/ll_q5", "call/ll_local", "call/ll_seen", "q", "call/ll_content"]
-    reach = {"call/ll_local": 12.0, "call/ll_content": 16.0}
-    q = quantise(model, recipe, {name: reach.get(name, 4.0) / 127 for name in names})
+    scales = defaultdict(lambda: 4.0 / 127, {"call/ll_local": 12.0 / 127, "call/ll_content": 16.0 / 127})
+    q = quantise(model, Recipe({LAMBDA: True}), scales)
+    assert scales.keys() == {"k", "v", "call/ll_q5", "call/ll_local", "call/ll_seen", "q", "call/ll_content"}
     assert len(q.functions) == 0
     weights = {t.name: t for t in q.graph.initializer}
     assert list(weights["call/ll_kernels_int8"].dims) == [4, 3, 32]  # tile, keys, 3 x 6 positions seen and 14 of none
@@ -106,3 +105,50 @@ def test_unknown_shapes_are_refused() -> None:
     model.graph.input[1].type.tensor_type.ClearField("shape")
     with pytest.raises(BundleError, match=r"the shapes of node 'call/MatMul_0' \(MatMul\) are not known"):
         blocks(model)
+
+
+def test_what_has_no_name_or_module_path_is_refused() -> None:
+    model = tiled_model()
+    model.graph.node[0].name = ""
+    with pytest.raises(BundleError, match=r"node 'y' \(LocalLambda\) has no name"):
+        inlined(model, frozenset())
+    model.graph.node[0].name = "call"
+    del model.graph.node[0].metadata_props[:]
+    with pytest.raises(BundleError, match=r"node 'call' \(LocalLambda\) has no module path: export the bundle again"):
+        inlined(model, frozenset())
+
+
+# --- recipes ---------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
+    recipe = Recipe({"conv_in": False, "down_blocks.0.attentions.0.ff": True}, ("conv_in",))
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.load(tmp_path / "recipe.json") == recipe
+    assert recipe.chosen == {"down_blocks.0.attentions.0.ff"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"schema_version": 2, "quantised": {}}', "schema_version is 2, expected 1"),
+        ('{"schema_version": 1}', "quantised is missing"),
+        ('{"schema_version": 1, "quantised": {"a": true, "b": 1}}', "quantised.b is 1, expected a valid boolean"),
+        ('{"schema_version": 1, "quantised": {}, "smoothed": "a"}', "smoothed is 'a', expected a valid tuple"),
+    ],
+)
+def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        Recipe.load(tmp_path / "recipe.json")
+    with pytest.raises(MachineError, match=r"cannot read .*none\.json: No such file or directory"):
+        Recipe.load(tmp_path / "none.json")
+
+
+def test_a_recipe_for_another_model_is_refused() -> None:
+    recipe = Recipe({"conv_9": False, "a": True, "b": True, "c": True, "d": True}, ("e",))
+    with pytest.raises(UsageError, match=r"names blocks that the model does not have: conv_9, a, b and 2 more: remove"):
+        recipe.check(["d"])
+    with pytest.raises(UsageError, match="does not have: e: remove"):
+        recipe.check(recipe.quantised)

@@ -289,7 +289,8 @@ def test_a_signal_cleans_up_even_if_another_comes(
 ) -> None:
     program = (
         "import sys, time\n"
-        "from moebius_edge.commands import app as module\nfrom moebius_edge import cli\nfrom moebius_edge.system import files\n"
+        "from moebius_edge.commands import app as module\nfrom moebius_edge import cli\n"
+        "from moebius_edge.system import files\n"
         "def app(**options):\n"
         "    with files.atomic_write('a.txt') as file, files.atomic_directory('b'):\n"
         "        file.write_text('half'); print('ready', flush=True)\n"

@@ -28,6 +28,7 @@ from moebius_edge.export import engine_target, engines, export_bundle
 from moebius_edge.export import exporter as exporter_module
 from moebius_edge.export.engine_target import EngineOptions, Target
 from moebius_edge.export.engines import Built
+from moebius_edge.progress import Progress
 from moebius_edge.runtimes.engine_files import Engine, EngineKey
 
 Captured = pytest.CaptureFixture[str]
@@ -261,13 +262,14 @@ class Quantiser:
     """Replaces ``quantise_bundle`` by one that writes a toy that says it is INT8; holds its calls."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Bundle, Path, Int8Options, dict[str, Any]]] = []
+        self.calls: list[tuple[Bundle, Path, Int8Options]] = []
 
-    def quantise_bundle(self, reference: Bundle, output: Path, options: Int8Options, **rest: Any) -> Bundle:
-        rest.pop("progress")("record 0.png, 1 of 4", 0.25)
-        rest.pop("note")("a note on the pictures")
-        self.calls.append((reference, output, options, rest))
-        return Bundle.load(call_int8(make_toy_bundle(output)))
+    def quantise_bundle(
+        self, reference: Bundle, output: Path, options: Int8Options, progress: Progress
+    ) -> tuple[Bundle, list[str]]:
+        progress("record 0.png, 1 of 4", 25, 100)
+        self.calls.append((reference, output, options))
+        return Bundle.load(call_int8(make_toy_bundle(output))), ["a note on the pictures"]
 
 
 @pytest.fixture
@@ -279,13 +281,14 @@ def quantiser(monkeypatch: pytest.MonkeyPatch) -> Quantiser:
 
 def test_int8_options_reach_the_quantiser(quantiser: Quantiser, tmp_path: Path, capsys: Captured) -> None:
     toy, out = make_toy_bundle(tmp_path / "toy"), tmp_path / "out"
-    options = ["--calibration-data", "photos", "--calibration-masks", "masks", "--target", "cpu", "--ranges", "entropy"]
-    options += ["--int8-recipe", "r.json", "--calibration-cache", "kept", "--min-psnr", "33", "--force"]
-    command = ["export", str(toy), "--precision", "int8", "-o", str(out)]
-    assert main([*command, *options, "--steps", "6", "--guidance", "0"]) == 0
-    ((reference, output, found, rest),) = quantiser.calls
-    assert reference.path == toy and output == out and rest == {"name": "out", "force": True}
-    assert found == Int8Options(Path("kept"), "photos", "masks", "cpu", Path("r.json"), "entropy", 33.0, 6, 0.0, 0)
+    command = ["export", str(toy), "--precision", "int8", "-o", str(out), "--target", "cpu", "--ranges", "entropy"]
+    command += ["--calibration-data", "photos", "--calibration-masks", "masks", "--calibration-cache", "kept"]
+    command += ["--int8-recipe", "r.json", "--min-psnr", "33", "--steps", "6", "--guidance", "0", "--force"]
+    assert main(command) == 0
+    ((reference, output, options),) = quantiser.calls
+    assert reference.path == toy and output == out
+    expected = Int8Options(Path("kept"), "photos", "masks", "cpu", Path("r.json"), "entropy", 33.0, 6, 0.0, force=True)
+    assert options == expected
     stdout, stderr = capsys.readouterr()
     lines = stdout.splitlines()
     assert lines[0].startswith(f"saved {out} (64x64, int8, ")
@@ -302,10 +305,10 @@ def test_int8_options_reach_the_quantiser(quantiser: Quantiser, tmp_path: Path, 
 
 def test_int8_defaults_and_json(quantiser: Quantiser, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
-    assert main(["export", "tiny", "--precision", "int8", "-o", str(out), "--json"]) == 0
-    ((reference, _, found, rest),) = quantiser.calls
+    assert main(["export", "tiny", "--precision", "int8", "--calibration-data", "x", "-o", str(out), "--json"]) == 0
+    ((reference, _, found),) = quantiser.calls
     assert reference.files == Bundle.load("tiny", verify=False).files, "the name means the bundled bundle"
-    assert found == Int8Options(tmp_path / "out.calibration", steps=20) and rest["force"] is False
+    assert found == Int8Options(tmp_path / "out.calibration", "x", steps=20, force=False)
     assert (found.min_psnr_db, found.target, found.ranges) == (30.0, "tensorrt", "mse")
     document = json.loads(capsys.readouterr().out)
     assert document["int8"] == INT8 and document["output"] == str(out) and document["exit_code"] == 0
@@ -326,6 +329,7 @@ def test_a_checkpoint_is_exported_in_float32_first(
     monkeypatch.setattr(exporter_module, "export_bundle", exported)
     out = tmp_path / "out"
     command = ["export", str(weights), "--vae", "vae", "--precision", "int8", "--steps", "5", "--min-psnr", "33"]
+    command += ["--calibration-data", "x"]
     assert main([*command, "-o", str(out), "--distilled-guidance", "3"]) == 0
     (((given, vae, folder), options),) = calls
     assert (given, vae) == (str(weights), Path("vae")) and folder.name == "out" and folder != out
@@ -365,7 +369,8 @@ def test_int8_options_in_another_precision_are_refused(
 def test_int8_refuses_what_it_cannot_use(
     quantiser: Quantiser, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Captured
 ) -> None:
-    toy, command = make_toy_bundle(tmp_path / "toy"), ["export", "tiny", "--precision", "int8"]
+    toy = make_toy_bundle(tmp_path / "toy")
+    command = ["export", "tiny", "--precision", "int8", "--calibration-data", "x"]
     out = ["-o", str(tmp_path / "out")]
 
     def refused(*arguments: str, code: int = 2) -> str:
@@ -390,7 +395,8 @@ def test_engines_of_an_int8_bundle_are_built_from_it(
     quantiser: Quantiser, builder: EngineBuilder, tmp_path: Path, capsys: Captured
 ) -> None:
     toy, out = make_toy_bundle(tmp_path / "toy"), tmp_path / "out"
-    assert main(["export", str(toy), "--precision", "int8", "-o", str(out), "--engine", "tensorrt"]) == 0
+    command = ["export", str(toy), "--precision", "int8", "--calibration-data", "x", "-o", str(out)]
+    assert main([*command, "--engine", "tensorrt"]) == 0
     assert quantiser.calls[0][0].path == toy
     assert [(bundle.path, bundle.precision) for bundle, _ in builder.builds] == [(out, "int8")]
     lines = capsys.readouterr().out.splitlines()
@@ -402,7 +408,7 @@ def test_ctrl_c_says_where_the_work_is(monkeypatch: pytest.MonkeyPatch, tmp_path
         raise KeyboardInterrupt
 
     monkeypatch.setattr(int8, "quantise_bundle", interrupted)
-    command = ["export", "tiny", "--precision", "int8", "-o", str(tmp_path / "out")]
+    command = ["export", "tiny", "--precision", "int8", "--calibration-data", "x", "-o", str(tmp_path / "out")]
     assert main(command) == 130
     assert capsys.readouterr().err == "interrupted, nothing written\n"
     (tmp_path / "out.calibration").mkdir()

@@ -17,10 +17,8 @@ from golden import fill_golden, golden_input
 from torch import Tensor
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.calibration.blocks import blocks
-from moebius_edge.calibration.pairs import quantise_weight
-from moebius_edge.calibration.quantise import quantise
-from moebius_edge.calibration.recipe import Recipe
+from moebius_edge.calibration.blocks import Recipe, blocks
+from moebius_edge.calibration.quantise import quantise, quantise_weight
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies

@@ -7,7 +7,7 @@ right thing is shown at small sizes, and by the export's gate in ``test_export.p
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from exporting import weight_bytes
 from onnx import TensorProto
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.calibration.blocks import blocks
-from moebius_edge.calibration.quantise import activations, quantise, quantised_nodes
-from moebius_edge.calibration.recipe import Recipe
+from moebius_edge.calibration.blocks import Recipe, blocks
+from moebius_edge.calibration.quantise import quantise, quantised_nodes
 from moebius_edge.export.build_engine import build
 from moebius_edge.export.engines import profile, rows
 from moebius_edge.export.onnx_file import OPSET, write_onnx
@@ -121,7 +120,7 @@ def test_tensorrt_for_rtx_builds_it_in_int8(folder: Path) -> None:
     model = onnx.load(folder / "int8.onnx")
     found = blocks(model)
     recipe = Recipe({b.name: b.name != "time_embedding" for b in found})
-    quantised = quantise(model, recipe, dict.fromkeys(activations(model, recipe), 0.05))
+    quantised = quantise(model, recipe, defaultdict(lambda: 0.05))
     assert problems(quantised) == []
     wanted = [node for b in found if b.name in recipe.chosen for node in b.nodes]
     assert sorted(quantised_nodes(quantised)) == sorted(wanted)

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,25 +20,27 @@ import pytest
 from onnx import TensorProto
 
 from moebius_edge.bundle.bundle import ASSETS, Bundle
+from moebius_edge.calibration import evaluate as evaluate_module
 from moebius_edge.calibration import int8 as int8_module
 from moebius_edge.calibration import search as search_module
-from moebius_edge.calibration import speed as speed_module
-from moebius_edge.calibration.blocks import Block, blocks
-from moebius_edge.calibration.histogram import Histogram
-from moebius_edge.calibration.int8 import Int8Options, default_folder, quantise_bundle
-from moebius_edge.calibration.kernels import integer_kernels
-from moebius_edge.calibration.quantise import activations, quantised_nodes
-from moebius_edge.calibration.quantiser import SLOW, Quantiser
-from moebius_edge.calibration.recipe import Recipe
-from moebius_edge.calibration.recorder import RecordingRuntime
-from moebius_edge.calibration.statistics import Statistics
+from moebius_edge.calibration.blocks import Block, Recipe, blocks
+from moebius_edge.calibration.evaluate import CaseMetrics
+from moebius_edge.calibration.int8 import (
+    Int8Options,
+    advice,
+    block_table,
+    default_folder,
+    gate_report,
+    quantise_bundle,
+)
+from moebius_edge.calibration.quantise import MIN_MAC_SHARE, SLOW, Quantiser, integer_kernels, quantised_nodes
+from moebius_edge.calibration.record import RecordingRuntime
 from moebius_edge.cli import main
-from moebius_edge.data.photographs import HELD_OUT
-from moebius_edge.errors import QualityError, UsageError
-from moebius_edge.export import EngineOptions, build_engines
+from moebius_edge.errors import UsageError
 from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.imaging.pictures import Picture
 from moebius_edge.pipeline.inpainter import Inpainter
+from moebius_edge.progress import no_progress
 from moebius_edge.runtimes import create_runtime
 
 TINY = Bundle.load("tiny", verify=False)
@@ -47,19 +50,15 @@ RECIPE = Recipe({FEED_FORWARD: True, ATTENTION: True, CONVOLUTION: True, "conv_i
 STEPS, CASES = 3, 2
 
 
-def silent(stage: str, fraction: float | None) -> None:
-    """The progress of a test that looks at none."""
-
-
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     """Few cases and few calls: what they are for is tested where they live."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8_module, "HELD_OUT_CASES", CASES)
         patch.setattr(int8_module, "SEARCH_CASES", 1)
-        patch.setattr(int8_module, "SEARCH_STEPS", STEPS)
-        patch.setattr(speed_module, "ROUNDS", 1)
-        patch.setattr(speed_module, "WARM_UPS", 0)
+        patch.setattr(search_module, "SEARCH_STEPS", STEPS)
+        patch.setattr(evaluate_module, "ROUNDS", 1)
+        patch.setattr(evaluate_module, "WARM_UPS", 0)
         yield
 
 
@@ -72,30 +71,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantise(
-    where: Path, pictures: Path, recipe: Recipe | None, notes: list[str] | None = None, **changes: Any
-) -> Bundle:
+def quantise(where: Path, pictures: Path, recipe: Recipe | None, **changes: Any) -> tuple[Bundle, list[str]]:
     """``where`` gets ``out``, ``cache`` and the recipe's file."""
     file = None
     if recipe is not None:
         recipe.save(file := where / "given.json")
+    reference, progress = changes.pop("reference", TINY), changes.pop("progress", no_progress)
     options = Int8Options(where / "cache", str(pictures), recipe=file, steps=STEPS)
-    options = dataclasses.replace(options, **{k: v for k, v in changes.items() if k not in ("reference", "progress")})
-    return quantise_bundle(
-        changes.get("reference", TINY),
-        where / "out",
-        options,
-        name="out",
-        progress=changes.get("progress", silent),
-        note=[].append if notes is None else notes.append,
-    )
+    return quantise_bundle(reference, where / "out", dataclasses.replace(options, **changes), progress)
 
 
 def quantised(tmp_path_factory: pytest.TempPathFactory, pictures: Path, target: str) -> SimpleNamespace:
-    folder, notes = tmp_path_factory.mktemp(target), list[str]()
-    told: list[tuple[str, float | None]] = []
-    bundle = quantise(folder, pictures, RECIPE, notes, target=target, progress=lambda *values: told.append(values))
-    return SimpleNamespace(bundle=bundle, notes=notes, told=told, folder=folder, cache=folder / "cache")
+    folder, progress = tmp_path_factory.mktemp(target), list[tuple[str, int, int]]()
+    bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=lambda *update: progress.append(update))
+    return SimpleNamespace(bundle=bundle, notes=notes, progress=progress, cache=folder / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -109,29 +98,26 @@ def cpu(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNames
 
 
 @pytest.fixture
-def recorded(tensorrt: SimpleNamespace, tmp_path: Path) -> Path:
-    """A folder whose cache holds the recording already."""
-    shutil.copytree(tensorrt.cache / "recorded", tmp_path / "cache" / "recorded")
-    return tmp_path
+def recorded(tensorrt: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose cache holds the recording already; it is not recorded again."""
 
-
-@pytest.fixture
-def no_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     def record(self: RecordingRuntime) -> None:
         raise AssertionError("recorded again")
 
+    shutil.copytree(tensorrt.cache, tmp_path / "cache")
     monkeypatch.setattr(RecordingRuntime, "activate", record)
+    return tmp_path
 
 
 def weight_types(bundle: Bundle, component: str) -> Counter[str]:
-    """Values of the constants by type."""
-    found: Counter[str] = Counter()
+    """The number of constant values by type."""
+    numbers: Counter[str] = Counter()
     for tensor in onnx.load(bundle.component_path(component)).graph.initializer:
-        found[TensorProto.DataType.Name(tensor.data_type)] += math.prod(tensor.dims)
-    return found
+        numbers[TensorProto.DataType.Name(tensor.data_type)] += math.prod(tensor.dims)
+    return numbers
 
 
-def products_of(names: Sequence[str]) -> list[str]:
+def nodes_of(names: Sequence[str]) -> list[str]:
     return sorted(n for b in blocks(onnx.load(TINY.component_path("denoiser"))) if b.name in names for n in b.nodes)
 
 
@@ -148,15 +134,14 @@ def inpaint(bundle: Bundle) -> np.ndarray:
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
 def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, target: str) -> None:
-    made = request.getfixturevalue(target)
-    bundle, wanted = made.bundle, products_of(sorted(RECIPE.chosen))
+    result = request.getfixturevalue(target)
+    bundle, expected = result.bundle, nodes_of(sorted(RECIPE.chosen))
     assert Bundle.load(bundle.path) == bundle and (bundle.name, bundle.precision) == ("out", "int8")
     graphs = ["denoiser.onnx", "denoiser_shallow.onnx", "vae_decoder.onnx", "vae_encoder.onnx"]
     assert sorted(bundle.files) == sorted([*graphs, "recipe.json"])
     int8 = bundle.int8
-    assert int8 is not None
-    assert sorted(int8["nodes"]) == wanted == sorted(quantised_nodes(onnx.load(bundle.component_path("denoiser"))))
-    assert (int8["quantised_products"], int8["products"]) == (len(wanted), 213)
+    assert sorted(int8["nodes"]) == expected == sorted(quantised_nodes(onnx.load(bundle.component_path("denoiser"))))
+    assert (int8["quantised_products"], int8["products"]) == (len(expected), 213)
     assert (int8["target"], int8["rest"]) == (target, {"tensorrt": "float16", "cpu": "float32"}[target])
     assert int8["ranges"] == "mse" and int8["calibration"]["steps"] == STEPS
     rows = {row["name"]: row for row in int8["blocks"]}
@@ -164,9 +149,9 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
     assert {name for name, row in rows.items() if row.get("smoothed")} == {ATTENTION}
     share = sum(row["share"] for row in rows.values() if row["quantised"])
     assert int8["share_of_multiplications"] == pytest.approx(share, abs=2e-4)
-    assert Recipe.load(bundle.path / "recipe.json") == RECIPE == Recipe.load(made.cache / "recipe.json")
-    kept = ("defaults", "scaling_factor", "resolution", "source", "licence", "model", "distilled_guidance")
-    for field in (*kept, "deep_channels"):
+    assert Recipe.load(bundle.path / "recipe.json") == RECIPE == Recipe.load(result.cache / "recipe.json")
+    inherited = ("defaults", "scaling_factor", "resolution", "source", "licence", "model", "distilled_guidance")
+    for field in (*inherited, "deep_channels"):
         assert getattr(bundle, field) == getattr(TINY, field), field
 
 
@@ -175,8 +160,8 @@ def test_the_shallow_part_is_the_quantised_denoisers_own(request: pytest.Fixture
     """Of the recipe it has the blocks at the finest level, with the same integers and scales."""
     bundle = request.getfixturevalue(target).bundle
     whole, part = (onnx.load(bundle.component_path(name)) for name in ("denoiser", "denoiser_shallow"))
-    wanted = sorted(set(products_of([FEED_FORWARD, ATTENTION])))
-    assert sorted(bundle.int8["shallow_nodes"]) == wanted == sorted(quantised_nodes(part))
+    expected = nodes_of([FEED_FORWARD, ATTENTION])
+    assert sorted(bundle.int8["shallow_nodes"]) == expected == sorted(quantised_nodes(part))
     constants = {t.name: t.SerializeToString() for t in whole.graph.initializer}
     assert all(constants[t.name] == t.SerializeToString() for t in part.graph.initializer)
     assert 0 <= bundle.gate["shallow_difference"] <= 1e-2
@@ -187,8 +172,7 @@ def test_the_gate_is_the_worst_of_the_held_out_cases(tensorrt: SimpleNamespace) 
     assert [case["name"] for case in cases] == ["4.png", "4.png, hole 2"], "the picture that was not recorded"
     assert gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in cases) >= gate["min_psnr_db"] == 30.0
     assert (gate["cases"], gate["steps"], gate["guidance"], gate["start"]) == (CASES, STEPS, 2.0, "image")
-    statistics = Statistics.load(tensorrt.cache / "recorded")
-    assert statistics is not None and statistics.done == 4
+    assert tensorrt.bundle.int8["calibration"]["pictures"].startswith("4:")
 
 
 def test_for_tensorrt_the_rest_is_fp16(tensorrt: SimpleNamespace) -> None:
@@ -216,99 +200,94 @@ def test_for_a_cpu_the_rest_is_float32_and_the_kernels_are_integer(cpu: SimpleNa
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
 def test_it_inpaints_what_float32_does(request: pytest.FixtureRequest, target: str) -> None:
-    made, wanted = (inpaint(b).astype(int) for b in (request.getfixturevalue(target).bundle, TINY))
-    assert 0 < np.abs(made - wanted).max() <= 24 and np.abs(made - wanted).mean() < 1
+    result, expected = (inpaint(b).astype(int) for b in (request.getfixturevalue(target).bundle, TINY))
+    assert 0 < np.abs(result - expected).max() <= 24 and np.abs(result - expected).mean() < 1
 
 
 def test_a_user_is_told_what_matters(tensorrt: SimpleNamespace, cpu: SimpleNamespace) -> None:
-    for made in (tensorrt, cpu):
-        speed = made.bundle.int8["speed"]
-        assert made.notes[:2] == [
-            "5 calibration pictures are few: ranges may be too narrow for others, 16 are better",
+    for result in (tensorrt, cpu):
+        speed = result.bundle.int8["speed"]
+        assert result.notes[:2] == [
+            "5 calibration pictures are few: ranges may be too narrow for others, give 20",
             "5 of 5 calibration pictures have no mask: holes are drawn for them",
         ]
         assert speed["device"] == "cpu" and speed["other"] == "float32"
-        assert ["does not pay" in note for note in made.notes[2:]] == [True] * (speed["speedup"] <= 1)
-    stages = list(dict.fromkeys(stage for stage, _ in tensorrt.told))
-    assert stages[0] == "record 0.png, 1 of 4" and stages[-1] == "write bundle.json"
+        assert ["does not pay" in note for note in result.notes[2:]] == [True] * (speed["speedup"] <= 1)
+    stages = list(dict.fromkeys(what for what, _, _ in tensorrt.progress))
+    assert stages[0] == "record 0.png, 1 of 4" and stages[-1] == "speed beside INT8"
     assert "gate, held-out pictures: float32" in stages and "gate, held-out pictures" in stages
-    assert all(fraction is None or 0 <= fraction <= 1 for _, fraction in tensorrt.told)
+    assert all(0 <= done <= total for _, done, total in tensorrt.progress)
 
 
 # --- what is kept, and what is not ------------------------------------------------------------------------
 
 
 def test_a_missed_gate_saves_nothing_but_the_work(
-    recorded: Path, pictures: Path, no_recording: None, capsys: pytest.CaptureFixture[str]
+    recorded: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the command, as a user would: the recording is there already and is used."""
-    RECIPE.save(recorded / "mine.json")
+    Recipe({CONVOLUTION: True, ATTENTION: False}).save(recorded / "mine.json")
     command = ["export", "tiny", "--precision", "int8", "-o", str(recorded / "out"), "--steps", str(STEPS)]
     command += ["--calibration-data", str(pictures), "--calibration-cache", str(recorded / "cache")]
-    assert main([*command, "--int8-recipe", str(recorded / "mine.json"), "--min-psnr", "99.5"]) == 5
+    assert main([*command, "--int8-recipe", str(recorded / "mine.json"), "--min-psnr", "199.5"]) == 5
     (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error: "))
-    assert line.startswith("error: quality gate missed: in the hole of 4.png") and "99.5 dB is the floor" in line
-    for name in RECIPE.chosen:
-        assert f"{name} (" in line
+    assert line.startswith("error: quality gate missed: in the hole of 4.png") and "199.5 dB is the floor" in line
+    assert f"(mean of {CASES} held-out cases " in line and f"the blocks that cost most: {CONVOLUTION} (" in line
     assert f"set them to false in {recorded}/cache/recipe.json and pass it with --int8-recipe" in line
     assert sorted(p.name for p in recorded.iterdir()) == ["cache", "mine.json"]
-    assert sorted(p.name for p in (recorded / "cache").iterdir()) == ["recipe.json", "recorded", "sensitivity.json"]
-    measured = json.loads((recorded / "cache" / "sensitivity.json").read_text())
-    assert measured["plain_psnr_db"].keys() == RECIPE.chosen, "of the recipe's blocks alone"
+    measured = json.loads((recorded / "cache" / "sensitivity.json").read_text())["result"]
+    assert measured.keys() == {CONVOLUTION}, "the recipe's blocks alone"
 
 
-def test_an_interrupted_export_goes_on(pictures: Path, tmp_path: Path, tensorrt: SimpleNamespace) -> None:
-    def stop(stage: str, fraction: float | None) -> None:
-        if stage.startswith("record 2.png"):
+def test_an_interrupted_export_leaves_its_work_alone(pictures: Path, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("record 1.png"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         quantise(tmp_path, pictures, RECIPE, progress=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "given.json"], "neither output nor half of one"
-    statistics = Statistics.load(tmp_path / "cache" / "recorded")
-    assert statistics is not None and statistics.done == 2
-    told: list[str] = []
-    bundle = quantise(tmp_path, pictures, RECIPE, progress=lambda stage, fraction: told.append(stage))
-    assert not any(stage.startswith(("record 0.png", "record 1.png")) for stage in told)
-    assert bundle.files["denoiser.onnx"] == tensorrt.bundle.files["denoiser.onnx"], "it ends in the same file"
+    assert json.loads((tmp_path / "cache" / "statistics.json").read_text())["result"]["pictures"] == 1
+
+
+def test_the_cache_lies_beside_the_output() -> None:
+    assert default_folder(Path("a/b")) == Path("a/b.calibration")
 
 
 # --- what is refused --------------------------------------------------------------------------------------
 
 
 def refused(where: Path, pictures: Path, match: str, recipe: Recipe | None = RECIPE, **changes: Any) -> None:
-    """Told before anything is recorded, and nothing is left."""
+    """Before anything is recorded, and nothing is left."""
     with pytest.raises(UsageError, match=match):
         quantise(where, pictures, recipe, **changes)
     assert not (where / "cache").exists() and not list(where.glob(".moebius-*"))
 
 
-def test_only_float32_is_quantised(pictures: Path, tmp_path: Path) -> None:
+def test_without_photographs_one_line_says_what_to_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "tiny", "--precision", "int8", "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "error: INT8 is calibrated on photographs, 20 or more of the kind to fill, and none are named: name their "
+        "folder, such as `moebius-edge export tiny --precision int8 --calibration-data photos -o tiny-int8`\n"
+    )
+
+
+def test_what_cannot_be_quantised_is_refused_first(pictures: Path, tmp_path: Path) -> None:
     half = dataclasses.replace(TINY, precision="float16")
     refused(tmp_path, pictures, "is in float16: INT8 is made of a float32 bundle", reference=half)
-
-
-def test_options_are_checked_first(pictures: Path, tmp_path: Path) -> None:
-    refused(tmp_path, pictures, "there is no target 'gpu' for INT8: choose one of tensorrt, cpu", target="gpu")
-    refused(tmp_path, pictures, "unknown range method 'widest': choose one of minmax", ranges="widest")
     refused(tmp_path, pictures, "does not have: attic: remove them", Recipe({"attic": True}))
     refused(tmp_path, pictures, "given.json quantises nothing: set a block to true", Recipe({FEED_FORWARD: False}))
+    few = shutil.copytree(pictures, tmp_path / "few")
+    (few / "4.png").unlink()
+    refused(tmp_path, few, "too few calibration pictures, 4: give at least 5")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     refused(tmp_path, pictures, "out exists and is not empty: remove it or name another")
 
 
-def test_too_few_pictures(pictures: Path, tmp_path: Path) -> None:
-    few = tmp_path / "few"
-    shutil.copytree(pictures, few)
-    (few / "4.png").unlink()
-    refused(tmp_path, few, "too few calibration pictures, 4: give at least 5")
-
-
 def test_what_is_read_or_kept_is_not_replaced(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    copied = shutil.copytree(ASSETS / "tiny", out)
-    reference = Bundle.load(copied, verify=False)
+    reference = Bundle.load(shutil.copytree(ASSETS / "tiny", out), verify=False)
     refused(tmp_path, pictures, "out holds .*out, which is used or kept: name another output", reference=reference)
     refused(tmp_path, pictures, "out holds .*cache, which is used", folder=out / "cache")
     refused(tmp_path, out / "pictures", "out holds .*pictures, which is used")
@@ -316,103 +295,111 @@ def test_what_is_read_or_kept_is_not_replaced(pictures: Path, tmp_path: Path) ->
     assert Bundle.load(out).files == TINY.files
 
 
-@pytest.mark.parametrize(("largest", "shown"), [(0.0, "is 0, which has no scale"), (np.inf, "is inf, not finite")])
-def test_a_range_that_is_zero_or_not_finite_names_its_tensor(
-    recorded: Path, pictures: Path, largest: float, shown: str
-) -> None:
-    statistics = Statistics.load(recorded / "cache" / "recorded")
-    assert statistics is not None
-    recipe = Recipe({FEED_FORWARD: True})
-    name = activations(onnx.load(TINY.component_path("denoiser")), recipe)[0]
-    tensor = statistics.tensors[name]
-    tensor.maximum = largest
-    if not largest:
-        tensor.histogram, tensor.minimum = Histogram(), 0.0
-    statistics.save(recorded / "cache" / "recorded")
-    with pytest.raises(UsageError, match=f"the range of activation {name} {shown}"):
-        quantise(recorded, pictures, recipe, ranges="minmax")
-    assert not (recorded / "out").exists()
-
-
 def test_a_recipe_of_nothing_that_the_target_computes(cpu: SimpleNamespace, pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(cpu.cache / "recorded", tmp_path / "cache" / "recorded")
+    shutil.copytree(cpu.cache, tmp_path / "cache")
     with pytest.raises(UsageError, match="the recipe leaves nothing in INT8 for cpu: set a block to true that"):
         quantise(tmp_path, pictures, Recipe({TIME: True}), target="cpu")
     assert not (tmp_path / "out").exists()
 
 
-# --- with a search ----------------------------------------------------------------------------------------
-
-FEW = (FEED_FORWARD, ATTENTION, CONVOLUTION, "conv_in")
+# --- what is reported -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search sees some blocks of the model alone."""
+def test_the_gate_keeps_the_worst_of_all_cases() -> None:
+    metrics = [
+        CaseMetrics("china", 34.0, 0.91, 40.0, 0.99, [0.1, 0.3]),
+        CaseMetrics("camera, hole 2", 28.4, 0.95, 36.0, 0.97, [0.2, 0.2]),
+        CaseMetrics("flower", 31.0, 0.93, 35.0, 0.98, [0.1, 0.1]),
+    ]
+    assert gate_report(metrics, 28.0) == {
+        **{"hole_psnr_db": 28.4, "hole_ssim": 0.91, "psnr_db": 35.0, "ssim": 0.97},
+        "mean_hole_psnr_db": 30.56,  # of the mean squared error
+        **{"latent_rms_drift": [0.2, 0.3], "min_psnr_db": 28.0, "cases": 3, "start": "image"},
+    }
+
+
+def test_the_table_says_of_each_block_what_it_costs_and_brings() -> None:
+    """A recipe may name a block that its target computes in floating point, or smooth one that is not quantised."""
+    every = [Block(n, (f"{n}/1", f"{n}/2"), frozenset(), macs) for n, macs in (("a", 75), ("b", 20), ("e", 5))]
+    quantiser: Any = SimpleNamespace(blocks=every, share=lambda block: block.macs / 100)
+    sensitivity = {"a": {"psnr_db": 45.0}, "b": {"psnr_db": 30.0, "smoothed_psnr_db": 41.0}}
+    recipe = Recipe({"a": True, "b": True, "e": True}, ("b", "e"))
+    assert block_table(quantiser, recipe, ["a/2", "b/1"], sensitivity) == [
+        {"name": "a", "psnr_db": 45.0, "share": 0.75, "quantised": True},
+        {"name": "b", "psnr_db": 30.0, "share": 0.2, "smoothed_psnr_db": 41.0, "quantised": True, "smoothed": True},
+        {"name": "e", "psnr_db": None, "share": 0.05, "quantised": False},
+    ]
+
+
+def test_advice_where_int8_does_not_pay() -> None:
+    def said(speedup: float, device: str, target: str, other: str = "float32") -> list[str]:
+        times = {"speedup": speedup, "int8_ms": 20.5, "other_ms": 20.5 * speedup}
+        return advice({**times, "device": device, "other": other}, target)
+
+    assert said(1.01, "cpu", "cpu") == said(2.0, "tensorrt", "tensorrt", "float16") == []
+    assert said(0.8, "cpu", "cpu") == [
+        "INT8 does not pay on this machine's cpu: 20.5 ms a call, float32 16.4 ms; use --precision fp32 here"
+    ]
+    assert said(1.0, "cuda", "tensorrt", "float16") == [
+        "INT8 does not pay on this machine's cuda: 20.5 ms a call, float16 20.5 ms; use --precision fp16 here"
+    ]
+    (text,) = said(0.8, "cpu", "tensorrt")
+    assert text.endswith("or try --target cpu; this file is for TensorRT and GPUs, and must be measured there")
+
+
+# --- with a search, and as a user has it -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_without_a_recipe_one_is_found(recorded: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (FEED_FORWARD, ATTENTION, CONVOLUTION, "conv_in")
 
     class Small(Quantiser):
+        """Some blocks of the model alone."""
+
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            self.blocks: list[Block] = [b for b in self.blocks if b.name in FEW]
-            self.candidates = [b for b in self.candidates if b.name in FEW[:3]]
+            self.blocks = [b for b in self.blocks if b.name in few]
+            self.candidates = [b for b in self.candidates if b.name in few[:3]]
             self.smoothable = self.smoothable & {ATTENTION}
 
     monkeypatch.setattr(int8_module, "Quantiser", Small)
-
-
-@pytest.mark.slow
-def test_without_a_recipe_one_is_found(
-    recorded: Path, pictures: Path, no_recording: None, few_blocks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = quantise(recorded, pictures, None)
+    bundle, _ = quantise(recorded, pictures, None)
     recipe = Recipe.load(bundle.path / "recipe.json")
-    assert recipe.quantised == dict.fromkeys(FEW[:3], True) | {"conv_in": False}
-    assert bundle.int8 is not None
+    assert recipe.quantised == dict.fromkeys(few[:3], True) | {"conv_in": False}
     rows = {row["name"]: row for row in bundle.int8["blocks"]}
-    known = json.loads((recorded / "cache" / "sensitivity.json").read_text())
-    assert {name: row["psnr_db"] for name, row in rows.items()} == known["plain_psnr_db"]
-    assert rows[ATTENTION]["smoothed_psnr_db"] == known["smoothed_psnr_db"][ATTENTION]
-    assert bundle.int8["quantised_products"] == len(products_of(FEW[:3]))
+    measured = json.loads((recorded / "cache" / "sensitivity.json").read_text())["result"]
+    assert measured.keys() == rows.keys() == set(few)
+    assert all(rows[name] == rows[name] | row for name, row in measured.items())
+    assert "smoothed_psnr_db" in rows[ATTENTION] and bundle.int8["quantised_products"] == len(nodes_of(few[:3]))
 
     shutil.rmtree(bundle.path)
-    worst = min(FEW[:3], key=known["plain_psnr_db"].__getitem__)
+    worst = min(few[:3], key=lambda name: measured[name]["psnr_db"])
     monkeypatch.setattr(search_module, "MARGIN_DB", 4.0)
-    floor = known["plain_psnr_db"][worst] - 3  # with the margin, the worst block alone is below it
-    told: list[str] = []
-    again = quantise(recorded, pictures, None, min_psnr_db=floor, progress=lambda s, f: told.append(s))
-    assert not any(stage.startswith("sensitivity") for stage in told), "another floor measures no block again"
-    assert any(stage.startswith("recipe 1, ") for stage in told)
+    floor = measured[worst]["psnr_db"] - 3  # with the margin, the worst block alone is below it
+    stages: list[str] = []
+    again, _ = quantise(recorded, pictures, None, min_psnr_db=floor, progress=lambda w, d, t: stages.append(w))
+    assert not any(stage.startswith("sensitivity") for stage in stages), "another floor measures no block again"
+    assert any(stage.startswith("recipe 1, ") for stage in stages)
     assert worst not in Recipe.load(again.path / "recipe.json").chosen
 
 
-def test_where_no_block_passes_nothing_is_saved(recorded: Path, pictures: Path, few_blocks: None) -> None:
-    with pytest.raises(QualityError, match="no block can be quantised: 151 dB in the hole are wanted"):
-        quantise(recorded, pictures, None, min_psnr_db=150.0)
-    assert not (recorded / "out").exists() and (recorded / "cache" / "sensitivity.json").is_file()
-
-
-def test_the_cache_lies_beside_the_output() -> None:
-    assert default_folder(Path("a/b")) == Path("a/b.calibration")
-
-
-# --- as a user has it -------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_the_standard_recipe_passes_on_the_bundled_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_standard_recipe_passes_on_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate of the bundled model in INT8 at its usual steps, and TensorRT for RTX builds what was saved."""
+    photographs = ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "astronaut.png")
+    photographs += ("camera.png", "moon.png", "brick.png", "grass.png", "coffee.png", "gravel.png", "coins.png")
+    (tmp_path / "photographs").mkdir()
+    for i, name in enumerate(photographs):
+        (tmp_path / "photographs" / f"{i:02}-{name}").write_bytes((files("skimage.data") / name).read_bytes())
     monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 16)
-    monkeypatch.setattr(speed_module, "ROUNDS", 5)
     every = blocks(onnx.load(TINY.component_path("denoiser")))
-    total = sum(block.multiplications for block in every)
-    standard = [b for b in every if not b.name.endswith(SLOW) and b.multiplications >= 0.002 * total]
-    recipe = Recipe({block.name: block in standard for block in every})
-    recipe.save(tmp_path / "standard.json")
-    options = Int8Options(tmp_path / "cache", recipe=tmp_path / "standard.json", steps=20)
-    notes: list[str] = []
-    bundle = quantise_bundle(TINY, tmp_path / "out", options, progress=silent, note=notes.append)
-    assert "calibrating on 12 photographs that come with packages" in notes[0] and bundle.int8 is not None
-    assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == set(HELD_OUT)
+    total = sum(block.macs for block in every)
+    standard = [b for b in every if not b.name.endswith(SLOW) and b.macs >= MIN_MAC_SHARE * total]
+    Recipe({block.name: block in standard for block in every}).save(tmp_path / "standard.json")
+    options = Int8Options(tmp_path / "cache", str(tmp_path / "photographs"), recipe=tmp_path / "standard.json")
+    bundle, _ = quantise_bundle(TINY, tmp_path / "out", options)
+    assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == {"04-astronaut.png", "09-coffee.png"}
     assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 16
     assert bundle.gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in bundle.int8["cases"]) >= 30
     assert bundle.int8["share_of_multiplications"] >= 0.6
@@ -421,8 +408,8 @@ def test_the_standard_recipe_passes_on_the_bundled_photographs(tmp_path: Path, m
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     facts = network_facts(bundle.component_path("denoiser"))
     assert sorted(facts["quantised"]) == sorted(bundle.int8["nodes"])
-    wanted = EngineOptions("tensorrt-rtx", compute_capabilities=("8.6",))
-    engine = build_engines(bundle, wanted).engine
-    plan = engine.plans["denoiser"]
-    assert (plan["quantised_products"], plan["products_in_int8"]) == (len(bundle.int8["nodes"]), None)
-    assert "quantised_products" not in engine.plans["vae_encoder"] and plan["tensors"]["INT8"] > 0
+    assert main(["export", str(bundle.path), "--engine", "tensorrt-rtx", "--compute-capability", "8.6"]) == 0
+    (engine,) = bundle.path.glob("engines/*/engine.json")
+    plans = json.loads(engine.read_text())["plans"]
+    assert plans["denoiser"]["quantised_products"] == len(bundle.int8["nodes"])
+    assert "quantised_products" not in plans["vae_encoder"] and plans["denoiser"]["tensors"]["INT8"] > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,14 +13,19 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle.bundle import ASSETS
-from moebius_edge.calibration.blocks import blocks
-from moebius_edge.calibration.kernels import integer_kernels
-from moebius_edge.calibration.pairs import quantise_weight
-from moebius_edge.calibration.quantise import activations, quantise, quantised_nodes
-from moebius_edge.calibration.recipe import Recipe
+from moebius_edge.calibration.blocks import Recipe, blocks
+from moebius_edge.calibration.quantise import (
+    Quantiser,
+    fuse_silu,
+    integer_kernels,
+    quantise,
+    quantise_weight,
+    quantised_nodes,
+)
+from moebius_edge.calibration.statistics import Statistics, TensorStatistics
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export.precision import convert
-from moebius_edge.export.trt_builder import TrtBuilder, describe_network, network_facts
+from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.export.trt_rules import problems
 
 CONV, RELU, LINEAR = "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv2", "time_embedding"
@@ -77,6 +82,13 @@ def scales_of(model: onnx.ModelProto) -> dict[str, float]:
 SCALES = scales_of(small_model())
 
 
+class Asked(defaultdict[str, float]):
+    """One scale for every tensor; its keys are those that were asked for."""
+
+    def __init__(self, scale: float = 0.05) -> None:
+        super().__init__(lambda: scale)
+
+
 def fake(values: np.ndarray, scale: np.ndarray | float, low: int = -128, high: int = 127) -> np.ndarray:
     return np.clip(np.rint(values / scale), low, high) * scale
 
@@ -113,9 +125,10 @@ def test_the_numbers_are_those_of_rounding_in_numpy() -> None:
 
 
 def test_every_input_of_a_product_gets_one_pair_and_the_rules_hold() -> None:
-    model = small_model()
+    model, asked = small_model(), Asked()
+    quantise(model, ALL, asked)
+    assert list(asked) == ["x", "b", "e"]
     q = quantise(model, ALL, SCALES)
-    assert activations(model, ALL) == ["x", "b", "e"]
     assert Counter(n.op_type for n in q.graph.node if "Quantize" in n.op_type or "Dequantize" in n.op_type) == {
         "QuantizeLinear": 3,
         "DequantizeLinear": 6,
@@ -160,8 +173,9 @@ def kernels(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
 
 
 def test_on_the_cpu_every_product_runs_in_integers(tmp_path: Path) -> None:
-    model = small_model()
-    assert activations(model, ALL, "cpu") == ["x", "b", "c", "e"]
+    model, asked = small_model(), Asked()
+    quantise(model, ALL, asked, "cpu")
+    assert sorted(asked) == ["b", "c", "e", "x"]
     q = quantise(model, ALL, SCALES, "cpu")
     assert kernels(q, tmp_path) == {"QLinearConv": 2, "MatMulIntegerToFloat": 1}
     difference = np.abs(run(q)[0] - expected(model, cpu=True))
@@ -172,12 +186,12 @@ def test_on_the_cpu_every_product_runs_in_integers(tmp_path: Path) -> None:
 
 def test_products_left_in_float32_are_an_error(tmp_path: Path) -> None:
     """TensorRT's placement leaves the convolutions in float32: that is why there are two."""
-    with pytest.raises(MachineError, match=r"computes 1 of the 3 quantised products of .* export for the target cpu"):
+    with pytest.raises(MachineError, match=r"computes 1 of the 3 quantised operators of .* export for the target cpu"):
         kernels(quantise(small_model(), ALL, SCALES), tmp_path)
 
 
 def test_what_has_no_kernel_in_integers_stays_float32(tiny: SimpleNamespace) -> None:
-    q = quantise(tiny.model, Recipe({"time_embedding": True, CHOSEN[0]: True}), tiny.scales | tiny.outputs, "cpu")
+    q = quantise(tiny.model, Recipe({"time_embedding": True, CHOSEN[0]: True}), Asked(), "cpu")
     wanted = next(b.nodes for b in tiny.blocks if b.name == CHOSEN[0])
     assert quantised_nodes(q) == list(wanted)
 
@@ -211,7 +225,9 @@ def test_an_fp16_file_gets_fp16_scales_by_the_names_of_the_float32_one() -> None
     model = small_model()
     convert(model)
     model = onnx.shape_inference.infer_shapes(model, check_type=True)
-    assert activations(model, ALL) == activations(small_model(), ALL)
+    asked = Asked()
+    quantise(model, ALL, asked)
+    assert list(asked) == ["x", "b", "e"]
     q = quantise(model, ALL, SCALES)
     types = {t.name: t.data_type for t in q.graph.initializer if t.name.endswith("_scale")}
     half = {n for n, kind in types.items() if kind == TensorProto.FLOAT16}
@@ -235,23 +251,11 @@ def test_a_scale_that_its_type_cannot_hold_is_named(scale: float, shown: str) ->
 # --- what is refused -------------------------------------------------------------------------------------
 
 
-def test_bad_recipes_ranges_and_weights_are_named() -> None:
-    model = small_model()
-    with pytest.raises(UsageError, match=r"names blocks that the model does not have: conv_9, a, b and 1 more"):
-        quantise(model, Recipe({"conv_9": False, "a": True, "b": True, "c": True, CONV: True}), SCALES)
+def test_missing_ranges_and_bad_weights_are_named() -> None:
     with pytest.raises(UsageError, match="no range for tensor e: record the calibration again"):
-        quantise(model, ALL, {k: v for k, v in SCALES.items() if k != "e"})
-    with pytest.raises(UsageError, match="no target 'gpu' for INT8: choose one of tensorrt, cpu"):
-        activations(model, ALL, "gpu")
+        quantise(small_model(), ALL, {k: v for k, v in SCALES.items() if k != "e"})
     with pytest.raises(BundleError, match="weight w3 has values that are not finite"):
         quantise(small_model(weight=np.inf), ALL, SCALES)
-    model.graph.node[0].name = ""
-    with pytest.raises(BundleError, match=r"node 'a' \(Conv\) has no name"):
-        blocks(model)
-    model.graph.node[0].name = "first"
-    del model.graph.node[0].metadata_props[:]
-    with pytest.raises(BundleError, match=r"node 'first' \(Conv\) has no module path"):
-        blocks(model)
 
 
 def test_weights_are_within_half_a_step_and_reach_127() -> None:
@@ -263,65 +267,186 @@ def test_weights_are_within_half_a_step_and_reach_127() -> None:
         assert np.abs(whole).max() == 127 and scale.size == (1 if axis is None else values.shape[axis])
 
 
+# --- SiLU ------------------------------------------------------------------------------------------------
+
+
+def silu_model(kind: str = "") -> onnx.ModelProto:
+    """y = x sigmoid(x) of a rounded x; ``kind``: of one that is not, with another reader, times something else."""
+    pairs = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+    ]
+    data = "x" if kind == "float32" else "d"
+    nodes = [
+        *(pairs if data == "d" else []),
+        helper.make_node("Sigmoid", [data], ["s"], "sigmoid"),
+        helper.make_node("Mul", ["s", "x" if kind == "other" else data], ["y"], "product"),
+        *([helper.make_node("Neg", ["s"], ["z"])] if kind == "twice" else []),
+    ]
+    names = ("y", "z") if kind == "twice" else ("y",)
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, X.shape) for n in names]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, X.shape)
+    weights = [numpy_helper.from_array(np.float32(0.1), "scale"), numpy_helper.from_array(np.uint8(128), "zero")]
+    graph = helper.make_graph(nodes, "silu", [x], outputs, weights if data == "d" else [])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_silu_on_a_dequantised_tensor_is_one_node_with_the_same_values() -> None:
+    model = silu_model()
+    (before,) = run(model)
+    assert fuse_silu(model) == 1
+    onnx.checker.check_model(model)
+    assert Counter(n.op_type for n in model.graph.node) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "QuickGelu": 1}
+    np.testing.assert_allclose(run(model)[0], before, atol=1e-5)
+    assert np.abs(before).max() > 1
+
+
+@pytest.mark.parametrize("kind", ["float32", "twice", "other"])
+def test_what_is_no_silu_of_a_dequantised_tensor_stays(kind: str) -> None:
+    model = silu_model(kind)
+    before = model.SerializeToString()
+    assert fuse_silu(model) == 0
+    assert model.SerializeToString() == before
+
+
 # --- the bundled model -----------------------------------------------------------------------------------
 
 LAMBDA = "down_blocks.0.attentions.0.attn1.lambda"
-CHOSEN = ("down_blocks.0.attentions.0.ff", "down_blocks.0.attentions.0.attn1", "up_blocks.1.upsamplers.0.phases")
+ATTENTION, FEED_FORWARD = (f"down_blocks.0.attentions.0.{part}" for part in ("attn1", "ff"))
+CHOSEN = (FEED_FORWARD, ATTENTION, "up_blocks.1.upsamplers.0.phases")
+DENOISER = ASSETS / "tiny" / "denoiser.onnx"
 
 
 @pytest.fixture(scope="module")
 def tiny() -> SimpleNamespace:
-    model = onnx.load(ASSETS / "tiny" / "denoiser.onnx")
+    model = onnx.load(DENOISER)
     recipe = Recipe({name: True for name in (*CHOSEN, LAMBDA, "time_embedding")})
-    scales = dict.fromkeys(activations(model, recipe), 0.05)
-    outputs = dict.fromkeys(activations(model, recipe, "cpu"), 0.05)
-    return SimpleNamespace(model=model, recipe=recipe, scales=scales, outputs=outputs, blocks=blocks(model))
+    return SimpleNamespace(model=model, recipe=recipe, blocks=blocks(model))
 
 
 def test_a_lambda_operator_stays_a_node_where_the_recipe_leaves_it(tiny: SimpleNamespace) -> None:
-    q = quantise(tiny.model, tiny.recipe, tiny.scales)
+    q = quantise(tiny.model, tiny.recipe, Asked())
     kinds = Counter(n.op_type for n in q.graph.node)
     assert kinds["LocalLambda"] == 8 and kinds["InteractiveLambda"] == 9 and len(q.functions) == 2
-    without = quantise(tiny.model, Recipe({CHOSEN[0]: True}), tiny.scales)
+    without = quantise(tiny.model, Recipe({CHOSEN[0]: True}), Asked())
     assert len(without.functions) == 2 and Counter(n.op_type for n in without.graph.node)["LocalLambda"] == 9
 
 
 def test_on_the_cpu_all_that_the_recipe_names_runs_in_integers(tiny: SimpleNamespace, tmp_path: Path) -> None:
     every = Recipe({b.name: True for b in tiny.blocks})
-    q = quantise(tiny.model, every, dict.fromkeys(activations(tiny.model, every, "cpu"), 0.05), "cpu")
+    q = quantise(tiny.model, every, Asked(), "cpu")
     assert sum(kernels(q, tmp_path).values()) == len(quantised_nodes(q)) == 202  # 213 products less 11 Gemm
 
 
 def test_tensorrt_parses_exactly_the_recipes_layers(tiny: SimpleNamespace, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    q = quantise(tiny.model, tiny.recipe, tiny.scales)
-    assert problems(q) == []
-    onnx.save(q, tmp_path / "denoiser.onnx")
-    facts = network_facts(tmp_path / "denoiser.onnx")
-    wanted = [n for b in tiny.blocks if b.name in tiny.recipe.chosen for n in b.nodes]
-    assert sorted(facts["quantised"]) == sorted(wanted) == sorted(quantised_nodes(q)) and len(wanted) == 15
-    assert facts["tensors"]["INT8"] > 0
-    assert network_facts(ASSETS / "tiny" / "denoiser.onnx")["quantised"] == []
+    for recipe, number in ((tiny.recipe, 15), (Recipe({b.name: True for b in tiny.blocks}), 213)):
+        q = quantise(tiny.model, recipe, Asked())
+        assert problems(q) == []
+        onnx.save(q, tmp_path / "denoiser.onnx")
+        facts = network_facts(tmp_path / "denoiser.onnx")
+        expected = sorted(n for b in tiny.blocks if b.name in recipe.chosen for n in b.nodes)
+        assert sorted(facts["quantised"]) == expected == sorted(quantised_nodes(q)) and len(expected) == number
+        assert facts["tensors"]["INT8"] > 0
+    assert network_facts(DENOISER)["quantised"] == []
 
 
-@pytest.mark.slow
-def test_tensorrt_builds_it(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    every = Recipe({b.name: True for b in tiny.blocks})
-    scales = dict.fromkeys(activations(tiny.model, every), 0.05)
-    onnx.save(quantise(tiny.model, every, scales), tmp_path / "denoiser.onnx")
-    builder = TrtBuilder("tensorrt-rtx")
-    builder.check(tmp_path / "denoiser.onnx")
-    network = builder.parse(tmp_path / "denoiser.onnx")
-    assert len(describe_network(network[1])["quantised"]) == sum(len(b.nodes) for b in tiny.blocks)
-    sizes = {"sample": (9, 32, 32), "timestep": (), "branch": ()}
-    request = {
-        "component": "denoiser",
-        "workspace_bytes": None,
-        "opt_level": None,
-        "compute_capabilities": ["8.6"],
-        "profile": {name: ((1, *rest), (2, *rest), (2, *rest)) for name, rest in sizes.items()},
-        "timing_cache": None,
-    }
-    plan = builder.build(network, request, lambda percent: None)
-    assert plan.nbytes > 1_000_000
+# --- from statistics to candidates -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    """64 channels of numbers with outliers for every tensor that a node computes."""
+    tensors: dict[str, TensorStatistics] = {}
+    for node in onnx.load(DENOISER).graph.node:
+        tensors[node.output[0]] = tensor = TensorStatistics(-1)
+        tensor.update(np.random.default_rng(len(tensors)).standard_t(4, (200, 64)).astype(np.float32))
+    return Statistics({"pictures": "drawn"}, tensors)
+
+
+@pytest.fixture(scope="module")
+def quantiser(statistics: Statistics) -> Quantiser:
+    return Quantiser(DENOISER, statistics, "minmax", "tensorrt")
+
+
+def constants(model: onnx.ModelProto) -> dict[str, TensorProto]:
+    return {t.name: t for t in model.graph.initializer}
+
+
+def activation_scales(model: onnx.ModelProto) -> dict[str, float]:
+    found = {n.removesuffix("_scale"): t for n, t in constants(model).items() if n.endswith("_scale") and not t.dims}
+    return {name: float(numpy_helper.to_array(tensor)) for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
+def test_candidates_are_what_pays(statistics: Statistics, target: str) -> None:
+    quantiser = Quantiser(DENOISER, statistics, "minmax", target)
+    assert sum(map(quantiser.share, quantiser.blocks)) == pytest.approx(1)
+    names = {b.name for b in quantiser.candidates}
+    assert {ATTENTION, FEED_FORWARD, "up_blocks.0.resnets.0.conv1"} <= names
+    assert not [n for n in names if n.endswith((".depthwise", ".lambda")) or "time_emb" in n]
+    share = sum(map(quantiser.share, quantiser.candidates))
+    assert 0.6 < share < 0.9, "lambda operators and depthwise convolutions have the rest"
+
+
+def test_a_recipe_becomes_pairs_at_its_blocks(quantiser: Quantiser, statistics: Statistics) -> None:
+    before = quantiser.model.SerializeToString()
+    model, islands = quantiser.quantise(Recipe({ATTENTION: True, FEED_FORWARD: False}))
+    (block,) = (b for b in quantiser.blocks if b.name == ATTENTION)
+    assert sorted(quantised_nodes(model)) == sorted(block.nodes) and islands == {}
+    scales = activation_scales(model)
+    assert scales
+    for name, scale in scales.items():
+        assert scale == pytest.approx(statistics.tensors[name].histogram.maximum / 127)
+    assert quantiser.model.SerializeToString() == before
+
+
+def test_the_method_of_the_ranges_counts(quantiser: Quantiser, statistics: Statistics) -> None:
+    recipe = Recipe({FEED_FORWARD: True})
+    clipped = activation_scales(Quantiser(DENOISER, statistics, "percentile", "tensorrt").quantise(recipe)[0])
+    whole = activation_scales(quantiser.quantise(recipe)[0])
+    assert clipped.keys() == whole.keys() and all(clipped[n] <= whole[n] for n in whole)
+    assert any(clipped[n] < 0.95 * whole[n] for n in whole)
+
+
+def test_the_rest_in_fp16_has_fp16_scales_and_float32_operators(quantiser: Quantiser) -> None:
+    recipe = Recipe({ATTENTION: True})
+    model, float32 = quantiser.quantise(recipe, half=True)
+    scales = {n: t.data_type for n, t in constants(model).items() if n.endswith("_scale")}
+    assert scales and set(scales.values()) == {TensorProto.FLOAT16}
+    assert "LayerNormalization" in float32 and all(float32.values())
+    assert sorted(quantised_nodes(model)) == sorted(quantised_nodes(quantiser.quantise(recipe)[0]))
+    weights = [t for t in constants(model).values() if t.data_type == TensorProto.FLOAT16 and np.prod(t.dims) > 1000]
+    assert len(weights) > 50, "the other products are in FP16"
+
+
+def test_smoothing_changes_what_its_block_reads_and_no_other(quantiser: Quantiser) -> None:
+    assert {ATTENTION, FEED_FORWARD} <= quantiser.smoothable
+    both = {ATTENTION: True, FEED_FORWARD: True}
+    models = [quantiser.quantise(Recipe(both, s))[0] for s in ((), (ATTENTION,))]
+    plain, smoothed = map(constants, models)
+    changed = {n for n in plain if plain[n].SerializeToString() != smoothed[n].SerializeToString()}
+    assert plain.keys() == smoothed.keys() and not [n for n in changed if ".ff" in n]
+    before, after = map(activation_scales, models)
+    scales = {n for n in before if after[n] != before[n]}
+    assert scales and scales <= activation_scales(quantiser.quantise(Recipe({ATTENTION: True}))[0]).keys()
+    # Besides, gain and bias of the norm, weights and their scales of the products behind it.
+    assert 4 <= len(changed) - len(scales) <= 10
+    alone, unchanged = (quantiser.quantise(Recipe({FEED_FORWARD: True}, s))[0] for s in ((), (ATTENTION,)))
+    assert alone == unchanged, "a block that is not quantised is not smoothed"
+
+
+@pytest.mark.parametrize(("largest", "shown"), [(0.0, "is 0, which"), (np.inf, "is inf, which"), (None, "no range")])
+def test_ranges_that_are_missing_zero_or_not_finite_name_their_tensor(
+    quantiser: Quantiser, statistics: Statistics, largest: float | None, shown: str
+) -> None:
+    recipe = Recipe({ATTENTION: True})
+    name = next(iter(activation_scales(quantiser.quantise(recipe)[0])))
+    tensors = dict(statistics.tensors)
+    del tensors[name]
+    if largest is not None:
+        tensors[name] = TensorStatistics(None)
+        tensors[name].histogram.maximum = largest
+    with pytest.raises(UsageError, match=shown) as error:
+        Quantiser(DENOISER, Statistics({}, tensors), "minmax", "tensorrt").quantise(recipe)
+    assert f" {name}" in str(error.value)

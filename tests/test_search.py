@@ -14,13 +14,14 @@ import onnx
 import pytest
 from onnx import helper
 
-from moebius_edge.calibration.blocks import Block
-from moebius_edge.calibration.recipe import Recipe
-from moebius_edge.calibration.search import MARGIN_DB, Sensitivity, choose_recipe, measure_sensitivity, try_recipe
-from moebius_edge.calibration.trials import Figures, Progress
+from moebius_edge.calibration import search as search_module
+from moebius_edge.calibration.blocks import Block, Recipe
+from moebius_edge.calibration.evaluate import CaseMetrics
+from moebius_edge.calibration.search import MARGIN_DB, SEARCH_STEPS, Search, best_psnr_db, smoothing_helps
 from moebius_edge.errors import QualityError
+from moebius_edge.progress import Progress, no_progress
+from moebius_edge.system.fingerprint import ResultCache
 
-KEY = {"recording": {"model": "a"}, "ranges": "mse"}
 CASES = (1.0, 1.5)  # how much harder than the first each case is
 
 
@@ -29,7 +30,7 @@ class Part:
     """A block that alone has ``db`` in the first case, and ``smoothed_db`` smoothed, if it can be."""
 
     name: str
-    multiplications: int
+    macs: int
     db: float
     smoothed_db: float | None = None
     candidate: bool = True
@@ -37,55 +38,69 @@ class Part:
 
 @dataclass
 class Fake:
-    """Quantiser and trials in one: the candidate's file says what was quantised, errors add up.
+    """Quantiser and evaluator in one: the candidate's file says what was quantised, errors add up.
 
     ``tried`` holds what each trial quantised and smoothed; the trial of number ``stop_at`` is interrupted.
     """
 
     parts: Sequence[Part]
     stop_at: int = -1
+    facts: dict[str, Any] = field(default_factory=lambda: {"ranges": "mse"})
     tried: list[tuple[frozenset[str], tuple[str, ...]]] = field(default_factory=list)
-    folders: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.blocks = [Block(p.name, (p.name,), p.multiplications) for p in self.parts]
+        self.blocks = [Block(p.name, (p.name,), frozenset(), p.macs) for p in self.parts]
         self.candidates = [b for b, p in zip(self.blocks, self.parts, strict=True) if p.candidate]
         self.smoothable = frozenset(p.name for p in self.parts if p.smoothed_db is not None)
 
-    def make(self, recipe: Recipe) -> tuple[onnx.ModelProto, dict[str, list[str]]]:
-        graph = helper.make_graph([], "candidate", [], [], doc_string=json.dumps(recipe.document()))
-        return helper.make_model(graph), {}
+    def quantise(self, recipe: Recipe) -> tuple[onnx.ModelProto, dict[str, list[str]]]:
+        text = json.dumps({"quantised": recipe.quantised, "smoothed": recipe.smoothed})
+        return helper.make_model(helper.make_graph([], "candidate", [], [], doc_string=text)), {}
 
     def error(self, chosen: frozenset[str], smoothed: Sequence[str]) -> float:
         decibels = [p.smoothed_db if p.name in smoothed else p.db for p in self.parts if p.name in chosen]
         return sum(4 / 10 ** (db / 10) for db in decibels if db is not None)
 
-    def denoiser(self, file: Path, label: str, progress: Progress) -> list[Figures]:
+    def evaluate_denoiser(self, folder: Path, what: str, progress: Progress) -> list[CaseMetrics]:
         if len(self.tried) == self.stop_at:
             raise KeyboardInterrupt
-        document = json.loads(onnx.load(file).graph.doc_string)
+        document = json.loads(onnx.load(folder / "denoiser.onnx").graph.doc_string)
         recipe = Recipe(document["quantised"], tuple(document["smoothed"]))
         self.tried.append((recipe.chosen, recipe.smoothed))
-        self.folders.append(sorted(p.name for p in file.parent.iterdir()))
-        progress(label, 1, 2)
+        progress(what, 1, 2)
         error = self.error(recipe.chosen, recipe.smoothed)
         decibels = [10 * math.log10(4 / (error * harder)) if error else 200.0 for harder in CASES]
-        return [Figures(f"case {i}", round(db, 2), 1, 1, 1, []) for i, db in enumerate(decibels)]
+        return [CaseMetrics(f"case {i}", round(db, 2), 1, 1, 1, []) for i, db in enumerate(decibels)]
 
 
-def silent(label: str, done: int, total: int) -> None:
-    """The progress of a test that looks at none."""
+@pytest.fixture(autouse=True)
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of each evaluator that was made; the reference is the fake."""
+    made: list[int] = []
+
+    def evaluator(reference: Any, cases: Any, steps: int, guidance: float | None) -> Any:
+        made.append(steps)
+        return reference
+
+    monkeypatch.setattr(search_module, "CandidateEvaluator", evaluator)
+    return made
 
 
-def sensitivity_of(fake: Fake, folder: Path, key: dict[str, Any] = KEY) -> Sensitivity:
-    return measure_sensitivity(fake, fake, [p.name for p in fake.parts], folder, key, silent)  # type: ignore[arg-type]
+def search_of(fake: Fake, folder: Path, progress: Progress = no_progress) -> Search:
+    reference: Any = fake
+    return Search(reference, reference, [("a", ()), ("b", ())], ResultCache(folder), progress, 20, None)  # type: ignore[list-item]
+
+
+def measured(fake: Fake, folder: Path, progress: Progress = no_progress) -> dict[str, dict[str, float]]:
+    search = search_of(fake, folder, progress)
+    search.measure([p.name for p in fake.parts])
+    return search.sensitivity
 
 
 def choose(fake: Fake, floor: float, folder: Path) -> Recipe:
-    folder.mkdir(exist_ok=True)
-    known = sensitivity_of(fake, folder)
+    measured(fake, folder)
     fake.tried.clear()
-    return choose_recipe(fake, known, fake, floor, folder, silent)  # type: ignore[arg-type]
+    return search_of(fake, folder).find_recipe(floor)
 
 
 # --- each block alone -------------------------------------------------------------------------------------
@@ -93,83 +108,64 @@ def choose(fake: Fake, floor: float, folder: Path) -> Recipe:
 THREE = [Part("a", 100, 50.0), Part("b", 100, 40.0, 44.0), Part("c", 100, 30.0, 30.2)]
 
 
-def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Path) -> None:
-    fake = Fake(THREE)
-    known = sensitivity_of(fake, tmp_path)
+def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Path, steps: list[int]) -> None:
+    fake, progress = Fake(THREE), list[tuple[str, int, int]]()
+    sensitivity = measured(fake, tmp_path / "cache", lambda *update: progress.append(update))
     mean = 10 * math.log10((1 + 1.5) / 2)
-    assert known.plain == pytest.approx({"a": 50 - mean, "b": 40 - mean, "c": 30 - mean}, abs=0.02)
-    assert known.smoothed == pytest.approx({"b": 44 - mean, "c": 30.2 - mean}, abs=0.02)
+    expected = {"a": [50], "b": [40, 44], "c": [30, 30.2]}
+    for name, row in sensitivity.items():
+        assert list(row) == ["psnr_db", "smoothed_psnr_db"][: len(expected[name])]
+        assert list(row.values()) == pytest.approx([db - mean for db in expected[name]], abs=0.02)
     alone = [frozenset(name) for name in "abcbc"]
     assert fake.tried == [(name, ()) for name in alone[:3]] + [(name, tuple(name)) for name in alone[3:]]
+    assert [done for _, done, _ in progress] == [0, 1, 2, 3, 4] and {total for *_, total in progress} == {5}
+    assert progress[0][0] == "sensitivity of a" and progress[3][0] == "sensitivity of b, smoothed"
+    assert steps == [SEARCH_STEPS]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the candidates are gone"
 
 
 def test_smoothing_is_used_where_it_brings_half_a_decibel(tmp_path: Path) -> None:
-    known = sensitivity_of(Fake(THREE), tmp_path)
-    assert [known.helps(name) for name in "abc"] == [False, True, False]
-    assert known.best("b") == known.smoothed["b"] and known.best("c") == known.plain["c"]
-    worse = Sensitivity({"a": 40.0}, {"a": 30.0})
-    assert worse.best("a") == 40.0 and not worse.helps("a")
+    sensitivity = measured(Fake(THREE), tmp_path)
+    assert [smoothing_helps(sensitivity[name]) for name in "abc"] == [False, True, False]
+    assert best_psnr_db(sensitivity["b"]) == sensitivity["b"]["smoothed_psnr_db"]
+    assert best_psnr_db(sensitivity["c"]) == sensitivity["c"]["psnr_db"]
+    assert best_psnr_db({"psnr_db": 40.0, "smoothed_psnr_db": 30.0}) == 40.0
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
-    first = sensitivity_of(Fake(THREE), tmp_path)
-    again = Fake(THREE)
-    assert sensitivity_of(again, tmp_path) == first and again.tried == []
-    content = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert content == {"key": KEY, "plain_psnr_db": first.plain, "smoothed_psnr_db": first.smoothed}
-
-
-def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        sensitivity_of(Fake(THREE, stop_at=2), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["sensitivity.json"], "the candidate is gone"
-    later = Fake(THREE)
-    assert sensitivity_of(later, tmp_path) == sensitivity_of(Fake(THREE), tmp_path, {"anew": True})
-    assert [names for names, _ in later.tried] == [{"c"}, {"b"}, {"c"}]
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 3}'])
-def test_figures_of_another_key_or_damaged_ones_are_measured_anew(tmp_path: Path, damage: str) -> None:
-    sensitivity_of(Fake(THREE), tmp_path)
-    other = Fake(THREE)
-    if damage:
-        (tmp_path / "sensitivity.json").write_text(damage)
-        sensitivity_of(other, tmp_path)
-    else:
-        sensitivity_of(other, tmp_path, {**KEY, "ranges": "minmax"})
-    assert len(other.tried) == 5
-
-
-def test_progress_goes_through_all_blocks(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    fake = Fake(THREE)
-    names = [p.name for p in THREE]
-    measure_sensitivity(fake, fake, names, tmp_path, KEY, lambda *values: told.append(values))  # type: ignore[arg-type]
-    assert [done for _, done, total in told] == [0, 1, 2, 3, 4] and {total for *_, total in told} == {5}
-    assert told[0][0] == "sensitivity of a" and told[3][0] == "sensitivity of b, smoothed"
+        measured(Fake(THREE, stop_at=2), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the candidate is gone"
+    later, again = Fake(THREE), Fake(THREE)
+    assert measured(later, folder) == measured(Fake(THREE), tmp_path / "anew") == measured(again, folder)
+    assert [names for names, _ in later.tried] == [{"c"}, {"b"}, {"c"}] and again.tried == []
+    other = Fake(THREE, facts={"ranges": "minmax"})
+    measured(other, folder)
+    assert len(other.tried) == 5, "what depends on other facts is measured anew"
 
 
 # --- how many together ------------------------------------------------------------------------------------
 
 
 def brute_force(fake: Fake, floor: float, smoothed: Sequence[str]) -> int:
-    """The most multiplications of any choice of candidates whose worst case stays above floor and margin."""
+    """The most multiply-adds of any choice of candidates whose worst case stays above floor and margin."""
     most, limit = 0, 4 / 10 ** ((floor + MARGIN_DB) / 10)
     for number in range(len(fake.candidates) + 1):
         for some in itertools.combinations(fake.candidates, number):
             chosen = frozenset(block.name for block in some)
             if fake.error(chosen, smoothed) * max(CASES) <= limit:
-                most = max(most, sum(block.multiplications for block in some))
+                most = max(most, sum(block.macs for block in some))
     return most
 
 
-# Where the order by harm for what is brought is exact: equal multiplications, equal ratios, one that is hopeless.
+# Where the order by error over multiply-adds is exact: equal multiply-adds, equal ratios, one that is hopeless.
 EXACT = {
-    "equal multiplications": [Part(f"b{i}", 100, db) for i, db in enumerate((36, 48, 40, 33, 45, 38, 60))],
-    "the same harm for each multiplication": [Part(f"b{i}", 100, 40.0) for i in range(6)],
-    "large and harmless": [Part("a", 1000, 55), Part("b", 10, 36), Part("c", 500, 50), Part("d", 200, 38)],
+    "equal multiply-adds": [Part(f"b{i}", 100, db) for i, db in enumerate((36, 48, 40, 33, 45, 38, 60))],
+    "the same error for each multiply-add": [Part(f"b{i}", 100, 40.0) for i in range(6)],
+    "large and insensitive": [Part("a", 1000, 55), Part("b", 10, 36), Part("c", 500, 50), Part("d", 200, 38)],
     "the largest alone is below the floor": [Part("a", 100_000, 20), Part("b", 300, 45), Part("c", 20, 40)],
-    "one that brings much for its harm": [
+    "one that brings much for its error": [
         *[Part("a", 1000, 34), Part("b", 10, 38), Part("c", 10, 38), Part("d", 10, 38), Part("e", 10, 60)]
     ],
     "smoothed": [Part("a", 100, 30, 42), Part("b", 100, 36, 36.1), Part("c", 100, 28, 45), Part("d", 100, 25)],
@@ -179,15 +175,16 @@ EXACT = {
 
 @pytest.mark.parametrize("floor", [30.0, 33.0, 36.5])
 @pytest.mark.parametrize("name", EXACT)
-def test_the_recipe_is_the_best_there_is(tmp_path: Path, name: str, floor: float) -> None:
+def test_the_recipe_is_the_best_there_is(tmp_path: Path, steps: list[int], name: str, floor: float) -> None:
     fake = Fake(EXACT[name])
     recipe = choose(fake, floor, tmp_path)
     helped = [p.name for p in fake.parts if p.smoothed_db is not None and p.smoothed_db > p.db + 1]
-    brought = sum(block.multiplications for block in fake.blocks if block.name in recipe.chosen)
+    brought = sum(block.macs for block in fake.blocks if block.name in recipe.chosen)
     assert brought == brute_force(fake, floor, helped) > 0
     assert set(recipe.smoothed) == recipe.chosen & set(helped)
     assert recipe.quantised.keys() == {p.name for p in fake.parts}, "a person may switch any block"
     assert len(fake.tried) <= 2 + math.ceil(math.log2(len(fake.blocks)))
+    assert steps[-1] == 20, "whole trajectories decide"
 
 
 def test_all_at_once_is_tried_first(tmp_path: Path) -> None:
@@ -215,9 +212,3 @@ def test_where_nothing_passes_the_best_block_is_named(tmp_path: Path) -> None:
     assert fake.tried == [], "what is hopeless alone is not sampled at length"
     with pytest.raises(QualityError, match="there is no block to quantise; nothing was saved"):
         choose(Fake([Part("c", 10, 90.0, candidate=False)]), 30.0, tmp_path / "none")
-
-
-def test_a_candidate_lies_in_the_folder_only_while_it_is_tried(tmp_path: Path) -> None:
-    fake = Fake(THREE)
-    try_recipe(fake, fake, Recipe({"a": True}), tmp_path, "a", silent)  # type: ignore[arg-type]
-    assert fake.folders == [["candidate.onnx"]] and list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""SmoothQuant in small graphs: the float result stays, the outliers go, and what cannot take part is left alone."""
+"""SmoothQuant's factors by the paper, and in small graphs: the float result stays, the outliers go."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moebius_edge.calibration.migration import migration_factors
-from moebius_edge.calibration.smoothing import norms, smooth
+from moebius_edge.calibration.quantise import quantise_weight
+from moebius_edge.calibration.smoothing import migration_factors, norms, smooth
 from moebius_edge.errors import UsageError
 
 CHANNELS, SIDE = 6, 4
@@ -92,7 +92,7 @@ def test_the_result_stays_and_the_scale_covers_what_was_migrated(case: str) -> N
     nodes, outputs, block, tensor, axis = CASES[case]
     model = graph(nodes, outputs)
     (found,) = norms(model)
-    assert (found.block, found.tensors, len(found.products)) == (block, (tensor,), len(outputs))
+    assert (found.block, found.tensors, len(found.readers)) == (block, (tensor,), len(outputs))
     before, (activation,) = run(model, *outputs), run(model, tensor)
     largest = np.abs(activation).max(tuple(a for a in range(activation.ndim) if a != axis))
 
@@ -169,3 +169,29 @@ def test_weights_that_are_not_finite_are_named() -> None:
     model = graph([NORM, *LINEAR], ["q", "k"], {"wk": np.nan})
     with pytest.raises(UsageError, match="a channel of activation normed or of its weight is not finite"):
         smooth(model, frozenset([ATTENTION]), {"normed": np.ones(CHANNELS, np.float32)})
+
+
+# --- the factors -----------------------------------------------------------------------------------------
+
+
+def test_factors_are_the_papers_and_a_dead_channel_stays_as_it_is() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.uniform(0.1, 50, 6), rng.uniform(0.01, 2, 6)
+    expected = [x[j] ** 0.5 / w[j] ** 0.5 for j in range(6)]
+    np.testing.assert_allclose(migration_factors("x", x, w), expected, rtol=1e-6)
+    assert migration_factors("x", [0, 2, 8], [3, 0, 2]).tolist() == [1, 1, 2]
+
+
+def test_the_product_stays_and_its_quantisation_improves() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((64, 16))
+    x[:, 3] *= 40  # an outlier
+    w = rng.standard_normal((16, 8))
+    s = migration_factors("x", np.abs(x).max(0), np.abs(w).max(1)).astype(np.float64)
+    np.testing.assert_allclose((x / s) @ (s[:, None] * w), x @ w, atol=1e-9)
+
+    def error(a: np.ndarray, b: np.ndarray) -> float:
+        step, (integers, steps) = np.abs(a).max() / 127, quantise_weight(b, 1, "w")
+        return float(np.abs((np.rint(a / step) * step) @ (integers * steps) - x @ w).mean())
+
+    assert error(x / s, s[:, None] * w) < 0.5 * error(x, w)

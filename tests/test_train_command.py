@@ -16,7 +16,7 @@ from training_toys import RECIPE as STAGE
 from training_toys import STUDENT, TEACHER
 
 from moebius_edge import training
-from moebius_edge.calibration.recipe import Recipe as QuantisationRecipe
+from moebius_edge.calibration.blocks import Recipe as QuantisationRecipe
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae

@@ -78,7 +78,7 @@ def export(
     ] = None,
     calibration_data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="INT8: photographs of the kind to fill, 20 or more; a list or .tar too."),
+        typer.Option(metavar="DIR", help="INT8, required: 20 or more photographs of the kind to fill."),
     ] = None,
     calibration_masks: Annotated[
         Path | None, typer.Option(metavar="DIR", help="INT8: a mask for each photograph; default drawn holes.")
@@ -125,8 +125,8 @@ def export(
     pip install "moebius-edge[export]"
 
     --precision int8 also takes a float32 bundle as SOURCE ('tiny' means the bundled one then). It records
-    activations over --calibration-data, finds the blocks that can be quantised, and is saved only if pictures
-    that it has not seen stay above --min-psnr in the hole.
+    activations over the photographs in --calibration-data, which it needs, finds the blocks that can be
+    quantised, and is saved only if pictures that it has not seen stay above --min-psnr in the hole.
 
     With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
     (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
@@ -199,12 +199,10 @@ def export(
                     min_psnr_db=MIN_PSNR_DB if min_psnr is None else min_psnr,
                     steps=steps,
                     guidance=guidance,
+                    force=force,
                 )
                 with float32_bundle(source, output, bundle_options, update) as reference:
-                    bundle = quantise_bundle(
-                        reference, output, options, name=output.resolve().name, progress=tell, note=notes.append,
-                        force=force,
-                    )  # fmt: skip
+                    bundle, notes = quantise_bundle(reference, output, options, update)
         except KeyboardInterrupt:
             kept = f" but {cache}: the same command goes on with it" if cache is not None and cache.is_dir() else ""
             raise console.Interrupted(f"interrupted, nothing written{kept}") from None

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.histogram import Histogram
+from ..calibration.blocks import Recipe as QuantisationRecipe
 from ..calibration.ranges import LARGEST, activation_scale
-from ..calibration.recipe import Recipe as QuantisationRecipe
+from ..calibration.statistics import Histogram
 from ..errors import BundleError, UsageError
 from ..export.specialise import phase_kernels, phases_together
 from ..model import Student, StudentConfig, build_student
@@ -205,7 +205,7 @@ def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
 def read_blocks(path: Path, config: StudentConfig) -> tuple[str, ...]:
     """The blocks that the JSON at ``path`` has quantised, for a student of ``config``.
 
-    Raises as ``calibration.recipe.Recipe.load`` and ``check``: UsageError for a block that the student does not have.
+    Raises as ``calibration.blocks.Recipe.load`` and ``check``: UsageError for a block that the student does not have.
     """
     recipe = QuantisationRecipe.load(path)
     with torch.device("meta"):

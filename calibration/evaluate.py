@@ -1,0 +1,207 @@
+"""How good and how fast a quantised denoiser is, beside the float32 bundle.
+
+A case is one trajectory: a picture at the network's size with its hole. The float32 bundle samples each case once;
+every candidate then samples the same cases from the same noise, and the decoded pictures are compared in the hole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.bundle import Bundle
+from ..data.calibration_pictures import draw_hole, square
+from ..data.pictures import Pictures
+from ..export.precision import to_float16
+from ..metrics.fidelity import PEAK, compare, fill_figures
+from ..metrics.trajectory import Scene, Trajectory, cut_scene, run_trajectory
+from ..progress import Progress
+from ..runtimes import Runtime, create_runtime
+from ..runtimes.base import Arrays, drawn_feeds
+from ..runtimes.providers import absence, import_onnxruntime, start_problem
+from ..sampling.guidance import choose_guidance
+from ..spec import DENOISER
+from ..system.files import scratch_directory
+
+AUTOENCODER = ("vae_encoder", "vae_decoder")
+ROUNDS, WARM_UPS = 9, 2  # of the measurement of speed
+Case = tuple[str, Scene]  # the name, and the picture (1, 3, R, R) float32 in [-1, 1] with its hole, bool (R, R)
+
+
+@dataclass(frozen=True)
+class CaseMetrics:
+    """One case's ``psnr_db`` and ``ssim`` of the decoded picture, the same in the hole, and the latent's RMS drift."""
+
+    name: str
+    hole_psnr_db: float
+    hole_ssim: float
+    psnr_db: float
+    ssim: float
+    latent_rms_drift: list[float]
+
+
+def make_cases(pictures: Pictures, number: int, resolution: int, seed: int) -> list[Case]:
+    """``number`` cases of the pictures in turn; in the first round with the masks of their own, if they have one.
+
+    Raises:
+        UsageError, MachineError: as ``Pictures.read``.
+    """
+    cases = []
+    for k in range(number):
+        turn, i = divmod(k, len(pictures))
+        pixels, hole = pictures.read(i)
+        if hole is None or turn:
+            pixels, hole = square(pixels, resolution), draw_hole(seed, k, resolution)
+        name = f"{pictures.name(i)}, hole {turn + 1}" if turn else pictures.name(i)
+        cases.append((name, cut_scene(pixels, hole, resolution)[0]))
+    return cases
+
+
+def mean_hole_psnr_db(metrics: Sequence[CaseMetrics]) -> float:
+    """The PSNR of the mean squared error over the cases: what adds up if errors are independent."""
+    error = float(np.mean([PEAK**2 / 10 ** (m.hole_psnr_db / 10) for m in metrics]))
+    return round(10 * math.log10(PEAK**2 / error), 2)
+
+
+class CandidateEvaluator:
+    """Measures candidates on ``cases`` beside the float32 ``bundle``, by trajectories of so many ``steps``."""
+
+    def __init__(self, bundle: Bundle, cases: Sequence[Case], steps: int, guidance: float | None) -> None:
+        self.guidance = choose_guidance(guidance, bundle.distilled_guidance)
+        self._bundle, self._cases, self._steps = bundle, cases, steps
+        self._encoded: dict[bytes, Arrays] = {}
+        self._references: list[Trajectory] = []
+
+    def evaluate_denoiser(self, folder: Path, what: str, progress: Progress) -> list[CaseMetrics]:
+        """The metrics of the denoiser in ``folder`` with the reference's autoencoder."""
+        return self.evaluate(self._with_autoencoder(folder), what, progress)
+
+    def evaluate(self, runtime: Runtime, what: str, progress: Progress) -> list[CaseMetrics]:
+        """The metrics of ``runtime`` on all cases; ``progress`` gets their steps.
+
+        Raises:
+            BundleError: what it computes is not finite.
+        """
+        if not self._references:
+            reference_runtime = self._with_autoencoder(self._bundle.path)
+            self._references = self._sample(reference_runtime, f"{what}: float32", progress)
+        results = []
+        candidates = self._sample(runtime, what, progress)
+        for (name, scene), candidate, reference in zip(self._cases, candidates, self._references, strict=True):
+            metrics = fill_figures(candidate.image[0], reference.image[0], scene[1])
+            rounded = {k: round(v, 2 if k.endswith("db") else 4) for k, v in metrics.items() if v is not None}
+            drift = compare(candidate, reference)["latent_rms_drift"]
+            results.append(CaseMetrics(name, **rounded, latent_rms_drift=drift))
+        return results
+
+    def _with_autoencoder(self, folder: Path) -> Runtime:
+        denoiser = ort_runtime(replace(self._bundle, path=folder), DENOISER)
+        return CombinedRuntime(denoiser, ort_runtime(self._bundle, *AUTOENCODER), self._encoded)
+
+    def _sample(self, runtime: Runtime, what: str, progress: Progress) -> list[Trajectory]:
+        trajectories: list[Trajectory] = []
+
+        def on_step(done: int, total: int) -> None:
+            progress(what, len(trajectories) * total + done, len(self._cases) * total)
+
+        settings: dict[str, Any] = {"steps": self._steps, "guidance": self.guidance.sampled, "on_step": on_step}
+        with nullcontext() if runtime.active else runtime:
+            for _, scene in self._cases:
+                trajectories.append(run_trajectory(runtime, scene=scene, **settings))
+        return trajectories
+
+
+def ort_runtime(bundle: Bundle, *names: str, device: str = "cpu") -> Runtime:
+    """ONNX Runtime for the components ``names`` of ``bundle`` alone."""
+    part = replace(bundle, components={name: bundle.components[name] for name in names})
+    return create_runtime("onnxruntime", part, device)
+
+
+class CombinedRuntime(Runtime):
+    """A denoiser's runtime and an autoencoder's as one.
+
+    ``encoded`` keeps what was encoded, so that runtimes that share it encode each picture once.
+    """
+
+    def __init__(self, denoiser: Runtime, autoencoder: Runtime, encoded: dict[bytes, Arrays]) -> None:
+        super().__init__(denoiser.components | autoencoder.components)
+        self._denoiser, self._autoencoder, self._encoded = denoiser, autoencoder, encoded
+        self._opened = ExitStack()
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self._denoiser.info
+
+    def activate(self) -> None:
+        self._opened.enter_context(self._denoiser)
+        self._opened.enter_context(self._autoencoder)
+
+    def deactivate(self) -> None:
+        self._opened.close()
+
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        if component != "vae_encoder":
+            runtime = self._denoiser if component == DENOISER else self._autoencoder
+            return runtime.run(component, feeds, outputs)
+        key = hashlib.sha256(feeds["image"].tobytes()).digest()
+        if key not in self._encoded:
+            self._encoded[key] = self._autoencoder.run(component, feeds, outputs)
+        return self._encoded[key]
+
+
+def fastest_device(target: str) -> str:
+    """Where files for ``target`` run on this machine by ONNX Runtime: ``tensorrt``, ``cuda`` or ``cpu``."""
+    ort = import_onnxruntime()
+    for device in ("tensorrt", "cuda") if target == "tensorrt" else ():
+        if not absence(ort, device) and not start_problem(ort, device):
+            return device
+    return "cpu"
+
+
+def measure_speed(reference: Bundle, candidate: Bundle, target: str, progress: Progress) -> dict[str, Any]:
+    """INT8 beside what one would run instead, FP16 on a GPU and float32 on a CPU, in turns on ONNX Runtime.
+
+    ``int8_ms`` and ``other_ms`` are median milliseconds of a call with ``rows`` rows; ``speedup`` is the other's time
+    over INT8's, so that INT8 pays above 1. Both slow down alike on a noisy machine.
+    """
+    device, rounds = fastest_device(target), WARM_UPS + ROUNDS
+    precision = "float32" if device == "cpu" else "float16"
+    feeds = drawn_feeds(reference.components[DENOISER], reference.branches)
+    times: tuple[list[float], list[float]] = ([], [])
+    with scratch_directory(candidate.path) as folder:
+        other = replace(reference, path=folder)
+        shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
+        if precision == "float16":
+            to_float16(other.component_path(DENOISER))
+        with (
+            ort_runtime(candidate, DENOISER, device=device) as quantised,
+            ort_runtime(other, DENOISER, device=device) as plain,
+        ):
+            for turn in range(rounds):
+                for runtime, milliseconds in zip((quantised, plain), times, strict=True):
+                    start = time.perf_counter()
+                    runtime.run(DENOISER, feeds)
+                    milliseconds.append((time.perf_counter() - start) * 1e3)
+                progress("speed beside INT8", turn + 1, rounds)
+            info = quantised.info
+    int8_ms, other_ms = (statistics.median(milliseconds[WARM_UPS:]) for milliseconds in times)
+    return {
+        "other": precision,
+        "device": device,
+        "runtime": f"onnxruntime {info['version']}",
+        "threads": info["threads"],
+        "int8_ms": round(int8_ms, 2),
+        "other_ms": round(other_ms, 2),
+        "speedup": round(other_ms / int8_ms, 3),
+        "rows": reference.branches,
+    }

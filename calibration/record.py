@@ -1,0 +1,166 @@
+"""Records statistics of the denoiser's activations while the product's own pipeline fills pictures.
+
+Every call of every trajectory is recorded as ``run`` would execute it: preprocessing, starts, guidance and sampler are
+the pipeline's, and only the denoiser's graph is replaced by one that returns its activations as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import ModelProto, helper
+
+from ..bundle.bundle import Bundle
+from ..data.calibration_pictures import picture_and_hole
+from ..data.pictures import Pictures
+from ..errors import BundleError, MachineError
+from ..export.onnx_graph import PRODUCTS, constant_tensors, summed_axis
+from ..pipeline.inpainter import Inpainter, Step
+from ..progress import Progress
+from ..runtimes.base import Arrays, Runtime
+from ..runtimes.providers import first_line, quiet_options
+from ..sampling.guidance import choose_guidance
+from ..spec import DENOISER, Component
+from ..system.fingerprint import ResultCache
+from ..system.machine import available_cores
+from .blocks import inlined
+from .evaluate import AUTOENCODER, CombinedRuntime, ort_runtime
+from .quantise import rounded_outputs
+from .statistics import Statistics, TensorStatistics
+
+_RESULT = "statistics"
+
+
+def record(
+    bundle: Bundle, pictures: Pictures, target: str, cache: ResultCache, progress: Progress, **settings: Any
+) -> Statistics:
+    """Statistics of the activations of ``bundle``'s denoiser over ``pictures``, kept in ``cache`` after each picture.
+
+    A recording that was interrupted goes on with the first picture that is not in it, and ends with the same numbers;
+    a complete one is returned at once. ``settings`` are ``Inpainter.inpaint``'s ``steps``, ``guidance`` and ``seed``;
+    without guidance it is the export gate's, which needs both branches.
+
+    Raises:
+        UsageError: a picture cannot be read, or a setting is out of range.
+        MachineError: ONNX Runtime or memory is missing, or the cache cannot be written.
+        BundleError: an activation is not finite (the message names it), or a file is damaged.
+    """
+    settings |= {
+        "guidance": choose_guidance(settings["guidance"], bundle.distilled_guidance).scale,
+        "start": bundle.defaults["start"],
+    }
+    facts: dict[str, Any] = {
+        "model": {component.file: bundle.files[component.file]["sha256"] for component in bundle.components.values()},
+        "pictures": f"{len(pictures)}:{pictures.fingerprint()}",
+        "target": target,
+        "onnx": onnx.__version__,  # which names inlined tensors
+        **settings,
+    }
+    model = inlined(onnx.load(str(bundle.component_path(DENOISER))))
+    axes = activation_axes(model, target)
+    statistics = Statistics(facts, {name: TensorStatistics(axis) for name, axis in axes.items()})
+    if (cached := cache.get(_RESULT, facts)) is not None:
+        statistics.pictures = cached["pictures"]
+        statistics.tensors = {name: TensorStatistics.from_dict(t) for name, t in cached["tensors"].items()}
+    number = len(pictures)
+    if statistics.pictures == number:
+        return statistics
+    recording = RecordingRuntime(bundle.components[DENOISER], model, statistics)
+    runtime = CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})
+    with Inpainter(bundle, runtime) as inpainter:
+        for i in range(statistics.pictures, number):
+
+            def report(step: Step, i: int = i) -> None:
+                what = f"record {pictures.name(i)}, {i + 1} of {number}"
+                progress(what, i * step.total + step.index, number * step.total)
+
+            picture, hole = picture_and_hole(pictures, i, bundle.resolution, settings["seed"])
+            inpainter.inpaint(picture, hole, on_step=report, **{**settings, "seed": settings["seed"] + i})
+            statistics.pictures = i + 1
+            tensors = {name: tensor.to_dict() for name, tensor in statistics.tensors.items()}
+            cache.put(_RESULT, facts, {"pictures": statistics.pictures, "tensors": tensors})
+    return statistics
+
+
+def activation_axes(model: ModelProto, target: str) -> dict[str, int | None]:
+    """The activations that INT8 may round in a model without function calls.
+
+    They are the inputs of convolutions and matrix products, and for the target ``cpu`` the outputs of convolutions.
+    Each has the axis of its channels, if constant weights alone sum over them, or None.
+    """
+    constant = constant_tensors(model.graph)
+    axes: dict[str, set[int | None]] = {}
+    for node in model.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        first, second = node.input[:2]
+        if first not in constant:
+            axes.setdefault(first, set()).add(summed_axis(node) if second in constant else None)
+        if second not in constant:
+            axes.setdefault(second, set()).add(None)
+    operators = {node.name for node in model.graph.node if node.op_type in PRODUCTS}
+    for name in rounded_outputs(model, operators, target):
+        axes.setdefault(name, set()).add(None)
+    return {name: candidates.pop() if len(candidates) == 1 else None for name, candidates in axes.items()}
+
+
+class RecordingRuntime(Runtime):
+    """The denoiser ``model`` of a bundle in ONNX Runtime on the CPU; its activations are added to ``statistics``.
+
+    A call returns all activations at once: at the published size they have 3.1 GiB, and the process 6.5 GiB.
+    """
+
+    def __init__(self, component: Component, model: ModelProto, statistics: Statistics) -> None:
+        super().__init__({DENOISER: component})
+        self._model, self._tensors = model, statistics.tensors
+        self._session: Any = None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"name": "onnxruntime"}
+
+    def activate(self) -> None:
+        model = ModelProto()
+        model.CopyFrom(self._model)
+        present = {value.name for value in (*model.graph.input, *model.graph.output)}
+        added = [name for name in self._tensors if name not in present]
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in added)
+        options = quiet_options(onnxruntime, available_cores())
+        options.enable_cpu_mem_arena = False  # it would keep room for the outputs, which are copied
+        contents, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+        with _explained():
+            self._session = onnxruntime.InferenceSession(contents, options, providers=providers)
+
+    def deactivate(self) -> None:
+        self._session = None
+
+    def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        names = [output.name for output in self._session.get_outputs()]
+        with _explained():
+            values = feeds | dict(zip(names, self._session.run(names, feeds), strict=True))
+        for name, tensor in self._tensors.items():
+            if not np.isfinite(values[name]).all():
+                raise BundleError(
+                    f"activation {name} of the denoiser is not finite: its weights are damaged or its precision "
+                    "overflows",
+                    "calibrate a float32 bundle, or export it again",
+                )
+            tensor.update(values[name])
+        return {name: values[name] for name in outputs}
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors of ONNX Runtime, which have a class of their own for every cause, as one of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise MachineError(
+            f"the denoiser cannot be recorded in onnxruntime ({first_line(error)})",
+            "close other programs if memory is short, or export the bundle again",
+        ) from error

@@ -105,15 +105,15 @@ class Distillation:
                 ids = prompt_ids(self._teacher.config.num_prompts, batch.unconditional)
                 theirs = cast(Denoised, self._teacher(batch.sample, batch.timestep, ids))
             if "fine" in self._terms:
-                losses["fine"] = noise_loss(ours.noise, theirs.noise.float(), weight)
+                losses["fine"] = noise_loss(ours.noise, theirs.noise, weight)
             if "coarse" in self._terms:
                 losses["coarse"] = coarse_loss(
                     self._student.coarse_feature(ours), self._teacher.coarse_feature(theirs)
                 )
         if self.distance is not None:
-            clean = predicted_clean(batch.noisy, ours.noise.float(), batch.alpha_bar)
+            clean = predicted_clean(batch.noisy, ours.noise, batch.alpha_bar)
             with autocast(batch.sample.device, self._precision):
-                losses["perceptual"] = self.distance(clean, batch.clean, batch.mask, batch.masked).float()
+                losses["perceptual"] = self.distance(clean, batch.clean, batch.mask, batch.masked)
         return losses
 
 

@@ -1,49 +1,42 @@
-"""The distillation losses by hand, and the adaptive weights against finite differences on a small pair."""
+"""The losses by hand, the gradient at a layer as autograd has it, and what each stage minimises."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from golden import fill_golden
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from training_toys import STUDENT, TEACHER
 
 from moebius_edge.errors import UsageError
-from moebius_edge.model import Student, StudentConfig, Teacher, TeacherConfig, build_student, build_teacher
-from moebius_edge.training.layer_gradient import LayerGradient
+from moebius_edge.model import Student, build_student, build_teacher
+from moebius_edge.training.fake_quantise import simulate
 from moebius_edge.training.losses import (
-    Coefficients,
-    Losses,
-    Weights,
+    LayerGradient,
     adaptive_weights,
     coarse_loss,
     noise_loss,
     predicted_clean,
     total_loss,
 )
-from moebius_edge.training.perceptual import TeacherFeatures
+from moebius_edge.training.noising import Batch, Noising, prompt_ids
+from moebius_edge.training.objectives import Distillation, Guidance, QuantisationAware, Task, noise_weight
+from moebius_edge.training.perceptual import choose_distance
+from moebius_edge.training.recipe import LossRecipe
 
 torch.set_num_threads(1)
+LOSSES = LossRecipe(distance="teacher")
 
-STUDENT = StudentConfig(
-    block_out_channels=(32, 32),
-    num_heads=2,
-    cross_attention_dim=16,
-    prompt_embedding_dim=16,
-    latent_size=8,
-    layers_per_block=1,
-    window=3,
-)
-TEACHER = TeacherConfig(
-    block_out_channels=(32, 32, 32),
-    num_heads=2,
-    cross_attention_dim=16,
-    prompt_embedding_dim=16,
-    layers_per_block=1,
-    gate_rank=4,
-)
+
+def alone(tensor: Tensor) -> Tensor:
+    """The mean over one process."""
+    return tensor
 
 
 def test_noise_loss_by_hand() -> None:
@@ -79,6 +72,37 @@ def test_predicted_clean_undoes_the_noising_of_each_sample() -> None:
     torch.testing.assert_close(wrong[1], torch.full_like(clean[1], -0.75))
 
 
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_the_gradient_at_a_layer_is_autograd_s(precision: torch.dtype, tolerance: float) -> None:
+    """bfloat16 is autocast's, in which autograd rounds the gradient of the weight, too."""
+    torch.manual_seed(0)
+    dtype = torch.float64 if precision == torch.float64 else torch.float32
+    layer, x = nn.Conv2d(5, 3, 1).to(dtype), torch.randn(2, 5, 4, 6, dtype=dtype)
+    gradient = LayerGradient(layer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), gradient:
+        y = layer(x)
+    loss = y.to(dtype).sin().sum()
+    (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+    ours = gradient(loss)
+    assert ours.shape == (3, 5) and ours.dtype == dtype and layer.weight.grad is None
+    torch.testing.assert_close(ours, expected.flatten(1), rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def test_recomputation_is_not_taken_for_the_forward_pass() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 2, 1), nn.Tanh())
+    gradient = LayerGradient(net[0])
+    with gradient:
+        y: Tensor = checkpoint(net, torch.randn(2, 3, 4, 4), use_reentrant=False)
+    loss = y.square().sum()
+    first, again = gradient(loss), gradient(loss)
+    (expected,) = torch.autograd.grad(loss, net[0].weight)
+    torch.testing.assert_close(first, expected.flatten(1))
+    assert torch.equal(first, again)
+
+
 def line(weight: Tensor, *gradient: float) -> Tensor:
     """A loss whose gradient at ``weight`` is known."""
     return (weight * weight.new_tensor(gradient)).sum()
@@ -99,142 +123,93 @@ def inner() -> nn.Parameter:
 
 
 def test_adaptive_weights_by_hand(output: nn.Parameter, inner: nn.Parameter) -> None:
-    losses = Losses(
-        task=line(output, 3, 4) + line(inner, 8, 6),
-        fine=line(output, 0, 2),
-        coarse=line(inner, 3, 0),
-        perceptual=line(output, 0.6, 0.8),
-    )
-    weights = adaptive_weights(losses, at(output), at(inner))
-    assert weights.out.item() == pytest.approx(5 / (2 + 1e-6), rel=1e-12)
-    assert weights.perceptual.item() == pytest.approx(5 / (1 + 1e-6), rel=1e-12)
-    assert weights.cross.item() == pytest.approx(3 / (10 + 1e-4), rel=1e-12)
-    assert not any(w.requires_grad for w in vars(weights).values())
+    losses = {
+        "task": line(output, 3, 4) + line(inner, 8, 6),
+        "fine": line(output, 0, 2),
+        "coarse": line(inner, 3, 0),
+        "perceptual": line(output, 0.6, 0.8),
+    }
+    weights = adaptive_weights(losses, at(output), at(inner), alone)
+    assert weights["w_out"].item() == pytest.approx(5 / (2 + 1e-6), rel=1e-12)
+    assert weights["w_perceptual"].item() == pytest.approx(5 / (1 + 1e-6), rel=1e-12)
+    assert weights["w_cross"].item() == pytest.approx(3 / (10 + 1e-4), rel=1e-12)
+    assert not any(w.requires_grad for w in weights.values())
     assert output.grad is None and inner.grad is None
-    total_loss(losses, weights, Coefficients()).backward()  # the graphs are still there
+    total_loss(losses, weights, LOSSES, losses.keys()).backward()  # the graphs are still there
     assert output.grad is not None
 
 
-def test_adaptive_weights_are_clamped(output: nn.Parameter, inner: nn.Parameter) -> None:
+def test_adaptive_weights_are_clamped_unless_a_gradient_is_not_finite(
+    output: nn.Parameter, inner: nn.Parameter
+) -> None:
     task = line(output, 3, 4) + line(inner, 0, 0)
-    losses = Losses(task, fine=line(output, 0, 0), coarse=line(inner, 30, 40), perceptual=line(output, 1e-7, 0))
-    weights = adaptive_weights(losses, at(output), at(inner))
-    assert (weights.out.item(), weights.perceptual.item(), weights.cross.item()) == (1e6, 1e6, 1e4)
-
-
-def test_a_gradient_that_is_not_finite_is_not_clamped_away(output: nn.Parameter, inner: nn.Parameter) -> None:
-    losses = Losses(line(output, math.inf, 1) + line(inner, 1, 1), line(output, 1, 1), line(inner, math.inf, 1))
-    weights = adaptive_weights(losses, at(output), at(inner))
-    assert weights.out.isnan() and weights.cross.isnan()
-    losses = dataclasses.replace(losses, task=line(output, 1, 1) + line(inner, 1, 1), fine=line(output, math.inf, 1))
-    assert adaptive_weights(losses, at(output), at(inner)).out.isnan()
+    losses = {"task": task, "fine": line(output, 0, 0), "coarse": line(inner, 30, 40)}
+    weights = adaptive_weights({**losses, "perceptual": line(output, 1e-7, 0)}, at(output), at(inner), alone)
+    assert [w.item() for w in weights.values()] == [1e6, 1e6, 1e4]
+    losses |= {"task": line(output, 1, 1) + line(inner, 1, 1), "coarse": line(inner, math.inf, 1)}
+    for spoilt in ({"task": line(output, math.inf, 1) + line(inner, 1, 1)}, {"fine": line(output, math.inf, 1)}):
+        weights = adaptive_weights({**losses, **spoilt}, at(output), at(inner), alone)
+        assert weights["w_out"].isnan() and weights["w_cross"].isnan()
 
 
 def test_weights_of_terms_that_are_off(output: nn.Parameter, inner: nn.Parameter) -> None:
-    task = line(output, 3, 4) + line(inner, 8, 6)
-    weights = adaptive_weights(Losses(task), at(output), at(inner))
-    assert [w.item() for w in (weights.out, weights.perceptual, weights.cross)] == [0, 0, 1]
-    assert total_loss(Losses(task), weights, Coefficients()).item() == pytest.approx(0.5 * 21)
+    losses = {"task": line(output, 3, 4) + line(inner, 8, 6)}
+    weights = adaptive_weights(losses, at(output), at(inner), alone)
+    assert [w.item() for w in weights.values()] == [0, 0, 1]
+    assert total_loss(losses, weights, LOSSES, {"task"}).item() == pytest.approx(0.5 * 21)
 
 
-def test_the_length_is_that_of_the_reduced_gradient(output: nn.Parameter, inner: nn.Parameter) -> None:
+def test_the_length_is_that_of_the_mean_gradient(output: nn.Parameter, inner: nn.Parameter) -> None:
     """Two processes whose gradients partly cancel: the mean's length, not the lengths' mean."""
-    shards = [
-        Losses(line(output, 3, 4) + line(inner, 8, 0), line(output, 2, 0), line(inner, 0, 4)),
-        Losses(line(output, 3, -4) + line(inner, 0, 6), line(output, 0, 2), line(inner, 0, -2)),
-    ]
+    first = {"task": line(output, 3, 4) + line(inner, 8, 0), "fine": line(output, 2, 0), "coarse": line(inner, 0, 4)}
+    second = {"task": line(output, 3, -4) + line(inner, 0, 6), "fine": line(output, 0, 2), "coarse": line(inner, 0, -2)}
     sent: list[list[Tensor]] = [[], []]
-    for shard, gradients in zip(shards, sent, strict=True):
-        adaptive_weights(shard, at(output), at(inner), reduce=lambda g, to=gradients: to.append(g.clone()) or g)
+    for share, gradients in zip((first, second), sent, strict=True):
+        adaptive_weights(share, at(output), at(inner), lambda g, to=gradients: to.append(g.clone()) or g)
     pairs = zip(*sent, strict=True)  # both processes ask in the same order
-    weights = adaptive_weights(shards[0], at(output), at(inner), reduce=lambda _: torch.stack(next(pairs)).mean(0))
+    weights = adaptive_weights(first, at(output), at(inner), lambda _: torch.stack(next(pairs)).mean(0))
     assert next(pairs, None) is None
-    assert weights.out.item() == pytest.approx(3 / (2**0.5 + 1e-6))
-    assert weights.cross.item() == pytest.approx(1 / (5 + 1e-4))
-    mean = [(shards[0].task + shards[1].task) / 2, (shards[0].fine + shards[1].fine) / 2]
-    mean.append((shards[0].coarse + shards[1].coarse) / 2)
-    whole = adaptive_weights(Losses(*mean), at(output), at(inner))
-    assert (weights.out, weights.cross) == (whole.out, whole.cross)
+    assert weights["w_out"].item() == pytest.approx(3 / (2**0.5 + 1e-6))
+    assert weights["w_cross"].item() == pytest.approx(1 / (5 + 1e-4))
+    mean = {name: (first[name] + second[name]) / 2 for name in first}
+    assert weights == adaptive_weights(mean, at(output), at(inner), alone)
 
 
 def test_scaling_saves_what_half_precision_loses() -> None:
     """Autocast's gradients pass through half precision, where 1e-8 is zero."""
     output, inner = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1))
     noise = output.half().float()
-    losses = Losses(1e-8 * noise.sum(), 2e-8 * noise.sum())
-    assert adaptive_weights(losses, at(output), at(inner)).out.item() == 0
-    scaled = adaptive_weights(losses, at(output), at(inner), scale=2.0**16).out.item()
+    losses = {"task": 1e-8 * noise.sum(), "fine": 2e-8 * noise.sum()}
+    assert adaptive_weights(losses, at(output), at(inner), alone)["w_out"].item() == 0
+    scaled = adaptive_weights(losses, at(output), at(inner), alone, scale=2.0**16)["w_out"].item()
     assert scaled == pytest.approx(2e-8 / (4e-8 + 1e-6), rel=1e-3)
 
 
-MEASURED = Losses(*(torch.tensor(x) for x in (2.0, 3.0, 5.0, 7.0)))
-FACTORS = Weights(out=torch.tensor(10.0), perceptual=torch.tensor(4.0), cross=torch.tensor(2.0))
+ALL = ("coarse", "fine", "task", "perceptual")
 
 
 @pytest.mark.parametrize(
-    ("terms", "expected"),
+    ("terms", "recipe", "expected"),
     [
-        (None, 0.01 * 5 + 2 * (0.5 * 2 + 0.01 * 10 * 3 + 0.5 * 4 * 7)),
-        ({"coarse"}, 0.01 * 5),
-        ({"coarse", "fine"}, 0.01 * 5 + 2 * 0.01 * 10 * 3),
-        ({"coarse", "fine", "task"}, 0.01 * 5 + 2 * (0.5 * 2 + 0.01 * 10 * 3)),
-        ({"task"}, 2 * 0.5 * 2),
+        (ALL, LOSSES, 0.01 * 5 + 2 * (0.5 * 2 + 0.01 * 10 * 3 + 0.5 * 4 * 7)),
+        (("coarse", "fine"), LOSSES, 0.01 * 5 + 2 * 0.01 * 10 * 3),
+        (("coarse", "fine", "task"), LOSSES, 0.01 * 5 + 2 * (0.5 * 2 + 0.01 * 10 * 3)),
+        (("task",), LOSSES, 2 * 0.5 * 2),
+        (ALL, LossRecipe(distillation=1, task=2, perceptual=3), 5 + 2 * (2 * 2 + 10 * 3 + 3 * 4 * 7)),
     ],
 )
-def test_total_by_hand(terms: set[str] | None, expected: float) -> None:
-    assert total_loss(MEASURED, FACTORS, Coefficients(), terms).item() == pytest.approx(expected)
+def test_total_by_hand(terms: tuple[str, ...], recipe: LossRecipe, expected: float) -> None:
+    losses = {"task": torch.tensor(2.0), "fine": torch.tensor(3.0), "coarse": torch.tensor(5.0)}
+    losses["perceptual"] = torch.tensor(7.0)
+    weights = {"w_out": torch.tensor(10.0), "w_perceptual": torch.tensor(4.0), "w_cross": torch.tensor(2.0)}
+    assert total_loss(losses, weights, recipe, set(terms)).item() == pytest.approx(expected)
 
 
-def test_total_takes_the_coefficients() -> None:
-    total = total_loss(MEASURED, FACTORS, Coefficients(distillation=1, task=2, perceptual=3))
-    assert total.item() == pytest.approx(5 + 2 * (2 * 2 + 10 * 3 + 3 * 4 * 7))
-
-
-def test_total_wants_terms_that_were_measured() -> None:
-    some = dataclasses.replace(MEASURED, fine=None, perceptual=None)
-    assert total_loss(some, FACTORS, Coefficients()).item() == pytest.approx(0.01 * 5 + 2 * 0.5 * 2)
-    for terms in ({"coarse", "fine"}, {"adversarial"}, set()):
-        with pytest.raises(ValueError, match=r"are not among the measured \['coarse', 'task'\]"):
-            total_loss(some, FACTORS, Coefficients(), terms)
-
-
-class Pair:
-    """A small student and teacher in float64, and all four losses of one batch at the student's current weights."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.student: Student = build_student(STUDENT).double()  # in training mode: batch statistics
-        self.teacher: Teacher = build_teacher(TEACHER).double()
-        self.at_output = LayerGradient(self.student.output_layer)
-        self.at_coarse = LayerGradient(self.student.coarse_layer)
-        self.distance = TeacherFeatures(self.teacher)
-        self.clean, self.noise, self.masked = torch.randn(3, 2, 4, 8, 8, dtype=torch.double)
-        self.mask = (torch.rand(2, 1, 8, 8) > 0.5).double()
-        self.alpha_bar = torch.tensor([0.9, 0.3], dtype=torch.double)
-        signal, spread = (a.sqrt()[:, None, None, None] for a in (self.alpha_bar, 1 - self.alpha_bar))
-        self.noisy = signal * self.clean + spread * self.noise
-
-    def losses(self) -> Losses:
-        inputs = torch.cat([self.noisy, self.mask, self.masked], 1), torch.tensor([120, 640]), torch.arange(10)[None]
-        inputs = (*inputs[:2], inputs[2].expand(2, -1))
-        with self.at_output, self.at_coarse:
-            ours = self.student(*inputs)
-        with torch.no_grad():
-            theirs = self.teacher(*inputs)
-        guess = predicted_clean(self.noisy, ours.noise, self.alpha_bar)
-        return Losses(
-            task=noise_loss(ours.noise, self.noise),
-            fine=noise_loss(ours.noise, theirs.noise),
-            coarse=coarse_loss(self.student.coarse_feature(ours), self.teacher.coarse_feature(theirs)),
-            perceptual=self.distance(guess, self.clean, self.mask, self.masked),
-        )
-
-
-def finite_lengths(losses: Callable[[], Losses], weight: nn.Parameter, names: tuple[str, ...]) -> dict[str, float]:
+def finite_lengths(losses: Callable[[], dict[str, Tensor]], weight: nn.Parameter, *names: str) -> dict[str, float]:
     """The lengths of the losses' gradients at ``weight``, by central differences.
 
-    Along a gradient's own direction the slope is its length, if it is the gradient: random directions, which see
-    what is orthogonal to it too, say whether it is.
+    Along a gradient's own direction the slope is its length, if it is the gradient; a random direction says whether
+    it is.
     """
 
     def slope(name: str, direction: Tensor, step: float = 1e-5) -> float:
@@ -242,38 +217,164 @@ def finite_lengths(losses: Callable[[], Losses], weight: nn.Parameter, names: tu
         for sign in (1, -1):
             with torch.no_grad():
                 weight.add_(direction, alpha=sign * step)
-                values.append(getattr(losses(), name).item())
+                values.append(losses()[name].item())
                 weight.sub_(direction, alpha=sign * step)
         return (values[0] - values[1]) / (2 * step)
 
     lengths = {}
     for name in names:
-        (gradient,) = torch.autograd.grad(getattr(losses(), name), weight)
-        for _ in range(3):
-            direction = nn.functional.normalize(torch.randn_like(gradient).flatten(), dim=0).view_as(gradient)
-            expected = (gradient * direction).sum().item()
-            assert slope(name, direction) == pytest.approx(expected, rel=1e-5, abs=1e-5 * gradient.norm().item())
+        (gradient,) = torch.autograd.grad(losses()[name], weight)
+        direction = nn.functional.normalize(torch.randn_like(gradient).flatten(), dim=0).view_as(gradient)
+        expected = (gradient * direction).sum().item()
+        assert slope(name, direction) == pytest.approx(expected, rel=1e-5, abs=1e-5 * gradient.norm().item())
         lengths[name] = slope(name, gradient / gradient.norm())
     return lengths
 
 
 def test_the_weights_are_those_of_finite_differences() -> None:
-    pair = Pair()
-    output, inner = pair.student.output_layer.weight, pair.student.coarse_layer.weight
-    weights = adaptive_weights(pair.losses(), pair.at_output, pair.at_coarse)
-    at_output = finite_lengths(pair.losses, output, ("task", "fine", "perceptual"))
-    at_inner = finite_lengths(pair.losses, inner, ("task", "coarse"))
-    assert weights.out.item() == pytest.approx(at_output["task"] / (at_output["fine"] + 1e-6), rel=1e-6)
-    assert weights.perceptual.item() == pytest.approx(at_output["task"] / (at_output["perceptual"] + 1e-6), rel=1e-6)
-    assert weights.cross.item() == pytest.approx(at_inner["coarse"] / (at_inner["task"] + 1e-4), rel=1e-6)
-    values = [w.item() for w in vars(weights).values()]
-    assert len({round(v, 3) for v in [*values, 1.0]}) == 4  # none agrees by accident
+    """Of a small student and teacher in float64, all four losses of one batch."""
+    student, objective = distillation(LOSSES, levels=2)
+    student.double().train()
+    objective._teacher.double()
+    given = Batch(*(t.double() if t.is_floating_point() else t for t in batch()))
+
+    def losses() -> dict[str, Tensor]:
+        return objective._losses(student(given.sample, given.timestep, prompt_ids(10, given.unconditional)), given)
+
+    _, figures = objective(student, given)
+    at_output = finite_lengths(losses, student.output_layer.weight, "task", "fine", "perceptual")
+    at_inner = finite_lengths(losses, student.coarse_layer.weight, "task", "coarse")
+    expected = {
+        "w_out": at_output["task"] / (at_output["fine"] + 1e-6),
+        "w_perceptual": at_output["task"] / (at_output["perceptual"] + 1e-6),
+        "w_cross": at_inner["coarse"] / (at_inner["task"] + 1e-4),
+    }
+    assert {name: figures[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert len({round(v, 3) for v in [*expected.values(), 1.0]}) == 4  # none agrees by accident
 
 
-def test_the_total_teaches_every_weight_of_the_student_and_none_of_the_teacher() -> None:
-    pair = Pair()
-    losses = pair.losses()
-    weights = adaptive_weights(losses, pair.at_output, pair.at_coarse)
-    total_loss(losses, weights, Coefficients()).backward()
-    assert [name for name, p in pair.student.named_parameters() if p.grad is None] == []
-    assert all(p.grad is None for p in pair.teacher.parameters())
+def batch(unconditional: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, 2:5, 2:5] = 1
+    branch = torch.full((2,), unconditional)
+    return Noising("cpu")(clean, clean * (1 - mask), mask, noise, torch.tensor([100, 900]), branch)
+
+
+def test_the_noise_error_s_weights_by_hand() -> None:
+    given = batch()
+    assert noise_weight(given, LOSSES) is None
+    hole = noise_weight(given, replace(LOSSES, hole_weight=5.0))
+    assert hole is not None and hole[0, 0, 2, 2] == 5 and hole[0, 0, 0, 0] == 1
+    early = noise_weight(given, replace(LOSSES, velocity_limit=40.0))
+    assert early is not None
+    expected = (1 / given.alpha_bar).clamp(max=40)
+    torch.testing.assert_close(early.flatten(1)[:, 0], expected)
+    assert expected[1] == 40 and expected[0] < 2
+
+
+def test_the_task_alone_is_the_mean_squared_error_of_the_right_branch() -> None:
+    torch.manual_seed(0)
+    student = build_student(STUDENT).eval()
+    given = batch(unconditional=1)
+    loss, figures = Task(LOSSES, STUDENT.num_prompts, "fp32")(student, given)
+    noise = student(given.sample, given.timestep, prompt_ids(STUDENT.num_prompts, given.unconditional)).noise
+    torch.testing.assert_close(loss, (noise - given.noise).square().mean())
+    assert not figures["task"].requires_grad
+
+
+def distillation(losses: LossRecipe, levels: int = 3) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    student = build_student(replace(STUDENT, block_out_channels=(32,) * levels)).eval()
+    teacher = build_teacher(replace(TEACHER, block_out_channels=(32,) * (levels + 1))).eval()
+    distance = choose_distance("teacher", teacher) if "perceptual" in losses.terms else None
+    return student, Distillation(losses, student, teacher, distance, "fp32", lambda value: value)
+
+
+def test_the_total_is_the_paper_s() -> None:
+    student, objective = distillation(LOSSES)
+    total, f = objective(student, batch())
+    expected = 0.01 * f["coarse"] + f["w_cross"] * (
+        0.5 * f["task"] + 0.01 * f["w_out"] * f["fine"] + 0.5 * f["w_perceptual"] * f["perceptual"]
+    )
+    torch.testing.assert_close(total.detach(), expected)
+    assert all(value > 0 and not value.requires_grad for value in f.values())
+    total.backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in objective._teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    "terms", [("coarse",), ("coarse", "fine"), ("coarse", "fine", "task"), ("fine", "task"), ("task", "perceptual")]
+)
+def test_terms_that_are_off_leave_no_trace(terms: tuple[str, ...]) -> None:
+    student, objective = distillation(replace(LOSSES, terms=terms))
+    total, f = objective(student, batch())
+    assert set(f) == {*terms, "task", "w_out", "w_perceptual", "w_cross"}  # the task is always measured
+    parts = {
+        "coarse": 0.01 * f.get("coarse", torch.tensor(0.0)),
+        "fine": f["w_cross"] * 0.01 * f["w_out"] * f.get("fine", torch.tensor(0.0)),
+        "task": f["w_cross"] * 0.5 * f["task"],
+        "perceptual": f["w_cross"] * 0.5 * f["w_perceptual"] * f.get("perceptual", torch.tensor(0.0)),
+    }
+    torch.testing.assert_close(total.detach(), torch.stack([parts[name] for name in terms]).sum())
+    total.backward()
+    output = student.output_layer.weight.grad
+    assert output is not None and (bool(output.any()) == (terms != ("coarse",)))
+
+
+def test_guidance_is_learnt_by_the_conditional_branch() -> None:
+    torch.manual_seed(0)
+    frozen = build_student(STUDENT).eval()
+    student = build_student(STUDENT).eval()
+    student.load_state_dict(frozen.state_dict())
+    given = batch(unconditional=1)  # the branch that was drawn plays no part
+
+    def predict(branch: int) -> Tensor:
+        return frozen(given.sample, given.timestep, prompt_ids(STUDENT.num_prompts, torch.full((2,), branch))).noise
+
+    target = predict(1) + 3 * (predict(0) - predict(1))
+    loss, figures = Guidance(replace(LOSSES, guidance=3.0), frozen, "fp32")(student, given)
+    torch.testing.assert_close(loss, (predict(0) - target).square().mean())
+    assert loss > 0 and not any(p.requires_grad for p in frozen.parameters())
+    loss.backward()
+    table = student.embedding_layer.weight.grad
+    assert table is not None and table[: STUDENT.num_prompts].any() and not table[STUDENT.num_prompts :].any()
+
+
+def test_the_rounded_student_learns_its_float_copy() -> None:
+    """On one batch by plain gradient steps: the straight-through gradient leads down, in both branches."""
+    frozen, student = (fill_golden(build_student(STUDENT)) for _ in range(2))
+    assert isinstance(frozen, Student) and isinstance(student, Student)
+    blocks = [f"{level}.attentions.0.proj_out" for level in ("down_blocks.0", "down_blocks.1", "up_blocks.2")]
+    simulation = simulate(student, ["conv_in", "conv_out", *blocks])
+    given = batch(unconditional=1)
+    ids = prompt_ids(STUDENT.num_prompts, given.unconditional)
+    simulation.calibrate([lambda: student(given.sample, given.timestep, ids)], "minmax")
+    objective = QuantisationAware(replace(LOSSES, hole_weight=5.0), frozen, simulation, "fp32", one_branch=False)
+    loss, figures = objective(student, given)
+    error = student(given.sample, given.timestep, ids).noise - frozen(given.sample, given.timestep, ids).noise
+    weight = (1 - given.alpha_bar)[:, None, None, None] * (1 + 4 * given.mask)
+    torch.testing.assert_close(loss, (error.square() * weight).mean())
+    assert loss > 0 and figures["int8"] == loss and figures["task"] > loss
+    losses = [float(loss.detach())]
+    for _ in range(12):
+        student.zero_grad()
+        objective(student, given)[0].backward()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        losses.append(float(objective(student, given)[0].detach()))
+    assert max(losses[-3:]) < 0.5 * losses[0]
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_student_with_distilled_guidance_learns_its_one_branch() -> None:
+    student, frozen = (build_student(STUDENT).eval() for _ in range(2))
+    simulation = simulate(student, ["conv_in"])
+    objective = QuantisationAware(LOSSES, frozen, simulation, "fp32", one_branch=True)
+    objective(student, batch(unconditional=1))[0].backward()
+    table = student.embedding_layer.weight.grad
+    assert table is not None and table[: STUDENT.num_prompts].any() and not table[STUDENT.num_prompts :].any()

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,18 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from training_toys import OPTIONS, RECIPE, TEACHER, FlatLatents, material, trained_teacher
+from training_toys import OPTIONS, RECIPE, STUDENT, TEACHER, FlatLatents, stage_inputs, trained_teacher
 
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.model import build_student, build_teacher
-from moebius_edge.training import checkpoints
-from moebius_edge.training.checkpoints import checkpoint_files
-from moebius_edge.training.networks import identity_start
+from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
+from moebius_edge.model import build_student, build_teacher, load_checkpoint
+from moebius_edge.training.loop import checkpoint_files
+from moebius_edge.training.networks import batch_norms, identity_start
 from moebius_edge.training.noising import Batch
 from moebius_edge.training.objectives import Distillation, Task
-from moebius_edge.training.recipe import Recipe, RunOptions
+from moebius_edge.training.recipe import Int8Recipe, Recipe, RunOptions
 from moebius_edge.training.stage import train_stage
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
@@ -155,14 +154,6 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000005.pt", "step-000000006.pt"]
 
 
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
-    list(trainer(TASK, tmp_path).run())
-    half = tmp_path / checkpoints.FOLDER / ".moebius-0123456789ab.pt"
-    half.write_bytes(b"half")
-    resumed = trainer(TASK, tmp_path)
-    assert resumed.resume() and resumed.done == 6 and not half.exists()
-
-
 def test_a_loss_that_is_not_finite_stops_with_diagnostics_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     ours = trainer(TASK, tmp_path)
 
@@ -195,7 +186,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(MachineError, match=r"cannot write .*step-000000004.pt: the disk is full: free space"):
         list(ours.run())
-    assert [p.name for p in (tmp_path / checkpoints.FOLDER).iterdir()] == ["step-000000002.pt"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000002.pt"]
 
 
 def start(call: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -234,123 +225,45 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(tea
     assert all(torch.equal(tensor, ours[name]) for name, tensor in whole_weights.items())
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--num_processes", "2", "--num_machines", "1")
-ACCELERATE += ("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
-
-
-def launch(call: dict[str, Any], launcher: tuple[str, ...] = TORCHRUN) -> None:
-    """The training of ``call`` on two CPU processes."""
-    script = Path(__file__).with_name("training_process.py")
-    command = [sys.executable, "-m", *launcher, str(script), json.dumps(call)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    two = subprocess.run(command, capture_output=True, env=variables)
-    assert two.returncode == 0, two.stderr.decode()[-3000:]
-
-
-def assert_same_training(one: Path, two: Path) -> None:
-    figures = [json.loads((path / "train.json").read_text())["result"]["last_figures"] for path in (one, two)]
-    for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
-        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5), name
-    assert_same_weights(one, two)
-
-
-def assert_same_weights(one: Path, two: Path) -> None:
-    ours = load_file(two / "student.safetensors")
-    for name, tensor in load_file(one / "student.safetensors").items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.fixture(scope="module")
-def call(teacher: Path) -> dict[str, Any]:
-    """All loss terms with their adaptive weights; batch norms by their running statistics.
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
+    """All loss terms with their adaptive weights; batch norms by their running statistics, two micro-batches each.
 
     In double precision: in single, AdamW makes whole steps of gradients that are zero but for rounding.
     """
-    return {"teacher": str(teacher), "recipe": {"optimiser": {"batch_norm": "running", "steps": 4}}, "double": True}
-
-
-@pytest.fixture(scope="module")
-def alone(call: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("alone")
-    assert start({**call, "output": str(output)}).wait() == 0
-    return output
-
-
-@pytest.fixture(scope="module")
-def sharded(call: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("sharded")
-    launch({**call, "output": str(output), "options": {"fsdp": True}})
-    return output
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_the_whole_batch(call: dict[str, Any], alone: Path, tmp_path: Path) -> None:
-    launch({**call, "output": str(tmp_path)})
-    for path, layout in ((alone, (1, 4, False)), (tmp_path, (2, 2, False))):
-        record = json.loads((path / "train.json").read_text())
-        assert (record["processes"], record["micro_batch"], record["sharded"]) == layout
-    assert_same_training(alone, tmp_path)
-
-
-@pytest.mark.slow
-def test_two_processes_with_shards_train_as_one(alone: Path, sharded: Path) -> None:
-    assert json.loads((sharded / "train.json").read_text())["sharded"]
-    assert_same_training(alone, sharded)
-    states = [torch.load(checkpoint_files(path)[-1], weights_only=True) for path in (alone, sharded)]
-    for part in ("network", "average"):
-        assert states[0][part].keys() == states[1][part].keys()
-    for kind in ("muon", "adamw"):
-        one, two = (state["optimiser"][kind] for state in states)
-        assert one["param_groups"] == two["param_groups"] and one["state"].keys() == two["state"].keys()
-        for number, values in one["state"].items():
-            for name, tensor in values.items():
-                torch.testing.assert_close(two["state"][number][name], tensor, rtol=0, atol=1e-8)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_shards_goes_on_with_shards_and_in_one_process(
-    call: dict[str, Any], alone: Path, sharded: Path, tmp_path: Path
-) -> None:
-    for name in ("two", "one"):
-        shutil.copytree(sharded, tmp_path / name)
-        checkpoint_files(tmp_path / name)[-1].unlink()
-        (tmp_path / name / "student.safetensors").unlink()
-        assert checkpoint_files(tmp_path / name)[-1].name == "step-000000002.pt"
-    launch({**call, "output": str(tmp_path / "two"), "options": {"fsdp": True}, "resume": True})
-    weights, resumed = (load_file(path / "student.safetensors") for path in (sharded, tmp_path / "two"))
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
-    assert start({**call, "output": str(tmp_path / "one"), "resume": True}).wait() == 0
-    assert_same_weights(alone, tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_shards_as_accelerate_s_launcher_asks_with_micro_batches_and_checkpointing(
-    call: dict[str, Any], tmp_path: Path
-) -> None:
-    """Without ``fsdp`` among the options."""
-    call = {**call, "recipe": {"optimiser": {"batch_norm": "running", "steps": 3, "batch": 8}}}
-    one = start({**call, "output": str(tmp_path / "one"), "options": {"micro_batch": 4}})
-    assert one.wait() == 0
-    options = {"micro_batch": 2, "gradient_checkpointing": True}
-    launch({**call, "output": str(tmp_path / "two"), "options": options}, ACCELERATE)
-    assert json.loads((tmp_path / "two" / "train.json").read_text())["sharded"]
-    assert_same_training(tmp_path / "one", tmp_path / "two")
+    recipe = {"optimiser": {"batch_norm": "running", "steps": 3}}
+    call = {"teacher": str(teacher), "recipe": recipe, "double": True}
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert start({**call, "output": str(alone)}).wait() == 0
+    script = Path(__file__).with_name("training_process.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command.append(json.dumps({**call, "output": str(two), "options": {"micro_batch": 1}}))
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, env=variables)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    records = [json.loads((path / "train.json").read_text()) for path in (alone, two)]
+    assert [(r["processes"], r["micro_batch"]) for r in records] == [(1, 4), (2, 1)]
+    figures = [record["result"]["last_figures"] for record in records]
+    for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5), name
+    ours = load_file(two / "student.safetensors")
+    for name, tensor in load_file(alone / "student.safetensors").items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_a_finished_run_is_returned_at_once_and_another_is_refused(teacher: Path, tmp_path: Path) -> None:
-    result = train_stage(RECIPE, material(teacher=teacher), tmp_path, OPTIONS)
+    result = train_stage(RECIPE, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoints", "recipe.toml", "student.json", "student.safetensors", "tensorboard", "train.json",
     ]  # fmt: skip
     before = result.stat().st_mtime_ns
-    assert train_stage(RECIPE, material(teacher=teacher), tmp_path, OPTIONS, resume=True) == result
+    assert train_stage(RECIPE, stage_inputs(teacher=teacher), tmp_path, OPTIONS, resume=True) == result
     assert result.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"holds a run already: add --resume to go on with it"):
-        train_stage(RECIPE, material(teacher=teacher), tmp_path, OPTIONS)
+        train_stage(RECIPE, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
     other = replace(RECIPE, losses=replace(RECIPE.losses, hole_weight=2.0))
     with pytest.raises(UsageError, match=r"another recipe \(losses.hole_weight is 1.0 there, 2.0 here\)"):
-        train_stage(other, material(teacher=teacher), tmp_path, OPTIONS, resume=True)
+        train_stage(other, stage_inputs(teacher=teacher), tmp_path, OPTIONS, resume=True)
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,16 +272,87 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         make_accelerator("cuda")
 
 
-def test_shards_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "FSDP shards a network over processes, and there is one: leave it out, or start several"
-    with pytest.raises(UsageError, match=text):
-        make_accelerator("cpu", fsdp=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match=text):
-        make_accelerator("cpu")
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(UsageError, match="fsdp_offload_params, which is not supported: set it to false"):
-        make_accelerator("cpu")
+LAMBDA = "up_blocks.0.attentions.0.attn1.lambda"
+BLOCKS = ("conv_in", "down_blocks.0.attentions.0.ff", "up_blocks.0.attentions.0.proj_in", LAMBDA)
+INT8 = replace(
+    RECIPE,
+    stage="int8",
+    optimiser=replace(RECIPE.optimiser, batch_norm="running"),
+    int8=Int8Recipe(blocks=BLOCKS, range_batches=2),
+)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of random weights that notes a distilled guidance."""
+    torch.manual_seed(3)
+    network = build_student(STUDENT)
+    for norm in batch_norms(network):
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    save_file(network.state_dict(), path, guidance_metadata(3.0))
+    return path
+
+
+def test_stage_int8_from_file_to_file(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = train_stage(INT8, stage_inputs(student=student), tmp_path, OPTIONS)
+    assert (
+        f"1 blocks of the recipe train in floating point, for training does not simulate the products inside "
+        f"lambda operators: {LAMBDA}\n" in capsys.readouterr().err
+    )
+    before, after = load_file(student), load_file(result)
+    load_checkpoint(build_student(STUDENT), result)
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert not any("running_" in name or "num_batches" in name for name in moved)
+    assert {n for n, _ in build_student(STUDENT).named_parameters() if n.endswith("weight")} - moved == set()
+    assert find_guidance(result, None) == 3.0  # it still needs one branch
+
+    record = json.loads((tmp_path / "train.json").read_text())
+    assert record["int8"]["left_in_floating_point"] == [LAMBDA]
+    ff = "down_blocks.0.attentions.0.transformer_blocks.0.ff"
+    assert list(record["int8"]["scales"]) == [
+        "conv_in.conv_pw",
+        f"{ff}.inverted_conv.conv",
+        f"{ff}.point_conv.conv",
+        "up_blocks.0.attentions.0.proj_in",
+    ]
+    assert all(scale > 0 for scale in record["int8"]["scales"].values())
+    assert {"loss", "int8", "task"} <= record["result"]["last_figures"].keys()
+
+
+def test_a_stopped_int8_run_goes_on_exactly(student: Path, tmp_path: Path) -> None:
+    ours = stage_inputs(student=student)
+    whole = load_file(train_stage(INT8, ours, tmp_path / "whole", OPTIONS))
+
+    class Stopped(FlatLatents):
+        drawn = 0
+
+        def latents(self, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            self.drawn += 1
+            if self.drawn > INT8.int8.range_batches + 3:
+                raise KeyboardInterrupt
+            return drawn
+
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(INT8, replace(ours, source=Stopped()), tmp_path / "cut", OPTIONS)
+    assert [p.name for p in checkpoint_files(tmp_path / "cut")] == ["step-000000002.pt"]
+    resumed = load_file(train_stage(INT8, ours, tmp_path / "cut", OPTIONS, resume=True))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    with pytest.raises(
+        UsageError, match=r"another recipe \(int8.blocks is \['conv_in', .* there, \['conv_in'\] here\)"
+    ):
+        other = replace(INT8, int8=replace(INT8.int8, blocks=("conv_in",)))
+        train_stage(other, ours, tmp_path / "cut", OPTIONS, resume=True)
+
+
+def test_int8_needs_a_student_and_blocks_that_it_has(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="stage int8 starts from a trained student: add --student FILE"):
+        train_stage(INT8, stage_inputs(), tmp_path / "none", OPTIONS)
+    with pytest.raises(UsageError, match="names blocks that the model does not have: conv_9"):
+        unknown = replace(INT8, int8=Int8Recipe(blocks=("conv_9",)))
+        train_stage(unknown, stage_inputs(student=student), tmp_path / "unknown", OPTIONS)
 
 
 @pytest.mark.gpu
@@ -379,7 +363,7 @@ def test_a_gpu_starts_as_the_cpu_does(precision: str, teacher: Path, tmp_path: P
     figures = []
     for device in ("cpu", "cuda"):
         output = tmp_path / device
-        train_stage(recipe, material(teacher=teacher), output, replace(OPTIONS, device=device))
+        train_stage(recipe, stage_inputs(teacher=teacher), output, replace(OPTIONS, device=device))
         record = json.loads((output / "train.json").read_text())
         figures.append(record["result"]["last_figures"])
     for name in ("task", "fine", "coarse", "perceptual", "w_out", "w_cross"):

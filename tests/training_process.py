@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from training_toys import OPTIONS, RECIPE, FlatLatents, material
+from training_toys import OPTIONS, RECIPE, FlatLatents, stage_inputs
 
 from moebius_edge.training import stage
 from moebius_edge.training.recipe import with_values
@@ -22,5 +22,5 @@ if __name__ == "__main__":
         stage.load_teacher = lambda path, device: load(path, device).double()
     options = replace(OPTIONS, **call.get("options", {}))
     recipe = with_values(RECIPE, call.get("recipe", {}))
-    ours = replace(material(teacher=Path(call["teacher"])), source=FlatLatents(torch.get_default_dtype()))
+    ours = replace(stage_inputs(teacher=Path(call["teacher"])), source=FlatLatents(torch.get_default_dtype()))
     stage.train_stage(recipe, ours, Path(call["output"]), options, call.get("resume", False))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from moebius_edge.model import StudentConfig, TeacherConfig
-from moebius_edge.training.material import Material
+from moebius_edge.training.inputs import StageInputs
 from moebius_edge.training.recipe import LossRecipe, OptimiserRecipe, Recipe, RunOptions
 from moebius_edge.training.stage import train_stage
 
@@ -55,11 +56,25 @@ class FlatLatents:
         return tuple(tensor.to(self.dtype) for tensor in drawn)
 
 
-def material(**files: Any) -> Material:
-    return Material(FlatLatents(), {"latents": "flat"}, **files)  # type: ignore[arg-type]
+def stage_inputs(**files: Any) -> StageInputs:
+    return StageInputs(FlatLatents(), {"latents": "flat"}, **files)  # type: ignore[arg-type]
 
 
 def trained_teacher(folder: Path) -> Path:
     """A teacher's checkpoint, hardly trained."""
     recipe = replace(RECIPE, stage="teacher", optimiser=replace(RECIPE.optimiser, steps=2))
-    return train_stage(recipe, material(), folder, OPTIONS)
+    return train_stage(recipe, stage_inputs(), folder, OPTIONS)
+
+
+def small_vae(seed: int = 0, scaling_factor: float = 1.0) -> AutoencoderKL:
+    """An autoencoder of random weights with four levels of eight channels."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+    ).eval()

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moebius_edge.data.masks import draw_mask
-from moebius_edge.training.autoencoder import mean_colours, pyramid_l1
 
 from .data import NETWORK_SIDE, PictureMixture
+from .losses import mean_colours, pyramid_l1
 from .training import Loss, Training, changed, open_data, parser, train
 
 HOLE_LEVEL = 127  # the mid-grey that a denoiser's masked pictures have in their holes

@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 
 from moebius_edge.errors import UsageError
-from moebius_edge.training.scenes import draw_scene
+
+from .scenes import draw_scene
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SMALLEST_SIDE = 64  # photographs with a shorter side are left out
@@ -199,6 +200,11 @@ class PictureMixture:
         if kind < 0.94:
             return draw_gradient(rng, side)
         return draw_graphics(rng, side)
+
+
+def to_network(pictures: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
+    return pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
 def validation_pictures(cache: PhotoCache, side: int = NETWORK_SIDE) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -27,38 +27,39 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.export.source import open_vae
+from moebius_edge.model import build_student
 from moebius_edge.system.files import atomic_write
-from moebius_edge.training.autoencoder import load_autoencoder, normalise_latents, save_autoencoder
 from moebius_edge.training.encoding import encode_batch
 from moebius_edge.training.loop import atomic_save
 from moebius_edge.training.networks import identity_start
 from moebius_edge.training.objectives import Task
-from moebius_edge.training.recipe import LossRecipe, NoiseRecipe, OptimiserRecipe, Recipe, RunOptions
+from moebius_edge.training.recipe import Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
-from .data import NETWORK_SIDE, PictureMixture, list_photographs, open_cache
+from .data import NETWORK_SIDE, PictureMixture, list_photographs, open_cache, to_network
 from .objects import BranchSamples
-
-STUDENT = StudentConfig(
-    block_out_channels=(64, 96, 128),
-    layers_per_block=1,
-    cross_attention_dim=32,
-    prompt_embedding_dim=32,
-    latent_size=32,
-)
+from .training import save_autoencoder
 
 
 @torch.no_grad()
 def settle_latents(vae: AutoencoderKL, mixture: PictureMixture, count: int = 48) -> None:
     """Give the latent channels zero mean and unit deviation over training pictures, in place; no picture changes.
 
-    The posterior's variance, which nothing has trained, becomes so small that a sample of it is its mean.
+    The 1x1 convolutions next to the latent take the factors. A channel of small deviation would otherwise drown in the
+    noise, which is the same for all. The posterior's variance, which nothing has trained, becomes so small that a
+    sample of it is its mean.
     """
-    normalise_latents(vae, np.stack([mixture(number, NETWORK_SIDE) for number in range(count)]))
-    channels = vae.config["latent_channels"]
-    vae.quant_conv.weight[channels:] = 0
-    vae.quant_conv.bias[channels:] = -20  # the logarithm of the variance
+    pictures = [mixture(number, NETWORK_SIDE) for number in range(count)]
+    latents = torch.cat([vae.encode(torch.from_numpy(to_network(p[None]))).latent_dist.mean for p in pictures])
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels, encode, decode = len(mean), vae.quant_conv, vae.post_quant_conv
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= deviation[None, :, None, None]
+    encode.weight[:channels] /= deviation[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / deviation
+    encode.weight[channels:] = 0
+    encode.bias[channels:] = -20  # the logarithm of the variance
 
 
 class EncodedSamples:
@@ -80,9 +81,9 @@ class EncodedSamples:
         """Clean and masked latents (N, 4, h, w) and the mask (N, 1, h, w)."""
         pictures, masks = (column[:: self.repeats].cpu().numpy() for column in drawn[:2])
         clean, masked, mask = (
-            part.repeat_interleave(self.repeats, 0) for part in encode_batch(self.vae, pictures, masks)
+            part.repeat_interleave(self.repeats, 0) for part in encode_batch(self.vae, pictures, masks[:, None])
         )
-        return clean, masked, mask
+        return clean, masked[:, 0], mask
 
 
 class BranchTrainer(Trainer):
@@ -94,22 +95,9 @@ class BranchTrainer(Trainer):
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """Return the recipe: the task alone, weighed as predicting the velocity would, the hole five times."""
-    return Recipe(
-        "student",
-        options.seed,
-        STUDENT,
-        noise=NoiseRecipe(timesteps="uniform"),
-        losses=LossRecipe(terms=("task",), hole_weight=5.0, velocity_limit=40.0),
-        optimiser=OptimiserRecipe(
-            steps=options.steps,
-            batch=options.batch,
-            learning_rate=3e-3,
-            warmup=100,
-            ema_decay=0.999,
-            identity_start=True,
-        ),
-    )
+    """Return the preset ``tiny``: the task alone, weighed as predicting the velocity would, the hole five times."""
+    optimiser = {"steps": options.steps, "batch": options.batch, "ema_decay": 0.999}
+    return with_values(preset_recipe("tiny", "student"), {"seed": options.seed, "optimiser": optimiser})
 
 
 def write_checkpoint(trainer: Trainer, vae: AutoencoderKL, folder: Path) -> None:
@@ -147,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = make_accelerator(options.device)
     recipe = recipe_of(options)
     mixture = PictureMixture(cache, recipe.seed)
-    vae = load_autoencoder(options.vae)
+    vae = open_vae(options.vae)
     settle_latents(vae, mixture)
     vae = vae.to(accelerator.device)
     torch.manual_seed(recipe.seed)

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 
 from moebius_edge.data.masks import sample_mask
-from moebius_edge.training.scenes import draw_scene
 
 from .data import NETWORK_SIDE, PictureMixture, random_photo_crop
+from .scenes import draw_scene
 
 BACKGROUND, FOREGROUND = 0, 1  # the branches, as the bundle's input ``branch`` numbers them
 COVERAGE = (0.05, 0.7)  # share of the picture under one set of strokes and boxes, of which a mask has up to three

@@ -22,10 +22,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from moebius_edge.training.adversary import Adversary, balance
-from moebius_edge.training.autoencoder import load_autoencoder, mean_colours, pattern_loss, pyramid_l1, texture_loss
+from moebius_edge.export.source import open_vae
 
 from .autoencoder import add_noise, draw_batch
+from .losses import Adversary, balance, mean_colours, pattern_loss, pyramid_l1, texture_loss
 from .training import Loss, Training, changed, open_data, parser, train
 
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     mixture, pictures = open_data(options, recipe.validation, recipe.seed)
     torch.manual_seed(recipe.seed)
-    model = load_autoencoder(options.vae)
+    model = open_vae(options.vae).requires_grad_(True)
     for encoding_part in (model.encoder, model.quant_conv):
         encoding_part.requires_grad_(recipe.train_encoder)
     adversary = Adversary(recipe.adversary_learning_rate, options.device)

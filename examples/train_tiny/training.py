@@ -19,12 +19,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from moebius_edge.errors import UsageError
-from moebius_edge.training.autoencoder import save_autoencoder
-from moebius_edge.training.data import to_network
+from moebius_edge.system.files import atomic_directory
 from moebius_edge.training.loop import check_finite, load_state, save_state, update_average
 from moebius_edge.training.optimiser import MuonAdamW
 
-from .data import PictureMixture, list_photographs, open_cache, split_validation, validation_pictures
+from .data import PictureMixture, list_photographs, open_cache, split_validation, to_network, validation_pictures
 from .metrics import evaluate
 
 STATE = "state.pt"
@@ -145,9 +144,15 @@ def reconstruct(model: AutoencoderKL, picture: np.ndarray) -> np.ndarray:
     return np.asarray(((decoded.permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().astype(np.uint8))
 
 
-def write_sheet(path: Path, pictures: Sequence[np.ndarray], decoded: Sequence[np.ndarray], columns: int = 4) -> None:
-    """Write a contact sheet: each original beside what the autoencoder makes of it."""
-    tiles = [np.hstack(pair) for pair in zip(pictures, decoded, strict=True)]
+def save_autoencoder(model: AutoencoderKL, folder: Path) -> None:
+    """Write a diffusers folder, whole or not at all; another autoencoder there is replaced."""
+    with atomic_directory(folder, overwrite=True, marker="config.json") as temporary:
+        model.save_pretrained(temporary)
+
+
+def write_sheet(path: Path, versions: Sequence[Sequence[np.ndarray]], columns: int = 4) -> None:
+    """Write a contact sheet: the same pictures in several ``versions``, those of a picture side by side."""
+    tiles = [np.hstack(tile) for tile in zip(*versions, strict=True)]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
     cv2.imwrite(str(path), cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
@@ -176,7 +181,7 @@ def validate(training: Training, pictures: Sequence[np.ndarray], log: Log) -> No
 
     figures = evaluate(run, pictures)
     log(step=training.step, pictures=training.drawn, time=time.strftime("%H:%M:%S"), **figures)
-    write_sheet(training.folder / f"sheet-{training.step:06d}.png", pictures, decoded[: len(pictures)])
+    write_sheet(training.folder / f"sheet-{training.step:06d}.png", [pictures, decoded[: len(pictures)]])
 
 
 def train(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from ..errors import UsageError
+
 
 @dataclass(frozen=True)
 class MaskPreset:
@@ -66,15 +68,17 @@ def sample_mask(
     size: int,
     coverage: tuple[float, float] = (0.05, 0.5),
     presets: tuple[str, ...] = ("thin", "medium", "thick", "box"),
-    attempts: int = 100,
+    attempts: int = 1000,
 ) -> np.ndarray:
     """A mask of a random preset whose covered share lies within ``coverage``; bool (size, size).
 
-    Raises:
-        ValueError: if no draw lands in the range, which means that the range does not suit the presets.
+    Raises UsageError if no draw lands in the range, which means that the range does not suit the presets.
     """
     for _ in range(attempts):
         mask = draw_mask(rng, size, presets[rng.integers(len(presets))])
         if coverage[0] <= mask.mean() <= coverage[1]:
             return mask
-    raise ValueError(f"no mask of presets {presets} covers {coverage} of the image after {attempts} draws")
+    raise UsageError(
+        f"none of {attempts} masks of the presets {', '.join(presets)} covers {coverage[0]} to {coverage[1]} of the "
+        "picture: widen data.coverage, or name other data.masks"
+    )

@@ -61,20 +61,10 @@ class Pictures:
     """``pictures[i]`` belongs to ``masks[i]``, which is None where there is none; ``source`` is what the user named."""
 
     def __init__(self, source: str, pictures: Sequence[Place], masks: Sequence[Place | None]) -> None:
-        if len(pictures) != len(masks):
-            raise ValueError(f"{len(pictures)} pictures and {len(masks)} masks")
         self.source, self.pictures, self.masks = source, pictures, masks
 
     def __len__(self) -> int:
         return len(self.pictures)
-
-    def __str__(self) -> str:
-        return f"{len(self)} pictures of {self.source}, {self.given_masks} with a mask of their own"
-
-    @property
-    def given_masks(self) -> int:
-        """How many pictures have a mask of their own."""
-        return sum(mask is not None for mask in self.masks)
 
     def name(self, i: int) -> str:
         """Relative to the source, with forward slashes; a shard's name and a colon before its members'."""

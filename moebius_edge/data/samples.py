@@ -1,47 +1,71 @@
 """Training samples from pictures: a square crop with a mask, drawn from the sample's number alone.
 
-Sample i is a function of (seed, i), so runs resume exactly and any process may draw any sample. Every epoch
-passes through all pictures once, in an order of its own.
+Sample i is a function of (seed, i), so runs resume exactly and any process may draw any sample. Every epoch passes
+through all pictures once, in an order of its own.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import weakref
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from ..errors import MachineError, UsageError
-from ..spec import LATENT_DOWNSCALE
-from .masks import PRESETS, draw_mask, sample_mask
+from ..system.files import atomic_write
+from .masks import sample_mask
 from .pictures import Pictures
-from .unreadable import Unreadable
 
 _SAMPLE, _ORDER = 1, 2  # what a generator is for: part of its seed
 _TRIES = 10  # crops drawn until one shows the given mask, and again as many laid over its edge
-_DRAWS = 1000  # masks drawn until one covers what it should: at five in a hundred, a miss is out of the question
 
 
-class Sample(NamedTuple):
-    """``image`` uint8 RGB (S, S, 3); ``mask`` bool (S, S), True where to fill."""
+class Unreadable:
+    """Names of pictures with the reasons why they could not be read, of this process and of all forked from it.
 
-    image: np.ndarray
-    mask: np.ndarray
+    They are noted in a nameless temporary file: pictures are read in loading processes, and what those note in memory
+    never reaches the process that reports it.
+    """
+
+    def __init__(self) -> None:
+        # Open as long as the object lives, and appended to, so that lines of several processes do not mix.
+        self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+
+    def add(self, name: str, reason: str) -> None:
+        self._file.write((json.dumps([name, reason]) + "\n").encode())
+
+    def entries(self) -> dict[str, str]:
+        """The first reason that was met, by the picture's name."""
+        descriptor = self._file.fileno()
+        lines = os.pread(descriptor, os.fstat(descriptor).st_size, 0).splitlines()
+        return dict(map(json.loads, reversed(lines)))
+
+    def write(self, path: Path) -> int:
+        """Add the entries to the list at ``path``, NAME, a tab and REASON a line; return how many it then has.
+
+        A resumed run thereby keeps what it met before. Nothing is written where there is nothing to list.
+        """
+        lines = {} if not path.exists() else dict.fromkeys(path.read_text("utf-8", "surrogateescape").splitlines())
+        names, before = {line.partition("\t")[0] for line in lines}, len(lines)
+        for name, reason in sorted(self.entries().items()):
+            if _one_line(name) not in names:
+                lines[f"{_one_line(name)}\t{_one_line(reason)}"] = None
+        if len(lines) > before:
+            with atomic_write(path) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
+        return len(lines)
 
 
-class Samples(Protocol):
-    """What latents are encoded from."""
-
-    unreadable: Unreadable
-
-    def sample_masks(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picture ``index`` with ``count`` masks: uint8 RGB (S, S, 3) and bool (count, S, S)."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """All that decides the samples, to be written as JSON: equal if and only if they are the same."""
-        ...
+def _one_line(text: str) -> str:
+    """A file's name may hold anything: line breaks and other control characters are written as escapes."""
+    return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -55,9 +79,6 @@ class Transform:
         flip: mirror every second sample.
         presets: the kinds of masks drawn, of ``masks.PRESETS``.
         coverage: smallest and largest share of the sample that a drawn mask covers. A given mask covers what it does.
-
-    Raises:
-        UsageError: values outside of these, or presets that hardly ever cover such a share.
     """
 
     resolution: int = 512
@@ -66,48 +87,23 @@ class Transform:
     presets: tuple[str, ...] = ("thin", "medium", "thick", "box")
     coverage: tuple[float, float] = (0.05, 0.5)
 
-    def __post_init__(self) -> None:
-        if self.resolution <= 0 or self.resolution % LATENT_DOWNSCALE:
-            raise UsageError(f"resolution is {self.resolution}: give a multiple of {LATENT_DOWNSCALE}")
-        if not 0 < self.min_scale <= 1:
-            raise UsageError(f"min_scale is {self.min_scale}: give a share above 0 and at most 1")
-        unknown = [preset for preset in self.presets if preset not in PRESETS]
-        if unknown or not self.presets:
-            raise UsageError(f"mask presets are {list(self.presets)}: give some of {', '.join(PRESETS)}")
-        least, most = self.coverage
-        if not 0 < least < most < 1:
-            raise UsageError(f"coverage is {least} to {most}: give two rising shares between 0 and 1")
-        rng = np.random.default_rng(0)
-        shares = [draw_mask(rng, 64, self.presets[i % len(self.presets)]).mean() for i in range(200)]
-        hits = sum(least <= share <= most for share in shares)
-        if hits < 10:
-            raise UsageError(
-                f"coverage is {least} to {most}, which {hits} of 200 masks of the presets {', '.join(self.presets)} "
-                "have: widen the range, or give other presets"
-            )
-
 
 class MaskedPictures:
-    """``sample(i)`` for any i from 0 on; ``unreadable`` lists what was passed over."""
+    """Samples by their number, for any number from 0 on; ``unreadable`` lists the pictures that were passed over."""
 
     def __init__(self, pictures: Pictures, transform: Transform, seed: int) -> None:
         self.pictures, self.transform, self.seed = pictures, transform, seed
         self.unreadable = Unreadable()
-        self._known: dict[int, str] = {}  # by this process: number of the picture -> reason
+        self._reasons: dict[int, str] = {}  # of this process, by the picture's number
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def sample(self, index: int) -> Sample:
-        """Sample ``index``; the mask is the picture's own, or drawn where it has none. Raises as ``sample_masks``."""
-        image, masks = self.sample_masks(index, 1)
-        return Sample(image, masks[0])
-
     def sample_masks(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ``index`` with ``count`` masks: uint8 RGB (S, S, 3) and bool (count, S, S).
+        """Sample ``index`` with ``count`` masks: uint8 RGB (S, S, 3) and bool (count, S, S), True where to fill.
 
-        The first mask is that of ``sample``. A picture with a mask of its own has it ``count`` times.
+        A picture with a mask of its own has it ``count`` times; for another they are drawn.
 
         Raises:
-            UsageError: no picture at all can be read.
+            UsageError: no picture at all can be read, or no drawn mask covers what it should.
         """
         image, mask = self._read(index)
         t, rng = self.transform, np.random.default_rng([self.seed, _SAMPLE, index])
@@ -115,15 +111,11 @@ class MaskedPictures:
         if t.flip and rng.random() < 0.5:
             image = image[:, ::-1]
             mask = None if mask is None else mask[:, ::-1]
-        if mask is not None:
-            masks = np.stack([mask] * count)
-        else:
-            masks = np.stack(
-                [sample_mask(rng, t.resolution, t.coverage, t.presets, attempts=_DRAWS) for _ in range(count)]
-            )
-        return np.ascontiguousarray(image), masks
+        masks = [sample_mask(rng, t.resolution, t.coverage, t.presets) if mask is None else mask for _ in range(count)]
+        return np.ascontiguousarray(image), np.stack(masks)
 
     def identity(self) -> dict[str, Any]:
+        """All that decides the samples, ready for JSON: equal if and only if they are the same."""
         pictures = {"number": len(self.pictures), "names_and_sizes": self.pictures.fingerprint()}
         return {"pictures": pictures, "transform": asdict(self.transform), "seed": self.seed}
 
@@ -135,14 +127,14 @@ class MaskedPictures:
             self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(total)
         for later in range(total):
             i = int(self._order[1][(turn + later) % total])
-            if i in self._known:
+            if i in self._reasons:
                 continue
             try:
                 return self.pictures.read(i)
             except (UsageError, MachineError) as error:
-                self._known[i] = str(error)
+                self._reasons[i] = str(error)
                 self.unreadable.add(self.pictures.name(i), str(error))
-        reasons = "; ".join(list(self._known.values())[:3])
+        reasons = "; ".join(list(self._reasons.values())[:3])
         raise UsageError(f"none of the {total} pictures of {self.pictures.source} can be read: {reasons}")
 
 
@@ -173,8 +165,7 @@ def _crop(
 
 
 def _corner_on_edge(rng: np.random.Generator, mask: np.ndarray, side: int) -> tuple[int, int]:
-    """A random corner from which a square of ``side`` covers both pixels of a random pair, one in the hole and its
-    neighbour outside; (H, W) -> (y, x)."""
+    """A random corner (y, x) from which a square of ``side`` covers a random pair of neighbours on the hole's edge."""
     down, right = (np.argwhere(np.diff(mask, axis=axis)) for axis in (0, 1))
     number = int(rng.integers(len(down) + len(right)))
     first, step = (down[number], (1, 0)) if number < len(down) else (right[number - len(down)], (0, 1))

@@ -1,24 +1,28 @@
 """Finds the training pictures: in a folder, by a JSON-lines list, or in WebDataset shards.
 
-It looks at names only; whether a file is a picture is found out when it is read, and ``samples`` passes over
-those that are not.
+It looks at names only; whether a file is a picture is found out when it is read, and ``samples`` passes over those that
+are not. Shards are plain tar files whose headers are read once by ``tarfile``; nothing is ever extracted. The
+webdataset package reads shards as streams, while a run that resumes bit for bit needs sample i without those before it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import posixpath
+import re
+import tarfile
 from pathlib import Path
 
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.decoding import SUFFIXES
 from ..system.files import safe_join
 from .pictures import Pictures, Place
-from .shards import expand, index_shard
 
 Pair = tuple[Place, Place | None]
-_SPECIAL = frozenset("\0\\:")  # to this system or to another; ``safe_join`` knows what they may be
+SHARD_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+SHARD_MASK = ".mask.png"
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def open_pictures(source: str | os.PathLike[str], masks: str | os.PathLike[str] | None = None) -> Pictures:
@@ -34,16 +38,16 @@ def open_pictures(source: str | os.PathLike[str], masks: str | os.PathLike[str] 
             that is no JSON or leaves the list's folder, a damaged shard); ``masks`` does not go with it.
         MachineError: something is missing, or may not be read.
     """
-    source, shown = os.fspath(source), Path(source)
-    files = expand(source) if source.endswith(".tar") and not shown.exists() else [source]
-    if masks is not None and not shown.is_dir():
+    source, path = os.fspath(source), Path(source)
+    files = expand(source) if source.endswith(".tar") and not path.exists() else [source]
+    if masks is not None and not path.is_dir():
         raise UsageError(f"a folder of masks goes with a folder of pictures only: {source} names its masks itself")
-    if shown.is_dir():
-        pairs = _folder(shown, None if masks is None else Path(masks))
-    elif len(files) == 1 and not shown.exists():
+    if path.is_dir():
+        pairs = _folder(path, None if masks is None else Path(masks))
+    elif len(files) == 1 and not path.exists():
         raise MachineError(f"there is no {source}: name a folder, a .jsonl list or .tar shards")
     elif source.endswith(".jsonl"):
-        pairs = _list(shown)
+        pairs = _list(path)
     elif source.endswith(".tar"):
         pairs = [pair for file in files for pair in index_shard(file)]
     else:
@@ -60,22 +64,23 @@ def _folder(root: Path, masks: Path | None) -> list[Pair]:
         raise UsageError(f"{masks} holds the pictures themselves: put the masks into a folder of their own")
     names = _search(root, (*SUFFIXES, ".tar"), masks)
     shards = [name for name in names if name.lower().endswith(".tar")]
-    if shards and len(shards) < len(names):
-        raise UsageError(f"{root} holds pictures and .tar shards: name one kind, as in {root / shards[0]}")
-    if shards and masks is not None:
-        raise UsageError(f"{root} holds shards, which hold their masks (KEY.mask.png): leave out the folder of masks")
+    if shards and (len(shards) < len(names) or masks is not None):
+        raise UsageError(f"{root} holds .tar shards, which hold their masks: name these alone, as {root / shards[0]}")
     if shards:
         return [pair for name in shards for pair in index_shard(os.path.join(root, name))]
+    if masks is None:
+        return [(_file(root, name), None) for name in names]
     by_stem: dict[str, str] = {}
-    for name in [] if masks is None else _search(masks, SUFFIXES, None):
+    for name in _search(masks, SUFFIXES, None):
         stem = os.path.splitext(name)[0]
         if stem in by_stem:
             raise UsageError(f"{masks} holds {by_stem[stem]} and {name}, two masks of one name: remove one")
         by_stem[stem] = name
     found = [by_stem.get(os.path.splitext(name)[0]) for name in names]
-    if masks is not None and names and not any(found):
+    if names and not any(found):
         raise UsageError(f"no mask in {masks} has the name of a picture in {root}: a/b.png belongs to a/b.jpg")
-    return [(_file(root, name), _mask(masks, mask)) for name, mask in zip(names, found, strict=True)]
+    pairs = zip(names, found, strict=True)
+    return [(_file(root, name), None if mask is None else _file(masks, mask)) for name, mask in pairs]
 
 
 def _search(root: Path, suffixes: tuple[str, ...], left_out: Path | None) -> list[str]:
@@ -89,62 +94,98 @@ def _search(root: Path, suffixes: tuple[str, ...], left_out: Path | None) -> lis
     for folder, folders, files in os.walk(root, onerror=unreadable):
         inner = [f for f in folders if not f.startswith(".")]
         folders[:] = [f for f in inner if os.path.realpath(os.path.join(folder, f)) != skipped]
-        inside = os.path.relpath(folder, root)
         for file in files:
             if os.path.splitext(file)[1].lower() in suffixes and not file.startswith("."):
-                names.append(file if inside == "." else f"{inside}/{file}")
+                names.append(os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/"))
     return sorted(names)
 
 
 def _list(path: Path) -> list[Pair]:
-    """Lines of JSON, each with "image" and maybe "mask"; other keys are nobody's business here."""
-    pairs: list[Pair] = []
-    inside: set[str] = set()
+    """Lines of JSON, each with "image" and maybe "mask"; other keys are ignored."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    pairs.append(_line(line, path.parent, inside, f"{path}:{number}"))
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}): write one JSON object a line") from error
-    return pairs
+    return [_line(line, path.parent, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _line(line: str, root: Path, inside: set[str], where: str) -> Pair:
+def _line(line: str, root: Path, where: str) -> Pair:
     example = '{"image": "a.jpg", "mask": "a.png"}'
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: no JSON ({error}): write a line as {example}") from None
-    names = [entry.get("image"), entry.get("mask")] if isinstance(entry, dict) else []
-    if not names or not isinstance(names[0], str) or not isinstance(names[1], str | None):
+    image, mask = (entry.get("image"), entry.get("mask")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(image, str) or not isinstance(mask, str | None):
         raise UsageError(f'{where}: "image" must be a path, and "mask" one or left out: write a line as {example}')
     try:
-        for name in names:
+        for name in (image, mask):
             if name is not None:
-                _check_inside(root, name, inside)
+                safe_join(root, name)
     except BundleError:
         raise UsageError(
             f"{where}: {name!r} leaves the list's folder {root}: give paths relative to it, of files inside it"
         ) from None
-    return _file(root, names[0]), _mask(root, names[1])
-
-
-def _check_inside(root: Path, name: str, inside: set[str]) -> None:
-    """``safe_join``, but every folder is followed once and then in ``inside``: a list may have a million lines."""
-    folder, last = posixpath.split(name)
-    if folder and folder not in inside:
-        safe_join(root, folder)
-        inside.add(folder)
-    if last in ("", ".", "..") or not _SPECIAL.isdisjoint(last) or os.path.islink(os.path.join(root, name)):
-        safe_join(root, name)
+    return _file(root, image), None if mask is None else _file(root, mask)
 
 
 def _file(root: Path, name: str) -> Place:
     return Place(name, os.path.join(root, name))
 
 
-def _mask(root: Path | None, name: str | None) -> Place | None:
-    return None if root is None or name is None else _file(root, name)
+def expand(pattern: str) -> list[str]:
+    """``a-{008..010}.tar`` to a-008.tar, a-009.tar, a-010.tar; several ranges multiply, no range is one file."""
+    parts = _RANGE.split(pattern)  # text, first, last, text, first, last, text
+    choices = [[text] for text in parts[::3]]
+    for place, (first, last) in enumerate(zip(parts[1::3], parts[2::3], strict=True)):
+        if int(last) < int(first):
+            raise UsageError(f"{pattern}: the range {first}..{last} goes backwards: write {{{last}..{first}}}")
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        choices.insert(2 * place + 1, numbers)
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def index_shard(file: str) -> list[Pair]:
+    """The pictures of a shard with their masks, in its order: the places of KEY.jpg and of KEY.mask.png.
+
+    The key is the member's name up to the first dot of its last part, as WebDataset has it. Other members are ignored.
+
+    Raises:
+        MachineError: the file is missing or may not be read.
+        UsageError: it is no plain tar file, is cut short, or has two pictures or masks of one key.
+    """
+    pictures: dict[str, Place] = {}
+    masks: dict[str, Place] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                _add_member(file, member, pictures, masks)
+            # After the first member tarfile takes damage for the end of the archive; that is a block of zeros.
+            end: int = tar.offset
+        with open(file, "rb") as stream:
+            stream.seek(end)
+            whole = stream.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except FileNotFoundError:
+        raise MachineError(f"there is no shard {file}: check the name with `ls {Path(file).parent}`") from None
+    except tarfile.TarError as error:
+        raise UsageError(f"{file} is no plain .tar file or is damaged ({error}): unpack a compressed one") from None
+    except OSError as error:
+        raise MachineError(f"cannot read {file}: {error.strerror}: check it with `ls -l {file}`") from None
+    if not whole:
+        raise UsageError(f"{file} is cut short or damaged {end} bytes from its beginning: copy it again")
+    return [(place, masks.get(key)) for key, place in pictures.items()]
+
+
+def _add_member(file: str, member: tarfile.TarInfo, pictures: dict[str, Place], masks: dict[str, Place]) -> None:
+    folder, slash, last = member.name.rpartition("/")
+    stem, dot, ending = last.partition(".")
+    suffix = dot + ending.lower()
+    if not member.isreg() or member.issparse() or not stem or suffix not in (*SHARD_PICTURES, SHARD_MASK):
+        return
+    places, key = masks if suffix == SHARD_MASK else pictures, folder + slash + stem
+    if key in places:
+        names = f"{places[key].name.partition(':')[2]!r} and {member.name!r}"
+        raise UsageError(f"{file} has {names} of one key, {key!r}: make the keys of a shard unique")
+    places[key] = Place(f"{Path(file).name}:{member.name}", file, member.offset_data, member.size)

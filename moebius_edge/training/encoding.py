@@ -10,56 +10,84 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
-from ..data.samples import Samples
+from ..data.samples import MaskedPictures
 from ..errors import BundleError, UsageError
 from ..imaging.masks import latent_mask
+from ..progress import Progress, no_progress
 from ..system.files import atomic_directory
-from .latents import ARRAYS, FORMAT, INDEX, LatentCache, shard_name
-from .loop import NumberedLoader, atomic_save, make_folder, plain, progress_bar
+from ..system.fingerprint import fingerprint, first_difference
+from .latents import ARRAYS, INDEX, LatentCache, read_index, shard_name
+from .loop import atomic_save, draw_batches, make_folder, plain
 
 UNREADABLE = "unreadable.txt"
+_BATCH = 4  # pictures that go through the autoencoder at a time
+
+
+class EncodedPictures:
+    """A ``latents.Source`` of pictures with a new crop and mask every time, encoded by ``vae`` as they are drawn."""
+
+    def __init__(self, vae: AutoencoderKL, pictures: MaskedPictures) -> None:
+        self._vae, self.pictures = vae, pictures
+
+    def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """uint8 RGB (S, S, 3) and bool (1, S, S)."""
+        return self.pictures.sample_masks(number, 1)
+
+    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``encode_batch``."""
+        clean, masked, mask = encode_batch(self._vae, *(part.cpu().numpy() for part in drawn))
+        return clean, masked[:, 0], mask
 
 
 @torch.no_grad()
-def encode_batch(
-    vae: AutoencoderKL, images: np.ndarray, masks: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode_batch(vae: AutoencoderKL, images: np.ndarray, masks: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """What a denoiser learns from, encoded on the VAE's device in bfloat16, given in float32.
 
     Args:
         images: uint8 RGB (N, S, S, 3), S a multiple of 8.
-        masks: bool (N, S, S), True where to fill.
+        masks: bool (N, M, S, S), True where to fill.
 
     Returns:
-        clean (N, 4, h, w): the posterior's mean, scaled; masked (N, 4, h, w): the same of the picture with its hole
-        mid-grey; mask (N, 1, h, w): 1 where to fill, of ``masks.latent_mask``.
+        clean (N, 4, h, w): the posterior's mean, scaled; masked (N, M, 4, h, w): the same of the picture with its hole
+        mid-grey; mask (N, M, h, w): 1 where to fill, of ``masks.latent_mask``.
     """
-    pictures = _to_device(vae, images)
-    return _encode(vae, pictures), *_encode_masked(vae, pictures, masks)
+    device = next(vae.parameters()).device
+    pictures = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    known = torch.from_numpy(~masks).to(device)
+    clean = _encode(vae, pictures)
+    masked = [_encode(vae, pictures * known[:, m : m + 1]) for m in range(masks.shape[1])]
+    cells = [[latent_mask(mask, clean.shape[-1]) for mask in of_picture] for of_picture in masks]
+    return clean, torch.stack(masked, 1), torch.from_numpy(np.array(cells)).to(device).float()
+
+
+def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (N, 3, S, S) in [-1, 1] to scaled latents (N, 4, h, w), float32."""
+    with torch.autocast(images.device.type, torch.bfloat16):
+        mean: Tensor = vae.encode(images).latent_dist.mean
+    return mean.float() * vae.config["scaling_factor"]
 
 
 def encode_latents(
     vae: AutoencoderKL,
-    samples: Samples,
+    samples: MaskedPictures,
     folder: Path,
     count: int,
     masks_per_picture: int = 1,
-    batch: int = 4,
     shard_size: int = 256,
     workers: int = 1,
+    progress: Progress = no_progress,
 ) -> LatentCache:
-    """Encodes samples 0 to ``count`` - 1 into ``folder``, or what of them is missing there, and opens it.
+    """Encode samples 0 to ``count`` - 1 into ``folder``, or what of them is missing there, and open it.
 
     One shard is held in memory at a time; ``workers`` processes draw the samples. Pictures that cannot be read are
     listed in ``folder/unreadable.txt``.
@@ -69,33 +97,26 @@ def encode_latents(
             picture can be read. BundleError: latents are not finite, or what is there is damaged.
         MachineError: no right to write, or the disk is full.
     """
-    for name, value in (("count", count), ("masks_per_picture", masks_per_picture)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}: give 1 or more")
     settings = {"count": count, "masks_per_picture": masks_per_picture, "shard_size": shard_size}
-    _claim(folder, plain({"vae": vae_hash(vae), "samples": samples.identity(), **settings}))
+    _check_folder(folder, plain({"vae": vae_hash(vae), "samples": samples.identity(), **settings}))
     missing = [i for i in range(-(-count // shard_size)) if not (folder / shard_name(i)).is_dir()]
-    numbers = [range(i * shard_size, min(count, (i + 1) * shard_size)) for i in missing]
-    todo = sum(map(len, numbers))
-    if todo == 0:
-        return LatentCache.open(folder)
+    shards = {i: range(i * shard_size, min(count, (i + 1) * shard_size)) for i in missing}
+    batches = {i: [of[k : k + _BATCH] for k in range(0, len(of), _BATCH)] for i, of in shards.items()}
+    numbers = [batch for of_shard in batches.values() for batch in of_shard]
+    done = count - sum(map(len, numbers))
 
-    def draw(place: int) -> tuple[np.ndarray, np.ndarray]:
-        shard, row = divmod(place, shard_size)  # all but the last are full
-        of_shard = numbers[shard % len(numbers)]  # the process draws ahead, beyond the end
-        return samples.sample_masks(of_shard[row % len(of_shard)], masks_per_picture)
+    def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
+        return samples.sample_masks(number, masks_per_picture)
 
-    started, done = time.monotonic(), count - todo
-    with progress_bar("encoding", count) as report, closing(iter(NumberedLoader(draw, 1, workers=workers))) as drawn:
-        for shard, of_shard in zip(missing, numbers, strict=True):
+    with closing(draw_batches(draw, numbers, workers)) as drawn:
+        for shard in missing:
             columns: tuple[list[np.ndarray], ...] = ([], [], [])
-            for images, masks in _batches(islice(drawn, len(of_shard)), batch):
-                for column, encoded in zip(columns, _encode_columns(vae, images, masks), strict=True):
+            for _ in batches[shard]:
+                images, masks = next(drawn)
+                for column, encoded in zip(columns, _stored(*encode_batch(vae, images, masks)), strict=True):
                     column.append(encoded)
                 done += len(images)
-                rate = (done - count + todo) / (time.monotonic() - started)
-                if done % 50 < len(images) or done == count:
-                    report(done, {"pictures": done, "per_s": rate, "unreadable": len(samples.unreadable)})
+                progress("encoding pictures", done, count)
             _write_shard(folder / shard_name(shard), [np.concatenate(column) for column in columns])
             samples.unreadable.write(folder / UNREADABLE)
     return LatentCache.open(folder)
@@ -111,47 +132,12 @@ def vae_hash(vae: AutoencoderKL) -> str:
     return digest.hexdigest()
 
 
-def _to_device(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, S, S, 3) to float32 (N, 3, S, S) in [-1, 1]; bytes travel, a quarter as many."""
-    pictures = torch.from_numpy(images).to(next(vae.parameters()).device)
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Images (N, 3, S, S) in [-1, 1] to scaled latents (N, 4, h, w), float32."""
-    with torch.autocast(images.device.type, torch.bfloat16):
-        mean: torch.Tensor = vae.encode(images).latent_dist.mean
-    return mean.float() * vae.config["scaling_factor"]
-
-
-def _encode_masked(vae: AutoencoderKL, pictures: torch.Tensor, masks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (N, 3, S, S), masks (N, S, S): masked (N, 4, h, w) and mask (N, 1, h, w)."""
-    known = torch.from_numpy(~masks[:, None]).to(pictures.device)
-    masked = _encode(vae, pictures * known)
-    cells = np.stack([latent_mask(mask, masked.shape[-1]) for mask in masks])
-    return masked, torch.from_numpy(cells[:, None]).to(pictures.device).float()
-
-
-@torch.no_grad()
-def _encode_columns(vae: AutoencoderKL, images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Images (N, S, S, 3), masks (N, M, S, S): the three arrays of a shard, a row a picture.
-
-    Raises BundleError for latents that are not finite.
-    """
-    pictures = _to_device(vae, images)
-    clean = _encode(vae, pictures)
-    pairs = [_encode_masked(vae, pictures, masks[:, m]) for m in range(masks.shape[1])]
-    masked, mask = torch.stack([m for m, _ in pairs], 1), torch.cat([m for _, m in pairs], 1)
+def _stored(clean: Tensor, masked: Tensor, mask: Tensor) -> tuple[np.ndarray, ...]:
+    """The arrays as a shard has them. Raises BundleError for latents that are not finite."""
     latents = [latent.half().cpu().numpy() for latent in (clean, masked)]
     if not all(np.isfinite(latent).all() for latent in latents):
         raise BundleError("the VAE gives latents that are not finite in float16: its weights are damaged, or no VAE's")
     return *latents, mask.byte().cpu().numpy()
-
-
-def _batches(drawn: Iterator[tuple[np.ndarray, np.ndarray]], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    while rows := list(islice(drawn, batch)):
-        images, masks = zip(*rows, strict=True)
-        yield np.concatenate(images), np.concatenate(masks)
 
 
 def _write_shard(folder: Path, columns: Sequence[np.ndarray]) -> None:
@@ -162,35 +148,13 @@ def _write_shard(folder: Path, columns: Sequence[np.ndarray]) -> None:
             (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
 
 
-def _claim(folder: Path, parts: dict[str, Any]) -> None:
-    """Notes in the folder's index what its latents are made from, or sees that it is the same."""
-    path = folder / INDEX
+def _check_folder(folder: Path, parts: dict[str, Any]) -> None:
+    """Note in the folder's index what its latents are made from, or check that they are made from the same."""
     make_folder(folder)
-    try:
-        index = json.loads(path.read_text())
-        theirs = dict(index["parts"])
-    except FileNotFoundError:
+    if not (folder / INDEX).exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no {INDEX}: name a new folder for latents") from None
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        atomic_save({"format": FORMAT, "key": key, "parts": parts}, path)
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} cannot be read ({error}): remove the folder, or name a new one") from error
-    if index.get("format") != FORMAT:
-        raise UsageError(f"{folder} holds latents of format {index.get('format')}, not {FORMAT}: name a new folder")
-    if theirs != parts:
-        what = "; ".join(_differences(theirs, parts))
-        raise UsageError(f"{folder} holds latents made otherwise ({what}): name a new folder, or remove this one")
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """ "transform.flip was true, is now false" for every value, by its path; hashes are only said to differ."""
-    for name in sorted(theirs.keys() | ours.keys()):
-        old, new, where = theirs.get(name), ours.get(name), prefix + name
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{where}.")
-        elif old != new and isinstance(old, str) and isinstance(new, str) and len(old) == len(new) == 64:
-            yield f"{where} differs"
-        elif old != new:
-            yield f"{where} was {json.dumps(old)}, is now {json.dumps(new)}"
+            raise UsageError(f"{folder} is not empty and holds no {INDEX}: name a new folder for latents")
+        atomic_save({"format": 1, "key": fingerprint(parts), "parts": parts}, folder / INDEX)
+    elif (there := read_index(folder)["parts"]) != parts:
+        difference = first_difference(there, parts)
+        raise UsageError(f"{folder} holds other latents ({difference}): name a new folder, or remove this one")

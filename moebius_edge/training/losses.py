@@ -1,55 +1,29 @@
 """The losses of adaptive multi-granularity distillation, and the weights that balance them.
 
-Moebius, arXiv 2606.19195. All are means over the batch, taken in float32 (float64 stays) whatever the networks
-ran in. ``LatentDistance`` in ``perceptual`` is the fourth term.
+Moebius, arXiv 2606.19195. All are means over the batch, taken in float32 (float64 stays) whatever the networks ran in.
+A dictionary holds the measured terms by their names: ``task`` always, since the weights need it, and ``fine``,
+``coarse`` and ``perceptual`` (see ``perceptual.LatentDistance``) where they were measured; scalars with their graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
+from .recipe import LossRecipe
 
-Gradient = Callable[[Tensor], Tensor]  # of a loss, a scalar with its graph, at one layer's weight
+Losses = dict[str, Tensor]
 
-OUTPUT_EPSILON, OUTPUT_LIMIT = 1e-6, 1e6  # of w_out and w_perc
+OUTPUT_EPSILON, OUTPUT_LIMIT = 1e-6, 1e6  # of w_out and w_perceptual
 COARSE_EPSILON, COARSE_LIMIT = 1e-4, 1e4  # of w_cross
 
 
-@dataclass(frozen=True)
-class Losses:
-    """The four terms, scalars with their graph. None: not measured. ``task`` always is, since the weights need it."""
-
-    task: Tensor
-    fine: Tensor | None = None
-    coarse: Tensor | None = None
-    perceptual: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The fixed factors: a_kd of coarse and fine, a_task and a_perc."""
-
-    distillation: float = 0.01
-    task: float = 0.5
-    perceptual: float = 0.5
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The adaptive factors w_out, w_perc and w_cross: scalars, detached. See ``adaptive_weights``."""
-
-    out: Tensor
-    perceptual: Tensor
-    cross: Tensor
-
-
 def noise_loss(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of noises (N, 4, h, w): against the teacher's it is the fine loss, the true one's the task.
+    """Mean squared error of noises (N, 4, h, w): the fine loss against the teacher's, the task against the true one.
 
     ``weight`` broadcasts to (N, 4, h, w) and multiplies the squares; the mean is not divided by its sum.
     """
@@ -79,67 +53,82 @@ def predicted_clean(noisy: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return (_full(noisy) - (1 - alpha_bar).sqrt() * _full(noise)) / alpha_bar.sqrt()
 
 
-def identity(gradient: Tensor) -> Tensor:
-    """One process: its gradient is the whole batch's."""
-    return gradient
+class LayerGradient:
+    """The gradient of a loss at the weight of a 1x1 convolution, taken from what passed through the layer.
+
+    With y = W x at every position, dL/dW is the sum over samples and positions of (dL/dy) xᵀ. The weight itself, whose
+    gradient hooks belong to the backward pass, is not asked. A context manager for the forward pass, then a function
+    of a loss. It sees the layer's last call, and none after leaving the context, when gradient checkpointing calls the
+    layer again.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> LayerGradient:
+        self._hook = self._layer.register_forward_hook(self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _remember(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._input, self._output = inputs[0].detach(), output
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """(outputs, inputs), in float32 (float64 stays). The graph is kept, and no ``grad`` is written to."""
+        (gradient,) = torch.autograd.grad(loss, self._output, retain_graph=True)
+        return torch.einsum("nohw,nihw->oi", _full(gradient), self._input.to(_full(gradient).dtype))
 
 
 def adaptive_weights(
     losses: Losses,
-    at_output: Gradient,
-    at_coarse: Gradient,
-    reduce: Callable[[Tensor], Tensor] = identity,
+    at_output: Callable[[Tensor], Tensor],
+    at_coarse: Callable[[Tensor], Tensor],
+    mean: Callable[[Tensor], Tensor],
     scale: float = 1.0,
-) -> Weights:
+) -> Losses:
     """The factors that bring every term's gradient to the task's length, and the task's to the coarse term's.
 
-    At the weight of ``Student.output_layer`` w_out = |g task| / (|g fine| + 1e-6) and w_perc likewise, at most 1e6;
-    at that of ``Student.coarse_layer`` w_cross = |g coarse| / (|g task| + 1e-4), at most 1e4. ``at_output`` and
-    ``at_coarse`` give the gradients g, see ``layer_gradient``. The weight of a term that is not measured is 0;
-    w_cross is then 1, for there is nothing to balance against. NaN when a gradient is not finite, so that the step
-    is noticed rather than clamped.
+    At the weight of ``Student.output_layer`` w_out = |g task| / (|g fine| + 1e-6) and w_perceptual likewise, at most
+    1e6; at that of ``Student.coarse_layer`` w_cross = |g coarse| / (|g task| + 1e-4), at most 1e4. The weight of a term
+    that is not measured is 0; w_cross is then 1, for there is nothing to balance against. A weight is NaN when a
+    gradient is not finite, so that the step is noticed rather than clamped.
 
-    ``reduce`` averages a gradient over processes before its length is taken, so that N processes find what one
-    finds with the whole batch (batch norms apart: they need SyncBatchNorm for that). ``scale`` is GradScaler's
-    ``get_scale()``: in fp16 the gradients vanish without it. The lengths are those of the unscaled losses.
-
-    The graphs are kept for the backward pass, and no ``grad`` is written to.
+    Args:
+        losses: the measured terms; their graphs are kept for the backward pass.
+        at_output, at_coarse: give the gradient g of a loss at the layer, see ``LayerGradient``.
+        mean: averages a gradient over the processes, before its length is taken.
+        scale: multiplies a loss before its gradient is taken, as fp16's loss scaling does; taken out of the lengths.
     """
 
-    def length(loss: Tensor, gradient: Gradient) -> Tensor:
-        return torch.linalg.vector_norm(reduce(gradient(loss * scale))) / scale
+    def length(name: str, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.linalg.vector_norm(mean(gradient(losses[name] * scale))) / scale
 
-    def of_output(loss: Tensor | None) -> Tensor:
-        if loss is None:
-            return losses.task.new_zeros(())
-        task = length(losses.task, at_output)
-        return _ratio(task, length(loss, at_output), OUTPUT_EPSILON, OUTPUT_LIMIT)
+    def at_task_length(name: str) -> Tensor:
+        if name not in losses:
+            return losses["task"].new_zeros(())
+        return _ratio(length("task", at_output), length(name, at_output), OUTPUT_EPSILON, OUTPUT_LIMIT)
 
-    cross = losses.task.new_ones(())
-    if losses.coarse is not None:
-        coarse = length(losses.coarse, at_coarse)
-        cross = _ratio(coarse, length(losses.task, at_coarse), COARSE_EPSILON, COARSE_LIMIT)
-    return Weights(out=of_output(losses.fine), perceptual=of_output(losses.perceptual), cross=cross)
+    cross = losses["task"].new_ones(())
+    if "coarse" in losses:
+        cross = _ratio(length("coarse", at_coarse), length("task", at_coarse), COARSE_EPSILON, COARSE_LIMIT)
+    return {"w_out": at_task_length("fine"), "w_perceptual": at_task_length("perceptual"), "w_cross": cross}
 
 
-def total_loss(losses: Losses, weights: Weights, coefficients: Coefficients, terms: Set[str] | None = None) -> Tensor:
-    """a_kd · coarse + w_cross · (a_task · task + a_kd · w_out · fine + a_perc · w_perc · perceptual).
+def total_loss(losses: Losses, weights: Losses, recipe: LossRecipe, terms: Set[str]) -> Tensor:
+    """a_kd · coarse + w_cross · (a_task · task + a_kd · w_out · fine + a_perc · w_perceptual · perceptual).
 
-    ``terms``, names of ``Losses``' fields, are those that enter; by default all that were measured. Raises
-    ValueError for a term that was not, or for none at all.
+    The coefficients a are the recipe's; only ``terms``, all of them measured, enter.
     """
     factors = {
-        "coarse": weights.cross.new_tensor(coefficients.distillation),
-        "task": weights.cross * coefficients.task,
-        "fine": weights.cross * coefficients.distillation * weights.out,
-        "perceptual": weights.cross * coefficients.perceptual * weights.perceptual,
+        "coarse": weights["w_cross"].new_tensor(recipe.distillation),
+        "task": weights["w_cross"] * recipe.task,
+        "fine": weights["w_cross"] * recipe.distillation * weights["w_out"],
+        "perceptual": weights["w_cross"] * recipe.perceptual * weights["w_perceptual"],
     }
-    measured = {name: loss for name in factors if (loss := getattr(losses, name)) is not None}
-    entering = measured.keys() if terms is None else terms
-    if not entering or not entering <= measured.keys():
-        raise ValueError(f"terms {sorted(entering)} are not among the measured {sorted(measured)}")
     # In the formula's order, not the set's: a sum of floats depends on it.
-    return torch.stack([factors[name] * measured[name] for name in factors if name in entering]).sum()
+    return torch.stack([factor * losses[name] for name, factor in factors.items() if name in terms]).sum()
 
 
 def _full(x: Tensor) -> Tensor:

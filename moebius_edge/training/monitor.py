@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a progress bar, TensorBoard scalars, and grids of sampled pictures.
+"""What a training shows while it runs: a line of figures, TensorBoard scalars, and grids of sampled pictures.
 
 TensorBoard because every trainer's user knows it, by ``torch.utils.tensorboard``; it reads back nothing.
 """
@@ -27,10 +27,11 @@ from .loop import make_folder
 
 _RECENT = 100  # steps that a shown figure is the mean of
 _WEIGHTS = ("w_out", "w_perceptual", "w_cross")
+_LATEST = ("step", "images_per_s", "learning_rate")  # shown as they are, not as a mean
 
 
 class Monitor:
-    """Scalars to ``output/tensorboard`` and pictures to ``output/samples`` as well. Use as a context manager.
+    """Scalars to ``output/tensorboard``, and pictures to ``output/samples`` as well. Use as a context manager.
 
     ``step`` is the last one that counts: what a killed run wrote after it is purged.
     Raises MachineError if the package tensorboard is missing.
@@ -52,25 +53,23 @@ class Monitor:
         self._writer.close()
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """Takes one step's figures into the running means."""
+        """Take one step's figures into the running means."""
         for name, value in figures.items():
             self._recent.setdefault(name, deque(maxlen=_RECENT)).append(value)
 
-    def shown(self) -> dict[str, float]:
-        """Running means for the bar: losses, weights, images a second."""
-        latest = ("step", "images_per_s")
-        hidden = ("gradient_norm", "learning_rate")
-        order = ("step", "images_per_s", "loss", "task", "fine", "coarse", "perceptual", "guided", "int8", *_WEIGHTS)
-        names = [n for n in order if n in self._recent] + [n for n in self._recent if n not in (*order, *hidden)]
-        return {n: self._recent[n][-1] if n in latest else float(np.mean(self._recent[n])) for n in names}
+    def means(self) -> dict[str, float]:
+        """The running means by name; of step, speed and learning rate the latest value."""
+        return {n: v[-1] if n in _LATEST else float(np.mean(v)) for n, v in self._recent.items()}
+
+    def line(self) -> str:
+        """The losses and the speed, for a line of progress."""
+        hidden = ("step", "gradient_norm", "learning_rate", *_WEIGHTS)
+        return "  ".join(f"{name} {value:.4g}" for name, value in self.means().items() if name not in hidden)
 
     def write(self, step: int) -> None:
         """The running means as scalars at ``step``."""
-        for name, values in self._recent.items():
-            if name == "step":
-                continue
-            group = "weights" if name in _WEIGHTS else "run" if name in ("learning_rate", "images_per_s") else "losses"
-            value = values[-1] if group == "run" else float(np.mean(values))
+        for name, value in self.means().items():
+            group = "weights" if name in _WEIGHTS else "run" if name in _LATEST else "losses"
             self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def picture(self, step: int, grid: np.ndarray) -> None:

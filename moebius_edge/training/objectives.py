@@ -1,7 +1,7 @@
 """What a step minimises: the task alone, the paper's distillation, guidance distilled into one call, or INT8's error.
 
-An objective is called with the network being trained (perhaps wrapped for several processes) and a batch, and
-returns the total loss and the figures to show. It owns its frozen teacher and updates nothing.
+An objective is called with the network being trained (perhaps wrapped for several processes) and a batch, and returns
+the total loss and the figures to show. Its teacher or frozen copy is never updated.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from ..model.student import Student
 from ..model.teacher import Teacher
 from ..model.unet import Denoised
 from .fake_quantise import Simulation
-from .layer_gradient import LayerGradient
-from .losses import Coefficients, Losses, adaptive_weights, coarse_loss, noise_loss, predicted_clean, total_loss
+from .losses import LayerGradient, adaptive_weights, coarse_loss, noise_loss, predicted_clean, total_loss
 from .noising import Batch, prompt_ids
 from .perceptual import LatentDistance
 from .recipe import LossRecipe
@@ -28,7 +27,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Objective(Protocol):
-    """``objective(model, batch, scale)`` -> total loss, a scalar, and detached scalars by name.
+    """``objective(model, batch, scale)`` -> the total loss, a scalar, and detached scalars by name.
 
     ``scale`` is what the caller multiplies the total with before its backward pass (fp16's loss scaling).
     """
@@ -67,9 +66,8 @@ class Task:
 class Distillation:
     """The paper's adaptive multi-granularity distillation (arXiv 2606.19195): ``losses`` put together.
 
-    ``student`` is the network itself, whose layers the adaptive weights are measured at; ``mean`` averages a tensor
-    over the processes. The attribute ``distance`` is the perceptual distance's name. A call raises UsageError if
-    student and teacher do not fit each other.
+    ``student`` is the network itself, at whose layers the adaptive weights are measured; ``mean`` averages a tensor
+    over the processes. A call raises UsageError if student and teacher do not fit each other.
     """
 
     def __init__(
@@ -82,42 +80,41 @@ class Distillation:
         mean: Callable[[Tensor], Tensor],
     ) -> None:
         self._recipe, self._student, self._teacher = recipe, student, teacher.eval().requires_grad_(False)
-        self._distance, self._precision, self._mean = distance, precision, mean
-        self.distance = None if distance is None else distance.name
+        self.distance, self._precision, self._mean = distance, precision, mean
         self._terms = frozenset(recipe.terms)
-        self._coefficients = Coefficients(recipe.distillation, recipe.task, recipe.perceptual)
 
     def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
-        student, teacher, terms = self._student, self._teacher, self._terms
+        student, terms = self._student, self._terms
         at_output, at_coarse = LayerGradient(student.output_layer), LayerGradient(student.coarse_layer)
-        with autocast(batch.sample.device, self._precision):
-            with at_output, at_coarse:
-                ours: Denoised = model(
-                    batch.sample, batch.timestep, prompt_ids(student.config.num_prompts, batch.unconditional)
-                )
-            theirs = None
-            if terms & {"fine", "coarse"}:
-                with torch.no_grad():
-                    ids = prompt_ids(teacher.config.num_prompts, batch.unconditional)
-                    theirs = cast(Denoised, teacher(batch.sample, batch.timestep, ids))
-        weight = noise_weight(batch, self._recipe)
-        fine = coarse = perceptual = None
-        if theirs is not None and "fine" in terms:
-            fine = noise_loss(ours.noise, theirs.noise.float(), weight)
-        if theirs is not None and "coarse" in terms:
-            coarse = coarse_loss(student.coarse_feature(ours), teacher.coarse_feature(theirs))
-        if self._distance is not None and "perceptual" in terms:
-            clean = predicted_clean(batch.noisy, ours.noise.float(), batch.alpha_bar)
-            with autocast(batch.sample.device, self._precision):
-                perceptual = self._distance(clean, batch.clean, batch.mask, batch.masked).float()
-        losses = Losses(noise_loss(ours.noise, batch.noise, weight), fine, coarse, perceptual)
+        with autocast(batch.sample.device, self._precision), at_output, at_coarse:
+            ids = prompt_ids(student.config.num_prompts, batch.unconditional)
+            ours: Denoised = model(batch.sample, batch.timestep, ids)
+        losses = self._losses(ours, batch)
         weights = adaptive_weights(losses, at_output, at_coarse, self._mean, scale)
-        total = total_loss(losses, weights, self._coefficients, self._terms)
+        total = total_loss(losses, weights, self._recipe, terms)
         if terms == {"coarse"}:  # several processes wait for a gradient of every parameter
             total = total + 0 * ours.noise.float().sum()
-        values = {"task": losses.task, "fine": fine, "coarse": coarse, "perceptual": perceptual}
-        figures = {name: value.detach() for name, value in values.items() if value is not None}
-        return total, figures | {"w_out": weights.out, "w_perceptual": weights.perceptual, "w_cross": weights.cross}
+        return total, {name: loss.detach() for name, loss in losses.items()} | weights
+
+    def _losses(self, ours: Denoised, batch: Batch) -> dict[str, Tensor]:
+        """The task, and what else the recipe's terms name."""
+        weight = noise_weight(batch, self._recipe)
+        losses = {"task": noise_loss(ours.noise, batch.noise, weight)}
+        if self._terms & {"fine", "coarse"}:
+            with torch.no_grad(), autocast(batch.sample.device, self._precision):
+                ids = prompt_ids(self._teacher.config.num_prompts, batch.unconditional)
+                theirs = cast(Denoised, self._teacher(batch.sample, batch.timestep, ids))
+            if "fine" in self._terms:
+                losses["fine"] = noise_loss(ours.noise, theirs.noise, weight)
+            if "coarse" in self._terms:
+                losses["coarse"] = coarse_loss(
+                    self._student.coarse_feature(ours), self._teacher.coarse_feature(theirs)
+                )
+        if self.distance is not None:
+            clean = predicted_clean(batch.noisy, ours.noise, batch.alpha_bar)
+            with autocast(batch.sample.device, self._precision):
+                losses["perceptual"] = self.distance(clean, batch.clean, batch.mask, batch.masked)
+        return losses
 
 
 class Guidance:
@@ -135,10 +132,8 @@ class Guidance:
         prompts = self._frozen.config.num_prompts
         with autocast(batch.sample.device, self._precision):
             with torch.no_grad():
-                branches = torch.cat([conditional + 1, conditional])
-                both = self._frozen(
-                    batch.sample.repeat(2, 1, 1, 1), batch.timestep.repeat(2), prompt_ids(prompts, branches)
-                ).noise.float()
+                ids = prompt_ids(prompts, torch.cat([conditional + 1, conditional]))
+                both = self._frozen(batch.sample.repeat(2, 1, 1, 1), batch.timestep.repeat(2), ids).noise.float()
             predicted = model(batch.sample, batch.timestep, prompt_ids(prompts, conditional)).noise
         free, bound = both.chunk(2)
         target = free + self._recipe.guidance * (bound - free)

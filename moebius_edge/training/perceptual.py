@@ -1,7 +1,7 @@
 """The latent perceptual loss: a distance between the latent that a predicted noise implies and the clean one.
 
-Two of them behind one call. E-LatentLPIPS is the paper's (arXiv 2606.19195), from a package of its own whose
-licences allow no commercial use; the teacher's own features need nothing that a distillation does not have.
+There are two. E-LatentLPIPS is the paper's (arXiv 2606.19195), from a package of its own whose licences allow no
+commercial use; the teacher's own features need nothing that a distillation does not have.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import MachineError, UsageError
+from ..errors import MachineError
 from ..model import Teacher
 
 TEACHER_TIMESTEP = 10  # ᾱ = 0.99: the teacher expects next to no noise, so that a clean latent is nothing new to it
-NORM_EPSILON = 1e-10
 
 # Where elatentlpips 0.2 looks for its weights, below the working folder, before it downloads them.
 ELATENTLPIPS_FILES = (Path("ckpt/sdxl_latent_vgg16.pth.tar"), Path("ckpt/sdxl_latest_vgg16_tuned.pth"))
@@ -41,9 +40,9 @@ class LatentDistance(Protocol):
 class TeacherFeatures:
     """The distance of LPIPS (arXiv 1801.03924, equation 1, unit weights) with the teacher's encoder as the network.
 
-    Both latents are given as the noisy one, with the conditional prompts. No noise is added: the same noise on
-    both would hide small differences, and its draw would have to be part of a resumed state. Blocks count alike.
-    Runs in the caller's autocast. Freezes ``teacher``, in place.
+    Both latents are given as the noisy one, with the conditional prompts. No noise is added: the same noise on both
+    would hide small differences, and its draw would have to be part of a resumed state. All blocks count alike. Runs in
+    the caller's autocast. Freezes ``teacher``, in place.
     """
 
     name = "teacher"
@@ -73,7 +72,7 @@ def unit_distance(features: Tensor, references: Tensor) -> Tensor:
 
     def unit(x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x * (x.square().sum(dim=1, keepdim=True) + NORM_EPSILON).rsqrt()
+        return x * (x.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt()
 
     return (unit(features) - unit(references)).square().sum(dim=1).mean()
 
@@ -81,31 +80,29 @@ def unit_distance(features: Tensor, references: Tensor) -> Tensor:
 class ELatentLPIPS:
     """E-LatentLPIPS (arXiv 2405.05967) for SDXL's latents, whose scale is ours, with augmentation ``bg``, in float32.
 
-    Every call draws an augmentation from PyTorch's global generator of the latents' device: a run repeats only
-    if that is seeded. On CUDA the package compiles its resampling with nvcc when first called, so a first call
-    is made here. Nothing is downloaded. Raises MachineError when the package or its weights are not at hand,
-    or do not work here.
+    Every call draws an augmentation from PyTorch's global generator of the latents' device, so a run repeats only if
+    that is seeded. On CUDA the package compiles its resampling with nvcc when first called, so a first call is made
+    here. Nothing is downloaded. Raises MachineError when the package or its weights are not there, or do not work.
     """
 
     name = "elatentlpips"
 
     def __init__(self, device: torch.device) -> None:
-        missing = missing_elatentlpips()
-        if missing is not None:
+        if missing := missing_elatentlpips():
             raise MachineError(missing)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is for results
-                self.network = _load(device)
+                package = importlib.import_module("elatentlpips")
+                network = package.ELatentLPIPS(encoder="sdxl", augment="bg", verbose=False)
+                self.network = network.eval().requires_grad_(False).to(device)
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
                     blank = torch.zeros(1, 4, 16, 16, device=device)
                     self(blank, blank, blank, blank)
-        except ImportError as error:
-            raise MachineError(f"elatentlpips cannot be imported ({error}); run: {_INSTALL}") from error
         except Exception as error:  # a foreign package: damaged weights, no compiler, an older PyTorch's format
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MachineError(
-                f"elatentlpips does not work on {device} ({reason}); delete ckpt and run: {_FETCH}, "
-                "or choose the distance teacher"
+                f"elatentlpips does not work on {device} ({reason})",
+                f"delete ckpt and run {_FETCH}, install it again by {_INSTALL}, or choose the distance teacher",
             ) from error
 
     def __call__(self, predicted: Tensor, clean: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
@@ -116,29 +113,20 @@ class ELatentLPIPS:
         return distance.mean()
 
 
-def missing_elatentlpips() -> str | None:
-    """What E-LatentLPIPS lacks here and the command that gets it, or None. Imports and downloads nothing."""
+def missing_elatentlpips() -> str:
+    """What E-LatentLPIPS lacks here and the command that gets it, or "". Imports and downloads nothing."""
     if importlib.util.find_spec("elatentlpips") is None:
         return f"the package elatentlpips is not installed; run: {_INSTALL}"
     absent = [str(path) for path in ELATENTLPIPS_FILES if not path.is_file()]
-    if absent:
-        return f"{Path.cwd()} lacks elatentlpips' weights {', '.join(absent)}; run there: {_FETCH}"
-    return None
+    return f"{Path.cwd()} lacks elatentlpips' weights {', '.join(absent)}; run there: {_FETCH}" if absent else ""
 
 
 def choose_distance(name: str, teacher: Teacher) -> LatentDistance:
-    """The distance called ``name``, "teacher" or "elatentlpips", on the teacher's device; print its ``name``.
+    """The distance called ``teacher`` or ``elatentlpips``, on the teacher's device.
 
-    "auto" is E-LatentLPIPS if its package and weights are at hand, else the teacher. Raises MachineError as
-    ``ELatentLPIPS``, UsageError for another name.
+    ``auto`` is E-LatentLPIPS if its package and weights are there, else the teacher's; the ``name`` of the result says
+    which. Raises MachineError as ``ELatentLPIPS``.
     """
-    if name not in ("auto", "teacher", "elatentlpips"):
-        raise UsageError(f"there is no latent distance {name!r}: choose auto, teacher or elatentlpips")
-    if name == "elatentlpips" or (name == "auto" and missing_elatentlpips() is None):
+    if name == "elatentlpips" or (name == "auto" and not missing_elatentlpips()):
         return ELatentLPIPS(teacher.embedding_layer.weight.device)
     return TeacherFeatures(teacher)
-
-
-def _load(device: torch.device) -> Any:
-    network = importlib.import_module("elatentlpips").ELatentLPIPS(encoder="sdxl", augment="bg", verbose=False)
-    return network.eval().requires_grad_(False).to(device)

@@ -17,7 +17,7 @@ from ..imaging.pictures import Picture, read_picture, write_picture
 from ..system.files import sha256_file
 from .results import PICTURES_FOLDER, shown_stem
 
-_HELD_BYTES = 128 << 20  # pictures that are kept in memory between passes; more are read again each time
+_HELD_BYTES = 128 << 20  # pictures that stay in memory between passes; more are read again each time
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Input:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Input:
-        truth = values["truth"]
-        return cls(Path(values["image"]), Path(values["mask"]), None if truth is None else Path(truth))
+        return cls(**{key: None if path is None else Path(path) for key, path in values.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,10 @@ def load_input(source: Input) -> Loaded:
     if source.truth is not None:
         true = picture if source.truth == source.image else read_picture(source.truth)
         if true.size != picture.size:
-            raise UsageError(f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}")
+            raise UsageError(
+                f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}",
+                "give one of the same size",
+            )
         truth = rgb8(true)
     return Loaded(source, picture, hole, truth)
 
@@ -104,13 +106,11 @@ def describe_inputs(inputs: Sequence[Input], folder: Path) -> list[dict[str, Any
     for source in inputs:
         loaded = load_input(source)
         width, height = loaded.picture.size
-        shown = {"inputs": (source.shown, rgb8(loaded.picture))}
+        write_shown(folder, "inputs", source.shown, rgb8(loaded.picture))
         mask = loaded.hole.astype(np.uint8)[..., None] * 255
         write_shown(folder, "inputs", f"{shown_stem(source.name)}_mask.png", mask)
         if loaded.truth is not None:
-            shown["truth"] = (source.shown, loaded.truth)
-        for kind, (name, pixels) in shown.items():
-            write_shown(folder, kind, name, pixels)
+            write_shown(folder, "truth", source.shown, loaded.truth)
         rows.append(
             {
                 "name": source.name,

@@ -38,8 +38,8 @@ def _failed(status: str, reason: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    from .measuring import measure
-    from .peaks import measure_peaks
+    from .flops import measure_peak
+    from .measure import measure
 
     spec_path, outcome_path = map(Path, arguments)
     spec = json.loads(spec_path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     def task() -> dict[str, Any]:
         if "configuration" in spec:
             return measure(spec, progress)
-        return {"peaks": measure_peaks(spec["runtime"], spec["precision"]).to_dict()}
+        return {"peak": measure_peak(spec["runtime"], spec["precision"])}
 
     outcome = attempt(task)
     with atomic_write(outcome_path) as temporary:

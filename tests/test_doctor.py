@@ -14,6 +14,7 @@ from toy import flip_byte, make_toy_bundle
 from moebius_edge.bundle import bundle as bundle_module
 from moebius_edge.cli import main
 from moebius_edge.system import machine
+from moebius_edge.system.nvml import Gpu
 
 Captured = pytest.CaptureFixture[str]
 
@@ -96,7 +97,7 @@ def test_a_missing_runtime_and_a_broken_one(
 def test_a_gpu_without_its_runtime_gets_the_command(
     tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = {"name": "H100", "driver": "570", "compute_capability": "9.0", "memory_bytes": 80 << 30}
+    gpu = Gpu(name="H100", driver="570", compute_capability="9.0", memory_bytes=80 << 30)
     monkeypatch.setattr(machine, "gpus", lambda: [gpu])
     found = checks(capsys, 0)
     assert found["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')

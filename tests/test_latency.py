@@ -17,6 +17,7 @@ import moebius_edge
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.pipeline.latency import STAGES, StageTimer, latency_report, machine_info, peak_memory_bytes
 from moebius_edge.system import machine
+from moebius_edge.system.nvml import Gpu
 
 
 def test_summary_of_known_values() -> None:
@@ -123,40 +124,17 @@ def test_machine_info_asks_no_package() -> None:
     assert machine_info()["python"].startswith("3.")
 
 
-def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.gpus() == []
-
-    program.write_text(
-        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.86.15, 9.0, 81559'\necho 'Orin, 540.4.0, 8.7, [N/A]'\n"
-    )
-    program.chmod(0o755)
-    assert machine.gpus() == [
-        {
-            "name": "NVIDIA H100 80GB HBM3",
-            "driver": "570.86.15",
-            "compute_capability": "9.0",
-            "memory_bytes": 81559 << 20,
-        },
-        {"name": "Orin", "driver": "540.4.0", "compute_capability": "8.7", "memory_bytes": None},
-    ]
-
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    assert machine.gpus() == []
-
-
 @pytest.mark.parametrize(
     ("board", "found", "name"),
     [
         (None, [], None),
         ("Raspberry Pi 5 Model B", [], None),
         ("NVIDIA Jetson Orin Nano Developer Kit", [], "NVIDIA Jetson Orin Nano Developer Kit"),
-        ("NVIDIA Jetson AGX Thor Developer Kit", [{"name": "NVIDIA Thor"}], "NVIDIA Thor"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", [Gpu("NVIDIA Thor", "570", "11.0", None)], "NVIDIA Thor"),
     ],
 )
 def test_a_gpu_has_a_name_on_a_jetson_too(
-    board: str | None, found: list[dict[str, str]], name: str | None, monkeypatch: pytest.MonkeyPatch
+    board: str | None, found: list[Gpu], name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "_board", lambda: board)
     monkeypatch.setattr(machine, "gpus", lambda: found)

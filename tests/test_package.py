@@ -121,7 +121,7 @@ def test_the_device_installs_no_framework(metadata: email.message.Message) -> No
     on_cpu = {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": "cpu"})}
     assert on_cpu == {"onnxruntime"}
     on_gpu = {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": "gpu"})}
-    assert on_gpu == {"onnxruntime-gpu"}, "onnxruntime and onnxruntime-gpu overwrite each other's files"
+    assert on_gpu == {"nvidia-ml-py", "onnxruntime-gpu"}, "onnxruntime and onnxruntime-gpu overwrite each other's files"
 
 
 def pinned() -> list[Requirement]:

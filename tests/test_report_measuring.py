@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from moebius_edge.report.inputs import Loader
 from moebius_edge.report.measuring import measure
 from moebius_edge.report.power import open_meter
 from moebius_edge.report.worker import attempt
-from moebius_edge.system import machine
 
 
 @pytest.fixture
@@ -108,18 +105,9 @@ def test_a_baseline_has_one_stage_and_no_reference(tmp_path: Path) -> None:
 
 
 def test_memory_on_a_gpu_is_what_the_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = ["", f"{os.getpid()}, [N/A]\n", "1, 100\n", f"1, 100\n{os.getpid()}, 700\n{os.getpid()}, 24\n"]
-
-    def smi(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert "--query-compute-apps=pid,used_gpu_memory" in command
-        return subprocess.CompletedProcess(command, 0, answers.pop(), "")
-
-    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(machine.subprocess, "run", smi)
-    assert measuring.peak_device_memory("cuda") == {"peak_device_bytes": 724 << 20, "reason": None}
-    while answers:
-        expected = {"peak_device_bytes": None, "reason": "nvidia-smi does not list this process's GPU memory"}
-        assert measuring.peak_device_memory("cuda") == expected
+    for held, reason in ((724 << 20, None), (None, "NVML does not list this process's GPU memory")):
+        monkeypatch.setattr(measuring, "gpu_memory_in_use", lambda held=held: held)
+        assert measuring.peak_device_memory("cuda") == {"peak_device_bytes": held, "reason": reason}
 
 
 def test_sustained_is_the_last_minute_against_the_runs(

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from moebius_edge.system import machine
 from moebius_edge.system import subprocess_job as module
 from moebius_edge.system.subprocess_job import WORKER, supervise
 
@@ -61,34 +60,6 @@ def test_a_kill_for_want_of_memory_is_told_by_the_kernels_count(monkeypatch: pyt
     assert outcome["reason"] == (
         "the kernel killed the process for want of memory; 2.5 GB are free without it: close other programs"
     )
-
-
-def test_the_kernels_count_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"/proc/vmstat": "nr_free 9\noom_kill 3\n", "/sys/fs/cgroup/memory.events": "low 0\noom 1\noom_kill 2\n"}
-
-    def read(path: Path) -> str:
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(machine, "Path", FakePath(read))
-    assert machine.oom_kills() == 5
-
-
-class FakePath:
-    """``Path(name).read_text()`` by a function."""
-
-    def __init__(self, read: Callable[[Path], str]) -> None:
-        self._read = read
-
-    def __call__(self, name: str) -> Any:
-        read = self._read
-
-        class Named:
-            def read_text(self) -> str:
-                return read(Path(name))
-
-        return Named()
 
 
 def gone(pid: int) -> bool:

@@ -190,7 +190,7 @@ def _print(machine: dict[str, Any], board: Board | None, checks: list[Check]) ->
         memory = f", {console.size(gpu['memory_bytes'])}" if gpu["memory_bytes"] else ""
         capability = f"compute capability {gpu['compute_capability']}, driver {gpu['driver']}"
         rows["GPU"] = f"{gpu['name']}{memory}, {capability}"
-    rows.setdefault("GPU", "none seen by nvidia-smi" if board is None else "the board's own")
+    rows.setdefault("GPU", "none known, asked through nvidia-ml-py" if board is None else "the board's own")
     if board is not None and board.temperatures_c:
         rows["temperature"] = ", ".join(f"{zone} {value:.0f} °C" for zone, value in board.temperatures_c.items())
     for name, value in rows.items():

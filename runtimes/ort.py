@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, OutOfMemory, UsageError
 from ..system.files import utf8_path
 from ..system.machine import available_cores
 from .base import Arrays, Runtime, batched
@@ -219,9 +219,7 @@ class OrtRuntime(Runtime):
         """Our error for one of ONNX Runtime's, its first line kept."""
         reason = first_line(error)
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            return MachineError(
-                f"{what}: not enough memory on {self._device} ({reason}): close other programs"
-            )
+            return OutOfMemory(f"{what}: not enough memory on {self._device} ({reason})", "close other programs")
         if self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
             folder = engine_folder(self._bundle, next(iter(self._paths)), self._ort.__version__).parent
             return MachineError(

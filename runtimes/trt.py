@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BundleError, MachineError, UsageError
+from ..errors import BundleError, MachineError, OutOfMemory, UsageError
 from ..spec import DENOISER, SHALLOW, Component
 from .base import Arrays, DeviceLatents, Runtime
 from .cuda import Cuda, CudaError, Gpu
@@ -223,7 +223,7 @@ class TrtRuntime(Runtime):
         reason = " ".join((_said[0] if _said else str(error)).split())
         message = f"{self._flavour.title} {self._trt.__version__} cannot {what} ({reason})"
         if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _said)):
-            return MachineError(f"{message}: not enough memory on the GPU: close other programs")
+            return OutOfMemory(f"{message}: not enough memory on the GPU", "close other programs")
         if isinstance(error, CudaError):
             return MachineError(f"{message}: check the GPU with `nvidia-smi` and start again")
         return BundleError(f"{message}: {self._remedy()} --force")

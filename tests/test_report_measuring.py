@@ -11,7 +11,7 @@ from PIL import Image
 from reporting import rows, spec, write_inputs
 from toy import make_toy_bundle
 
-from moebius_edge.errors import BundleError, MachineError, QualityError, UsageError
+from moebius_edge.errors import BundleError, MachineError, OutOfMemory, QualityError, UsageError
 from moebius_edge.report import inputs as inputs_module
 from moebius_edge.report import measuring, subjects
 from moebius_edge.report.baseline_rows import baseline_rows
@@ -158,7 +158,7 @@ def test_grey_and_deep_pictures_are_shown_in_8_bits() -> None:
     ("error", "status", "reason"),
     [
         (MemoryError(), "out of memory", "not enough memory"),
-        (MachineError("denoiser failed: not enough memory on cpu: close"), "out of memory", "denoiser failed: not"),
+        (OutOfMemory("denoiser failed: not enough memory on cpu", "close"), "out of memory", "denoiser failed: not"),
         (MachineError("no GPU: buy one"), "missing", "no GPU: buy one"),
         (BundleError("denoiser returned NaN"), "gated", "denoiser returned NaN"),
         (QualityError("too far"), "gated", "too far"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import UsageError
+from ..errors import MachineError, MoebiusError, OutOfMemory, UsageError
 from ..progress import Progress
 from ..system.files import sha256_file
 from ..system.fingerprint import ResultCache
 from ..system.machine import machine_info, package_version
-from ..system.subprocess_job import Outcome, supervise
-from .flops import network_calls, with_share
+from ..system.subprocess_job import ProcessFailed, run_job
 from .grid import Configuration
 from .inputs import Input, describe_inputs
 from .measure import trace_name
@@ -33,7 +33,8 @@ _WRITTEN = (RESULTS_FILE, "report.md", "report.html")
 _INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless", "torch")
-Place = tuple[str, str, str]  # runtime, device, precision
+_WORKER = (sys.executable, "-m", "moebius_edge.report.measure")
+Outcome = dict[str, Any]  # "status" and "reason"; the measured figures where the status is ok
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) ->
     identity = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     here = {"machine": info, "version": __version__, "packages": [package_version(name) for name in _PACKAGES]}
     outcomes = _outcomes(plan, folder, cache, {**here, "inputs": inputs}, on_progress)
-    peaks = _peaks(plan, outcomes, cache, here, on_progress)
+    peaks = [outcome["peak"] for outcome in outcomes.values() if outcome.get("peak")]
     references = [c.id for c in plan.configurations if c.reference == c.id]
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
-        "machines": {identity: {"label": label, "info": info, "peaks": next(iter(peaks.values()), None)}},
+        "machines": {identity: {"label": label, "info": info, "peaks": peaks[0] if peaks else None}},
         "inputs": inputs,
         "conditions": {
             "seed": plan.seed,
@@ -98,7 +99,7 @@ def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) ->
             "reference": references[0] if references else None,
         },
         "limits": {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": None, **plan.limits},
-        "configurations": [_row(c, identity, outcomes[c.id], peaks) for c in plan.configurations],
+        "configurations": [_row(c, identity, outcomes[c.id]) for c in plan.configurations],
     }
 
 
@@ -199,50 +200,28 @@ def _traces(cache: ResultCache, name: str) -> Path:
     return cache.folder / f"{name}.traces"
 
 
-def _place(configuration: Configuration, outcome: Outcome) -> Place | None:
-    """What a peak belongs to; None where there is none."""
-    if configuration.kind != "bundle" or outcome["status"] != "ok" or configuration.bundle is None:
-        return None
-    return outcome["runtime"]["name"], outcome["runtime"]["device"], configuration.bundle["precision"]
+def supervise(spec: Mapping[str, Any], progress: Progress, command: Sequence[str] = _WORKER) -> Outcome:
+    """Have ``spec`` measured in a process of its own, and return its figures, or its status and why there are none.
+
+    The process's peak memory is thus its own, and whatever becomes of it is only a row. Interrupted, it ends first.
+    """
+    try:
+        return {**run_job(command, dict(spec), "the process", progress), "status": "ok", "reason": None}
+    except OutOfMemory as error:
+        status, reason = "out of memory", str(error)
+    except ProcessFailed as error:  # a crash, a bug, or a library's error: this row is lost, the others are not
+        status, reason = "failed", str(error)
+    except MachineError as error:
+        status, reason = "missing", str(error)
+    except MoebiusError as error:  # a damaged bundle, an engine that does not fit, a NaN
+        status, reason = "gated", str(error)
+    return {"status": status, "reason": " ".join(reason.split())[:500]}
 
 
-def _peaks(
-    plan: Plan,
-    outcomes: Mapping[str, Outcome],
-    cache: ResultCache,
-    conditions: Mapping[str, Any],
-    on_progress: Callable[[str], Progress],
-) -> dict[Place, dict[str, Any]]:
-    """The machine's peak for every runtime, device and precision that was measured, each in a process of its own."""
-    peaks: dict[Place, dict[str, Any]] = {}
-    for configuration in plan.configurations:
-        outcome = outcomes[configuration.id]
-        place = _place(configuration, outcome)
-        if place is None or place in peaks:
-            continue
-        runtime, device, precision = place
-        spec = {"runtime": outcome["runtime"], "precision": precision}
-        name, facts = f"peak_{runtime}-{device}-{precision}", [conditions, spec]
-        peak = cache.get(name, facts)
-        if peak is None:
-            measured = supervise(spec, on_progress(f"peak of {runtime} on {device} in {precision}"))
-            unknown = {"multiplications_per_second": None, "runtime": None, "precision": None}
-            peak = measured.get("peak") or {**unknown, "reason": measured["reason"]}
-            if measured["status"] == "ok":
-                cache.put(name, facts, peak)
-        peaks[place] = peak
-    return peaks
-
-
-def _row(c: Configuration, machine: str, outcome: Outcome, peaks: Mapping[Place, dict[str, Any]]) -> dict[str, Any]:
+def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
     """An outcome as one of ``configurations``."""
     unmeasured = None if outcome["status"] == "ok" else "it was not measured"
     accuracy = outcome.get("accuracy") or {"against_reference": None, "against_truth": None}
-    work, place = outcome.get("work"), _place(c, outcome)
-    if work is not None and place is not None and c.settings is not None:
-        calls_are_alike = len(network_calls(c.settings)) == 1
-        median = outcome["latency"]["stages"]["denoise"]["median_ms"]
-        work = with_share(work, median if calls_are_alike else outcome["mean_call_ms"], peaks.get(place))
     return {
         **{key: getattr(c, key) for key in ("id", "label", "kind", "settings")},
         "machine": machine,
@@ -250,8 +229,7 @@ def _row(c: Configuration, machine: str, outcome: Outcome, peaks: Mapping[Place,
         "runtime": outcome.get("runtime") or c.runtime,
         "status": outcome["status"],
         "reason": outcome["reason"],
-        **{key: outcome.get(key) for key in ("latency", "sustained", "memory", "energy")},
-        "work": work,
+        **{key: outcome.get(key) for key in ("latency", "sustained", "memory", "energy", "work")},
         "accuracy": {
             **accuracy,
             "reference_reason": None if accuracy["against_reference"] else unmeasured or outcome["reference_reason"],

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..bundle.bundle import Bundle
-from ..errors import BundleError, MachineError
+from ..errors import MachineError
+from ..pipeline.latency import StageTimer
 from ..pipeline.loop import plan_calls
 from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
@@ -28,9 +29,9 @@ from ..spec import DENOISER, SHALLOW, Component, Tensor
 from ..system.machine import available_memory_bytes
 
 CLASSES = ("convolution", "depthwise convolution", "matrix product", "lambda")
-SIDE = 2048  # of the matrices whose products give the peak
+# The side of the matrices and the number of their products: enough that handing over one matrix does not show.
+PRODUCTS_IN_A_ROW = {"cpu": (1024, 8), "cuda": (2048, 256)}
 _REPEATS = 3
-_PRODUCTS = {"cpu": 4, "cuda": 256}  # in a row: enough that handing over one matrix does not show
 _PRECISIONS = ("float32", "float16", "int8")
 _NO_ONNX = "the package onnx is missing, which reads the file: run `pip install onnx`"
 
@@ -87,67 +88,73 @@ def network_calls(settings: Mapping[str, Any]) -> Counter[tuple[str, int]]:
     return Counter((DENOISER if call.whole else SHALLOW, call.rows) for call in calls)
 
 
-def count_trajectory(bundle: Bundle, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``work`` as ``results.json`` has it: the mean of all calls that ``settings`` make, without a share of the peak."""
+def arithmetic(
+    bundle: Bundle, settings: Mapping[str, Any], runtime: Mapping[str, Any], timer: StageTimer
+) -> dict[str, Any]:
+    """``work`` as ``results.json`` has it, and the ``peak`` that its share is of.
+
+    The multiply-adds of a step are the mean of all calls that ``settings`` make. Its time is the median of the calls in
+    ``timer``, and their mean where they differ.
+    """
     calls = network_calls(settings)
     counted = [(count_macs(bundle.component_path(name), rows), count) for (name, rows), count in calls.items()]
     reason = next((macs.reason for macs, _ in counted if macs.reason), None)
     classes = () if reason else CLASSES
     means = {c: sum(macs.by_class[c] * count for macs, count in counted) / calls.total() for c in classes}
-    return {
+    peak = measure_peak(runtime, bundle.precision)
+    denoise, share = timer.summary()["denoise"], None
+    if means and peak["multiplications_per_second"]:
+        step_ms = denoise["median_ms"] if len(calls) == 1 else denoise["total_ms"] / denoise["count"]
+        share = sum(means.values()) / (step_ms / 1e3) / peak["multiplications_per_second"]
+    work = {
         "multiplications_per_step": None if reason else sum(means.values()),
         "by_class": {name: {"multiplications": mean} for name, mean in means.items()},
-        "share_of_peak": None,
-        "reason": reason,
+        "share_of_peak": share,
+        "reason": reason or peak["reason"],
     }
+    return {"work": work, "peak": peak}
 
 
-def with_share(work: dict[str, Any], step_ms: float, peak: Mapping[str, Any] | None) -> dict[str, Any]:
-    """``work`` with the share that a mean call of ``step_ms`` reaches of ``peak``, which ``measure_peak`` returned."""
-    if peak is None or work["multiplications_per_step"] is None:
-        return work
-    if peak["multiplications_per_second"] is None:
-        return {**work, "reason": peak["reason"]}
-    per_second = work["multiplications_per_step"] / (step_ms / 1e3)
-    return {**work, "share_of_peak": per_second / peak["multiplications_per_second"]}
-
-
-def measure_peak(runtime: Mapping[str, Any], precision: str, side: int = SIDE) -> dict[str, Any]:
+def measure_peak(runtime: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """Multiply-adds a second for ``runtime`` (as ``Runtime.info``) and a bundle's ``precision``, or why they are null.
 
     With TensorRT nothing is measured: its engines are built, in minutes, and what they reach is the builder's choice.
     """
     name, device = str(runtime["name"]), str(runtime["device"])
-    peak: dict[str, Any] = {"runtime": f"{name} on {device}", "precision": precision, "reason": None}
-    problem, per_second = _obstacle(name, device, precision, 24 * side * side), None
+    problem, per_second = _obstacle(name, device, precision), None
     if not problem:
         try:
-            per_second = _products_per_second(device, int(runtime.get("threads") or 1), precision, side)
+            per_second = _products_per_second(device, int(runtime.get("threads") or 1), precision)
         except ImportError:
             problem = _NO_ONNX
-        except (BundleError, MachineError) as error:
+        except MachineError as error:
             problem = str(error)
-    return {**peak, "multiplications_per_second": per_second, "reason": problem or None}
+    return {
+        "multiplications_per_second": per_second,
+        "runtime": f"{name} on {device}",
+        "precision": precision,
+        "reason": problem or None,
+    }
 
 
-def _obstacle(name: str, device: str, precision: str, needed_bytes: int) -> str:
+def _obstacle(name: str, device: str, precision: str) -> str:
     """Why nothing is measured; empty where it is."""
-    if name != "onnxruntime" or device not in _PRODUCTS:
+    if name != "onnxruntime" or device not in PRODUCTS_IN_A_ROW:
         return f"no peak is measured with {name} on {device}, only with ONNX Runtime on cpu or cuda"
     if precision not in _PRECISIONS:
         return f"no peak is measured in {precision}, only in {', '.join(_PRECISIONS)}"
     if precision == "int8" and device != "cpu":
         return f"{name} on {device} has no integer matrix product of its own"
-    free = available_memory_bytes()
-    if free is not None and free < needed_bytes:
+    free, side = available_memory_bytes(), PRODUCTS_IN_A_ROW[device][0]
+    if free is not None and free < 24 * side * side:
         return f"{free / 1e9:.1f} GB of free memory are too little to measure a peak in: close other programs"
     return ""
 
 
-def _products_per_second(device: str, threads: int, precision: str, side: int) -> float:
+def _products_per_second(device: str, threads: int, precision: str) -> float:
     from ..runtimes.providers import PROVIDERS, first_line, import_onnxruntime, quiet_options, session_providers
 
-    ort, count = import_onnxruntime(), _PRODUCTS[device]
+    ort, (side, count) = import_onnxruntime(), PRODUCTS_IN_A_ROW[device]
     # With the options that networks get: with TF32, say, a peak would be another precision's.
     providers = session_providers(ort, device, Component("peak", (Tensor("x", "float32", ("N", 1)),), ()), Path())
     matrix = np.random.default_rng(0).standard_normal((side, side))

@@ -1,4 +1,6 @@
-"""Measuring one configuration, inside its own process: load, warm up, run, and only then look at the pictures.
+"""Measuring one configuration: load, warm up, run, and only then look at the pictures.
+
+``python -m moebius_edge.report.measure`` is the process that ``collect`` starts for each.
 
 Latents are copied and pictures compared in a pass of their own after the timed ones, so that neither the latencies
 nor the peak memory hold any of it.
@@ -7,6 +9,7 @@ nor the peak memory hold any of it.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -22,10 +25,12 @@ from ..pipeline.inpainter import Inpainter
 from ..pipeline.latency import StageTimer
 from ..pipeline.loop import measured
 from ..progress import Progress
-from ..system.machine import gpu_memory_in_use, peak_memory_bytes
+from ..system.machine import peak_memory_bytes
+from ..system.nvml import gpu_memory_in_use
+from ..system.subprocess_job import serve_job
 from .accuracy import AgainstReference, AgainstTruth, Trace
 from .baselines import CLASSICAL, OnnxBaseline, read_description
-from .flops import count_trajectory
+from .flops import arithmetic
 from .inputs import Input, Loaded, Loader, rgb8, write_shown
 from .power import open_meter
 
@@ -51,8 +56,8 @@ class BaselineTarget:
         with measured(timer, "total"):
             return self._fill(image, loaded.hole)
 
-    def facts(self) -> dict[str, Any]:
-        return {"runtime": self._info, "engine_bytes": None, "work": None}
+    def facts(self, timer: StageTimer) -> dict[str, Any]:
+        return {"runtime": self._info}
 
     def close(self) -> None:
         """Nothing is held."""
@@ -82,10 +87,11 @@ class BundleTarget:
         )
         return rgb8(result.picture)
 
-    def facts(self) -> dict[str, Any]:
-        """The runtime, the bytes of its engines and the arithmetic of the files, which PyTorch does not execute."""
-        work = None if self._is_torch else count_trajectory(self._inpainter.bundle, self._all_settings)
-        return {"runtime": self._inpainter.runtime.report(), "engine_bytes": self._engine_bytes(), "work": work}
+    def facts(self, timer: StageTimer) -> dict[str, Any]:
+        """The runtime, the bytes of its engines and, but for PyTorch, the arithmetic of the files with ``timer``."""
+        runtime = self._inpainter.runtime.report()
+        work = {} if self._is_torch else arithmetic(self._inpainter.bundle, self._all_settings, runtime, timer)
+        return {"runtime": runtime, "engine_bytes": self._engine_bytes(), **work}
 
     def _engine_bytes(self) -> int | None:
         """The size of TensorRT's plans, whose folder the runtime names, or of ONNX Runtime's cache of engines."""
@@ -139,16 +145,14 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         with open_meter(device) as meter:
             for number in range(runs):
                 _pass(target, loader, timer, progress, f"run {number + 1} of {runs}")
-        stages = timer.summary()
-        denoise = stages.get("denoise")
         figures = {
-            "mean_call_ms": None if denoise is None else denoise["total_ms"] / denoise["count"],
             "latency": _latency(cold, timer, warmup, runs),
             "memory": {"peak_host_bytes": peak_memory_bytes(), **peak_device_memory(device)},
             "energy": meter.energy(runs * len(loader)),
             "sustained": _sustained(target, loader, timer, spec["sustained_minutes"], progress),
         }
-        return {**figures, **_compare(target, loader, spec, progress), **target.facts()}
+        figures |= _compare(target, loader, spec, progress)
+        return {**figures, **target.facts(timer)}
 
 
 def _pass(target: Target, loader: Loader, timer: StageTimer, progress: Progress, what: str) -> None:
@@ -232,4 +236,8 @@ def peak_device_memory(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {"peak_device_bytes": None, "reason": "it runs on the CPU, whose memory is the host's"}
     held = gpu_memory_in_use()
-    return {"peak_device_bytes": held, "reason": None if held else "the driver does not list this process's GPU memory"}
+    return {"peak_device_bytes": held, "reason": None if held else "NVML does not list this process's GPU memory"}
+
+
+if __name__ == "__main__":
+    sys.exit(serve_job(lambda spec, progress, note: measure(spec, progress)))

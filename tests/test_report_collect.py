@@ -14,11 +14,10 @@ from toy import make_toy_bundle
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
 from moebius_edge.report import collect as module
-from moebius_edge.report.baseline_rows import baseline_rows
+from moebius_edge.report.baselines import baseline_rows
 from moebius_edge.report.collect import Plan, collect
-from moebius_edge.report.configurations import Choices, grid
+from moebius_edge.report.grid import Choices, grid, with_references
 from moebius_edge.report.kept import claim
-from moebius_edge.report.references import with_references
 from moebius_edge.report.results import load, save
 
 STAGE = dict.fromkeys(("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"), 1.0) | {"count": 1}

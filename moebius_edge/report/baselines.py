@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import cv2
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -230,7 +229,7 @@ def _torch_rows(
         paths = {key: Path(title).parent / value for key, value in files.items()}
         if not paths and ASSETS in folder.parents:
             paths = {"checkpoint": folder / "student.safetensors", "vae": folder / "vae"}
-        recorded = bundle.source.get("checkpoint", {}).get("sha256")
+        recorded = bundle.source["checkpoint"]["sha256"] if "checkpoint" in bundle.source else None
         if not paths or not paths["checkpoint"].is_file() or sha256_file(paths["checkpoint"]) != recorded:
             continue
         for settings in choices.settings(bundle):

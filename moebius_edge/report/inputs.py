@@ -42,7 +42,7 @@ class Input:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Input:
-        return cls(**{key: None if path is None else Path(path) for key, path in values.items()})
+        return cls(Path(values["image"]), Path(values["mask"]), values["truth"] and Path(values["truth"]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,8 +67,8 @@ class _Rails:
         self._counts = {p: _text(p) for p in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt"))}
 
     def reading(self, rails: Mapping[str, float], clocks: Mapping[str, float], hottest: float | None) -> Reading:
-        names = next(((name,) for name in INPUTS if name in rails), None)
-        names = names or next((sum_ for sum_ in SUMS if all(name in rails for name in sum_)), None)
+        known: list[tuple[str, ...]] = [*((name,) for name in INPUTS), *SUMS]
+        names = next((names for names in known if all(name in rails for name in names)), None)
         if names is None:
             raise MachineError(f"its rails ({', '.join(rails) or 'none'}) are not those of a known module")
         self.covers = f"the module: {' + '.join(names)}"
@@ -94,7 +94,9 @@ class TegrastatsSource(_Rails):
         super().__init__(board, root)
         self._command = list(command or ("tegrastats", "--interval", str(max(1, round(period_s * 1000)))))
         if shutil.which(self._command[0]) is None:
-            raise MachineError(f"the program {self._command[0]} is not found: it comes with JetPack, outside containers")
+            raise MachineError(
+                f"the program {self._command[0]} is not found: it comes with JetPack, outside containers"
+            )
         try:
             self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import GenericAlias
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -32,82 +34,28 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _object(title: str, check: Callable[[Any], Any] | None = None, /, **types: Any) -> Any:
-    """The type of a JSON object: it must have these fields and pass ``check``, and may have others."""
-    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
-    validators = {} if check is None else {"check": model_validator(mode="after")(check)}
-    return create_model(title, __base__=_Fields, __validators__=validators, **fields)
+def _object(title: str, fields: Mapping[Any, str], check: Callable[[Any], Any] | None = None, **more: Any) -> Any:
+    """The type of a JSON object with the fields named for each type in ``fields``, and those of ``more``.
+
+    All must be there, and others may be. ``check`` raises ``ValueError`` where they do not agree with each other.
+    """
+    types: Any = {name: (kind, ...) for kind, names in fields.items() for name in names.split()}
+    types |= {name: (kind, ...) for name, kind in more.items()}
+    validators: Any = {} if check is None else {"check": model_validator(mode="after")(check)}
+    return create_model(title, __base__=_Fields, __validators__=validators, **types)
 
 
-def _figures(*names: str) -> dict[str, Any]:
-    return dict.fromkeys(names, Figure)
+def _each(kind: Any) -> Any:
+    """A list of ``kind``."""
+    return GenericAlias(list, (kind,))
 
 
-_Stage = _object("Stage", count=Count, **_figures("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"))
-_Latency = _object(
-    "Latency", **_figures("load_ms", "images_per_second"), warmup=Count, runs=Count, stages=dict[str, _Stage]
-)
-_Sustained = _object(
-    "Sustained", **_figures("minutes", "cold_median_ms", "soaked_median_ms"), by_minute_ms=list[Figure]
-)
-_Memory = _object("Memory", peak_host_bytes=Count | None, peak_device_bytes=Count | None, reason=str | None)
-_Work = _object(
-    "Work",
-    multiplications_per_step=Figure | None,
-    by_class=dict[str, _object("Multiplications", multiplications=Figure)],
-    share_of_peak=Figure | None,
-    reason=str | None,
-)
-_Energy = _object(
-    "Energy",
-    source=str | None,
-    joules_per_image=Figure | None,
-    mean_watts=Figure | None,
-    power_mode=str | None,
-    clocks=JsonObject | None,
-    throttled=Flag | None,
-    reason=str | None,
-)
-# SSIM needs a picture as large as its window, and a texture ratio a hole with an inside.
-_FIDELITY = {**_figures("hole_psnr_db", "psnr_db"), **dict.fromkeys(("hole_ssim", "ssim"), Figure | None)}
-_AgainstReference = _object(
-    "AgainstReference",
-    **_FIDELITY,
-    images=Count,
-    reference=str,
-    worst_pixel_levels=Figure,
-    latent_rms_drift=list[Figure],
-)
-_AgainstTruth = _object(
-    "AgainstTruth",
-    **_FIDELITY,
-    images=Count,
-    **dict.fromkeys(("texture_ratio", "lpips", "fid"), Figure | None),
-    **dict.fromkeys(("lpips_reason", "fid_reason"), str | None),
-)
-_Bundle = _object(
-    "Bundle",
-    **dict.fromkeys(("name", "path", "precision", "denoiser_sha256"), str),
-    **dict.fromkeys(("resolution", "bytes"), Count),
-    engine_bytes=Count | None,
-)
-_Settings = _object(
-    "Settings",
-    **dict.fromkeys(("start", "scheduler"), str),
-    **dict.fromkeys(("steps", "steps_executed", "cache_interval", "seed"), Count),
-    **_figures("guidance", "strength"),
-    guidance_interval=tuple[Figure, Figure] | None,
-)
-_Accuracy = _object(
-    "Accuracy",
-    against_reference=_AgainstReference | None,
-    against_truth=_AgainstTruth | None,
-    reference_reason=str | None,
-    truth_reason=str | None,
-)
+def _by_name(kind: Any) -> Any:
+    """An object of ``kind`` by names."""
+    return GenericAlias(dict, (str, kind))
 
 
-def _check_row(row: Any) -> Any:
+def _check_configuration(row: Any) -> Any:
     if row.status == "ok" and (row.latency is None or "total" not in row.latency.stages):
         raise ValueError(f"configuration {row.id!r:.200} has no latency of total, and its status is ok")
     if row.status != "ok" and not row.reason:
@@ -115,57 +63,92 @@ def _check_row(row: Any) -> Any:
     return row
 
 
-_Configuration = _object(
-    "Configuration",
-    _check_row,
-    **dict.fromkeys(("id", "label", "machine"), str),
-    kind=Literal["bundle", "baseline", "torch"],
-    bundle=_Bundle | None,
-    runtime=_object("Runtime", name=str, version=str | None, device=str),
-    settings=_Settings | None,
-    status=Literal["ok", "failed", "gated", "out of memory", "missing"],
-    reason=str | None,
-    latency=_Latency | None,
-    sustained=_Sustained | None,
-    memory=_Memory | None,
-    work=_Work | None,
-    energy=_Energy | None,
-    accuracy=_Accuracy,
-    pictures=dict[str, str],
-)
-_Peaks = _object("Peaks", multiplications_per_second=Figure | None, runtime=str | None, precision=str | None)
-_Input = _object(
-    "Input",
-    **dict.fromkeys(("name", "sha256", "mask_sha256"), str),
-    truth_sha256=str | None,
-    **dict.fromkeys(("width", "height"), Count),
-    hole_share=Figure,
-    truth=Flag,
-)
-
-
 def _check_document(document: Any) -> Any:
-    seen = set()
+    count = Counter(row.id for row in document.configurations)
     for row in document.configurations:
         if row.machine not in document.machines:
             raise ValueError(f"machine {row.machine!r:.200} of a configuration is none of machines")
-        if row.id in seen:
+        if count[row.id] > 1:
             raise ValueError(f"the configuration {row.id!r:.200} is there twice")
-        seen.add(row.id)
     return document
 
 
+_BUNDLE = _object(
+    "Bundle", {str: "name path precision denoiser_sha256", Count: "resolution bytes", Count | None: "engine_bytes"}
+)
+_SETTINGS = _object(
+    "Settings",
+    {str: "start scheduler", Count: "steps steps_executed cache_interval seed", Figure: "guidance strength"},
+    guidance_interval=tuple[Figure, Figure] | None,
+)
+_STAGE = _object("Stage", {Count: "count", Figure: "first_ms median_ms p95_ms p99_ms iqr_ms"})
+_LATENCY = _object("Latency", {Figure: "load_ms images_per_second", Count: "warmup runs"}, stages=_by_name(_STAGE))
+_SUSTAINED = _object("Sustained", {Figure: "minutes cold_median_ms soaked_median_ms"}, by_minute_ms=_each(Figure))
+_MEMORY = _object("Memory", {Count | None: "peak_host_bytes peak_device_bytes", str | None: "reason"})
+_WORK = _object(
+    "Work",
+    {Figure | None: "multiplications_per_step share_of_peak", str | None: "reason"},
+    by_class=_by_name(_object("Multiplications", {Figure: "multiplications"})),
+)
+_ENERGY = _object(
+    "Energy",
+    {Figure | None: "joules_per_image mean_watts", str | None: "source power_mode reason", Flag | None: "throttled"},
+    clocks=JsonObject | None,
+)
+# SSIM needs a picture as large as its window, and a texture ratio a hole with an inside.
+_FIDELITY = {Figure: "hole_psnr_db psnr_db", Figure | None: "hole_ssim ssim", Count: "images"}
+_ACCURACY = _object(
+    "Accuracy",
+    {str | None: "reference_reason truth_reason"},
+    against_reference=_object(
+        "AgainstReference", _FIDELITY, reference=str, worst_pixel_levels=Figure, latent_rms_drift=_each(Figure)
+    )
+    | None,
+    against_truth=_object(
+        "AgainstTruth",
+        _FIDELITY | {Figure | None: "hole_ssim ssim texture_ratio lpips fid", str | None: "lpips_reason fid_reason"},
+    )
+    | None,
+)
+_CONFIGURATION = _object(
+    "Configuration",
+    {str: "id label machine", str | None: "reason"},
+    _check_configuration,
+    kind=Literal["bundle", "baseline", "torch"],
+    status=Literal["ok", "failed", "gated", "out of memory", "missing"],
+    bundle=_BUNDLE | None,
+    runtime=_object("Runtime", {str: "name device", str | None: "version"}),
+    settings=_SETTINGS | None,
+    latency=_LATENCY | None,
+    sustained=_SUSTAINED | None,
+    memory=_MEMORY | None,
+    work=_WORK | None,
+    energy=_ENERGY | None,
+    accuracy=_ACCURACY,
+    pictures=dict[str, str],
+)
+_MACHINE = _object(
+    "Machine",
+    {str: "label"},
+    info=_object("Info", {Count | None: "memory_bytes"}, gpus=_each(_object("Gpu", {str: "name"}))),
+    peaks=_object("Peaks", {Figure | None: "multiplications_per_second", str | None: "runtime precision"}) | None,
+)
+_INPUT = _object(
+    "Input",
+    {str: "name sha256 mask_sha256", str | None: "truth_sha256", Count: "width height"},
+    hole_share=Figure,
+    truth=Flag,
+)
 ResultsDocument = _object(
     "results.json",
+    {str: "created version"},
     _check_document,
     schema_version=Literal[SCHEMA_VERSION],
-    created=str,
-    version=str,
-    machines=dict[str, _object("Machine", label=str, info=JsonObject, peaks=_Peaks | None)],
-    inputs=list[_Input],
-    conditions=_object("Conditions", **dict.fromkeys(("seed", "warmup", "runs"), Count), reference=str | None),
-    limits=_object("Limits", **dict.fromkeys(("max_latency_ms", "min_psnr_db", "max_memory_bytes"), Figure | None)),
-    configurations=list[_Configuration],
+    machines=_by_name(_MACHINE),
+    inputs=_each(_INPUT),
+    conditions=_object("Conditions", {Count: "seed warmup runs", str | None: "reference"}),
+    limits=_object("Limits", {Figure | None: "max_latency_ms min_psnr_db max_memory_bytes"}),
+    configurations=_each(_CONFIGURATION),
 )
 
 

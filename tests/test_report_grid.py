@@ -13,10 +13,9 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import MachineError, UsageError
 from moebius_edge.pipeline.deep_cache import check_cache_interval
 from moebius_edge.pipeline.presets import preset_settings
-from moebius_edge.report.baseline_rows import baseline_rows
-from moebius_edge.report.configurations import Choices, grid
-from moebius_edge.report.configurations import Configuration as Row
-from moebius_edge.report.references import with_references
+from moebius_edge.report.baselines import baseline_rows
+from moebius_edge.report.grid import Choices, grid, with_references
+from moebius_edge.report.grid import Configuration as Row
 
 
 def changed(folder: Path, **values: Any) -> Bundle:

@@ -149,7 +149,7 @@ def test_pairs_that_do_not_exist_are_left_out(toy: Bundle) -> None:
         ({"schedulers": ("euler",)}, "unknown scheduler 'euler'"),
         ({"starts": ("middle",)}, "unknown start 'middle': choose one of image, prefill, noise"),
         ({"steps": (4, 0)}, "steps is 0: give a whole number from 1 to 1000"),
-        ({"cache_intervals": (5, 0)}, "cache interval is 0: give whole numbers of 1"),
+        ({"cache_intervals": (5, 0)}, "cache interval is 0: give a whole number from 1"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from report_sample import configuration, sample_results
+from report_sample import configuration, report_of, sample_results
 
-from moebius_edge.report import table
-from moebius_edge.report.recommend import standings
+from moebius_edge.report import tables
+from moebius_edge.report.tables import ABSENT, COMPARISON, SETTINGS, Column
 
 
-def texts(columns: list[table.Column], rows: list[dict[str, Any]], heading: str) -> list[str]:
-    (column,) = (c for c in columns if c.heading == heading)
-    return [cell.text for cell in table.cells(column, rows)]
+def texts(rows: list[dict[str, Any]], heading: str, *columns: Column) -> list[str]:
+    (column,) = (c for c in columns or COMPARISON if c.heading == heading)
+    return [cell.text for cell in tables.cells(column, tables.in_order(report_of(rows)))]
 
 
 @pytest.mark.parametrize(
@@ -21,78 +21,48 @@ def texts(columns: list[table.Column], rows: list[dict[str, Any]], heading: str)
     [([2352.3, 359.0], 0), ([1835.0, 11.53], 1), ([1.6, 71.0], 2), ([0.079, 7.0], 3), ([0.0, 500.0], 0), ([], 0)],
 )
 def test_the_smallest_figure_keeps_three_digits(values: list[float], digits: int) -> None:
-    assert table.needed_digits(values) == digits
+    assert tables.needed_digits(values) == digits
 
 
 def test_cells_of_a_column() -> None:
     rows = [configuration("a", latency=1835.2, truth=24.07, reference=200.0), configuration("b", latency=11.53)]
-    columns = table.comparison_columns({"a": "recommended"})
-    assert texts(columns, rows, "Median (ms)") == ["1835.2", "11.5"]
-    assert texts(columns, rows, "Hole PSNR to truth (dB)") == ["24.1", table.ABSENT]
-    assert texts(columns, rows, "Hole PSNR to reference (dB)") == ["equal", table.ABSENT]
-    assert texts(columns, rows, "Steps (executed)") == ["20", "20"]
-    assert texts(columns, rows, "Standing") == ["recommended", "not ranked"]
+    assert texts(rows, "Median (ms)") == ["11.5", "1835.2"], "the fastest first"
+    assert texts(rows, "Hole PSNR to truth (dB)") == [ABSENT, "24.1"]
+    assert texts(rows, "Hole PSNR to reference (dB)") == [ABSENT, "equal"]
+    assert texts(rows, "Steps (executed)") == ["20", "20"]
+    assert texts(rows, "Peak memory (MB)") == ["300", "300"]
+    assert texts(rows, "Standing") == ["not ranked", "recommended"]
+    rows[0]["settings"], rows[1]["settings"]["seed"] = None, 2**63 + 1
+    assert texts(rows, "Seed") == ["9223372036854775809", ABSENT]
 
 
-def test_a_seed_keeps_all_its_digits() -> None:
-    row = configuration("a", seed=2**63 + 1)
-    assert texts(table.settings_columns(), [row], "Seed") == ["9223372036854775809"]
-
-
-def test_reuse_is_named_and_a_baseline_has_none() -> None:
-    rows = [configuration("old"), configuration("new"), configuration("telea")]
-    rows[1]["settings"]["cache_interval"] = 5
-    rows[2]["settings"] = None
-    assert texts(table.settings_columns(), rows, "Cache interval") == ["1", "5", table.ABSENT]
-
-
-def test_every_table_names_the_settings() -> None:
-    wanted = ["Start", "Steps (executed)", "Guidance", "Scheduler", "Cache interval", "Seed"]
-    tables = (
-        table.comparison_columns({}),
-        table.resource_columns(),
-        table.stage_columns(["denoise"], lambda c: {}),
-        table.sustained_columns(),
-        table.drift_columns(),
-    )
-    for columns in tables:
-        headings = [c.heading for c in columns]
-        assert [h for h in headings if h in wanted] == wanted
+def test_drift_and_sustained_load_are_derived() -> None:
+    row = configuration("a", reference=50.0)
+    row["sustained"] = {"minutes": 5.0, "cold_median_ms": 200.0, "soaked_median_ms": 250.0, "by_minute_ms": [200.0]}
+    row["accuracy"]["against_reference"]["latent_rms_drift"] = [1e-4, 3e-3, 2e-3]
+    assert texts([row], "Change (%)", Column("Change", "derived.soaked_change", "%", 1)) == ["25.0"]
+    drift = [Column(name, f"derived.drift.{name}", "RMS") for name in ("first", "largest", "last")]
+    assert [texts([row], f"{c.title} (RMS)", *drift)[0] for c in drift] == ["1.0e-04", "3.0e-03", "2.0e-03"]
 
 
 def test_columns_without_a_figure_are_left_out() -> None:
-    rows = [configuration("a", truth=20.0)]
-    headings = [c.heading for c in table.used(table.comparison_columns({}), rows)]
-    assert "Hole PSNR to truth (dB)" in headings
-    assert not {"Hole PSNR to reference (dB)", "LPIPS", "FID", "Energy (J/image)"} & set(headings)
+    filled = tables.table(COMPARISON, tables.in_order(report_of([configuration("a", truth=20.0)])))
+    headings = {f.column.heading: f.is_numeric for f in filled}
+    assert headings["Hole PSNR to truth (dB)"] and not headings["Standing"]
+    assert {c.heading for c in SETTINGS} <= headings.keys()
+    assert not {"Hole PSNR to reference (dB)", "LPIPS", "FID", "Energy (J/image)"} & headings.keys()
 
 
 def test_failed_rows_stand_with_their_status() -> None:
-    results = sample_results()
-    rows = results["configurations"]
-    found = texts(table.comparison_columns(standings(results)), rows, "Standing")
-    assert set(found) == {
+    assert {c["derived"]["standing"] for c in tables.in_order(sample_results())} == {
         *("recommended", "frontier", "dominated", "baseline"),
         *("gated", "missing", "failed", "out of memory"),
     }
-    assert [table.failure(c) for c in rows if c["id"] == "lama"] == ["the process ended with signal 11 (SIGSEGV)"]
-    assert [table.failure(c) for c in rows if c["id"] == "telea"] == [None]
 
 
 def test_absent_figures_and_their_reasons() -> None:
     results = sample_results()
     numbers = {c["id"]: n for n, c in enumerate(results["configurations"], start=1)}
-    found = table.absences(results, numbers)
+    found = tables.absences(results, numbers)
     assert ("energy", "no power sensor that this program can read", "1 to 5, 8, 9") in found
     assert ("FID", "torchmetrics is not installed", "1 to 5, 8, 9, 11 to 13") in found
-
-
-def test_ranges() -> None:
-    found = [table.ranges(rows) for rows in ([], [4], [1, 2], [1, 2, 3, 5, 7, 8])]
-    assert found == ["", "4", "1, 2", "1 to 3, 5, 7, 8"]
-
-
-def test_change_under_load() -> None:
-    row = configuration("a")
-    row["sustained"] = {"minutes": 5.0, "cold_median_ms": 200.0, "soaked_median_ms": 250.0, "by_minute_ms": [200.0]}
-    assert texts(table.sustained_columns(), [row], "Change (%)") == ["25.0"]

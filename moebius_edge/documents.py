@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from .errors import MachineError, MoebiusError
 
-MAX_BYTES = 2 << 20  # a bundle.json of the published size, with the names of all quantised nodes, has 0.3 MB
+MAX_BYTES = 32 << 20  # a results.json of hundreds of configurations on hundreds of photographs has several MB
 MAX_DEPTH = 32
 MAX_DIGITS = 18  # a whole number of so many fits 64 bits
 

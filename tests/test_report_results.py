@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(UsageError, match="should hold a JSON object"):
         load(tmp_path)
+
+
+def test_the_published_schema_is_that_of_the_program(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "docs/schemas"
+    subprocess.run([sys.executable, folder / "generate.py", tmp_path], check=True)
+    generated, published = (json.loads((p / "results.schema.json").read_text()) for p in (tmp_path, folder))
+    assert generated == published, "run `make schemas`"
 
 
 def test_a_nan_is_never_written(results: dict[str, Any], tmp_path: Path) -> None:

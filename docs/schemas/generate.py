@@ -1,4 +1,4 @@
-"""Write the JSON Schemas of ``bundle.json`` and ``engine.json`` beside this file, or to the folder that is named.
+"""Write the JSON Schemas of ``bundle.json``, ``engine.json`` and ``results.json`` beside this file, or to the folder that is named.
 
     python docs/schemas/generate.py [FOLDER]
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from moebius_edge.bundle.manifest import BundleDocument
+from moebius_edge.report.results import ResultsDocument
 from moebius_edge.runtimes.engine_files import Engine
 
 
@@ -20,7 +21,12 @@ def main(folder: Path) -> None:
     engine = TypeAdapter(Engine).json_schema()
     del engine["properties"]["path"]  # where it lies is not in the file
     engine["required"].remove("path")
-    for name, schema in (("bundle", TypeAdapter(BundleDocument).json_schema()), ("engine", engine)):
+    schemas = {
+        "bundle": TypeAdapter(BundleDocument).json_schema(),
+        "engine": engine,
+        "results": ResultsDocument.model_json_schema(),
+    }
+    for name, schema in schemas.items():
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"{name}.json"}
         (folder / f"{name}.schema.json").write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
 

@@ -40,7 +40,7 @@ def spec(folder: Path, configuration: Configuration, inputs: list[Input], **chan
     """What ``collect`` hands to the measuring process, for one run without a reference."""
     return {
         "configuration": configuration.to_dict(),
-        "inputs": [i.to_json() for i in inputs],
+        "inputs": [[path and str(path) for path in source] for source in inputs],
         "runs": 1,
         "warmup": 0,
         "sustained_minutes": 0.0,

@@ -43,7 +43,7 @@ class Process:
         progress("run 1 of 1", 0, 2)
         if name in self.fails:
             return self.fails[name]
-        pictures = {Path(i["image"]).name: f"pictures/{name}/{Path(i['image']).name}" for i in spec["inputs"]}
+        pictures = {Path(i).name: f"pictures/{name}/{Path(i).name}" for i, *_ in spec["inputs"]}
         for path in pictures.values():
             (Path(spec["folder"]) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(spec["folder"]) / path).touch()

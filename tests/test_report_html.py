@@ -124,13 +124,13 @@ def words(svg: ET.Element) -> list[str]:
 
 def test_charts_are_drawn_for_both_schemes(text: str) -> None:
     light, dark = svgs(text, "light"), svgs(text, "dark")
-    assert len(light) == len(dark) > 8
+    assert len(light) == len(dark) > 6
     assert [words(svg) for svg in light] == [words(svg) for svg in dark]
     assert ["#1b1f23" in ET.tostring(svg, "unicode") for svg in light] == [True] * len(light)
     assert ["#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark] == [True] * len(dark)
     drift = next(svg for svg in light if "sampling step" in words(svg))
-    assert "2: sample float16, ONNX Runtime CPU" in words(drift) and "0.001" in words(drift)
-    assert "Equal to the reference at every step, so not drawn: 1, 3, 4." in text
+    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in words(drift)) and "0.001" in words(drift)
+    assert "Equal to the reference at every step, so not drawn: 1, 3 to 5, 11, 13." in text
 
 
 def test_steps_that_differ_are_bars_of_their_own(tmp_path: Path) -> None:
@@ -150,17 +150,17 @@ def points(chart: charts.Chart) -> list[str]:
 
 
 def test_every_point_has_its_number_and_its_label_where_there_is_room() -> None:
-    alone = [Point(10, 22, 1, "a", "frontier"), Point(200, 26, 2, "b", "frontier", chosen=True)]
+    alone = [Point(10, 22, "1: a", "frontier"), Point(200, 26, "2: b", "frontier", chosen=True)]
     chart = charts.scatter("title", alone, "dB")
     assert {"1: a", "2: b"} <= set(points(chart))
-    assert chart.description.endswith("On the frontier: a, 10 ms, 22.0 dB; b, 200 ms, 26.0 dB.")
-    crowd = [Point(100 + i, 22 + i % 7, i, f"configuration {i} of a crowd", "dominated") for i in range(1, 41)]
+    assert chart.description.endswith("On the frontier: 1: a, 10 ms, 22.0 dB; 2: b, 200 ms, 26.0 dB.")
+    crowd = [Point(100 + i, 22 + i % 7, f"{i}: configuration {i} of a crowd", "dominated") for i in range(1, 41)]
     found = points(charts.scatter("title", crowd, "dB"))
     assert 0 < sum(": " in text for text in found) < len(found), "some have room for the number alone"
 
 
 def test_equal_points_go_to_the_top_and_leave_the_scale_alone() -> None:
-    drawn = [Point(10, 200.0, 1, "reference", "frontier"), Point(5, 60.0, 2, "half", "frontier")]
+    drawn = [Point(10, 200.0, "1: reference", "frontier"), Point(5, 60.0, "2: half", "frontier")]
     found = words(ET.fromstring(base64.b64decode(charts.scatter("title", drawn, "dB").light.partition(",")[2])))
     assert "equal" in found and "200" not in found
 

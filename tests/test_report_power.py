@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from moebius_edge.errors import MachineError
-from moebius_edge.report.power import Meter, RaplSource, Reading, integrate, open_meter
+from moebius_edge.report.power import Meter, RaplSource, integrate, open_meter
+from moebius_edge.system.nvml import GpuReading
+
+
+def Reading(watts: float | None = None, joules: float | None = None, **more: Any) -> GpuReading:  # noqa: N802
+    return GpuReading(watts, joules, **more)
 
 
 class Known:
@@ -20,11 +25,11 @@ class Known:
 
     covers, power_mode, power_limit_watts = "a resistor", "MAXN (0)", 25.0
 
-    def __init__(self, *script: Reading, fails: int | None = None) -> None:
+    def __init__(self, *script: GpuReading, fails: int | None = None) -> None:
         self.script, self.fails = list(script), fails
         self.taken = self.closed = 0
 
-    def read(self) -> Reading:
+    def read(self) -> GpuReading:
         if self.taken == self.fails:
             raise MachineError("it broke: mend it")
         self.taken += 1

@@ -15,7 +15,7 @@ from moebius_edge.report.recommend import (
     basis,
     frontier,
     frontier_ids,
-    ranking_notes,
+    ranking_note,
     recommend,
     standings,
 )
@@ -86,7 +86,7 @@ def test_where_nothing_fits_the_nearest_is_named_with_what_it_misses() -> None:
     assert found.chosen is None
     assert found.sentences == [  # middle is 14 % too slow, and fast has 41 % more error
         "No configuration fits the limits: at most 350 ms an image, at least 27 dB in the hole.",
-        "Nearest comes middle with 400 ms an image, hole PSNR 27.2 dB against the ground truth; "
+        "Nearest comes middle with 400 ms an image (median), hole PSNR 27.2 dB against the ground truth; "
         "but 400 ms is over 350 ms.",
     ]
     assert reasons(found)["fast"] == "24.0 dB in the hole is under 27 dB"
@@ -158,7 +158,7 @@ def test_without_truth_only_like_settings_are_ranked_and_it_is_said() -> None:
     ]
     results = report_of(rows)
     assert [r.chosen["id"] for r in recommend(results) if r.chosen] == ["twenty", "four"]
-    assert ranking_notes(results)[0].startswith("Without ground truth only runs with the same settings are ranked")
+    assert ranking_note(results).startswith("Without ground truth only runs with the same settings are ranked")
 
 
 def test_another_reference_is_no_rank() -> None:

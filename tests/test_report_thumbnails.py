@@ -54,7 +54,7 @@ def test_without_a_mask_everything_is_shown(results: dict[str, Any], tmp_path: P
     (tmp_path / "pictures/inputs/beach_mask.png").unlink()
     found = cells(results, tmp_path)
     assert pixels(found["image"].views[RESULT]).shape == (120, 160, 3)
-    assert found["mask"].problem is not None and "pictures/inputs/beach_mask.png" in found["mask"].problem
+    assert "pictures/inputs/beach_mask.png" in found["mask"].problem
     assert str(tmp_path) not in found["mask"].problem
 
 
@@ -92,7 +92,7 @@ def test_a_picture_that_cannot_be_had_is_a_sentence(results: dict[str, Any], tmp
     (folder / "pictures/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     results["configurations"][1]["pictures"]["beach.jpg"] = path
     cell = cells(results, folder)[FLOAT16]
-    assert cell.views == {} and cell.link is None
+    assert cell.views == {} and not cell.link
     assert cell.problem and "\0" not in cell.problem
 
 

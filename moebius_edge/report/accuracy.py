@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,18 +144,14 @@ class Perceptual:
             self._try(name, lambda name=name: self._update(name, result, truth))
 
     def result(self) -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        for name in PERCEPTUAL:
-            value = self._try(name, lambda name=name: float(self._metrics[name].compute()))  # FID needs two pictures
-            figures |= {name: value, f"{name}_reason": self._reasons[name] or None}
-        return figures
+        # FID needs two pictures.
+        values = {name: self._try(name, lambda name=name: float(self._metrics[name].compute())) for name in PERCEPTUAL}
+        return values | {f"{name}_reason": self._reasons[name] or None for name in PERCEPTUAL}
 
-    def _try(self, name: str, action: Any) -> Any:
+    def _try(self, name: str, action: Callable[[], Any]) -> Any:
         """What ``action`` returns; None where the metric cannot be had, or fails, which is its reason from then on."""
-        if self._reasons[name]:
-            return None
         try:
-            return action()
+            return None if self._reasons[name] else action()
         except Exception as error:  # another version's interface, or a picture too small for the network
             self._reasons[name] = f"torchmetrics failed: {' '.join(str(error).split()):.200}"
             return None
@@ -162,16 +159,20 @@ class Perceptual:
     def _update(self, name: str, result: np.ndarray, truth: np.ndarray) -> None:
         torch = importlib.import_module("torch")
         ours, true = (torch.from_numpy(np.ascontiguousarray(i.transpose(2, 0, 1)[None])) for i in (result, truth))
+        if name not in self._metrics:
+            self._metrics[name] = _create(name)
         if name == "fid":
-            if name not in self._metrics:
-                self._metrics[name] = importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance()
             self._metrics[name].update(true, real=True)
             self._metrics[name].update(ours, real=False)
         else:
-            if name not in self._metrics:
-                metric = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
-                self._metrics[name] = metric(net_type="alex", normalize=True)  # pictures in [0, 1]
             self._metrics[name].update(ours.float() / 255, true.float() / 255)
+
+
+def _create(name: str) -> Any:
+    if name == "fid":
+        return importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance()
+    metric = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
+    return metric(net_type="alex", normalize=True)  # pictures in [0, 1]
 
 
 def _lacks(name: str) -> str:

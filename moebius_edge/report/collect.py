@@ -85,19 +85,14 @@ def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) ->
     here = {"machine": info, "version": __version__, "packages": [package_version(name) for name in _PACKAGES]}
     outcomes = _outcomes(plan, folder, cache, {**here, "inputs": inputs}, on_progress)
     peaks = [outcome["peak"] for outcome in outcomes.values() if outcome.get("peak")]
-    references = [c.id for c in plan.configurations if c.reference == c.id]
+    reference = next((c.id for c in plan.configurations if c.reference == c.id), None)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
         "machines": {identity: {"label": label, "info": info, "peaks": peaks[0] if peaks else None}},
         "inputs": inputs,
-        "conditions": {
-            "seed": plan.seed,
-            "warmup": plan.warmup,
-            "runs": plan.runs,
-            "reference": references[0] if references else None,
-        },
+        "conditions": {"seed": plan.seed, "warmup": plan.warmup, "runs": plan.runs, "reference": reference},
         "limits": {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": None, **plan.limits},
         "configurations": [_row(c, identity, outcomes[c.id]) for c in plan.configurations],
     }
@@ -117,14 +112,13 @@ def _inputs(inputs: Sequence[Input], folder: Path, cache: ResultCache) -> list[d
 
 
 def _outcomes(
-    plan: Plan,
-    folder: Path,
-    cache: ResultCache,
-    conditions: Mapping[str, Any],
-    on_progress: Callable[[str], Progress],
+    plan: Plan, folder: Path, cache: ResultCache, here: Mapping[str, Any], on_progress: Callable[[str], Progress]
 ) -> dict[str, Outcome]:
     """By configuration: what the cache has, and the rest measured, references first."""
-    facts = _facts(plan, conditions)
+    # Everything that the figures depend on, and no path: a bundle that was moved is the same.
+    here = {**here, "runs": plan.runs, "warmup": plan.warmup, "sustained": plan.sustained_minutes}
+    own = {c.id: [c.id, c.kind, c.runtime, c.settings, c.depends] for c in plan.configurations}
+    facts = {c.id: [own[c.id], own.get(c.reference or ""), here] for c in plan.configurations}
     outcomes: dict[str, Outcome] = {}
     for name in facts:
         outcome = cache.get(name, facts[name])
@@ -149,19 +143,6 @@ def _outcomes(
     return outcomes
 
 
-def _facts(plan: Plan, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """By configuration, everything its figures depend on, and no path: a bundle that was moved is the same."""
-    passes = {"runs": plan.runs, "warmup": plan.warmup, "sustained": plan.sustained_minutes}
-    own = {
-        c.id: {"id": c.id, "kind": c.kind, "runtime": c.runtime, "settings": c.settings, "depends": c.depends}
-        for c in plan.configurations
-    }
-    return {
-        c.id: {**own[c.id], "reference": own.get(c.reference or ""), "conditions": {**conditions, **passes}}
-        for c in plan.configurations
-    }
-
-
 def _measured(
     configuration: Configuration,
     plan: Plan,
@@ -174,23 +155,20 @@ def _measured(
     if configuration.problem is not None:
         return {"status": configuration.problem[0], "reason": configuration.problem[1]}
     reference, reason = configuration.reference, None
-    # The reference is compared with itself as well, which shows that the comparing adds nothing of its own.
-    is_reference = reference == configuration.id
     if reference is None:
         reason = "a baseline has no reference" if configuration.settings is None else _NO_REFERENCE
-    elif not is_reference and outcomes[reference]["status"] != "ok":
+    elif reference != configuration.id and outcomes[reference]["status"] != "ok":
         reason = f"its reference {reference} was not measured: {outcomes[reference]['reason']}"
+        reference = None
+    # The reference is compared with itself as well, which shows that the comparing adds nothing of its own.
+    traces = None if reference is None else os.fspath(_traces(cache, reference))
     spec = {
         "configuration": configuration.to_dict(),
-        "inputs": [i.to_json() for i in plan.inputs],
-        "runs": plan.runs,
-        "warmup": plan.warmup,
-        "sustained_minutes": plan.sustained_minutes,
+        "inputs": [[path and os.fspath(path) for path in source] for source in plan.inputs],
+        **{key: getattr(plan, key) for key in ("runs", "warmup", "sustained_minutes")},
         "folder": os.fspath(folder),
-        "record": os.fspath(_traces(cache, configuration.id)) if is_reference else None,
-        "reference": None
-        if reason or reference is None
-        else {"id": reference, "folder": os.fspath(_traces(cache, reference))},
+        "record": traces if reference == configuration.id else None,
+        "reference": traces and {"id": reference, "folder": traces},
     }
     return {**supervise(spec, progress), "reference_reason": reason}
 

@@ -53,31 +53,25 @@ def count_macs(path: str | os.PathLike[str], rows: int) -> Macs:
     try:
         import onnx
 
-        from ..export.onnx_graph import FUNCTION, PRODUCTS, infer_shapes, inline, multiplications, outline
+        from ..export import onnx_graph
     except ImportError:
         return Macs(reason=_NO_ONNX)
-    model = outline(onnx.load(os.fspath(path)))
-    inline(model, lambda call: True, fold=False)
-    shapes = infer_shapes(model, rows)
-    by_class = dict.fromkeys(CLASSES, 0.0)
+    model = onnx_graph.outline(onnx.load(os.fspath(path)))
+    onnx_graph.inline(model, lambda call: True, fold=False)
+    shapes, by_class = onnx_graph.infer_shapes(model, rows), dict.fromkeys(CLASSES, 0.0)
     for node in model.graph.node:
-        if node.op_type not in PRODUCTS:
+        if node.op_type not in onnx_graph.PRODUCTS:
             continue
-        count = multiplications(node, shapes)
+        count = onnx_graph.multiplications(node, shapes)
         if count is None:
             return Macs(reason=f"the shapes of node {node.name!r} are not known: export the bundle again")
-        by_class[_class(node, any(p.key == FUNCTION for p in node.metadata_props))] += count
+        kind = "depthwise convolution" if onnx_graph.attribute(node, "group", 1) > 1 else "convolution"
+        if any(p.key == onnx_graph.FUNCTION for p in node.metadata_props):
+            kind = "lambda"
+        elif node.op_type in ("MatMul", "Gemm"):
+            kind = "matrix product"
+        by_class[kind] += count
     return Macs(by_class)
-
-
-def _class(node: Any, in_lambda: bool) -> str:
-    from ..export.onnx_graph import attribute
-
-    if in_lambda:
-        return "lambda"
-    if node.op_type in ("MatMul", "Gemm"):
-        return "matrix product"
-    return "depthwise convolution" if attribute(node, "group", 1) > 1 else "convolution"
 
 
 def network_calls(settings: Mapping[str, Any]) -> Counter[tuple[str, int]]:
@@ -121,34 +115,24 @@ def measure_peak(runtime: Mapping[str, Any], precision: str) -> dict[str, Any]:
     With TensorRT nothing is measured: its engines are built, in minutes, and what they reach is the builder's choice.
     """
     name, device = str(runtime["name"]), str(runtime["device"])
-    problem, per_second = _obstacle(name, device, precision), None
-    if not problem:
+    per_second, free, reason = None, available_memory_bytes(), None
+    if name != "onnxruntime" or device not in PRODUCTS_IN_A_ROW:
+        reason = f"no peak is measured with {name} on {device}, only with ONNX Runtime on cpu or cuda"
+    elif precision not in _PRECISIONS:
+        reason = f"no peak is measured in {precision}, only in {', '.join(_PRECISIONS)}"
+    elif precision == "int8" and device != "cpu":
+        reason = f"{name} on {device} has no integer matrix product of its own"
+    elif free is not None and free < 24 * PRODUCTS_IN_A_ROW[device][0] ** 2:
+        reason = f"{free / 1e9:.1f} GB of free memory are too little to measure a peak in: close other programs"
+    else:
         try:
             per_second = _products_per_second(device, int(runtime.get("threads") or 1), precision)
         except ImportError:
-            problem = _NO_ONNX
+            reason = _NO_ONNX
         except MachineError as error:
-            problem = str(error)
-    return {
-        "multiplications_per_second": per_second,
-        "runtime": f"{name} on {device}",
-        "precision": precision,
-        "reason": problem or None,
-    }
-
-
-def _obstacle(name: str, device: str, precision: str) -> str:
-    """Why nothing is measured; empty where it is."""
-    if name != "onnxruntime" or device not in PRODUCTS_IN_A_ROW:
-        return f"no peak is measured with {name} on {device}, only with ONNX Runtime on cpu or cuda"
-    if precision not in _PRECISIONS:
-        return f"no peak is measured in {precision}, only in {', '.join(_PRECISIONS)}"
-    if precision == "int8" and device != "cpu":
-        return f"{name} on {device} has no integer matrix product of its own"
-    free, side = available_memory_bytes(), PRODUCTS_IN_A_ROW[device][0]
-    if free is not None and free < 24 * side * side:
-        return f"{free / 1e9:.1f} GB of free memory are too little to measure a peak in: close other programs"
-    return ""
+            reason = str(error)
+    peak = {"multiplications_per_second": per_second, "reason": reason}
+    return {**peak, "runtime": f"{name} on {device}", "precision": precision}
 
 
 def _products_per_second(device: str, threads: int, precision: str) -> float:
@@ -157,46 +141,43 @@ def _products_per_second(device: str, threads: int, precision: str) -> float:
     ort, (side, count) = import_onnxruntime(), PRODUCTS_IN_A_ROW[device]
     # With the options that networks get: with TF32, say, a peak would be another precision's.
     providers = session_providers(ort, device, Component("peak", (Tensor("x", "float32", ("N", 1)),), ()), Path())
-    matrix = np.random.default_rng(0).standard_normal((side, side))
-    integers = (128 + 8 * matrix).astype(np.uint8)  # zero point 128, step 1/8
-    feeds = {"x": integers if precision == "int8" else matrix.astype(precision)}
-    model = matrix_products(precision, side, count)
+    x, model = matrix_products(precision, side, count)
+    seconds = []
     try:
         session = ort.InferenceSession(model, quiet_options(ort, threads), providers=providers, enable_fallback=0)
-        if PROVIDERS[device].name not in session.get_providers():
-            raise MachineError(f"onnxruntime could not start {PROVIDERS[device].name}: check `nvidia-smi`")
-        seconds = []
         for _ in range(_REPEATS + 1):
             started = time.perf_counter()
-            session.run(None, feeds)
+            session.run(None, {"x": x})
             seconds.append(time.perf_counter() - started)
-    except MachineError:
-        raise
     except Exception as error:  # onnxruntime raises a class of its own for every cause
         raise MachineError(f"onnxruntime cannot compute the matrix products ({first_line(error)})") from error
+    if PROVIDERS[device].name not in session.get_providers():
+        raise MachineError(f"onnxruntime could not start {PROVIDERS[device].name}: check `nvidia-smi`")
     return count * side**3 / min(seconds[1:])  # the first run warms up
 
 
-def matrix_products(precision: str, side: int, count: int) -> bytes:
-    """The ONNX file of ``x`` (side, side) times one constant matrix, ``count`` times over -> ``y``, of the same scale.
+def matrix_products(precision: str, side: int, count: int) -> tuple[np.ndarray, bytes]:
+    """Values for ``x`` (side, side), and the ONNX file of ``x`` times a constant matrix, ``count`` times over -> ``y``.
 
-    INT8 is QLinearMatMul on unsigned inputs with zero point 128: integers in, integers out.
+    The scale of the values stays. INT8 is QLinearMatMul on unsigned inputs with zero point 128 and step 1/8.
     """
     from onnx import helper, numpy_helper
 
-    matrix = np.random.default_rng(1).standard_normal((side, side)) / side**0.5
-    step = 4 / 127 / side**0.5
-    weights: dict[str, Any] = {"w": matrix.astype(precision if precision != "int8" else np.float32)}
-    operator, operands, kind = "MatMul", ["w"], weights["w"].dtype
+    rng = np.random.default_rng(0)
+    x, matrix = rng.standard_normal((side, side)), rng.standard_normal((side, side)) / side**0.5
     if precision == "int8":
-        weights = {"w": np.clip(np.rint(matrix / step), -127, 127).astype(np.int8)}
-        weights |= {"ws": np.float32(step), "wz": np.int8(0), "xs": np.float32(1 / 8), "xz": np.uint8(128)}
-        operator, operands, kind = "QLinearMatMul", ["xs", "xz", "w", "ws", "wz", "xs", "xz"], np.dtype(np.uint8)
+        operator, operands = "QLinearMatMul", ["xs", "xz", "w", "ws", "wz", "xs", "xz"]
+        step = 4 / 127 / side**0.5
+        weights = {"w": np.clip(np.rint(matrix / step), -127, 127).astype(np.int8), "ws": np.float32(step)}
+        weights |= {"wz": np.int8(0), "xs": np.float32(1 / 8), "xz": np.uint8(128)}
+        x = np.clip(np.rint(8 * x) + 128, 0, 255).astype(np.uint8)
+    else:
+        operator, operands, weights, x = "MatMul", ["w"], {"w": matrix.astype(precision)}, x.astype(precision)
     names = ["x", *(f"h{i}" for i in range(1, count)), "y"]
     nodes = [helper.make_node(operator, [a, *operands], [b]) for a, b in zip(names, names[1:], strict=False)]
-    element = helper.np_dtype_to_tensor_dtype(kind)
-    x, y = (helper.make_tensor_value_info(name, element, [side, side]) for name in ("x", "y"))
+    element = helper.np_dtype_to_tensor_dtype(x.dtype)
+    ends = [helper.make_tensor_value_info(name, element, [side, side]) for name in ("x", "y")]
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "peak", [x], [y], tensors)
+    graph = helper.make_graph(nodes, "peak", ends[:1], ends[1:], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    return bytes(model.SerializeToString())
+    return x, bytes(model.SerializeToString())

@@ -12,35 +12,13 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..system.files import atomic_write
-from . import charts, markdown, thumbnails
-from .charts import Chart, Point
-from .figures import (
-    AGAINST,
-    Configuration,
-    Group,
-    Results,
-    against_of,
-    at,
-    clean,
-    distinct_labels,
-    drift,
-    full_label,
-    group_title,
-    groups,
-    hole_psnr_db,
-    latency_ms,
-    row_numbers,
-    stage_ms,
-    unranked,
-)
-from .markdown import TITLE, conditions, summary
-from .recommend import basis, frontier_ids, ranking_notes, recommend
-from .tables import COMPARISON, SETTINGS, Column, absences, in_order, ranges, table
+from . import charts, figures, markdown, recommend, tables, thumbnails
+from .figures import AGAINST, Configuration, Group, Results, at, drift, latency_ms
 
 PAGE_FILE = "report.html"
 _PARTS = Path(__file__).parent / "page"
@@ -73,19 +51,18 @@ def render(results: Results, folder: Path) -> str:
     """The page as text; pure but for the pictures, which are read from ``folder``."""
     import jinja2
 
-    style, script = ((_PARTS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    style, script, template = (
+        (_PARTS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "report.html.j2")
     )
-    environment.globals |= {"table": table, "column": Column, "at": at}
-    template = environment.from_string((_PARTS / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        policy=_policy(style, script),
-        style=style,
-        script=script,
-        results_json=script_json(results),
-        **_content(clean(results), folder),
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
     )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.globals |= {"table": tables.table, "column": tables.Column, "at": at}
+    parts = {"policy": policy, "style": style, "script": script, "results_json": script_json(results)}
+    return environment.from_string(template).render(**parts, **_content(figures.clean(results), folder))
 
 
 def script_json(document: Any) -> str:
@@ -94,80 +71,61 @@ def script_json(document: Any) -> str:
     return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _policy(style: str, script: str) -> str:
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
 def _content(results: Results, folder: Path) -> dict[str, Any]:
     """What the template shows, all of it but the page's own parts."""
-    numbers, rows = row_numbers(results), in_order(results)
-    by_group = groups(results, None)
+    numbers, rows = figures.row_numbers(results), tables.in_order(results)
+    labels = {c["id"]: figures.full_label(results, c) for c in rows}
+    by_group = figures.groups(results, figures.against_of(results))
+    numbered = {f"{numbers[c['id']]}: {labels[c['id']]}": c for c in rows}
     return {
-        "title": TITLE,
+        "title": markdown.TITLE,
         "results": results,
-        "summary": summary(results),
-        "basis": basis(results),
-        "notes": ranking_notes(results),
-        "recommendations": recommend(results),
-        "conditions": conditions(results),
+        "summary": markdown.summary(results),
+        "conditions": markdown.conditions(results),
+        "basis": recommend.basis(results),
+        "note": recommend.ranking_note(results),
+        "recommendations": recommend.recommend(results),
         "rows": rows,
         "numbers": numbers,
-        "labels": {c["id"]: full_label(results, c) for c in rows},
-        "settings": list(SETTINGS),
-        "comparison": COMPARISON,
-        "group_titles": [group_title(results, group) for group in groups(results, against_of(results))],
-        "stage_groups": {
-            group_title(results, group): [
-                c for c in rows if c["derived"]["stage_ms"] and c["id"] in {m["id"] for m in members}
-            ]
-            for group, members in by_group.items()
-        },
+        "labels": labels,
+        "settings": list(tables.SETTINGS),
+        "comparison": tables.COMPARISON,
+        "group_titles": [figures.group_title(results, group) for group in by_group],
+        "absences": tables.absences(results, numbers),
         "frontiers": [chart for against in AGAINST for chart in _frontiers(results, against, numbers)],
-        "drifts": _drifts(results, numbers),
-        "stages": [chart for group, members in by_group.items() for chart in _stages(results, group, members, numbers)],
-        "resources": _resources(results, numbers),
-        "sustained": _sustained(results, numbers),
-        "absences": absences(results, numbers),
+        "drifts": _drifts(rows, numbers),
+        "stages": _stages(numbered),
+        "sustained": _sustained([c for c in rows if c["sustained"]], numbers),
+        "resources": _resources(numbered, numbers),
         "inputs": list(thumbnails.shown_inputs(results, folder)) if any(c["pictures"] for c in rows) else [],
-        "views": {
-            thumbnails.RESULT: "result",
-            thumbnails.TO_TRUTH: f"difference to the ground truth, times {thumbnails.AMPLIFICATION}",
-            thumbnails.TO_REFERENCE: f"difference to the float32 reference, times {thumbnails.AMPLIFICATION}",
-        },
+        "views": thumbnails.VIEWS,
     }
 
 
-def _labels(configurations: Sequence[Configuration], numbers: Mapping[str, int]) -> list[str]:
+def _labels(configurations: list[Configuration], numbers: Mapping[str, int]) -> list[str]:
     """A label for each with its row's number, without what all of them share."""
-    texts = distinct_labels([c["label"] for c in configurations])
+    texts = figures.distinct_labels([c["label"] for c in configurations])
     return [f"{numbers[c['id']]}: {text}" for c, text in zip(configurations, texts, strict=True)]
 
 
-def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> list[Chart]:
+def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> list[charts.Chart]:
     """A plot for each group of at least two; baselines stand beside what samples on their machine."""
-    by_group, drawn = groups(results, against), []
-    chosen = {each.chosen["id"] for each in recommend(results) if each.chosen}
+    by_group, drawn = figures.groups(results, against), []
+    chosen = {each.chosen["id"] for each in recommend.recommend(results) if each.chosen}
     for group, members in by_group.items():
-        if group.start is None:
-            continue
         ranked, beside = (
-            [c for c in some if c["id"] not in unranked(some, against)]
+            [c for c in some if c["id"] not in figures.unranked(some, against)]
             for some in (members, by_group.get(Group(group.machine), []))
         )
-        if not ranked or len(ranked) + len(beside) < 2:
+        if group.start is None or not ranked or len(ranked) + len(beside) < 2:
             continue
-        best = frontier_ids(ranked, against)
-        kinds = {c["id"]: "frontier" if c["id"] in best else "dominated" for c in ranked}
-        labels = distinct_labels([c["label"] for c in ranked]) + [c["label"] for c in beside]
+        kinds = dict.fromkeys((c["id"] for c in ranked), "dominated")
+        kinds |= dict.fromkeys(recommend.frontier_ids(ranked, against), "frontier")
+        labels = _labels(ranked, numbers) + [f"{numbers[c['id']]}: {c['label']}" for c in beside]
         points = [
-            Point(
+            charts.Point(
                 latency_ms(c) or 0.0,
-                hole_psnr_db(c, against) or 0.0,
-                numbers[c["id"]],
+                figures.hole_psnr_db(c, against) or 0.0,
                 label,
                 kinds.get(c["id"], "baseline"),
                 c["id"] in chosen,
@@ -175,57 +133,48 @@ def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> li
             for c, label in zip(ranked + beside, labels, strict=True)
         ]
         y_title = f"hole PSNR against the {AGAINST[against]} (dB)"
-        drawn.append(charts.scatter(group_title(results, group), points, y_title))
+        drawn.append(charts.scatter(figures.group_title(results, group), points, y_title))
     return drawn
 
 
-def _drifts(results: Results, numbers: Mapping[str, int]) -> list[Chart]:
+def _drifts(rows: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
     """A line for each configuration that is not equal to its reference."""
-    drawn = []
-    for group, members in groups(results, None).items():
-        known = [c for c in members if drift(c)]
-        differing = [c for c in known if any(drift(c))]
-        equal = ranges([numbers[c["id"]] for c in known if not any(drift(c))])
-        note = f"Equal to the reference at every step, so not drawn: {equal}." if equal else ""
-        if differing:
-            lines = dict(zip(_labels(differing, numbers), map(drift, differing), strict=True))
-            title, y_title = group_title(results, group), "RMS difference of the latent"
-            drawn.append(charts.lines(title, lines, "sampling step", y_title, True, note))
-    return drawn
+    differing = [c for c in rows if any(drift(c))]
+    equal = tables.ranges(sorted(numbers[c["id"]] for c in rows if drift(c) and not any(drift(c))))
+    note = f"Equal to the reference at every step, so not drawn: {equal}." if equal else ""
+    lines = dict(zip(_labels(differing, numbers), map(drift, differing), strict=True))
+    title = "Difference to the reference's latent"
+    return [charts.lines(title, lines, "sampling step", "RMS difference", True, note)] if lines else []
 
 
-def _stages(results: Results, group: Group, members: list[Configuration], numbers: Mapping[str, int]) -> list[Chart]:
-    shown = sorted((c for c in members if stage_ms(c)), key=lambda c: latency_ms(c) or 0.0)
-    labels = [f"{numbers[c['id']]}: {c['label']}" for c in shown]
-    parts = {label: stage_ms(c) for label, c in zip(labels, shown, strict=True)}
-    totals = {label: latency_ms(c) or 0.0 for label, c in zip(labels, shown, strict=True)}
-    return [charts.bars(group_title(results, group), parts, "ms", totals)] if parts else []
+def _stages(numbered: Mapping[str, Configuration]) -> list[charts.Chart]:
+    parts = {label: c["derived"]["stage_ms"] for label, c in numbered.items() if c["derived"]["stage_ms"]}
+    totals = {label: latency_ms(numbered[label]) or 0.0 for label in parts}
+    return [charts.bars("Stages of one picture", parts, "ms", totals)] if parts else []
 
 
-def _sustained(results: Results, numbers: Mapping[str, int]) -> list[Chart]:
-    shown = [c for c in results["configurations"] if c["sustained"]]
+def _sustained(shown: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
     lines = dict(zip(_labels(shown, numbers), [c["sustained"]["by_minute_ms"] for c in shown], strict=True))
-    return [charts.lines("Median of each minute", lines, "minute", "median latency (ms)", False)] if shown else []
+    return [charts.lines("Median of each minute", lines, "minute", "median latency (ms)", False)] if lines else []
 
 
-def _resources(results: Results, numbers: Mapping[str, int]) -> list[Chart]:
+def _resources(numbered: Mapping[str, Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
     """Memory and energy as bars, and the multiply-adds of a step by class of operator."""
-    memory, energy = {}, {}
+    memory = {}
     work: dict[str, tuple[Configuration, dict[str, float]]] = {}
-    for c in results["configurations"]:
-        label = f"{numbers[c['id']]}: {full_label(results, c)}"
+    for label, c in numbered.items():
         sizes = {place: at(c, f"memory.peak_{place}_bytes") for place in ("host", "device")}
-        if known := {place: size / 1e6 for place, size in sizes.items() if size is not None}:
-            memory[label] = known
-        if (joules := at(c, "energy.joules_per_image")) is not None:
-            energy[label] = {"energy": joules}
+        memory[label] = {place: size / 1e6 for place, size in sizes.items() if size is not None}
         classes = {name: macs["multiplications"] / 1e9 for name, macs in (at(c, "work.by_class") or {}).items()}
-        if any(classes.values()):  # equal steps of one bundle are one bar
-            work.setdefault(f"{at(c, 'bundle.name')} {at(c, 'bundle.precision')} {classes}", (c, classes))
-    macs = dict(zip(_labels([c for c, _ in work.values()], numbers), [each for _, each in work.values()], strict=True))
+        # Equal steps of one bundle are one bar.
+        work.setdefault(f"{at(c, 'bundle.name')} {at(c, 'bundle.precision')} {classes}", (c, classes))
+    energy = {label: {"energy": at(c, "energy.joules_per_image") or 0.0} for label, c in numbered.items()}
+    labels = _labels([c for c, classes in work.values() if any(classes.values())], numbers)
+    macs = dict(zip(labels, [classes for _, classes in work.values() if any(classes.values())], strict=True))
     drawn = (
         ("Peak memory", memory, "MB"),
         ("Energy of one picture", energy, "J"),
         ("Multiplications of one step by class of operator (10\u2079)", macs, ""),
     )
-    return [charts.bars(title, parts, unit) for title, parts, unit in drawn if parts]
+    shown = [(title, {k: v for k, v in parts.items() if any(v.values())}, unit) for title, parts, unit in drawn]
+    return [charts.bars(title, parts, unit) for title, parts, unit in shown if parts]

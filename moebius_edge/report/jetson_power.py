@@ -11,10 +11,9 @@ import re
 import select
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import MachineError
 from ..system.jetson import Board
@@ -37,22 +36,15 @@ _SENSORS = ("sys/bus/i2c/drivers/ina3221/*/hwmon/hwmon*", "sys/bus/i2c/drivers/i
 _SILENCE_S = 5.0
 
 
-class Line(NamedTuple):
-    """One line of tegrastats: watts by rail, degrees Celsius by sensor, the GPU's clock; empty where it has none."""
-
-    rails: dict[str, float]
-    temperatures_c: dict[str, float]
-    clocks_mhz: dict[str, float]
-
-
-def parse_line(line: str) -> Line:
+def parse_line(line: str) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Of a line of tegrastats watts by rail, degrees Celsius by sensor, and the GPU's clock; empty what it lacks."""
     rails = {}
     for name, milliwatts, old_name, old in _MILLIWATTS.findall(line):
         if (name or old_name) != "NC":  # a channel that is not connected
             rails[name or old_name] = int(milliwatts or old) / 1000
     temperatures = {name: float(value) for name, value in _TEMPERATURE.findall(line) if float(value) > -256}
     clocks = [float(mhz) for found in _GPU_CLOCK.findall(line) for mhz in found.split(",")]
-    return Line(rails, temperatures, {"gpu": max(clocks)} if any(clocks) else {})  # 0: it is switched off
+    return rails, temperatures, ({"gpu": max(clocks)} if any(clocks) else {})  # 0: it is switched off
 
 
 class _Rails:
@@ -66,7 +58,7 @@ class _Rails:
         self._alerts = [folder for folder in folders if _text(folder / "type").endswith("throttle-alert")]
         self._counts = {p: _text(p) for p in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt"))}
 
-    def reading(self, rails: Mapping[str, float], clocks: Mapping[str, float], hottest: float | None) -> Reading:
+    def reading(self, rails: dict[str, float], clocks: dict[str, float], hottest: float | None) -> Reading:
         known: list[tuple[str, ...]] = [*((name,) for name in INPUTS), *SUMS]
         names = next((names for names in known if all(name in rails for name in names)), None)
         if names is None:
@@ -104,8 +96,8 @@ class TegrastatsSource(_Rails):
         self._unread = b""
 
     def read(self) -> Reading:
-        line = parse_line(self._newest_line())
-        return self.reading(line.rails, line.clocks_mhz, max(line.temperatures_c.values(), default=None))
+        rails, temperatures, clocks = parse_line(self._newest_line())
+        return self.reading(rails, clocks, max(temperatures.values(), default=None))
 
     def close(self) -> None:
         end(self._process, _SILENCE_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..system.files import atomic_write
 from .figures import Results, clean, counted, full_label, is_ok, row_numbers
-from .recommend import basis, ranking_notes, recommend
+from .recommend import basis, ranking_note, recommend
 from .tables import COMPARISON, absences, in_order, table
 
 MARKDOWN_FILE = "report.md"
@@ -27,7 +27,7 @@ def render(results: Results) -> str:
     """The report as GitHub-flavoured Markdown; what comes from the document is escaped."""
     results = clean(results)
     parts = [f"# {TITLE}", f"{_escaped(summary(results))}. Charts, pictures and all tables are in report.html."]
-    parts += ["## Recommendation", _escaped(basis(results)), *ranking_notes(results)]
+    parts += ["## Recommendation", _escaped(basis(results)), ranking_note(results)]
     for each in recommend(results):
         first, *rest = each.sentences
         parts.append(f"### {_escaped(each.title)}")
@@ -38,7 +38,7 @@ def render(results: Results) -> str:
     if absent := absences(results, row_numbers(results)):
         parts += ["### What is absent, and why", _rows(("Figure", "Reason", "In No."), absent)]
     parts += ["## Conditions", _escaped(conditions(results))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def summary(results: Results) -> str:

@@ -44,6 +44,7 @@ class BaselineTarget:
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
         source = configuration["source"]
+        self._fill: Any = None
         if "method" in source:
             self._fill = CLASSICAL[source["method"]][1]
             self._info: dict[str, Any] = {"name": "opencv", "version": cv2.__version__, "device": "cpu"}
@@ -52,9 +53,10 @@ class BaselineTarget:
             self._fill, self._info = model.fill, model.info
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
+        """The picture with its hole filled, uint8 RGB."""
         image = rgb8(loaded.picture)
         with measured(timer, "total"):
-            return self._fill(image, loaded.hole)
+            return np.asarray(self._fill(image, loaded.hole))
 
     def facts(self, timer: StageTimer) -> dict[str, Any]:
         return {"runtime": self._info}
@@ -68,10 +70,7 @@ class BundleTarget:
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
         source, runtime = configuration["source"], configuration["runtime"]
-        self._all_settings, self._is_torch = configuration["settings"], configuration["kind"] == "torch"
-        self._settings = {key: self._all_settings[key] for key in _PASSED}
-        if self._settings["guidance_interval"] is not None:
-            self._settings["guidance_interval"] = tuple(self._settings["guidance_interval"])
+        self._settings, self._is_torch = configuration["settings"], configuration["kind"] == "torch"
         bundle = Bundle.load(Path(source["bundle"]))
         if self._is_torch:
             checkpoint = _open_checkpoint(Path(source["checkpoint"]), Path(source["vae"]), bundle)
@@ -82,35 +81,43 @@ class BundleTarget:
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         """The picture with its hole filled, uint8 RGB."""
         on_step, on_window = (None, None) if trace is None else (trace.on_step, trace.on_window)
+        settings = {key: self._settings[key] for key in _PASSED}
+        interval = settings.pop("guidance_interval")
         result = self._inpainter.inpaint(
-            loaded.picture, loaded.hole, on_step=on_step, on_window=on_window, timer=timer, **self._settings
+            loaded.picture,
+            loaded.hole,
+            on_step=on_step,
+            on_window=on_window,
+            timer=timer,
+            guidance_interval=None if interval is None else tuple(interval),
+            **settings,
         )
         return rgb8(result.picture)
 
     def facts(self, timer: StageTimer) -> dict[str, Any]:
         """The runtime, the bytes of its engines and, but for PyTorch, the arithmetic of the files with ``timer``."""
-        runtime = self._inpainter.runtime.report()
-        work = {} if self._is_torch else arithmetic(self._inpainter.bundle, self._all_settings, runtime, timer)
-        return {"runtime": runtime, "engine_bytes": self._engine_bytes(), **work}
-
-    def _engine_bytes(self) -> int | None:
-        """The size of TensorRT's plans, whose folder the runtime names, or of ONNX Runtime's cache of engines."""
-        runtime, bundle = self._inpainter.runtime.info, self._inpainter.bundle
-        folders = []
-        if runtime["name"].startswith("tensorrt"):
-            folders = [bundle.path / ENGINES_FOLDER / runtime["provider"]]
-        elif runtime["device"] == "tensorrt":
-            from ..runtimes.providers import engine_folder
-
-            folders = [engine_folder(bundle, name, runtime["version"]) for name in bundle.components]
-        files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".plan", ".engine")]
-        return sum(path.stat().st_size for path in files) if files else None
+        bundle, runtime = self._inpainter.bundle, self._inpainter.runtime.report()
+        work = {} if self._is_torch else arithmetic(bundle, self._settings, runtime, timer)
+        return {"runtime": runtime, "engine_bytes": _engine_bytes(bundle, runtime), **work}
 
     def close(self) -> None:
         self._inpainter.close()
 
 
 Target = BaselineTarget | BundleTarget
+
+
+def _engine_bytes(bundle: Bundle, runtime: Mapping[str, Any]) -> int | None:
+    """The size of TensorRT's plans, whose folder the runtime names, or of ONNX Runtime's cache of engines."""
+    folders = []
+    if runtime["name"].startswith("tensorrt"):
+        folders = [bundle.path / ENGINES_FOLDER / runtime["provider"]]
+    elif runtime["device"] == "tensorrt":
+        from ..runtimes.providers import engine_folder
+
+        folders = [engine_folder(bundle, name, runtime["version"]) for name in bundle.components]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".plan", ".engine")]
+    return sum(path.stat().st_size for path in files) if files else None
 
 
 def _open_checkpoint(checkpoint: Path, vae: Path, bundle: Bundle) -> Any:
@@ -132,7 +139,7 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     Raises what loading and running it raise.
     """
     configuration, runs, warmup = spec["configuration"], spec["runs"], spec["warmup"]
-    loader = Loader([Input.from_json(values) for values in spec["inputs"]])
+    loader = Loader([Input(*(path and Path(path) for path in paths)) for paths in spec["inputs"]])
     cold, timer = StageTimer(), StageTimer()
     progress("loading", 0, 0)
     with cold.measure("load"):
@@ -204,7 +211,7 @@ def _compare(target: Target, loader: Loader, spec: Mapping[str, Any], progress: 
     """One more pass, untimed: the pictures and the accuracy; a reference keeps its traces for the others."""
     folder, record, reference = Path(spec["folder"]), spec["record"], spec["reference"]
     against = AgainstReference(reference["id"]) if reference else None
-    truth = AgainstTruth() if any(values["truth"] for values in spec["inputs"]) else None
+    truth = AgainstTruth() if any(source.truth for source in loader.inputs) else None
     pictures: dict[str, str] = {}
     for number, loaded in enumerate(loader):
         progress("accuracy", number, len(loader))

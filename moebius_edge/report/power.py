@@ -12,59 +12,35 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import MachineError
 from ..system import jetson
-from ..system.nvml import GpuMonitor, GpuReading
+from ..system.nvml import GpuMonitor
+from ..system.nvml import GpuReading as Reading
 
 PERIOD_S = 0.1
 _RAPL = "sys/class/powercap"
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A source at one moment: ``joules`` from any origin on; ``throttles`` is None where the source cannot tell."""
-
-    watts: float | None = None
-    joules: float | None = None
-    clocks_mhz: Mapping[str, float] = field(default_factory=dict)
-    temperature_c: float | None = None
-    throttles: tuple[str, ...] | None = None
-
-
-class Source(Protocol):
-    """Where readings come from. Making one opens it, and raises MachineError where it cannot be used.
-
-    ``covers`` says what the power is that of; ``power_mode`` and ``power_limit_watts`` are there where they are known.
-    """
-
-    @property
-    def covers(self) -> str: ...
-
-    def read(self) -> Reading | GpuReading:
-        """Raises MachineError."""
-
-    def close(self) -> None: ...
-
-
 class Meter:
     """Measures the block it is entered for; without a ``source`` nothing, for the ``reason``.
+
+    A source is open, has ``read() -> Reading``, ``close()`` and ``covers``, which says what the power is that of, and
+    may have ``power_mode`` and ``power_limit_watts``. Reading it raises MachineError.
 
     A source that counts energy itself is read at the block's start and end, so that no reading in between matters. From
     one that only knows power the energy is the mean of the readings, by the trapezoidal rule, times the duration.
     """
 
-    def __init__(self, name: str = "", source: Source | None = None, reason: str = "", period_s: float = PERIOD_S):
+    def __init__(self, name: str = "", source: Any = None, reason: str = "", period_s: float = PERIOD_S):
         self.name, self.source, self.reason = name, source, reason
         self._period_s = period_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="power meter", daemon=True)
-        self._readings: list[tuple[float, Reading | GpuReading]] = []
+        self._readings: list[tuple[float, Reading]] = []
         self._started = self._ended = 0.0
 
     def __enter__(self) -> Meter:
@@ -87,7 +63,6 @@ class Meter:
             self._read()
 
     def _read(self) -> None:
-        assert self.source is not None
         if not self.reason:
             try:
                 reading = self.source.read()
@@ -99,10 +74,11 @@ class Meter:
         """``energy`` of the block as ``results.json`` has it; the block made this many ``images``."""
         readings, seconds = [reading for _, reading in self._readings], self._ended - self._started
         joules, most = integrate(self._readings, seconds)
-        reason = self.reason
-        if joules is None and not reason:
-            reason = f"{self.name} gave no reading of power in {seconds:.2f} s: run longer"
+        unread = f"{self.name} gave no reading of power in {seconds:.2f} s: run longer" if joules is None else None
         flags = [reading.throttles for reading in readings if reading.throttles is not None]
+        clocks: dict[str, list[float]] = {}
+        for name, mhz in (item for reading in readings for item in reading.clocks_mhz.items()):
+            clocks.setdefault(name, []).append(mhz)
         temperatures = [reading.temperature_c for reading in readings if reading.temperature_c is not None]
         return {
             "source": self.name or None,
@@ -115,11 +91,11 @@ class Meter:
             "samples": len(readings),
             "power_mode": getattr(self.source, "power_mode", None),
             "power_limit_watts": getattr(self.source, "power_limit_watts", None),
-            "clocks": {f"{name}_mhz": value for name, value in _mean_clocks(readings).items()},
+            "clocks": {f"{name}_mhz": sum(values) / len(values) for name, values in clocks.items()},
             "max_temperature_c": max(temperatures, default=None),
             "throttled": any(flags) if flags else None,
             "throttle_reasons": sorted({name for seen in flags for name in seen}) if flags else None,
-            "reason": reason or None,
+            "reason": self.reason or unread,
         }
 
 
@@ -141,12 +117,6 @@ def integrate(readings: list[tuple[float, Any]], seconds: float) -> tuple[float 
         return powers[0][1] * seconds, most
     area = sum((u - t) * (a + b) / 2 for (t, a), (u, b) in zip(powers, powers[1:], strict=False))
     return area / span * seconds, most
-
-
-def _mean_clocks(readings: list[Any]) -> dict[str, float]:
-    names = dict.fromkeys(name for reading in readings for name in reading.clocks_mhz)
-    values = {name: [r.clocks_mhz[name] for r in readings if name in r.clocks_mhz] for name in names}
-    return {name: sum(clocks) / len(clocks) for name, clocks in values.items()}
 
 
 class NvmlSource(GpuMonitor):
@@ -176,7 +146,7 @@ class RaplSource:
             passed = now - self._last[zone]
             self._total += passed if passed >= 0 else passed + _number(zone / "max_energy_range_uj")
             self._last[zone] = now
-        return Reading(joules=self._total / 1e6)
+        return Reading(None, self._total / 1e6)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -200,7 +170,7 @@ def open_meter(device: str, root: Path | None = None, period_s: float = PERIOD_S
 
     root = jetson.ROOT if root is None else root
     board = jetson.read_board(root)
-    sources: dict[str, Callable[[], Source]] = {"nvml": NvmlSource}
+    sources: dict[str, Callable[[], Any]] = {"nvml": NvmlSource}
     if board is not None:
         sources = {
             "tegrastats": lambda: TegrastatsSource(board, root, period_s),
@@ -210,16 +180,17 @@ def open_meter(device: str, root: Path | None = None, period_s: float = PERIOD_S
         sources = {"rapl": lambda: RaplSource(root)}
     problems = []
     for name, make in sources.items():
-        source: Source | None = None
         try:
             source = make()
+        except MachineError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        try:
             reading = source.read()
             if reading.watts is not None or reading.joules is not None:
                 return Meter(name, source, period_s=period_s)
             problems.append(f"{name}: it tells no power")
         except MachineError as error:
             problems.append(f"{name}: {error}")
-        if source is not None:
-            with suppress(MachineError):
-                source.close()
+        source.close()
     return Meter(reason="; ".join(problems))

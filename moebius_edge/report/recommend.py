@@ -66,21 +66,21 @@ def recommend(results: Results) -> list[Recommendation]:
     return recommendations
 
 
-def ranking_notes(results: Results) -> list[str]:
-    """What a reader must know of the ranking before believing it."""
-    against, starts = against_of(results), {group.start for group in groups(results, None)}
-    if against == TRUTH and "image" in starts:
-        return [
+def ranking_note(results: Results) -> str:
+    """What a reader must know of the ranking before believing it; empty where nothing."""
+    against = against_of(results)
+    if against == TRUTH and any(group.start == "image" for group in groups(results, None)):
+        return (
             "Start image begins from the original with noise upon it, so its fills keep a trace of what is under the "
             "mask: they compare conversions well, but flatter the quality, and may flatter few steps more than many. "
             "They are never ranked with other starts."
-        ]
+        )
     if against == REFERENCE:
-        return [
+        return (
             "Without ground truth only runs with the same settings are ranked together, with or without reuse of deep "
             "features: the reference says how well a conversion or reuse keeps the fill, not how good a fill is."
-        ]
-    return []
+        )
+    return ""
 
 
 def basis(results: Results) -> str:
@@ -143,18 +143,17 @@ def _misses(configuration: Configuration, limits: Limits, against: str | None) -
     """By what factor each limit is missed, and that in words; a decibel is taken as a factor of the amplitude."""
     misses = []
     latency, memory, psnr = _latency(configuration), memory_bytes(configuration), hole_psnr_db(configuration, against)
-    if (limit := limits["max_latency_ms"]) is not None and latency > limit:
-        misses.append((latency / limit if limit else math.inf, f"{_ms(latency)} is over {_ms(limit)}"))
-    if (limit := limits["max_memory_bytes"]) is not None:
-        if memory is None:
-            misses.append((math.inf, "its memory was not measured"))
-        elif memory > limit:
-            misses.append((memory / limit if limit else math.inf, f"{_mb(memory)} of memory is over {_mb(limit)}"))
-    if (limit := limits["min_psnr_db"]) is not None:
-        if psnr is None:
-            misses.append((math.inf, "its accuracy was not measured"))
-        elif psnr < limit:
-            misses.append((10 ** ((limit - psnr) / 20), f"{psnr:.1f} dB in the hole is under {limit:g} dB"))
+    longest, largest, floor = (limits[name] for name in ("max_latency_ms", "max_memory_bytes", "min_psnr_db"))
+    if longest is not None and latency > longest:
+        misses.append((latency / (longest or 1e-9), f"{_ms(latency)} is over {_ms(longest)}"))
+    if largest is not None and memory is None:
+        misses.append((math.inf, "its memory was not measured"))
+    elif largest is not None and memory is not None and memory > largest:
+        misses.append((memory / (largest or 1e-9), f"{_mb(memory)} of memory is over {_mb(largest)}"))
+    if floor is not None and psnr is None:
+        misses.append((math.inf, "its accuracy was not measured"))
+    elif floor is not None and psnr is not None and psnr < floor:
+        misses.append((10 ** ((floor - psnr) / 20), f"{psnr:.1f} dB in the hole is under {floor:g} dB"))
     return misses
 
 
@@ -167,16 +166,13 @@ def _choose(
     missed = {c["id"]: misses for c in ranked if (misses := _misses(c, limits, against))}
     reasons |= {name: "; ".join(text for _, text in misses) for name, misses in missed.items()}
     fitting = [c for c in ranked if c["id"] not in missed]
+    if not ranked:
+        return None, ["Nothing to recommend: no configuration could be ranked."], reasons
     if not fitting:
-        nearest = min(ranked, key=lambda c: (max(r for r, _ in missed[c["id"]]), c["id"]), default=None)
-        if nearest is None:
-            return None, ["Nothing to recommend: no configuration could be ranked."], reasons
-        figures = ", hole PSNR ".join([f"{_ms(_latency(nearest))} an image", *_against(nearest, against)])
-        sentences = [
-            f"No configuration fits the limits: {limits_text(limits)}.",
-            f"Nearest comes {nearest['label']} with {figures}; but {reasons.pop(nearest['id'])}.",
-        ]
-        return None, sentences, reasons
+        nearest = min(ranked, key=lambda c: (max(r for r, _ in missed[c["id"]]), c["id"]))
+        but = f"but {reasons.pop(nearest['id'])}"
+        first = f"No configuration fits the limits: {limits_text(limits)}."
+        return None, [first, f"Nearest comes {nearest['label']} with {_figures(nearest, against)}; {but}."], reasons
     best = max(fitting, key=lambda c: (_psnr(c, against), -_latency(c)))
     floor = limits["min_psnr_db"]
     if floor is None:
@@ -187,40 +183,33 @@ def _choose(
         if other not in near:
             reasons[other["id"]] = f"{_db(other, against)} in the hole, under {floor:.1f} dB"
         elif other is not chosen:
-            reasons[other["id"]] = _slower(other, chosen, against)
-    return chosen, _take(chosen, best, limits, against), reasons
+            times = f"slower: {_ms(_latency(other))} against {_ms(_latency(chosen))}"
+            if _latency(other) == _latency(chosen):
+                times = f"no faster: {_ms(_latency(other))} too"
+            reasons[other["id"]] = times + (f", with {_db(other, against)} in the hole" if against else "")
+    return chosen, _praise(chosen, best, limits, against), reasons
 
 
-def _take(chosen: Configuration, best: Configuration, limits: Limits, against: str | None) -> list[str]:
+def _praise(chosen: Configuration, best: Configuration, limits: Limits, against: str | None) -> list[str]:
+    """What speaks for ``chosen``, where ``best`` is the most accurate within the limits."""
     memory = memory_bytes(chosen)
-    figures = ", hole PSNR ".join([f"{_ms(_latency(chosen))} an image (median)", *_against(chosen, against)])
-    figures += "" if memory is None else f", {_mb(memory)} of memory"
-    sentences = [f"Take {chosen['label']}.", f"{figures}."]
+    figures = _figures(chosen, against) + ("" if memory is None else f", {_mb(memory)} of memory")
     it_is = "It is" if set(limits.values()) == {None} else "Of those within the limits it is"
+    reason = "the fastest"
     if against is None:
-        return [*sentences, f"{it_is} the fastest. No accuracy was measured, so this says nothing of its fills."]
-    if limits["min_psnr_db"] is not None:
-        sentences.append(f"{it_is} the fastest.")
-    elif chosen is best:
-        return [*sentences, f"{it_is} the most accurate, and none within {TOLERANCE_DB:g} dB of it is faster."]
-    elif _psnr(best, against) > PERFECT_DB:
-        sentences.append(
-            f"{it_is} the fastest with {PERFECT_DB - TOLERANCE_DB:g} dB or more (under 3 of 255 levels RMS)."
-        )
-    else:
-        sentences.append(f"{it_is} the fastest within {TOLERANCE_DB:g} dB of the best.")
-    if chosen is not best:
+        reason += ". No accuracy was measured, so this says nothing of its fills"
+    elif limits["min_psnr_db"] is None and chosen is best:
+        reason = f"the most accurate, and none within {TOLERANCE_DB:g} dB of it is faster"
+    elif limits["min_psnr_db"] is None and _psnr(best, against) > PERFECT_DB:
+        reason += f" with {PERFECT_DB - TOLERANCE_DB:g} dB or more (under 3 of 255 levels RMS)"
+    elif limits["min_psnr_db"] is None:
+        reason += f" within {TOLERANCE_DB:g} dB of the best"
+    sentences = [f"Take {chosen['label']}.", f"{figures}.", f"{it_is} {reason}."]
+    if against is not None and chosen is not best:
         times = _latency(best) / _latency(chosen)
         accurate = f"The most accurate, {best['label']}, has {_db(best, against)} and takes {_ms(_latency(best))}"
         sentences.append(f"{accurate}, {times:.1f} times as long.")
     return sentences
-
-
-def _slower(other: Configuration, chosen: Configuration, against: str | None) -> str:
-    text = f"slower: {_ms(_latency(other))} against {_ms(_latency(chosen))}"
-    if _latency(other) == _latency(chosen):
-        text = f"no faster: {_ms(_latency(other))} too"
-    return text if against is None else f"{text}, with {_db(other, against)} in the hole"
 
 
 def _best_baseline(baselines: Sequence[Configuration], against: str | None) -> list[str]:
@@ -233,8 +222,9 @@ def _best_baseline(baselines: Sequence[Configuration], against: str | None) -> l
     return [f"Beside it, not ranked: the best baseline, {best['label']}, reaches {figures}."]
 
 
-def _against(configuration: Configuration, against: str | None) -> list[str]:
-    return [] if against is None else [f"{_db(configuration, against)} against the {AGAINST[against]}"]
+def _figures(configuration: Configuration, against: str | None) -> str:
+    hole = f", hole PSNR {_db(configuration, against)} against the {AGAINST[against]}" if against else ""
+    return f"{_ms(_latency(configuration))} an image (median){hole}"
 
 
 def _latency(configuration: Configuration) -> float:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,28 +24,27 @@ from .results import PICTURES_FOLDER, shown_stem
 
 AMPLIFICATION = 4  # of differences
 MOST_THUMBNAILS = 400  # in one page; with 240 pixels a side and JPEG's quality of 82 they take about 5 MB
-_EDGE = 240
-_QUALITY = 82
+_EDGE, _QUALITY = 240, 82
 RESULT, TO_TRUTH, TO_REFERENCE = "result", "truth", "reference"
+VIEWS = {
+    RESULT: "result",
+    TO_TRUTH: f"difference to the ground truth, times {AMPLIFICATION}",
+    TO_REFERENCE: f"difference to the float32 reference, times {AMPLIFICATION}",
+}
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """One cell of the grid.
+class Thumbnail(NamedTuple):
+    """One cell of the grid: the result of a ``configuration``, or one of the input's own pictures.
 
-    Attributes:
-        caption: what it shows, for one of the input's own pictures.
-        configuration: whose result it is; None for the input's own pictures.
-        views: data URI by ``RESULT``, ``TO_TRUTH``, ``TO_REFERENCE``; those that there are.
-        link: path of the whole picture relative to the page.
-        problem: why there is no picture.
+    ``views`` has a data URI for those of ``VIEWS`` that there are, and ``link`` the path of the whole picture relative
+    to the page; ``problem`` says why there is none.
     """
 
     caption: str
-    configuration: Configuration | None = None
-    views: dict[str, str] = field(default_factory=dict)
-    link: str | None = None
-    problem: str | None = None
+    configuration: Configuration | None
+    views: dict[str, str]
+    link: str
+    problem: str
 
 
 def shown_inputs(results: Results, folder: Path) -> Iterator[tuple[dict[str, Any], list[Thumbnail]]]:
@@ -58,47 +56,42 @@ def shown_inputs(results: Results, folder: Path) -> Iterator[tuple[dict[str, Any
 
 def _thumbnails(entry: dict[str, Any], results: Results, folder: Path) -> list[Thumbnail]:
     stem = shown_stem(entry["name"])
-    own = {"image": f"inputs/{stem}.png", "mask": f"inputs/{stem}_mask.png"}
-    own |= {"ground truth": f"truth/{stem}.png"} if entry["truth"] else {}
-    pictures = {name: _read(folder, f"{PICTURES_FOLDER}/{path}") for name, path in own.items()}
-    mask, truth = pictures["mask"][0], pictures.get("ground truth", (None, None))[0]
-    cells = [_thumbnail(name, *picture, f"{PICTURES_FOLDER}/{own[name]}", mask) for name, picture in pictures.items()]
-    paths = {c["id"]: c["pictures"][entry["name"]] for c in results["configurations"] if entry["name"] in c["pictures"]}
+    paths = {"image": f"inputs/{stem}.png", "mask": f"inputs/{stem}_mask.png"}
+    paths |= {"ground truth": f"truth/{stem}.png"} if entry["truth"] else {}
+    own = {name: _read(folder, f"{PICTURES_FOLDER}/{path}") for name, path in paths.items()}
+    mask, (truth, _) = own["mask"][0], own.get("ground truth", (None, ""))
+
+    def thumbnail(
+        caption: str, path: str, picture: tuple[np.ndarray | None, str], of: Configuration | None, **others: Any
+    ) -> Thumbnail:
+        pixels, problem = picture
+        views = {} if pixels is None else {RESULT: _data_uri(_cut(pixels, mask))}
+        for view, other in others.items():
+            if pixels is not None and other is not None and pixels.shape == other.shape:
+                # The absolute difference, amplified and clipped, is taken before scaling down.
+                difference = cv2.absdiff(*(np.ascontiguousarray(_cut(each, mask)) for each in (pixels, other)))
+                views[view] = _data_uri(cv2.convertScaleAbs(difference, alpha=AMPLIFICATION))
+        return Thumbnail(caption, of, views, path if views else "", problem)
+
+    cells = [thumbnail(name, f"{PICTURES_FOLDER}/{paths[name]}", picture, None) for name, picture in own.items()]
+    rows = {c["id"]: c for c in results["configurations"] if entry["name"] in c["pictures"]}
     references: dict[str, np.ndarray | None] = {}
-    for configuration in results["configurations"]:
-        if configuration["id"] not in paths:
-            continue
-        pixels, problem = _read(folder, paths[configuration["id"]])
-        cell = _thumbnail("", pixels, problem, paths[configuration["id"]], mask, configuration)
-        reference = at(configuration, "accuracy.against_reference.reference")
-        if reference != configuration["id"] and reference in paths:
-            if reference not in references:
-                references[reference] = _read(folder, paths[reference])[0]
-            _add_difference(cell, TO_REFERENCE, pixels, references[reference], mask)
-        _add_difference(cell, TO_TRUTH, pixels, truth, mask)
-        cells.append(cell)
+    for name, row in rows.items():
+        reference = at(row, "accuracy.against_reference.reference")
+        if reference in rows and reference != name and reference not in references:
+            references[reference] = _read(folder, rows[reference]["pictures"][entry["name"]])[0]
+        others = {TO_TRUTH: truth, TO_REFERENCE: None if reference == name else references.get(reference)}
+        path = row["pictures"][entry["name"]]
+        cells.append(thumbnail(row["label"], path, _read(folder, path), row, **others))
     return cells
 
 
-def _read(folder: Path, path: str) -> tuple[np.ndarray | None, str | None]:
+def _read(folder: Path, path: str) -> tuple[np.ndarray | None, str]:
     """(H, W, 3) uint8, or why there is none; a path that leaves the folder is refused."""
     try:
-        return rgb8(read_picture(safe_join(folder, path))), None
+        return rgb8(read_picture(safe_join(folder, path))), ""
     except MoebiusError as error:
         return None, str(error).replace(f"{folder}/", "")
-
-
-def _thumbnail(
-    caption: str,
-    pixels: np.ndarray | None,
-    problem: str | None,
-    link: str,
-    mask: np.ndarray | None,
-    configuration: Configuration | None = None,
-) -> Thumbnail:
-    if pixels is None:
-        return Thumbnail(caption, configuration, problem=problem)
-    return Thumbnail(caption, configuration, {RESULT: _data_uri(_cut(pixels, mask))}, link)
 
 
 def _cut(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -108,16 +101,6 @@ def _cut(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     top, left, bottom, right = box
     rows, columns = (bottom - top) // 2 + 8, (right - left) // 2 + 8
     return pixels[max(0, top - rows) : bottom + rows, max(0, left - columns) : right + columns]
-
-
-def _add_difference(
-    cell: Thumbnail, view: str, result: np.ndarray | None, other: np.ndarray | None, mask: np.ndarray | None
-) -> None:
-    """The absolute difference, times ``AMPLIFICATION`` and clipped, taken before scaling down."""
-    if result is None or other is None or result.shape != other.shape:
-        return
-    difference = cv2.absdiff(*(np.ascontiguousarray(_cut(pixels, mask)) for pixels in (result, other)))
-    cell.views[view] = _data_uri(cv2.convertScaleAbs(difference, alpha=AMPLIFICATION))
 
 
 def _data_uri(pixels: np.ndarray) -> str:

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from moebius_edge.bundle.bundle import Bundle
-from moebius_edge.report.configurations import Choices, Configuration, grid
+from moebius_edge.report.grid import Choices, Configuration, grid, with_references
 from moebius_edge.report.inputs import Input
-from moebius_edge.report.references import with_references
 
 
 def write_inputs(folder: Path, *names: str, size: tuple[int, int] = (96, 80)) -> list[Input]:
@@ -39,10 +38,9 @@ def rows(*bundles: Path, **choices: Any) -> list[Configuration]:
 
 def spec(folder: Path, configuration: Configuration, inputs: list[Input], **changes: Any) -> dict[str, Any]:
     """What ``collect`` hands to the measuring process, for one run without a reference."""
-    keys = ("id", "kind", "source", "runtime", "settings", "bundle")
     return {
-        "configuration": {key: getattr(configuration, key) for key in keys},
-        "inputs": [i.to_json() for i in inputs],
+        "configuration": configuration.to_dict(),
+        "inputs": [[path and str(path) for path in source] for source in inputs],
         "runs": 1,
         "warmup": 0,
         "sustained_minutes": 0.0,

@@ -43,10 +43,10 @@ WORKSTATION: dict[str, set[str]] = {
     "training": BELOW_REPORT | {"model", "export", "calibration"},
 }
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
-TORCH_REFERENCE = "report.pytorch"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation
+TORCH_REFERENCE = "report.measure"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch
 # Of the report, what reads an ONNX file, inside functions and where the package is there; else it says that it is not.
-READS_ONNX = "report.work"
+READS_ONNX = "report.flops"
 
 FRAMEWORKS = {"diffusers", "fla", "onnx", "onnxscript", "safetensors", "skimage", "torch", "torchvision"}
 HEAVY = FRAMEWORKS | {"cv2", "numpy", "onnxruntime", "PIL", "pydantic", "tensorrt", "tensorrt_rtx", "huggingface_hub"}

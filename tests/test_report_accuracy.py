@@ -14,8 +14,7 @@ import pytest
 from moebius_edge.errors import BundleError
 from moebius_edge.imaging.windows import Window
 from moebius_edge.pipeline.inpainter import Step
-from moebius_edge.report import perceptual
-from moebius_edge.report.accuracy import AgainstReference, AgainstTruth, Trace
+from moebius_edge.report.accuracy import PERCEPTUAL, AgainstReference, AgainstTruth, Perceptual, Trace
 
 HOLE = np.zeros((64, 64), bool)
 HOLE[20:44, 20:44] = True
@@ -52,7 +51,7 @@ def test_differences_are_those_of_the_network_itself(tmp_path: Path) -> None:
     trace(windows=2).save(tmp_path / "0.npz")
     against = AgainstReference("full")
     moved = trace(latents=0.5, made=0.01, windows=2)
-    moved.made[1][30, 30, 2] += 0.1  # one pixel, in the hole of one window
+    moved.outputs[1][30, 30, 2] += 0.1  # one pixel, in the hole of one window
     against.add(moved, tmp_path / "0.npz")
     result = against.result()
     assert result["latent_rms_drift"] == [0.5, 1.0]
@@ -126,7 +125,7 @@ def metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_weights_are_looked_for_and_never_fetched(metrics: Path) -> None:
     image = np.zeros((64, 64, 3), np.uint8)
-    both = perceptual.Perceptual()
+    both = Perceptual()
     both.add(image, image)
     assert both.result() == {
         "lpips": None,
@@ -134,21 +133,21 @@ def test_weights_are_looked_for_and_never_fetched(metrics: Path) -> None:
         "fid": None,
         "fid_reason": f"its weights weights-inception-2015-12-05-6726825d.pth are not in {metrics}",
     }
-    (metrics / perceptual.LPIPS_WEIGHTS).touch()
-    (metrics / perceptual.FID_WEIGHTS).touch()
-    both = perceptual.Perceptual()
+    (metrics / PERCEPTUAL["lpips"][1]).touch()
+    (metrics / PERCEPTUAL["fid"][1]).touch()
+    both = Perceptual()
     both.add(image, image)
     both.add(image, image)
     assert both.result() == {"lpips": 2.0, "lpips_reason": None, "fid": 4.0, "fid_reason": None}
 
 
 def test_a_metric_that_fails_says_why(metrics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (metrics / perceptual.FID_WEIGHTS).touch()
+    (metrics / PERCEPTUAL["fid"][1]).touch()
 
     def refuse(self: FakeMetric) -> float:
         raise RuntimeError("More than one sample\nis required")
 
     monkeypatch.setattr(FakeMetric, "compute", refuse)
-    one = perceptual.Perceptual()
+    one = Perceptual()
     one.add(np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8))
     assert one.result()["fid_reason"] == "torchmetrics failed: More than one sample is required"

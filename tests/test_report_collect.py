@@ -14,11 +14,9 @@ from toy import make_toy_bundle
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
 from moebius_edge.report import collect as module
-from moebius_edge.report.baseline_rows import baseline_rows
-from moebius_edge.report.collect import Plan, collect
-from moebius_edge.report.configurations import Choices, grid
-from moebius_edge.report.kept import claim
-from moebius_edge.report.references import with_references
+from moebius_edge.report.baselines import baseline_rows
+from moebius_edge.report.collect import Plan, check_output_dir, collect
+from moebius_edge.report.grid import Choices, grid, with_references
 from moebius_edge.report.results import load, save
 
 STAGE = dict.fromkeys(("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"), 1.0) | {"count": 1}
@@ -33,16 +31,10 @@ class Process:
         self.specs: dict[str, dict[str, Any]] = {}
         self.fails: dict[str, dict[str, str]] = {}
         self.interrupt_at = ""
-        self.peaks: dict[str, Any] = {}
         monkeypatch.setattr(module, "supervise", self)
-        measured = module._peaks
-        monkeypatch.setattr(module, "_peaks", lambda *given: measured(*given) if self.peaks else {})
 
     def __call__(self, spec: dict[str, Any], progress: Any) -> dict[str, Any]:
         spec = json.loads(json.dumps(spec))
-        if "configuration" not in spec:
-            self.asked.append(f"peak {spec['precision']}")
-            return self.peaks[spec["precision"]]
         name = spec["configuration"]["id"]
         if name == self.interrupt_at:
             raise KeyboardInterrupt
@@ -51,7 +43,7 @@ class Process:
         progress("run 1 of 1", 0, 2)
         if name in self.fails:
             return self.fails[name]
-        pictures = {Path(i["image"]).name: f"pictures/{name}/{Path(i['image']).name}" for i in spec["inputs"]}
+        pictures = {Path(i).name: f"pictures/{name}/{Path(i).name}" for i, *_ in spec["inputs"]}
         for path in pictures.values():
             (Path(spec["folder"]) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(spec["folder"]) / path).touch()
@@ -77,6 +69,7 @@ class Process:
             "engine_bytes": 5,
             "accuracy": {"against_reference": against, "against_truth": None},
             "pictures": pictures,
+            "peak": {"multiplications_per_second": 1e9, "runtime": "x", "precision": name[:4], "reason": None},
         }
 
 
@@ -104,7 +97,7 @@ REFERENCES, OTHERS = names("full-float323", "full-float325"), names("half-float1
 
 
 def run(plan: Plan, folder: Path) -> dict[str, Any]:
-    claim(folder)
+    check_output_dir(folder)
     return collect(plan, folder, lambda label: lambda *step: None)
 
 
@@ -118,7 +111,8 @@ def test_references_go_first_and_rows_stay_in_order(plan: Plan, process: Process
     first = results["configurations"][0]
     assert first["accuracy"]["against_reference"]["reference"] == REFERENCES[0]
     assert first["accuracy"]["truth_reason"] == "no true pictures were given: --truth"
-    assert first["bundle"]["engine_bytes"] == 5 and first["machine"] in results["machines"]
+    assert first["bundle"]["engine_bytes"] == 5
+    assert results["machines"][first["machine"]]["peaks"]["precision"] == "full", "of the first that was measured"
     assert results["configurations"][-1]["accuracy"]["reference_reason"] == "a baseline has no reference"
     assert [(i["name"], i["width"], i["height"], i["truth"]) for i in results["inputs"]] == [
         ("a.png", 96, 80, True),
@@ -219,32 +213,16 @@ def test_a_report_on_other_pictures_is_not_written_over(plan: Plan, process: Pro
     other = Plan(plan.configurations, write_inputs(tmp_path / "more", "c"), runs=1, warmup=0)
     with pytest.raises(UsageError, match=r"out holds a report on other pictures \(a.png, b.png\): name another"):
         run(other, out)
-    claim(out, force=True)
+    check_output_dir(out, force=True)
     assert [i["name"] for i in run(other, out)["inputs"]] == ["c.png"]
-
-
-def test_a_peak_is_measured_once_for_each_precision_and_kept(plan: Plan, process: Process, tmp_path: Path) -> None:
-    peak = {"multiplications_per_second": 1e9, "bytes_per_second": None, "runtime": "x", "precision": "float16"}
-    process.peaks = {
-        "float16": {"status": "ok", "reason": None, "peaks": {**peak, "reason": "no copies"}},
-        "float32": {"status": "failed", "reason": "the process crashed with SIGILL"},
-    }
-    results = run(plan, tmp_path / "out")
-    load(save(results, tmp_path / "out"))
-    assert process.asked[-2:] == ["peak float16", "peak float32"]
-    (machine,) = results["machines"].values()
-    assert machine["peaks"] == {**peak, "reason": "no copies"}, "the first configuration's"
-    process.asked.clear()
-    run(plan, tmp_path / "out")
-    assert process.asked == ["peak float32"], "what failed is tried again"
 
 
 def test_other_folders_are_the_users(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     for force in (False, True):
         with pytest.raises(UsageError, match="holds something else than a report: name another"):
-            claim(tmp_path, force)
+            check_output_dir(tmp_path, force)
     with pytest.raises(UsageError, match=r"mine.txt is a file: name a folder"):
-        claim(tmp_path / "mine.txt")
-    claim(tmp_path / "new")
+        check_output_dir(tmp_path / "mine.txt")
+    check_output_dir(tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

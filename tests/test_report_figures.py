@@ -1,8 +1,6 @@
-"""The figures of a configuration: what counts as one, how text is cleaned, how stages add up to a picture."""
+"""The figures of a configuration: how text is cleaned, how stages add up to a picture, what is ranked together."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 from report_sample import configuration, report_of, sample_results
@@ -11,23 +9,8 @@ from moebius_edge.report import figures
 from moebius_edge.report.figures import REFERENCE, TRUTH
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0, 0), (-3.5, -3.5), (None, None), (True, None), ("12", None), (float("inf"), None), (10**400, None)],
-)
-def test_number(value: Any, expected: float | None) -> None:
-    assert figures.number({"a": {"b": value}}, "a", "b") == expected
-    assert figures.number({"a": value}, "a", "b") is None
-
-
-def test_series_is_whole_or_absent() -> None:
-    assert figures.series({"a": [1, 2.5]}, "a") == [1, 2.5]
-    assert figures.series({"a": [1, float("nan")]}, "a") == []
-    assert figures.series({"a": None}, "a") == figures.series({}, "a") == []
-
-
 def test_text_cannot_hide_or_reorder_itself() -> None:
-    assert figures.clean(" tiny\n\tfp32 ") == "tiny fp32"
+    assert figures.clean({" tiny\n": ["\tfp32 ", 1, None]}) == {"tiny": ["fp32", 1, None]}
     assert figures.clean("a\u202eb\u200bc\x1b[31md\ud800e") == "a\ufffdb\ufffdc\ufffd[31md\ufffde"
     assert figures.clean("λ 中 é \N{GRINNING FACE}") == "λ 中 é \N{GRINNING FACE}"
 
@@ -48,14 +31,13 @@ def test_stages_of_one_picture() -> None:
     assert figures.stage_ms(configuration("b", status="failed", reason="r")) == {}
 
 
-def test_denoising_is_the_rest_where_calls_differ() -> None:
+@pytest.mark.parametrize("change", [{"cache_interval": 5}, {"guidance_interval": [200, 800]}])
+def test_denoising_is_the_rest_where_calls_differ(change: dict[str, object]) -> None:
     """One call of 60 ms and four of 5: their median is no mean."""
     row = configuration("a", latency=90.0)
     row["latency"]["stages"] = stages(vae_decode=(1, 10.0), denoise=(5, 5.0), total=(1, 90.0))
     assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 25.0, "other": 55.0}
-    row["settings"]["cache_interval"] = 5
-    assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 80.0}
-    row["settings"] |= {"cache_interval": 1, "guidance_interval": [200, 800]}
+    row["settings"] |= change
     assert figures.stage_ms(row) == {"vae_decode": 10.0, "denoise": 80.0}
     row["latency"]["stages"]["vae_decode"]["median_ms"] = 95.0  # two medians need not fit a third
     assert figures.stage_ms(row)["denoise"] == 0.0
@@ -73,6 +55,19 @@ def test_reuse_is_ranked_with_what_it_is_measured_against() -> None:
         "20 steps executed, guidance 2, ddim",
         "20 steps executed, deep features every 5 in all, guidance 2, ddim",
     ), "the reference reuses too"
+
+
+def test_against_the_reference_only_like_settings_meet() -> None:
+    """Each row's reference is the float32 run of its own settings, so four steps are never beside twenty."""
+    groups = figures.groups(sample_results(), REFERENCE)
+    for group, members in groups.items():
+        if group.start is not None:
+            assert len({(c["settings"]["steps"], c["settings"]["scheduler"]) for c in members}) == 1
+    assert {group.settings for group in groups} >= {
+        "19 steps executed, guidance 2, ddim",
+        "3 steps executed, guidance 2, ddim",
+        None,
+    }
 
 
 def test_memory_of_host_and_device() -> None:
@@ -97,8 +92,7 @@ def test_groups_put_baselines_last_on_their_machine() -> None:
     telea["settings"] = None
     rows = [telea, configuration("a", truth=1.0), configuration("b", truth=1.0, machine="other")]
     results = report_of(rows)
-    found = figures.groups(results, TRUTH)
-    assert [figures.group_title(results, group) for group in found] == [
+    assert [figures.group_title(results, group) for group in figures.groups(results, TRUTH)] == [
         "here; start image, seed 0",
         "here; baselines",
         "other; start image, seed 0",

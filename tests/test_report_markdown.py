@@ -17,28 +17,19 @@ def test_what_people_act_on_comes_first(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert path.name == "report.md"
     assert re.findall(r"^## (.*)$", text, re.M) == [
-        *("Recommendation", "All configurations", "Drift of the latent", "Where the time goes"),
-        *("Memory, energy and arithmetic", "Conditions"),
+        *("Recommendation", "All configurations", "Conditions"),
     ]
     assert "**Take sample float32, ONNX Runtime CPU, 8 steps DPM++2M, guidance 2.** 735 ms an image" in text
-    assert "| gated | denoiser returned NaN at step 3 of 19 (t=800)" in text
+    assert ": denoiser returned NaN at step 3 of 19 (t=800)" in text and "| gated |" in text
     assert "| FID | torchmetrics is not installed |" in text
 
 
 def test_every_table_is_well_formed() -> None:
     tables = re.findall(r"(?:^\|.*\|\n)+", markdown.render(sample_results()), re.M)
-    assert len(tables) >= 10
+    assert len(tables) >= 4
     for table in tables:
         widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
         assert len(widths) == 1, table
-
-
-def test_a_table_of_figures_names_the_settings() -> None:
-    text = markdown.render(sample_results())
-    settings = r"Start \| Steps \(executed\) \| Guidance \| Scheduler \| Cache interval \| Seed|total \(ms\)"
-    for table in re.findall(r"(?:^\| No\. \| Configuration \|.*\|\n)", text, re.M):
-        if "Status | Reason" not in table:
-            assert re.search(settings, table), table
 
 
 def test_what_the_document_says_stays_text() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from moebius_edge.errors import BundleError, MoebiusError, OutOfMemory
 from moebius_edge.progress import no_progress
-from moebius_edge.report.worker import supervise
+from moebius_edge.report.collect import supervise
 from moebius_edge.system import machine
 from moebius_edge.system import subprocess_job as module
 from moebius_edge.system.subprocess_job import ProcessFailed, run_job

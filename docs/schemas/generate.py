@@ -14,12 +14,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from moebius_edge.bundle.manifest import BundleDocument
+from moebius_edge.report.results import ResultsDocument
 from moebius_edge.runtimes.engine_files import Engine
 
 # The name of a document -> its type, and the fields that are not in the file. A new document is one line here.
 DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "bundle": (BundleDocument, ()),
     "engine": (Engine, ("path",)),
+    "results": (ResultsDocument, ()),
 }
 
 

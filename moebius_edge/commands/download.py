@@ -80,9 +80,7 @@ def download(
     known.
     """
     if name not in MODELS:
-        raise UsageError(
-            f"unknown model {name!r}: choose one of {', '.join(MODELS)} ('tiny' comes with the package)"
-        )
+        raise UsageError(f"unknown model {name!r}: choose one of {', '.join(MODELS)} ('tiny' comes with the package)")
     hub = _import_hub()
     source, folder, files = MODELS[name]
     source = repo or source
@@ -121,9 +119,7 @@ def _next_command(name: str, weights: Path, vae: Path | None) -> str:
         return shlex.join([*train, "--teacher", "TEACHER", "--vae", "VAE", "--set", 'losses.distance="elatentlpips"'])
     if name == TEACHER:
         return shlex.join([*train, "--teacher", str(weights), "--vae", str(vae.parent)])
-    return shlex.join(
-        ["moebius-edge", "export", str(weights), "--vae", str(vae.parent), "--output", f"moebius-{name}"]
-    )
+    return shlex.join(["moebius-edge", "export", str(weights), "--vae", str(vae.parent), "--output", f"moebius-{name}"])
 
 
 def _checked_hash(path: Path, repo: str, folder: str, revision: str | None) -> str:
@@ -180,8 +176,7 @@ def _import_hub() -> ModuleType:
         import huggingface_hub
     except ImportError as error:
         raise MachineError(
-            f"the package huggingface_hub is missing or broken ({error}): run "
-            '`pip install "moebius-edge[download]"`'
+            f'the package huggingface_hub is missing or broken ({error}): run `pip install "moebius-edge[download]"`'
         ) from None
     if not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
@@ -221,9 +216,7 @@ def _fetch(
             raise
         raise problem from error
     if (found := _weights(snapshot / folder, files)) is None:
-        raise MachineError(
-            f"{repo} holds no {folder}/{files[-1]}: name another repository with --repo or --vae-repo"
-        )
+        raise MachineError(f"{repo} holds no {folder}/{files[-1]}: name another repository with --repo or --vae-repo")
     return found
 
 
@@ -262,12 +255,11 @@ def _problem(
         return UsageError(f"{repo!r} is no repository: write OWNER/NAME, such as {REPO}")
     by_hand = "run it with `--output DIR` on a machine that has a network, and copy DIR here"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return MachineError(
-            f"{repo} {folder} is not in {where} and HF_HUB_OFFLINE is set: unset it, or {by_hand}"
-        )
+        return MachineError(f"{repo} {folder} is not in {where} and HF_HUB_OFFLINE is set: unset it, or {by_hand}")
     if isinstance(error, OSError) and error.filename is not None or getattr(error, "errno", None) == 28:
         return MachineError(f"cannot write to {where}: {error}: free space there or choose --output DIR")
     from huggingface_hub.constants import ENDPOINT as server
+
     statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
     if status := next((status for status in statuses if isinstance(status, int) and status >= 400), None):
         remedy = _status_remedy(status, repo, server)

@@ -49,16 +49,12 @@ def export(
             "--output", "-o", metavar="DIR", help="The bundle's folder, new; engines of a bundle may do without."
         ),
     ] = None,
-    vae: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A diffusers VAE folder; 'tiny' has its own.")
-    ] = None,
+    vae: Annotated[Path | None, typer.Option(metavar="DIR", help="A diffusers VAE folder; 'tiny' has its own.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="JSON", help="The network's configuration, if not the published."),
     ] = None,
-    steps: Annotated[
-        int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")
-    ] = 20,
+    steps: Annotated[int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")] = 20,
     guidance: Annotated[
         float | None,
         typer.Option(min=0.0, metavar="X", help="Guidance of the gate; default 2, or what is distilled."),
@@ -97,9 +93,7 @@ def export(
     engine: Annotated[
         EngineName | None, typer.Option(help="Also build TensorRT engines; SOURCE may be a bundle then.")
     ] = None,
-    max_batch: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Engines: pictures at a time, at most.")
-    ] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Engines: pictures at a time, at most.")] = 1,
     workspace: Annotated[
         int | None, typer.Option(min=1, metavar="MB", help="Engines: GPU memory TensorRT may try kernels with.")
     ] = None,
@@ -113,9 +107,7 @@ def export(
         list[str] | None,
         typer.Option(metavar="X.Y", help="Engines for RTX: build for this GPU generation; may be repeated."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a bundle, or engines, already there.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle, or engines, already there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a bundle from a checkpoint, and engines from a bundle.

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 def inspect(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or the name 'tiny'.")],
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare every file's SHA-256.")
-    ] = True,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare every file's SHA-256.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Show a bundle: model, gate, files, tensors and engines."""

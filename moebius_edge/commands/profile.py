@@ -141,13 +141,13 @@ def _bundle_row(
     """A bundle's denoiser on its runtime; its arithmetic is the file's, which export has rewritten."""
     import time
 
-    from ..report.work import count_work
+    from ..report.flops import count_macs
     from ..runtimes import create_runtime
     from ..runtimes.base import drawn_feeds
 
     count = bundle.branches
     chosen = create_runtime(runtime, bundle, device, threads)
-    work = count_work(bundle.component_path("denoiser"), 1)
+    macs = count_macs(bundle.component_path("denoiser"), 1)
     feeds = drawn_feeds(bundle.components["denoiser"], count)
     seconds = []
     with chosen:
@@ -161,8 +161,8 @@ def _bundle_row(
         "form": f"{bundle.name}, {info['name']} {info['version']} on {info['device']}, {bundle.precision}",
         "parameters": None,  # export has baked and folded weights: they are no longer the checkpoint's
         "rows_per_step": count,
-        "multiplications": work.multiplications,
-        "multiplications_reason": work.reason,
+        "multiplications": macs.total,
+        "multiplications_reason": macs.reason,
         "steps": STEPS,
         "calls": calls,
         "runtime": info,

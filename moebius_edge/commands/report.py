@@ -18,7 +18,7 @@ from .report_output import present, print_results
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from ..report.configurations import Choices, Configuration
+    from ..report.grid import Choices, Configuration
     from ..report.inputs import Input
 
 MERGE = "merge"
@@ -94,16 +94,15 @@ def report(
         "presets": _several("preset", preset, str),
     }
     inputs = _inputs(images, masks, truth, output)
-    from ..report.collect import Plan, collect
-    from ..report.configurations import Choices
-    from ..report.kept import claim
+    from ..report.collect import Plan, check_output_dir, collect
+    from ..report.grid import Choices
     from ..report.results import save
     from ..text import printable_values
 
     configurations = _configurations(
         bundles, Choices(**axes, seed=seed), _several("baseline", baseline, str), reference
     )
-    claim(output, force)
+    check_output_dir(output, force)
     plan = Plan(configurations, inputs, seed, runs, warmup, sustained, limits)
     try:
         with console.progress() as update:
@@ -136,18 +135,18 @@ def _finish(results: dict[str, Any], output: Path, as_json: bool) -> int:
 
 
 def _merge(files: Sequence[str], output: Path, limits: dict[str, Any], force: bool, as_json: bool) -> int:
-    from ..report.kept import claim
+    from ..report.collect import check_output_dir
     from ..report.results import copy_pictures, load, merge, save
 
-    if len(files) < 2:
-        raise UsageError("merge needs two results.json or more: moebius-edge report merge A.json B.json --output DIR")
+    if not files:
+        raise UsageError("merge needs a results.json or more: moebius-edge report merge A.json B.json --output DIR")
     documents = [(name, load(name)) for name in files]
     folders = [path if path.is_dir() else path.parent for path in map(Path, files)]
     if any(output.resolve() == folder.resolve() for folder in folders):
         raise UsageError(f"the output {output} is one of the reports: name another with --output")
     merged = merge(documents)
     merged["limits"] |= {name: value for name, value in limits.items() if value is not None}
-    claim(output, force)
+    check_output_dir(output, force)
     output.mkdir(parents=True, exist_ok=True)
     sources = [(folder, document) for folder, (_, document) in zip(folders, documents, strict=True)]
     if missing := copy_pictures(merged, sources, output):
@@ -160,9 +159,8 @@ def _configurations(
     names: Sequence[str], choices: Choices, baselines: Sequence[str], reference: str
 ) -> list[Configuration]:
     from ..bundle.bundle import Bundle
-    from ..report.baseline_rows import baseline_rows
-    from ..report.configurations import TORCH, grid
-    from ..report.references import with_references
+    from ..report.baselines import baseline_rows
+    from ..report.grid import TORCH, grid, with_references
 
     bundles = [Bundle.load(name, verify=False) for name in names]  # each process verifies its own
     against: Bundle | str | None = reference or None

@@ -13,10 +13,13 @@ _NUMBERS = ("ms", "images/s", "memory", "vs reference", "vs truth")
 
 def present(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write ``report.md`` and ``report.html``, and return what was written; ``results.json`` is there already."""
-    from ..report import markdown, page
+    from ..report.html import write_report
     from ..report.results import RESULTS_FILE
 
-    return [markdown.write(results, folder), page.write(results, folder), folder / RESULTS_FILE]
+    written, how_to_render = write_report(dict(results), folder)
+    if how_to_render:
+        console.note(how_to_render)
+    return [*written, folder / RESULTS_FILE]
 
 
 def print_results(results: Mapping[str, Any], written: Sequence[Path]) -> None:

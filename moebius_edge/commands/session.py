@@ -60,7 +60,6 @@ class Session:
         from ..imaging.pictures import check_output, read_picture, write_picture
 
         with console.progress() as update:
-
             shown = label
 
             def on_plan(windows: int, calls: int) -> None:

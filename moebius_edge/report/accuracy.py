@@ -3,12 +3,19 @@
 Against the reference the network's own outputs are compared, window by window and unclipped, so that what 8 bits
 would hide is seen; against the truth it is the finished pictures. Figures are means over windows or pictures, but
 for the worst pixel and the texture, which are the largest and the median.
+
+LPIPS and FID are torchmetrics', where it and the weights it needs lie on this machine already: nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +27,38 @@ from ..imaging.windows import Floats, Window
 from ..metrics.fidelity import PEAK, fill_figures, planes, texture_ratio, worst_pixel
 from ..pipeline.inpainter import Step
 from ..system.files import atomic_write
-from .perceptual import Perceptual
+from ..system.machine import cache_directory
 
 _FIGURES = ("hole_psnr_db", "psnr_db", "hole_ssim", "ssim")
+# What torchmetrics would fetch: torchvision's AlexNet for LPIPS, torch-fidelity's Inception for FID.
+PERCEPTUAL = {
+    "lpips": ("torchvision", "alexnet-owt-7be5be79.pth"),
+    "fid": ("torch_fidelity", "weights-inception-2015-12-05-6726825d.pth"),
+}
 
 
 @dataclass
 class Trace:
     """What one picture's run went through: hand its methods to ``Inpainter.inpaint``.
 
-    ``latents`` has (1, 4, h, w) a network call, ``made`` (R, R, 3) and ``holes`` (R, R) a window.
+    ``latents`` has (1, 4, h, w) a network call, ``outputs`` (R, R, 3) and ``holes`` (R, R) a window.
     """
 
     latents: list[Floats] = field(default_factory=list)
-    made: list[Floats] = field(default_factory=list)
+    outputs: list[Floats] = field(default_factory=list)
     holes: list[Mask] = field(default_factory=list)
 
     def on_step(self, step: Step) -> None:
         self.latents.append(step.latent.copy())
 
-    def on_window(self, window: Window, made: Floats, hole: Mask) -> None:
-        self.made.append(made)
+    def on_window(self, window: Window, output: Floats, hole: Mask) -> None:
+        self.outputs.append(output)
         self.holes.append(hole)
 
     def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, latents=np.stack(self.latents), made=np.stack(self.made))
+            np.savez(stream, latents=np.stack(self.latents), outputs=np.stack(self.outputs))
 
 
 class AgainstReference:
@@ -55,27 +68,25 @@ class AgainstReference:
         self._name = name
         self._rows: list[dict[str, float | None]] = []
         self._worst = 0.0
-        self._squares: np.ndarray | None = None  # mean square of the latents' difference after each step, summed
+        self._squares: Any = 0.0  # mean square of the latents' difference after each step, summed over windows
         self._images = 0
 
     def add(self, trace: Trace, path: Path) -> None:
         """One picture's trace, and where the reference's was saved. Raises BundleError if the two do not match."""
         with np.load(path) as saved:
-            latents, made = saved["latents"], saved["made"]
-        if latents.shape != (len(trace.latents), *trace.latents[0].shape) or len(made) != len(trace.made):
+            latents, outputs = saved["latents"], saved["outputs"]
+        if latents.shape != (len(trace.latents), *trace.latents[0].shape) or len(outputs) != len(trace.outputs):
             raise BundleError(f"the reference {self._name} went through other steps: measure both again with --force")
         difference = np.stack(trace.latents).astype(np.float64) - latents
-        steps = len(latents) // len(made)
-        squares = np.square(difference).mean(axis=tuple(range(1, difference.ndim))).reshape(len(made), steps)
-        self._squares = squares.sum(0) if self._squares is None else self._squares + squares.sum(0)
-        for seen, ours, reference in zip(trace.holes, trace.made, made, strict=True):
+        squares = np.square(difference).mean(axis=tuple(range(1, difference.ndim)))
+        self._squares = self._squares + squares.reshape(len(outputs), -1).sum(0)
+        for hole, ours, reference in zip(trace.holes, trace.outputs, outputs, strict=True):
             a, b = (i.transpose(2, 0, 1) * np.float32(PEAK) - np.float32(1) for i in (ours, reference))
-            self._rows.append(fill_figures(a, b, seen))
+            self._rows.append(fill_figures(a, b, hole))
             self._worst = max(self._worst, worst_pixel(a[None], b[None])["levels"])
         self._images += 1
 
     def result(self) -> dict[str, Any]:
-        assert self._squares is not None, "no picture was added"
         drift = np.sqrt(self._squares / len(self._rows))
         return {
             "reference": self._name,
@@ -118,3 +129,61 @@ def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
         digits = 6 if key.endswith("ssim") else 2
         means[key] = round(float(np.mean(values)), digits) if values else None
     return means
+
+
+class Perceptual:
+    """Adds up pictures; ``result`` has ``lpips`` (mean, AlexNet) and ``fid``, or null and why, for each."""
+
+    def __init__(self) -> None:
+        self._reasons = {name: _lacks(name) for name in PERCEPTUAL}
+        self._metrics: dict[str, Any] = {}
+
+    def add(self, result: np.ndarray, truth: np.ndarray) -> None:
+        """uint8 RGB (H, W, 3) both."""
+        for name in PERCEPTUAL:
+            self._try(name, partial(self._update, name, result, truth))
+
+    def result(self) -> dict[str, Any]:
+        # FID needs two pictures.
+        values = {name: self._try(name, partial(self._compute, name)) for name in PERCEPTUAL}
+        return values | {f"{name}_reason": self._reasons[name] or None for name in PERCEPTUAL}
+
+    def _compute(self, name: str) -> float:
+        return float(self._metrics[name].compute())
+
+    def _try(self, name: str, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns; None where the metric cannot be had, or fails, which is its reason from then on."""
+        try:
+            return None if self._reasons[name] else action()
+        except Exception as error:  # another version's interface, or a picture too small for the network
+            self._reasons[name] = f"torchmetrics failed: {' '.join(str(error).split()):.200}"
+            return None
+
+    def _update(self, name: str, result: np.ndarray, truth: np.ndarray) -> None:
+        torch = importlib.import_module("torch")
+        ours, true = (torch.from_numpy(np.ascontiguousarray(i.transpose(2, 0, 1)[None])) for i in (result, truth))
+        if name not in self._metrics:
+            self._metrics[name] = _create(name)
+        if name == "fid":
+            self._metrics[name].update(true, real=True)
+            self._metrics[name].update(ours, real=False)
+        else:
+            self._metrics[name].update(ours.float() / 255, true.float() / 255)
+
+
+def _create(name: str) -> Any:
+    if name == "fid":
+        return importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance()
+    metric = importlib.import_module("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
+    return metric(net_type="alex", normalize=True)  # pictures in [0, 1]
+
+
+def _lacks(name: str) -> str:
+    """What is missing here for ``lpips`` or ``fid``; empty where nothing is."""
+    package, weights = PERCEPTUAL[name]
+    for needed in ("torchmetrics", package):
+        if importlib.util.find_spec(needed) is None:
+            return f"{needed.replace('_', '-')} is not installed"
+    # Where PyTorch keeps what it has downloaded.
+    folder = Path(os.environ.get("TORCH_HOME") or cache_directory() / "torch") / "hub" / "checkpoints"
+    return "" if (folder / weights).is_file() else f"its weights {weights} are not in {folder}"

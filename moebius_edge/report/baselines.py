@@ -1,75 +1,65 @@
-"""What a network has to beat: OpenCV's classical inpainting, and any ONNX model that takes an image and its mask.
+"""What a network has to beat: OpenCV's classical inpainting, any ONNX model that takes an image and its mask, PyTorch.
 
 An ONNX model, such as an export of LaMa or MI-GAN, is described by a few lines of TOML: see docs/report.md.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal
 
-import cv2
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from ..bundle.bundle import ASSETS, Bundle
+from ..documents import Count, Number, Positive, first_problem
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.classical import navier_stokes, telea
 from ..imaging.masks import Mask
 from ..imaging.stitching import Filling
 from ..runtimes.base import check_finite
-from ..system.files import utf8_path
+from ..system.files import sha256_file, utf8_path
 from ..system.machine import available_cores
 from ..toml import read_toml
+from .grid import FLOAT32, TORCH, Choices, Configuration, configuration, slug
 
 CLASSICAL: dict[str, tuple[str, Callable[[np.ndarray, Mask], np.ndarray]]] = {
     "telea": ("Telea, OpenCV", telea),
     "navier-stokes": ("Navier-Stokes, OpenCV", navier_stokes),
 }
-_LAYOUTS = ("nchw", "nhwc")
 
 
-class Baseline(Protocol):
-    """``info`` has the name, version and device of what executes."""
-
-    info: dict[str, Any]
-
-    def fill(self, image: np.ndarray, mask: Mask) -> np.ndarray:
-        """``image`` uint8 RGB (H, W, 3) with ``mask`` (H, W, True where to fill) filled; a new array."""
-        ...
+def _two_values(span: tuple[float, float]) -> tuple[float, float]:
+    if span[0] == span[1]:
+        raise ValueError(f"a range is {list(span)}: give two different numbers, such as [0, 1]")
+    return span
 
 
-class Classical:
-    """One of ``CLASSICAL`` by name."""
-
-    def __init__(self, name: str) -> None:
-        self._fill = CLASSICAL[name][1]
-        self.info: dict[str, Any] = {"name": "opencv", "version": cv2.__version__, "device": "cpu"}
-
-    def fill(self, image: np.ndarray, mask: Mask) -> np.ndarray:
-        return self._fill(image, mask)
+_Range = Annotated[tuple[Number, Number], AfterValidator(_two_values)]
 
 
-@dataclass(frozen=True)
-class OnnxDescription:
-    """The TOML file of an ONNX model: its fields are the file's keys. The model's path is the file's neighbour.
+class OnnxDescription(BaseModel):
+    """The TOML file of an ONNX model: its fields are the file's keys. The model's path is relative to the file.
 
     ``size`` is the only resolution the model takes, 0 for any; then each side is a multiple of ``multiple``.
     The ranges are the values of black and white, ``mask_range`` those outside and inside the hole.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
     model: Path
     name: str = ""
-    size: int = 0
-    multiple: int = 1
-    layout: str = "nchw"
+    size: Count = 0
+    multiple: Positive = 1
+    layout: Literal["nchw", "nhwc"] = "nchw"
     image: str = "image"
     mask: str = "mask"
     output: str = "output"
-    image_range: tuple[float, float] = (0.0, 1.0)
-    mask_range: tuple[float, float] = (0.0, 1.0)
-    output_range: tuple[float, float] = (0.0, 1.0)
+    image_range: _Range = (0.0, 1.0)
+    mask_range: _Range = (0.0, 1.0)
+    output_range: _Range = (0.0, 1.0)
     device: str = "cpu"
 
     @property
@@ -84,28 +74,15 @@ def read_description(path: Path) -> OnnxDescription:
         MachineError: the file or the model it names is missing.
         UsageError: it is no TOML, or a key is unknown or has an unusable value.
     """
-    values = read_toml(path)
-    known = OnnxDescription.__dataclass_fields__
-    if unknown := sorted(set(values) - set(known)):
-        raise UsageError(f"{path} has the unknown key {unknown[0]!r}: use {', '.join(known)}")
-    if not isinstance(values.get("model"), str):
-        raise UsageError(f'{path} names no model: add model = "FILE.onnx"')
-    values["model"] = path.parent / values["model"]
-    for key in ("image_range", "mask_range", "output_range"):
-        if key in values:
-            values[key] = _range(path, key, values[key])
-    for key in ("size", "multiple"):
-        value = values.get(key, 1)
-        if type(value) is not int or value < (0 if key == "size" else 1):
-            raise UsageError(f"{path} has {key} {value!r}: give a whole number of pixels")
-    for key in ("name", "layout", "image", "mask", "output", "device"):
-        if not isinstance(values.get(key, ""), str):
-            raise UsageError(f"{path} has {key} {values[key]!r}: give a text")
-    if values.get("layout", "nchw") not in _LAYOUTS:
-        raise UsageError(f"{path} has layout {values['layout']!r}: use one of {', '.join(_LAYOUTS)}")
-    if not values["model"].is_file():
-        raise MachineError(f"{path} names the model {values['model']}, which is missing: check its path")
-    return OnnxDescription(**values)
+    try:
+        description = OnnxDescription.model_validate(read_toml(path))
+    except ValidationError as error:
+        keys = ", ".join(OnnxDescription.model_fields)
+        raise UsageError(f"{path}: {first_problem(error)[1]}", f"the keys are {keys}") from None
+    description = description.model_copy(update={"model": path.parent / description.model})
+    if not description.model.is_file():
+        raise MachineError(f"{path} names the model {description.model}, which is missing: check its path")
+    return description
 
 
 class OnnxBaseline:
@@ -125,8 +102,8 @@ class OnnxBaseline:
         ort, device = import_onnxruntime(), description.device
         if device not in PROVIDERS:
             raise UsageError(f"a baseline has no device {device!r}: choose one of {', '.join(PROVIDERS)}")
-        if lack := absence(ort, device):
-            raise MachineError(lack)
+        if problem := absence(ort, device):
+            raise MachineError(problem)
         options = quiet_options(ort, available_cores())  # as many threads as a bundle gets
         try:
             with utf8_path(description.model) as name:
@@ -141,14 +118,15 @@ class OnnxBaseline:
         outputs = [node.name for node in session.get_outputs()]
         if set(inputs) != {description.image, description.mask} or description.output not in outputs:
             raise BundleError(
-                f"{description.model} has the inputs {', '.join(inputs)} and outputs {', '.join(outputs)}: describe "
-                f"them, it is said to have {description.image}, {description.mask} and {description.output}"
+                f"{description.model} has the inputs {', '.join(inputs)} and outputs {', '.join(outputs)}: name "
+                f"them in its TOML file, which says {description.image}, {description.mask} and {description.output}"
             )
-        self._session, self._description, self._problem = session, description, first_line
+        self._session, self._description, self._first_line = session, description, first_line
         self._types = {name: _dtype(node.type) for name, node in inputs.items()}
         self.info: dict[str, Any] = {"name": "onnxruntime", "version": ort.__version__, "device": device}
 
     def fill(self, image: np.ndarray, mask: Mask) -> np.ndarray:
+        """``image`` uint8 RGB (H, W, 3) with ``mask`` (H, W, True where to fill) filled; a new array."""
         size = self._description.size
         if size == 0:
             return np.where(mask[..., None], self._whole(image, mask), image)
@@ -162,33 +140,33 @@ class OnnxBaseline:
         below, beside = (-side % self._description.multiple for side in (height, width))
         padded = np.pad(image, ((0, below), (0, beside), (0, 0)), mode="symmetric")
         hole = np.pad(mask, ((0, below), (0, beside)), mode="symmetric")
-        made = self._run(padded.astype(np.float32) / np.float32(255), hole)[:height, :width]
-        return np.rint(made.clip(0, 1) * 255).astype(np.uint8)
+        output = self._run(padded.astype(np.float32) / np.float32(255), hole)[:height, :width]
+        return np.rint(output.clip(0, 1) * 255).astype(np.uint8)
 
     def _run(self, image: np.ndarray, hole: Mask) -> np.ndarray:
-        """RGB (H, W, 3) in [0, 1] and its hole -> what the model makes of it, the same."""
+        """RGB (H, W, 3) in [0, 1] and its hole -> the model's output, the same."""
         d = self._description
         feeds = {
             d.image: self._arranged(_spread(image, d.image_range), d.image),
             d.mask: self._arranged(_spread(hole[..., None].astype(np.float32), d.mask_range), d.mask),
         }
         try:
-            (made,) = self._session.run([d.output], feeds)
+            (output,) = self._session.run([d.output], feeds)
         except Exception as error:
-            raise BundleError(f"{d.model} failed: {self._problem(error)}: describe it as it is") from error
-        check_finite(made, d.title)
-        picture = made[0] if d.layout == "nhwc" else made[0].transpose(1, 2, 0)
+            raise BundleError(f"{d.model} failed: {self._first_line(error)}: describe it as it is") from error
+        check_finite(output, d.title)
+        picture = output[0] if d.layout == "nhwc" else output[0].transpose(1, 2, 0)
         if picture.shape != image.shape:
-            raise BundleError(f"{d.model} returned {made.shape} for {image.shape}: describe another layout or size")
+            raise BundleError(f"{d.model} returned {output.shape} for {image.shape}: describe another layout or size")
         low, high = d.output_range
         return (picture.astype(np.float32) - np.float32(low)) / np.float32(high - low)
 
     def _arranged(self, values: np.ndarray, name: str) -> np.ndarray:
-        """(H, W, C) as the input ``name`` wants it."""
-        wanted = self._types[name]
+        """(H, W, C) in the layout and type of the input ``name``."""
+        dtype = self._types[name]
         ordered = values if self._description.layout == "nhwc" else values.transpose(2, 0, 1)
-        rounded = np.rint(ordered) if np.issubdtype(wanted, np.integer) else ordered
-        return np.ascontiguousarray(rounded[None].astype(wanted))
+        rounded = np.rint(ordered) if np.issubdtype(dtype, np.integer) else ordered
+        return np.ascontiguousarray(rounded[None].astype(dtype))
 
 
 def _spread(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
@@ -197,20 +175,69 @@ def _spread(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """Of ONNX Runtime's ``tensor(float)``."""
+    """The NumPy type of what ONNX Runtime calls ``tensor(float)``."""
     inner = name.removeprefix("tensor(").removesuffix(")")
     return np.dtype({"float": "float32", "double": "float64"}.get(inner, inner))
 
 
-def _range(path: Path, key: str, value: Any) -> tuple[float, float]:
-    good = isinstance(value, list) and len(value) == 2
-    if not good or any(type(v) not in (int, float) or not math.isfinite(v) for v in value) or value[0] == value[1]:
-        raise UsageError(f"{path} has {key} {value!r}: give two different numbers, such as [0, 1]")
-    return float(value[0]), float(value[1])
+def baseline_rows(names: Sequence[str], bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
+    """The rows of ``--baseline``: a classical method, ``torch``, or a TOML file of an ONNX model or of a checkpoint.
+
+    Raises:
+        UsageError: a name that is none of them, or a file that describes neither. MachineError: a file is missing.
+    """
+    rows: list[Configuration] = []
+    for name in names:
+        if name in CLASSICAL:
+            runtime = {"name": "opencv", "version": None, "device": "cpu"}
+            rows.append(Configuration(name, CLASSICAL[name][0], "baseline", {"method": name}, runtime))
+        elif name == TORCH:
+            rows += _torch_rows(bundles, choices, "--baseline torch", {})
+        elif name.endswith(".toml"):
+            values = read_toml(Path(name))
+            rows += _torch_rows(bundles, choices, name, values) if "checkpoint" in values else [_described(name)]
+        else:
+            known = ", ".join((*CLASSICAL, TORCH))
+            raise UsageError(f"unknown baseline {name!r}: choose one of {known}, or name a .toml file")
+    return rows
 
 
-def open_baseline(source: Mapping[str, Any]) -> Baseline:
-    """A baseline from ``{"method": name}`` or ``{"description": path}``; raises as the two classes."""
-    if "method" in source:
-        return Classical(source["method"])
-    return OnnxBaseline(read_description(Path(source["description"])))
+def _described(name: str) -> Configuration:
+    description = read_description(Path(name))
+    return Configuration(
+        id=slug(description.title),
+        label=description.title,
+        kind="baseline",
+        source={"description": str(Path(name).resolve())},
+        runtime={"name": "onnxruntime", "version": None, "device": description.device},
+        depends={"model": sha256_file(description.model), "description": sha256_file(Path(name))},
+    )
+
+
+def _torch_rows(
+    bundles: Sequence[Bundle], choices: Choices, title: str, files: Mapping[str, Any]
+) -> list[Configuration]:
+    """PyTorch on the checkpoint that a bundle was made from, with the bundle's settings, once for each checkpoint.
+
+    ``files`` is what the TOML file ``title`` says; where it is empty, a bundle that comes with the package has its own.
+    """
+    if files and set(files) != {"checkpoint", "vae"}:
+        raise UsageError(f"{title} should hold checkpoint and vae, the files of a PyTorch model, and no more")
+    rows: dict[str, Configuration] = {}
+    for bundle in sorted(bundles, key=lambda b: b.precision != FLOAT32):  # of one checkpoint's, the float32 bundle
+        folder = bundle.path / "checkpoint"
+        paths = {key: Path(title).parent / value for key, value in files.items()}
+        if not paths and ASSETS in folder.parents:
+            paths = {"checkpoint": folder / "student.safetensors", "vae": folder / "vae"}
+        recorded = bundle.source["checkpoint"]["sha256"] if "checkpoint" in bundle.source else None
+        if not paths or not paths["checkpoint"].is_file() or sha256_file(paths["checkpoint"]) != recorded:
+            continue
+        for settings in choices.settings(bundle):
+            row = configuration(bundle, f"{TORCH}-{bundle.name}", TORCH, "cpu", settings, kind=TORCH)
+            source = {**row.source, **{key: str(path) for key, path in paths.items()}}
+            rows.setdefault(row.id, replace(row, label=row.label.replace(f"{TORCH}-", "", 1), source=source))
+    if not rows:
+        raise UsageError(
+            f"{title}: no bundle here was made from that checkpoint: name the checkpoint and its vae in a .toml file"
+        )
+    return list(rows.values())

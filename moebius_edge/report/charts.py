@@ -1,172 +1,186 @@
-"""The report's three charts as inline SVG: points with a frontier, lines over steps, stacked bars.
+"""The report's charts, drawn by matplotlib as SVG in a light and a dark scheme, each a data URI for an ``<img>``.
 
-Each takes the width it is drawn for. Below ``NARROW`` pixels there is no room for labels, and a configuration goes
-by its number in the table alone.
+An image in a page may hold styles of its own where the page's Content-Security-Policy allows none. All figures of a
+chart stand in a table of the page as well; ``description`` says in words what the chart shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import base64
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
-from . import svg
+from .tables import needed_digits
 
-WIDE, NARROW = 960, 380
-COLOURS = 7  # classes c0..c6 of the style sheet; further lines are dashed
-_LEFT, _TOP, _BOTTOM = 44, 34, 44
+# Text, grid and paper of a scheme. The colours are the colour-blind safe set of Okabe and Ito, lightened for the dark.
+_INK = {"light": ("#1b1f23", "#d5d9dd", "#ffffff"), "dark": ("#e6e8ea", "#363c42", "#14171a")}
+_COLOURS = {
+    "light": ("#0072b2", "#d97a00", "#00805c", "#b5558f", "#3d9fd3", "#c24400", "#7a7f85"),
+    "dark": ("#4aa8e8", "#f0a530", "#2fbf94", "#e08fc0", "#8fd0f5", "#ff8a4a", "#9aa1a8"),
+}
+_STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "moebius-edge", "font.size": 9}
+_STYLE |= {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
+_DASHES = ("-", "--", ":", "-.")
+_MARKS = {"frontier": ("o", 0, True), "dominated": ("o", 6, False), "baseline": ("D", 6, False)}
+# Where a label may stand beside its point: offset in points, and which side of it the point is on.
+_PLACES = [(8, 0, "left"), (-8, 0, "right"), (5, 9, "left"), (-5, 9, "right"), (5, -9, "left"), (-5, -9, "right")]
+Draw = Callable[[Any, Sequence[str]], None]  # on these axes, in these colours
 
 
-@dataclass(frozen=True)
-class Point:
-    """``kind`` is "frontier", "dominated" or "baseline", ``number`` that of its row; the ``chosen`` one is ringed."""
+class Chart(NamedTuple):
+    """A picture for each scheme as a data URI, and the words that stand with it."""
+
+    caption: str
+    description: str
+    light: str
+    dark: str
+    note: str = ""
+
+
+class Point(NamedTuple):
+    """``kind`` is a key of ``_MARKS``, the label begins with a number; the ``chosen`` one is ringed."""
 
     x: float
     y: float
-    number: int
     label: str
     kind: str
     chosen: bool = False
 
 
-@dataclass(frozen=True)
-class Line:
-    number: int
-    label: str
-    values: Sequence[float]
+def scatter(caption: str, points: Sequence[Point], y_title: str) -> Chart:
+    """Latency against PSNR with the frontier as steps; a value at the PSNR's cap is drawn at the top as "equal"."""
+    best = "; ".join(f"{p.label}, {p.x:.4g} ms, {p.y:.1f} dB" for p in points if p.kind == "frontier")
+    finite = [p.y for p in points if p.y < PSNR_CAP_DB] or [0.0]
+    top = max(finite) + max(0.15 * (max(finite) - min(finite)), 0.5)
+    drawn = [p._replace(y=min(p.y, top)) for p in points]
 
+    def draw(axes: Any, colours: Sequence[str]) -> None:
+        steps = sorted((p.x, p.y) for p in drawn if p.kind == "frontier")
+        steps += [(max(p.x for p in drawn), steps[-1][1])] if steps else []
+        axes.plot([x for x, _ in steps], [y for _, y in steps], drawstyle="steps-post", color=colours[0], alpha=0.55)
+        for p in drawn:
+            marker, colour, filled = _MARKS[p.kind]
+            face = colours[colour] if filled else "none"
+            axes.scatter(p.x, p.y, marker=marker, facecolor=face, edgecolor=colours[colour])
+            if p.chosen:
+                axes.scatter(p.x, p.y, s=150, facecolor="none", edgecolor=colours[colour])
+        if max(p.y for p in points) >= PSNR_CAP_DB:
+            axes.axhline(top, linestyle=":", color=colours[6])
+            axes.annotate("equal", (0.01, top), xycoords=("axes fraction", "data"), va="bottom")
+        axes.set(xlabel="median latency of one picture (ms)", ylabel=y_title)
+        axes.margins(x=0.08, y=0.12)
+        if max(p.x for p in drawn) > 4 * min(p.x for p in drawn):
+            _make_logarithmic(axes, "x")
+        _label_points(axes, drawn)
 
-@dataclass(frozen=True)
-class Bar:
-    number: int
-    label: str
-    parts: Mapping[str, float]
-    total: float | None = None  # where it is known better than as the parts' sum
-
-
-def scatter(points: Sequence[Point], x_title: str, y_title: str, description: str, width: int = WIDE) -> str:
-    """Points with the frontier as steps; a value at the PSNR's cap is drawn at the top as "equal"."""
-    height, right = (400 if width > NARROW else 320), width - 14
-    finite = [p.y for p in points if p.y < PSNR_CAP_DB]
-    top = _TOP + (26 if len(finite) < len(points) else 0)
-    xs = [p.x for p in points if p.x > 0] or [1.0]
-    x = svg.Scale.around(xs, _LEFT, right, log=max(xs) > 4 * min(xs))
-    y = svg.Scale.around(finite or [0.0], height - _BOTTOM, top)
-
-    def at(point: Point) -> tuple[float, float]:
-        return x(max(point.x, min(xs))), (_TOP + 10 if point.y >= PSNR_CAP_DB else y(point.y))
-
-    parts = svg.axes(x, y, x_title, y_title)
-    if top > _TOP:
-        parts += [
-            svg.line(_LEFT, _TOP + 10.0, right, _TOP + 10.0, "grid"),
-            svg.text("equal", _LEFT - 6, _TOP + 14, "tick", "end"),
-        ]
-    taken: list[svg.Box] = [(a - 6, b - 6, a + 6, b + 6) for a, b in map(at, points)]
-    steps = sorted(at(p) for p in points if p.kind == "frontier")
-    if steps:
-        path = f"M{steps[0][0]:.1f} {steps[0][1]:.1f}" + "".join(f"H{a:.1f}V{b:.1f}" for a, b in steps[1:])
-        parts.append(svg.element("path", d=f"{path}H{right}", class_="frontier-line"))
-        for (a, b), (c, d) in zip(steps, [*steps[1:], (float(right), steps[-1][1])], strict=True):
-            taken += [(a, b - 2, c, b + 2), (c - 2, min(b, d), c + 2, max(b, d))]
-    order = sorted(points, key=lambda p: ("frontier", "dominated", "baseline").index(p.kind))
-    for point in order:
-        a, b = at(point)
-        parts.append(_mark(point, a, b))
-        parts.append(_point_label(point, a, b, taken, width, height))
-    return svg.drawing(parts, width, height, _class(width), description)
+    description = f"Latency against hole PSNR of {len(points)} configurations. On the frontier: {best}."
+    return _chart(caption, description, draw, 4.2)
 
 
 def lines(
-    drawn: Sequence[Line], x_title: str, y_title: str, description: str, width: int = WIDE, log: bool = True
-) -> str:
-    """One line each over 1, 2, 3 ...; on a logarithmic scale values of 0 are left out."""
-    gutter = 350 if width > NARROW else 34
-    height = max(340, int(svg.LINE_PX * len(drawn)) + _TOP + _BOTTOM) if width > NARROW else 300
-    values = [v for one in drawn for v in one.values if v > 0 or not log]
-    x = svg.Scale(1, max(2, *(len(one.values) for one in drawn)), _LEFT + 6, width - gutter, whole=True)
-    y = svg.Scale.around(values or [1.0], height - _BOTTOM, _TOP, log)
-    parts, ends = svg.axes(x, y, x_title, y_title), []
-    for index, one in enumerate(drawn):
-        points = [(x(i), y(v)) for i, v in enumerate(one.values, start=1) if v > 0 or not log]
-        ends.append(points[-1] if points else (x.end, y.start))
-        if points:
-            path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
-            parts.append(svg.element("path", d=path, class_=_line_class(index)))
-            parts.append(svg.element("circle", cx=points[-1][0], cy=points[-1][1], r=2.5, class_=f"c{index % COLOURS}"))
-    for index, (one, end, at) in enumerate(
-        zip(drawn, ends, svg.spread([e[1] for e in ends], _TOP, height - 20), strict=True)
-    ):
-        shown = f"{one.number}: {_shortened(one.label, gutter - 40)}" if width > NARROW else str(one.number)
-        if abs(at - end[1]) > 3 or end[0] < x.end - 3:
-            parts.append(svg.line(end[0] + 3, end[1], x.end + 8, at, "leader"))
-        parts.append(svg.text(shown, x.end + 11, at + 4, f"label t{index % COLOURS}"))
-    return svg.drawing(parts, width, height, _class(width), description)
+    caption: str, drawn: Mapping[str, Sequence[float]], x_title: str, y_title: str, log: bool, note: str = ""
+) -> Chart:
+    """One line each, by label, over 1, 2, 3 ...; on a logarithmic scale values of 0 are left out."""
+
+    def draw(axes: Any, colours: Sequence[str]) -> None:
+        for index, (label, values) in enumerate(drawn.items()):
+            x, y = zip(*((x, y) for x, y in enumerate(values, start=1) if y > 0 or not log), strict=True)
+            style = {"color": colours[index % 7], "linestyle": _DASHES[index // 7 % 4], "marker": "."}
+            axes.plot(x, y, label=_shortened(label, 90), **style)
+        axes.set(xlabel=x_title, ylabel=y_title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if log:
+            _make_logarithmic(axes, "y")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False)
+
+    ends = "; ".join(f"{label}, {values[-1]:.3g}" for label, values in drawn.items())
+    return _chart(caption, f"{y_title} by {x_title}. At the end: {ends}.", draw, 3.6 + 0.2 * len(drawn), note)
 
 
-def bars(drawn: Sequence[Bar], unit: str, digits: int, description: str, width: int = WIDE) -> str:
-    """Horizontal stacked bars, with a legend where there is more than one part; the sum stands at each bar's end."""
-    names = list(dict.fromkeys(name for bar in drawn for name in bar.parts))
-    parts, x_at, y_at = [], 0.0, 12.0 if len(names) > 1 else -16.0
-    for index, name in enumerate(names if len(names) > 1 else ()):
-        if x_at + 20 + svg.CHARACTER_PX * len(name) > width:
-            x_at, y_at = 0.0, y_at + 18
-        parts.append(svg.element("rect", x=x_at, y=y_at - 9, width=10, height=10, class_=f"c{index % COLOURS}"))
-        parts.append(svg.text(name, x_at + 14, y_at, "label"))
-        x_at += 36 + svg.CHARACTER_PX * len(name)
-    longest = max([1e-9, *(sum(bar.parts.values()) for bar in drawn)])
-    room = width - 90
-    for bar in drawn:
-        y_at += 34
-        total = sum(bar.parts.values()) if bar.total is None else bar.total
-        parts.append(svg.text(_shortened(f"{bar.number}: {bar.label}", width), 0, y_at - 5, "label"))
-        left = 0.0
-        for name, value in bar.parts.items():
-            length = room * max(value, 0.0) / longest
-            tip = svg.element("title", svg.html.escape(f"{name}: {value:.{digits}f} {unit}"))
-            index = names.index(name) % COLOURS
-            parts.append(svg.element("rect", tip, x=left, y=y_at, width=length, height=11, class_=f"c{index}"))
-            left += length
-        parts.append(svg.text(f"{total:.{digits}f} {unit}".rstrip(), left + 6, y_at + 10, "tick"))
-    return svg.drawing(parts, width, y_at + 18, _class(width), description)
+def bars(
+    caption: str, drawn: Mapping[str, Mapping[str, float]], unit: str, totals: Mapping[str, float] | None = None
+) -> Chart:
+    """Horizontal bars by label, stacked of named parts; the sum stands at each one's end, or what ``totals`` says."""
+    names = list(dict.fromkeys(name for parts in drawn.values() for name in parts))
+    sums = totals or {label: sum(parts.values()) for label, parts in drawn.items()}
+    digits = needed_digits([max(sums.values())])
+    texts = {label: f"{sums[label]:.{digits}f} {unit}".rstrip() for label in drawn}
+
+    def draw(axes: Any, colours: Sequence[str]) -> None:
+        longest = max(sum(parts.values()) for parts in drawn.values())
+        for row, (label, parts) in enumerate(drawn.items()):
+            left = 0.0
+            for name, value in parts.items():
+                index = names.index(name)
+                axes.barh(row, value, 0.38, left, color=colours[index % 7], label=name)
+                left += value
+            axes.annotate(_shortened(label, 120), (0, row - 0.3), va="bottom")
+            axes.annotate(texts[label], (left + longest / 150, row), va="center")
+        axes.set(ylim=(len(drawn) - 0.6, -0.9), xlim=(0, longest * 1.12))
+        axes.axis("off")
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one of each name
+        if len(names) > 1:
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 6, "frameon": False}
+            axes.legend([handles[name] for name in names], names, **place)
+
+    description = "; ".join(f"{label}, {text}" for label, text in texts.items())
+    return _chart(caption, f"{caption}: {description}.", draw, 0.45 * len(drawn) + (0.5 if len(names) > 1 else 0.1))
 
 
-def _mark(point: Point, x: float, y: float) -> str:
-    tip = svg.element("title", svg.html.escape(f"{point.number} {point.label}: {point.x:.4g} ms, {point.y:.1f} dB"))
-    if point.kind == "baseline":
-        corners = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y:.1f} {x:.1f},{y + 6:.1f} {x - 6:.1f},{y:.1f}"
-        return svg.element("polygon", tip, points=corners, class_="point baseline")
-    ring = svg.element("circle", cx=x, cy=y, r=9.0, class_="ring") if point.chosen else ""
-    return ring + svg.element("circle", tip, cx=x, cy=y, r=5.0, class_=f"point {point.kind}")
+def _chart(caption: str, description: str, draw: Draw, height: float, note: str = "") -> Chart:
+    """The picture of 9.6 by ``height`` inches in each scheme; the same for the same figures."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    uris = []
+    for scheme, (ink, grid, paper) in _INK.items():
+        style: Any = {**_STYLE, "axes.edgecolor": grid, "grid.color": grid, "figure.facecolor": paper}
+        style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a glyph that its own font lacks is the browser's to draw
+            figure = Figure(figsize=(9.6, height), layout="constrained")
+            FigureCanvasAgg(figure)
+            draw(figure.add_subplot(), _COLOURS[scheme])
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        uris.append("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return Chart(caption, description, uris[0], uris[1], note)
 
 
-def _point_label(point: Point, x: float, y: float, taken: list[svg.Box], width: int, height: int) -> str:
-    """The label beside its point where there is room, else the number alone; ``taken`` gains its place."""
-    wanted = [str(point.number)] if width <= NARROW else [f"{point.number}: {point.label}", str(point.number)]
-    places = [(12, 4, "start"), (-12, 4, "end"), (7, -7, "start"), (-7, -7, "end"), (0, -10, "middle")]
-    places += [(7, 16, "start"), (-7, 16, "end"), (0, 19, "middle")]
-    far = [(s * 12, dy, "start" if s > 0 else "end") for dy in (-24, 32, -40, 48) for s in (1, -1)]
-    own = (x - 6, y - 6, x + 6, y + 6)
-    class_ = f"label {point.kind}" + (" chosen" if point.chosen else "")
-    for content in wanted:
-        for dx, dy, anchor in [*places, *far]:
-            box = svg.text_box(content, x + dx, y + dy, anchor)
-            inside = box[0] >= _LEFT and box[2] <= width and box[1] >= 16 and box[3] <= height - _BOTTOM
-            if inside and not svg.overlap(box, [t for t in taken if t != own]):
-                taken.append(box)
-                leader = svg.line(x, y, x + dx * 0.8, y + dy - 4, "leader") if abs(dy) > 20 else ""
-                return leader + svg.text(content, x + dx, y + dy, class_, anchor)
-    return svg.text(wanted[-1], x + 9, y + 4, class_)
+def _label_points(axes: Any, points: Sequence[Point]) -> None:
+    """Write each point's label beside it where there is room, else its number alone."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # the layout decides where the points lie
+    places = [axes.transData.transform((p.x, p.y)) for p in points]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places]
+    box: Any = {"facecolor": axes.figure.get_facecolor(), "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    for point in sorted(points, key=lambda p: (not p.chosen, list(_MARKS).index(p.kind))):
+        style: Any = {"textcoords": "offset points", "va": "center", "weight": "bold" if point.chosen else "normal"}
+        texts = (_shortened(point.label, 70), point.label.partition(":")[0])
+        for text, (dx, dy, side) in ((text, place) for text in texts for place in _PLACES):
+            note = axes.annotate(text, (point.x, point.y), (dx, dy), ha=side, in_layout=False, bbox=box, **style)
+            extent = note.get_window_extent()
+            inside = axes.bbox.x0 <= extent.x0 and extent.x1 <= axes.bbox.x1 + 5
+            if inside and not any(extent.overlaps(other) for other in taken):
+                taken.append(extent)
+                break
+            note.remove()
 
 
-def _shortened(label: str, width: float) -> str:
-    most = int(width / svg.CHARACTER_PX)
+def _make_logarithmic(axes: Any, direction: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set(**{f"{direction}scale": "log"})
+    axis = getattr(axes, f"{direction}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_locator(LogLocator(subs=()))
+
+
+def _shortened(label: str, most: int) -> str:
     return label if len(label) <= most else label[: most - 1].rstrip(" ,") + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _line_class(index: int) -> str:
-    return f"line s{index % COLOURS}" + (f" dash{min(index // COLOURS, 3)}" if index >= COLOURS else "")
-
-
-def _class(width: int) -> str:
-    return "chart wide" if width > NARROW else "chart narrow"

@@ -1,13 +1,15 @@
-"""A whole report's measurements: one configuration after the other, each kept as soon as it is finished.
+"""A whole report's measurements: one configuration after the other, each in a process of its own.
 
-What is kept is found again by everything its figures depend on, so that an interrupted report goes on where it was,
-and a changed bundle, picture or setting is measured anew. What failed is always tried again.
+Every outcome is stored as soon as it is there, with everything its figures depend on, so that an interrupted report
+goes on where it was, and a changed bundle, picture or setting is measured anew. What failed is always tried again.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -15,22 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import UsageError
+from ..errors import MachineError, MoebiusError, OutOfMemory, UsageError
+from ..progress import Progress
 from ..system.files import sha256_file
+from ..system.fingerprint import ResultCache
 from ..system.machine import machine_info, package_version
-from .configurations import Configuration
+from ..system.subprocess_job import ProcessFailed, run_job
+from .grid import Configuration
 from .inputs import Input, describe_inputs
-from .instruments import no_peaks
-from .kept import Kept, digest
-from .measuring import Progress, trace_name
-from .results import PICTURES_FOLDER, RESULTS_FILE, Results, load
-from .rows import machine_label, row
-from .schema import SCHEMA_VERSION
-from .worker import Outcome, supervise
+from .measure import trace_name
+from .results import PICTURES_FOLDER, RESULTS_FILE, SCHEMA_VERSION, Results, load
 
-_INPUTS = "inputs"  # their name among what is kept; a configuration's has more parts
+CACHE_FOLDER = "measured"
+_WRITTEN = (RESULTS_FILE, "report.md", "report.html")
+_INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless", "torch")
+_WORKER = (sys.executable, "-m", "moebius_edge.report.measure")
+Outcome = dict[str, Any]  # "status" and "reason"; the measured figures where the status is ok
 
 
 @dataclass(frozen=True)
@@ -46,128 +50,104 @@ class Plan:
     limits: Mapping[str, Any] = field(default_factory=dict)
 
 
-def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) -> Results:
-    """Measure what is not kept in ``folder`` yet, and return the results document; it is not written.
+def check_output_dir(folder: Path, force: bool = False) -> None:
+    """Refuse a folder with other contents than a report's; with ``force`` remove what a report has left in it.
 
-    ``on_progress`` gives the progress function of one configuration, by a label. Interrupted, all that was finished
-    is kept. ``kept.claim`` comes first.
+    Raises:
+        UsageError: it is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output {folder} is a file: name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not any((folder / name).exists() for name in (RESULTS_FILE, CACHE_FOLDER)):
+        raise UsageError(f"output folder {folder} holds something else than a report: name another")
+    if force:
+        for name in (CACHE_FOLDER, PICTURES_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in _WRITTEN:
+            (folder / name).unlink(missing_ok=True)
+
+
+def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) -> Results:
+    """Measure what is not in the cache of ``folder`` yet, and return the results document; it is not written.
+
+    ``on_progress`` gives the progress function of one configuration, by a label. ``check_output_dir`` comes first.
 
     Raises:
         UsageError: an input cannot be used, or ``folder`` holds a report on others. MachineError: a file is missing.
     """
-    kept = Kept(folder)
-    inputs = _inputs(plan.inputs, folder, kept)
+    cache = ResultCache(folder / CACHE_FOLDER)
+    inputs = _inputs(plan.inputs, folder, cache)
     info = machine_info()
-    identity = re.sub(r"[^a-z0-9]+", "-", machine_label(info).lower()).strip("-")
+    label = _machine_label(info)
+    identity = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     here = {"machine": info, "version": __version__, "packages": [package_version(name) for name in _PACKAGES]}
-    outcomes = _outcomes(plan, folder, kept, {**here, "inputs": inputs}, on_progress)
-    peaks = _peaks(plan, outcomes, kept, here, on_progress)
-    references = [c.id for c in plan.configurations if c.reference == c.id]
-    rows = [row(c, identity, outcomes[c.id], peaks.get(_place(c, outcomes[c.id]))) for c in plan.configurations]
+    outcomes = _outcomes(plan, folder, cache, {**here, "inputs": inputs}, on_progress)
+    peaks = [outcome["peak"] for outcome in outcomes.values() if outcome.get("peak")]
+    reference = next((c.id for c in plan.configurations if c.reference == c.id), None)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
-        "machines": {identity: {"label": machine_label(info), "info": info, "peaks": next(iter(peaks.values()), None)}},
+        "machines": {identity: {"label": label, "info": info, "peaks": peaks[0] if peaks else None}},
         "inputs": inputs,
-        "conditions": {
-            "seed": plan.seed,
-            "warmup": plan.warmup,
-            "runs": plan.runs,
-            "reference": references[0] if references else None,
-        },
+        "conditions": {"seed": plan.seed, "warmup": plan.warmup, "runs": plan.runs, "reference": reference},
         "limits": {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": None, **plan.limits},
-        "configurations": rows,
+        "configurations": [_row(c, identity, outcomes[c.id]) for c in plan.configurations],
     }
 
 
+def _inputs(inputs: Sequence[Input], folder: Path, cache: ResultCache) -> list[dict[str, Any]]:
+    """The inputs' rows; another report's inputs are refused, for its results would be lost."""
+    facts = [[p and (p.name, sha256_file(p)) for p in (i.image, i.mask, i.truth)] for i in inputs]
+    rows: list[dict[str, Any]] | None = cache.get(_INPUTS, facts)
+    if rows is None and (folder / RESULTS_FILE).exists():
+        before = ", ".join([entry["name"] for entry in load(folder)["inputs"]][:3])
+        raise UsageError(f"{folder} holds a report on other pictures ({before}): name another folder, or add --force")
+    if rows is None or not (folder / PICTURES_FOLDER / "inputs").is_dir():
+        rows = describe_inputs(inputs, folder)
+        cache.put(_INPUTS, facts, rows)
+    return rows
+
+
 def _outcomes(
-    plan: Plan, folder: Path, kept: Kept, conditions: Mapping[str, Any], on_progress: Callable[[str], Progress]
+    plan: Plan, folder: Path, cache: ResultCache, here: Mapping[str, Any], on_progress: Callable[[str], Progress]
 ) -> dict[str, Outcome]:
-    """By configuration: what is kept, and the rest measured."""
-    by_id = {c.id: c for c in plan.configurations}
-    passes = {"runs": plan.runs, "warmup": plan.warmup, "sustained": plan.sustained_minutes}
-    keys = {c.id: _key(c, by_id, {**conditions, **passes}) for c in plan.configurations}
-    outcomes = {c.id: found for c in plan.configurations if (found := _found(kept, c.id, keys[c.id], folder))}
+    """By configuration: what the cache has, and the rest measured, references first."""
+    # Everything that the figures depend on, and no path: a bundle that was moved is the same.
+    here = {**here, "runs": plan.runs, "warmup": plan.warmup, "sustained": plan.sustained_minutes}
+    own = {c.id: [c.id, c.kind, c.runtime, c.settings, c.depends] for c in plan.configurations}
+    facts = {c.id: [own[c.id], own.get(c.reference or ""), here] for c in plan.configurations}
+    outcomes: dict[str, Outcome] = {}
+    for name in facts:
+        outcome = cache.get(name, facts[name])
+        if outcome is not None and all((folder / path).is_file() for path in outcome["pictures"].values()):
+            outcomes[name] = outcome
     dependents = [c for c in plan.configurations if c.reference not in (None, c.id) and c.problem is None]
-    wanted = {c.reference for c in dependents if c.id not in outcomes}
-    order = sorted(plan.configurations, key=lambda c: c.reference != c.id)  # references first, else as given
+    needed = {c.reference for c in dependents if c.id not in outcomes}
+    order = sorted(plan.configurations, key=lambda c: c.reference != c.id)
     for number, configuration in enumerate(order, start=1):
         name = configuration.id
-        traced = all((kept.traces(name) / trace_name(n)).is_file() for n in range(len(plan.inputs)))
-        if name in outcomes and (traced or name not in wanted):
+        traced = all((_traces(cache, name) / trace_name(n)).is_file() for n in range(len(plan.inputs)))
+        if name in outcomes and (traced or name not in needed):
             continue
         progress = on_progress(f"[{number}/{len(order)}] {name}")
-        outcomes[name] = _measured(configuration, plan, folder, kept, outcomes, progress)
-        lacking = configuration.reference is not None and outcomes[name].get("reference_reason")
-        if outcomes[name]["status"] == "ok" and not lacking:  # else it is measured again once its reference works
-            kept.put(name, keys[name], outcomes[name])
+        outcome = outcomes[name] = _measured(configuration, plan, folder, cache, outcomes, progress)
+        # One whose reference failed is measured again once its reference works.
+        if outcome["status"] == "ok" and not (configuration.reference and outcome["reference_reason"]):
+            cache.put(name, facts[name], outcome)
     if all(outcomes[c.id]["status"] == "ok" for c in dependents):
-        kept.drop_traces()
+        for path in cache.folder.glob("*.traces"):  # they are large, and everything was compared with them
+            shutil.rmtree(path, ignore_errors=True)
     return outcomes
-
-
-def _place(configuration: Configuration, outcome: Outcome) -> tuple[str, str, str]:
-    """What a peak belongs to: runtime, device and precision; empty where there is none."""
-    if configuration.kind != "bundle" or outcome["status"] != "ok" or configuration.bundle is None:
-        return "", "", ""
-    return outcome["runtime"]["name"], outcome["runtime"]["device"], configuration.bundle["precision"]
-
-
-def _peaks(
-    plan: Plan,
-    outcomes: Mapping[str, Outcome],
-    kept: Kept,
-    conditions: Mapping[str, Any],
-    on_progress: Callable[[str], Progress],
-) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The machine's peak for every runtime, device and precision that was measured, each in a process of its own."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for configuration in plan.configurations:
-        outcome = outcomes[configuration.id]
-        place = _place(configuration, outcome)
-        if place in found or not any(place):
-            continue
-        spec = {"runtime": outcome["runtime"], "precision": place[2]}
-        name, key = f"peak_{'-'.join(place)}", digest([conditions, spec])
-        figures = kept.get(name, key)
-        if figures is None:
-            measured = supervise(spec, on_progress(f"peak of {place[0]} on {place[1]} in {place[2]}"))
-            figures = measured.get("peaks") or no_peaks(measured["reason"])
-            if measured["status"] == "ok":
-                kept.put(name, key, figures)
-        found[place] = figures
-    return found
-
-
-def _found(kept: Kept, name: str, key: str, folder: Path) -> Outcome | None:
-    """A kept outcome whose pictures are still there."""
-    outcome: Outcome | None = kept.get(name, key)
-    whole = outcome is not None and all((folder / path).is_file() for path in outcome["pictures"].values())
-    return outcome if whole else None
-
-
-def _inputs(inputs: Sequence[Input], folder: Path, kept: Kept) -> list[dict[str, Any]]:
-    """The inputs' rows; another report's inputs are refused, for its results would be lost."""
-    files = [[p and (p.name, sha256_file(p)) for p in (i.image, i.mask, i.truth)] for i in inputs]
-    key = digest(files)
-    rows: list[dict[str, Any]] | None = kept.get(_INPUTS, key)
-    if rows is None or not (folder / PICTURES_FOLDER / "inputs").is_dir():
-        if rows is None and (folder / RESULTS_FILE).exists():
-            before = ", ".join([entry["name"] for entry in load(folder)["inputs"]][:3])
-            raise UsageError(
-                f"{folder} holds a report on other pictures ({before}): name another folder, or add --force"
-            )
-        rows = describe_inputs(inputs, folder)
-        kept.put(_INPUTS, key, rows)
-    return rows
 
 
 def _measured(
     configuration: Configuration,
     plan: Plan,
     folder: Path,
-    kept: Kept,
+    cache: ResultCache,
     outcomes: Mapping[str, Outcome],
     progress: Progress,
 ) -> Outcome:
@@ -179,32 +159,67 @@ def _measured(
         reason = "a baseline has no reference" if configuration.settings is None else _NO_REFERENCE
     elif reference != configuration.id and outcomes[reference]["status"] != "ok":
         reason = f"its reference {reference} was not measured: {outcomes[reference]['reason']}"
+        reference = None
     # The reference is compared with itself as well, which shows that the comparing adds nothing of its own.
-    own = reference == configuration.id
+    traces = None if reference is None else os.fspath(_traces(cache, reference))
     spec = {
-        "configuration": {
-            key: getattr(configuration, key) for key in ("id", "kind", "source", "runtime", "settings", "bundle")
-        },
-        "inputs": [i.to_json() for i in plan.inputs],
-        "runs": plan.runs,
-        "warmup": plan.warmup,
-        "sustained_minutes": plan.sustained_minutes,
+        "configuration": configuration.to_dict(),
+        "inputs": [[path and os.fspath(path) for path in source] for source in plan.inputs],
+        **{key: getattr(plan, key) for key in ("runs", "warmup", "sustained_minutes")},
         "folder": os.fspath(folder),
-        "record": os.fspath(kept.traces(configuration.id)) if own else None,
-        "reference": None
-        if reason or reference is None
-        else {"id": reference, "folder": os.fspath(kept.traces(reference))},
+        "record": traces if reference == configuration.id else None,
+        "reference": traces and {"id": reference, "folder": traces},
     }
-    outcome = supervise(spec, progress)
-    return {**outcome, "reference_reason": reason}
+    return {**supervise(spec, progress), "reference_reason": reason}
 
 
-def _key(configuration: Configuration, by_id: Mapping[str, Configuration], conditions: Mapping[str, Any]) -> str:
-    """Of everything the figures depend on, and no path: a bundle that was moved is the same."""
-    reference = configuration.reference
+def _traces(cache: ResultCache, name: str) -> Path:
+    """The folder of a reference's traces, one file a picture."""
+    return cache.folder / f"{name}.traces"
 
-    def facts(c: Configuration) -> dict[str, Any]:
-        return {key: getattr(c, key) for key in ("id", "kind", "runtime", "settings", "depends")}
 
-    against = None if reference is None else facts(by_id[reference])
-    return digest({**facts(configuration), "reference": against, "conditions": conditions})
+def supervise(spec: Mapping[str, Any], progress: Progress, command: Sequence[str] = _WORKER) -> Outcome:
+    """Have ``spec`` measured in a process of its own, and return its figures, or its status and why there are none.
+
+    The process's peak memory is thus its own, and whatever becomes of it is only a row. Interrupted, it ends first.
+    """
+    try:
+        return {**run_job(command, dict(spec), "the process", progress), "status": "ok", "reason": None}
+    except OutOfMemory as error:
+        status, reason = "out of memory", str(error)
+    except ProcessFailed as error:  # a crash, a bug, or a library's error: this row is lost, the others are not
+        status, reason = "failed", str(error)
+    except MachineError as error:
+        status, reason = "missing", str(error)
+    except MoebiusError as error:  # a damaged bundle, an engine that does not fit, a NaN
+        status, reason = "gated", str(error)
+    return {"status": status, "reason": " ".join(reason.split())[:500]}
+
+
+def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
+    """An outcome as one of ``configurations``."""
+    unmeasured = None if outcome["status"] == "ok" else "it was not measured"
+    accuracy = outcome.get("accuracy") or {"against_reference": None, "against_truth": None}
+    return {
+        **{key: getattr(c, key) for key in ("id", "label", "kind", "settings")},
+        "machine": machine,
+        "bundle": c.bundle and {**c.bundle, "engine_bytes": outcome.get("engine_bytes")},
+        "runtime": outcome.get("runtime") or c.runtime,
+        "status": outcome["status"],
+        "reason": outcome["reason"],
+        **{key: outcome.get(key) for key in ("latency", "sustained", "memory", "energy", "work")},
+        "accuracy": {
+            **accuracy,
+            "reference_reason": None if accuracy["against_reference"] else unmeasured or outcome["reference_reason"],
+            "truth_reason": None if accuracy["against_truth"] else unmeasured or "no true pictures were given: --truth",
+        },
+        "pictures": outcome.get("pictures", {}),
+    }
+
+
+def _machine_label(info: Mapping[str, Any]) -> str:
+    """The board's or the processor's name, the cores, and the GPU, of ``machine_info``."""
+    name = info["board"] or info["cpu"]["model"] or info["architecture"]
+    cores = info["cpu"]["cores_available"]
+    gpus = [gpu["name"] for gpu in info["gpus"]]
+    return ", ".join([" ".join(str(name).split()), f"{cores} core" + ("s" if cores != 1 else ""), *gpus])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,11 +16,10 @@ from ..imaging.pictures import Picture, read_picture, write_picture
 from ..system.files import sha256_file
 from .results import PICTURES_FOLDER, shown_stem
 
-_HELD_BYTES = 128 << 20  # pictures that are kept in memory between passes; more are read again each time
+_HELD_BYTES = 128 << 20  # pictures that stay in memory between passes; more are read again each time
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """Where one image, its mask and its truth lie; ``truth`` may be the image itself."""
 
     image: Path
@@ -37,17 +35,8 @@ class Input:
         """The file name of its pictures in the report's folder."""
         return f"{shown_stem(self.name)}.png"
 
-    def to_json(self) -> dict[str, str | None]:
-        return {key: None if path is None else str(path) for key, path in asdict(self).items()}
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Input:
-        truth = values["truth"]
-        return cls(Path(values["image"]), Path(values["mask"]), None if truth is None else Path(truth))
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
+class Loaded(NamedTuple):
     """An input's pixels; ``truth`` is uint8 RGB (H, W, 3)."""
 
     source: Input
@@ -60,22 +49,18 @@ class Loader:
     """Goes through the inputs again and again; those that fit into a little memory are read once."""
 
     def __init__(self, inputs: Sequence[Input]) -> None:
-        self._inputs = list(inputs)
-        self._held: list[Loaded] = []
-        self._bytes = 0
+        self.inputs = list(inputs)
+        self._held: dict[int, Loaded] = {}
 
     def __len__(self) -> int:
-        return len(self._inputs)
+        return len(self.inputs)
 
     def __iter__(self) -> Iterator[Loaded]:
-        for number, source in enumerate(self._inputs):
-            if number < len(self._held):
-                yield self._held[number]
-                continue
-            loaded = load_input(source)
-            self._bytes += loaded.picture.pixels.nbytes + loaded.hole.nbytes
-            if number == len(self._held) and self._bytes <= _HELD_BYTES:
-                self._held.append(loaded)
+        for number, source in enumerate(self.inputs):
+            loaded = self._held.get(number) or load_input(source)
+            held = {**self._held, number: loaded}.values()
+            if sum(each.picture.pixels.nbytes + each.hole.nbytes for each in held) <= _HELD_BYTES:
+                self._held[number] = loaded
             yield loaded
 
 
@@ -93,7 +78,10 @@ def load_input(source: Input) -> Loaded:
     if source.truth is not None:
         true = picture if source.truth == source.image else read_picture(source.truth)
         if true.size != picture.size:
-            raise UsageError(f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}")
+            raise UsageError(
+                f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}",
+                "give one of the same size",
+            )
         truth = rgb8(true)
     return Loaded(source, picture, hole, truth)
 
@@ -104,25 +92,15 @@ def describe_inputs(inputs: Sequence[Input], folder: Path) -> list[dict[str, Any
     for source in inputs:
         loaded = load_input(source)
         width, height = loaded.picture.size
-        shown = {"inputs": (source.shown, rgb8(loaded.picture))}
         mask = loaded.hole.astype(np.uint8)[..., None] * 255
+        write_shown(folder, "inputs", source.shown, rgb8(loaded.picture))
         write_shown(folder, "inputs", f"{shown_stem(source.name)}_mask.png", mask)
         if loaded.truth is not None:
-            shown["truth"] = (source.shown, loaded.truth)
-        for kind, (name, pixels) in shown.items():
-            write_shown(folder, kind, name, pixels)
-        rows.append(
-            {
-                "name": source.name,
-                "sha256": sha256_file(source.image),
-                "mask_sha256": sha256_file(source.mask),
-                "truth_sha256": None if source.truth is None else sha256_file(source.truth),
-                "width": width,
-                "height": height,
-                "hole_share": float(f"{loaded.hole.mean():.4g}"),
-                "truth": loaded.truth is not None,
-            }
-        )
+            write_shown(folder, "truth", source.shown, loaded.truth)
+        row = {"name": source.name, "width": width, "height": height, "truth": loaded.truth is not None}
+        for name, path in (("sha256", source.image), ("mask_sha256", source.mask), ("truth_sha256", source.truth)):
+            row[name] = None if path is None else sha256_file(path)
+        rows.append({**row, "hole_share": float(f"{loaded.hole.mean():.4g}")})
     return rows
 
 

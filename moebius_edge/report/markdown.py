@@ -1,32 +1,18 @@
-"""``report.md``: the recommendation and the tables, for a terminal, a repository or an issue."""
+"""``report.md``: the recommendation and the table of all configurations, for a terminal, a repository or an issue."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..system.files import atomic_write
-from . import table
-from .budget import Budget
-from .conditions import conditions_line, input_rows, machine_rows
-from .figures import (
-    AGAINST,
-    Configuration,
-    Results,
-    against_of,
-    clean,
-    drift,
-    full_label,
-    group_title,
-    groups,
-    label,
-    stage_ms,
-)
-from .recommend import ranking_notes, recommend, standings
-from .sections import in_order, row_numbers, summary
+from .figures import Results, clean, counted, full_label, is_ok, row_numbers
+from .recommend import basis, ranking_note, recommend
+from .tables import COMPARISON, absences, in_order, table
 
 MARKDOWN_FILE = "report.md"
+TITLE = "Accuracy against latency, memory and energy"
 
 
 def write(results: Results, folder: Path) -> Path:
@@ -39,103 +25,58 @@ def write(results: Results, folder: Path) -> Path:
 
 def render(results: Results) -> str:
     """The report as GitHub-flavoured Markdown; what comes from the document is escaped."""
-    numbers, shown = row_numbers(results), [c for _, c in in_order(results)]
-    parts = [
-        "# Accuracy against latency, memory and energy",
-        f"{_escaped(summary(results))}. Charts and pictures are in report.html.",
-        *_recommendation(results),
-        "## All configurations",
-        _table(results, numbers, table.comparison_columns(standings(results)), shown),
-        *_failures(results, numbers),
-        *_drift(results, numbers, shown),
-        "## Where the time goes",
-        "Milliseconds of one picture: each stage's median times its calls a picture; where calls of the denoiser "
-        "differ (guidance on an interval, reuse), what the other stages leave of the total.",
-        *_stages(results, numbers),
-        "## Memory, energy and arithmetic",
-        _table(results, numbers, table.resource_columns(), [c for c in shown if c["status"] == "ok"]),
-        *_sustained(results, numbers),
-        *_absent(results, numbers),
-        "## Conditions",
-        _escaped(conditions_line(results)),
-        _rows(*machine_rows(results)),
-        _rows(*input_rows(results)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _recommendation(results: Results) -> list[str]:
-    budget, against = Budget.of(results), against_of(results)
-    basis = f"PSNR of the hole against the {AGAINST[against]}" if against else "not measured"
-    parts = ["## Recommendation", f"Budget: {budget.text()}. Accuracy: {basis}.", *ranking_notes(results)]
-    for found in recommend(results, budget):
-        first, *rest = found.sentences
-        parts.append(f"### {_escaped(group_title(results, found.group))}")
+    results = clean(results)
+    parts = [f"# {TITLE}", f"{_escaped(summary(results))}. Charts, pictures and all tables are in report.html."]
+    parts += ["## Recommendation", _escaped(basis(results)), ranking_note(results)]
+    for each in recommend(results):
+        first, *rest = each.sentences
+        parts.append(f"### {_escaped(each.title)}")
         parts.append(f"**{_escaped(first)}** {_escaped(' '.join(rest))}".strip())
-        if found.others:
-            parts.append(_rows(("Configuration", "Why not"), [[label(c), reason] for c, reason in found.others]))
-    return parts
+        if each.others:
+            parts.append(_rows(("Configuration", "Why not"), [[c["label"], reason] for c, reason in each.others]))
+    parts += ["## All configurations", _comparison(results)]
+    if absent := absences(results, row_numbers(results)):
+        parts += ["### What is absent, and why", _rows(("Figure", "Reason", "In No."), absent)]
+    parts += ["## Conditions", _escaped(conditions(results))]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _failures(results: Results, numbers: Mapping[str, int]) -> list[str]:
-    failed = [(c, reason) for c in results["configurations"] if (reason := table.failure(c))]
-    if not failed:
-        return []
-    rows = [[str(numbers[c["id"]]), full_label(results, c), clean(c["status"]), reason] for c, reason in failed]
-    return ["### Without figures", _rows(("No.", "Configuration", "Status", "Reason"), rows, (0,))]
-
-
-def _drift(results: Results, numbers: Mapping[str, int], shown: Sequence[Configuration]) -> list[str]:
-    known = [c for c in shown if drift(c)]
-    if not any(any(drift(c)) for c in known):
-        return []
-    intro = (
-        "RMS difference of the latent to that of the float32 reference, on the same noise and with the same settings, "
-        "but without reuse of deep features where that was measured."
-    )
-    return ["## Drift of the latent", intro, _table(results, numbers, table.drift_columns(), known)]
-
-
-def _stages(results: Results, numbers: Mapping[str, int]) -> list[str]:
-    parts = []
-    for group, members in groups(results, None).items():
-        shown = [c for c in members if stage_ms(c)]
-        names = list(dict.fromkeys(name for c in shown for name in stage_ms(c)))
-        if shown:
-            parts.append(f"### {_escaped(group_title(results, group))}")
-            parts.append(_table(results, numbers, table.stage_columns(names, stage_ms), shown))
-    return parts
-
-
-def _sustained(results: Results, numbers: Mapping[str, int]) -> list[str]:
-    shown = [c for c in results["configurations"] if c["sustained"]]
-    return ["### Under sustained load", _table(results, numbers, table.sustained_columns(), shown)] if shown else []
-
-
-def _absent(results: Results, numbers: Mapping[str, int]) -> list[str]:
-    rows = table.absences(results, numbers)
-    return ["### What is absent, and why", _rows(("Figure", "Reason", "In No."), rows)] if rows else []
-
-
-def _table(
-    results: Results, numbers: Mapping[str, int], columns: Sequence[table.Column], shown: Sequence[Configuration]
-) -> str:
-    used = table.used(columns, shown)
-    cells = [[cell.text for cell in table.cells(column, shown)] for column in used]
-    rows = [
-        [str(numbers[c["id"]]), full_label(results, c), *(column[i] for column in cells)] for i, c in enumerate(shown)
+def summary(results: Results) -> str:
+    rows = results["configurations"]
+    failed = sum(not is_ok(c) for c in rows)
+    created = results["created"]
+    if created.endswith("+00:00"):
+        created = f"{created[:16].replace('T', ' ')} UTC"
+    parts = [
+        counted(len(rows), "configuration") + (f" ({failed} without figures)" if failed else ""),
+        counted(len(results["inputs"]), "input"),
+        " and ".join(machine["label"] for machine in results["machines"].values()),
+        f"moebius-edge {results['version']}",
+        created,
     ]
-    numeric = [0, *(i for i, column in enumerate(used, start=2) if column.numeric)]
-    return _rows(("No.", "Configuration", *(column.heading for column in used)), rows, numeric)
+    return "; ".join(parts)
+
+
+def conditions(results: Results) -> str:
+    c = results["conditions"]
+    reference = next((row["label"] for row in results["configurations"] if row["id"] == c["reference"]), None)
+    runs = f"{counted(c['warmup'], 'warm-up run')} and {counted(c['runs'], 'measured run')} an input"
+    return f"Seed {c['seed']}; {runs}; " + (f"reference: {reference}." if reference else "no float32 reference.")
+
+
+def _comparison(results: Results) -> str:
+    rows, numbers = in_order(results), row_numbers(results)
+    columns = table(COMPARISON, rows)
+    labels = [full_label(results, c) + ("" if is_ok(c) else f": {c['reason']}") for c in rows]
+    lines = [[str(numbers[c["id"]]), labels[i], *(f.cells[i].text for f in columns)] for i, c in enumerate(rows)]
+    numeric = [0, *(i for i, filled in enumerate(columns, start=2) if filled.is_numeric)]
+    return _rows(("No.", "Configuration", *(filled.column.heading for filled in columns)), lines, numeric)
 
 
 def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    lines = [
-        f"| {' | '.join(map(_escaped, headings))} |",
-        f"|{'|'.join(' ---: ' if i in numeric else ' --- ' for i in range(len(headings)))}|",
-        *(f"| {' | '.join(map(_escaped, row))} |" for row in rows),
-    ]
-    return "\n".join(lines)
+    ruler = ["---:" if i in numeric else "---" for i in range(len(headings))]
+    lines = [headings, ruler, *([_escaped(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _escaped(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Which configuration to take for a stated budget, and in plain words why the others fell out.
+"""Which configuration to take for the stated limits, and in plain words why the others fell out.
 
-Of those that fit the budget it is the fastest whose fills are within 1 dB of the best of them, or, where a floor is
+Of those that fit the limits it is the fastest whose fills are within 1 dB of the best of them, or, where a floor is
 given, at or above it. A hole within 40 dB counts as perfect (an RMS difference of 2.6 of 255 levels is hardly seen).
 Each group of like configurations gets a recommendation of its own.
 """
@@ -8,11 +8,11 @@ Each group of like configurations gets a recommendation of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..metrics.fidelity import PSNR_CAP_DB
-from .budget import Budget, misses, shown_mb, shown_ms
 from .figures import (
     AGAINST,
     REFERENCE,
@@ -21,18 +21,18 @@ from .figures import (
     Group,
     Results,
     against_of,
+    group_title,
     groups,
     hole_psnr_db,
     is_ok,
-    label,
     latency_ms,
     memory_bytes,
     unranked,
 )
-from .pareto import frontier_ids
 
 TOLERANCE_DB = 1.0
 PERFECT_DB = 40.0
+Limits = Mapping[str, Any]  # as in ``results.json``; the PSNR is the hole's, by ``figures.against_of``
 
 
 @dataclass(frozen=True)
@@ -40,169 +40,200 @@ class Recommendation:
     """What to take in one group.
 
     Attributes:
-        group: what was ranked together.
-        against: what the PSNR was measured against, None where nothing was.
+        title: the group's.
         chosen: the configuration to take, None where none fits.
-        nearest: where none fits, the one that misses the budget least.
-        sentences: the recommendation in words.
+        sentences: the recommendation in words; where nothing fits they name the one that misses the limits least.
         others: (configuration, why it is not the one), in the document's order.
     """
 
-    group: Group
-    against: str | None
+    title: str
     chosen: Configuration | None
-    nearest: Configuration | None
     sentences: list[str]
     others: list[tuple[Configuration, str]] = field(default_factory=list)
 
 
-def recommend(results: Results, budget: Budget) -> list[Recommendation]:
-    """One recommendation for each group that samples; pure, in the order of ``figures.groups``."""
+def recommend(results: Results) -> list[Recommendation]:
+    """One recommendation for each group that samples, in the order of ``figures.groups``."""
     against = against_of(results)
-    found = groups(results, against)
-    return [
-        _of_group(group, members, budget, against, found.get(Group(group.machine, None, None), []))
-        for group, members in found.items()
-        if group.start is not None
-    ]
+    by_group = groups(results, against)
+    recommendations = []
+    for group, members in by_group.items():
+        if group.start is not None:
+            chosen, sentences, reasons = _choose(members, results["limits"], against)
+            sentences += _best_baseline(by_group.get(Group(group.machine), []), against)
+            others = [(c, reasons[c["id"]]) for c in members if c["id"] in reasons]
+            recommendations.append(Recommendation(group_title(results, group), chosen, sentences, others))
+    return recommendations
 
 
-def ranking_notes(results: Results) -> list[str]:
-    """What a reader must know of the ranking before believing it."""
-    against, starts = against_of(results), {group.start for group in groups(results, None)}
-    notes = []
-    if against == TRUTH and "image" in starts:
-        notes.append(
+def ranking_note(results: Results) -> str:
+    """What a reader must know of the ranking before believing it; empty where nothing."""
+    against = against_of(results)
+    if against == TRUTH and any(group.start == "image" for group in groups(results, None)):
+        return (
             "Start image begins from the original with noise upon it, so its fills keep a trace of what is under the "
             "mask: they compare conversions well, but flatter the quality, and may flatter few steps more than many. "
             "They are never ranked with other starts."
         )
     if against == REFERENCE:
-        notes.append(
+        return (
             "Without ground truth only runs with the same settings are ranked together, with or without reuse of deep "
             "features: the reference says how well a conversion or reuse keeps the fill, not how good a fill is."
         )
-    return notes
+    return ""
+
+
+def basis(results: Results) -> str:
+    """The limits, and what accuracy is measured against, in words."""
+    against = against_of(results)
+    return f"Limits: {limits_text(results['limits'])}. Accuracy: " + (
+        f"PSNR of the hole against the {AGAINST[against]}." if against else "not measured."
+    )
 
 
 def standings(results: Results) -> dict[str, str]:
     """By id "recommended", "frontier" or "dominated" for what is ranked within its group, or "baseline"."""
     against = against_of(results)
-    found: dict[str, str] = {}
+    standing: dict[str, str] = {}
     for group, members in groups(results, against).items():
         if group.start is None:
-            found |= {c["id"]: "baseline" for c in members if is_ok(c)}
-            continue
-        out, best = unranked(members, against), frontier_ids(members, against)
-        found |= {c["id"]: "frontier" if c["id"] in best else "dominated" for c in members if c["id"] not in out}
-    chosen = [each.chosen for each in recommend(results, Budget.of(results))]
-    return found | {c["id"]: "recommended" for c in chosen if c}
-
-
-def _of_group(
-    group: Group,
-    members: list[Configuration],
-    budget: Budget,
-    against: str | None,
-    baselines: list[Configuration],
-) -> Recommendation:
-    out = unranked(members, against)
-    ranked = [c for c in members if c["id"] not in out]
-    missed = {c["id"]: misses(c, budget, against) for c in ranked}
-    fitting = [c for c in ranked if not missed[c["id"]]]
-    beside = _best_baseline(baselines, against)
-    if not fitting:
-        nearest = min(ranked, key=lambda c: (max(r for r, _ in missed[c["id"]]), c["id"]), default=None)
-        out |= {c["id"]: _listed(missed[c["id"]]) for c in ranked}
-        sentences = _nothing_fits(nearest, budget, against, out)
-        others = [(c, out[c["id"]]) for c in members if c is not nearest]
-        return Recommendation(group, against, None, nearest, sentences + beside, others)
-    best = max(fitting, key=lambda c: (_psnr(c, against), -_latency(c)))
-    floor = budget.min_psnr_db
-    if floor is None and against is not None:
-        floor = min(_psnr(best, against), PERFECT_DB) - TOLERANCE_DB
-    near = [c for c in fitting if floor is None or _psnr(c, against) >= floor]
-    chosen = min(near, key=lambda c: (_latency(c), -_psnr(c, against), memory_bytes(c) or math.inf, c["id"]))
-    for other in ranked:
-        if missed[other["id"]]:
-            out[other["id"]] = _listed(missed[other["id"]])
-        elif other in near:
-            out[other["id"]] = _slower(other, chosen, against)
+            standing |= {c["id"]: "baseline" for c in members if is_ok(c)}
         else:
-            out[other["id"]] = f"{_db(other, against)} in the hole, under {floor:.1f} dB"
-    others = [(c, out[c["id"]]) for c in members if c is not chosen]
-    return Recommendation(group, against, chosen, None, _take(chosen, best, budget, against) + beside, others)
+            out, best = unranked(members, against), frontier_ids(members, against)
+            standing |= {c["id"]: "frontier" if c["id"] in best else "dominated" for c in members if c["id"] not in out}
+    chosen = [each.chosen for each in recommend(results)]
+    return standing | {c["id"]: "recommended" for c in chosen if c}
 
 
-def _take(chosen: Configuration, best: Configuration, budget: Budget, against: str | None) -> list[str]:
+def frontier(points: Sequence[tuple[float | None, float | None]]) -> list[int]:
+    """Indices of the points (cost, gain) that no other dominates, in the order of rising cost.
+
+    A point is dominated where another costs no more, gains no less, and is better in one of the two. Equal points
+    do not dominate each other, so all of them stay. A point without one of its figures is never on the frontier.
+    """
+    known = [(cost, -gain, index) for index, (cost, gain) in enumerate(points) if cost is not None and gain is not None]
+    indices: list[int] = []
+    best: tuple[float, float] | None = None  # the least cost for the most gain so far
+    for cost, loss, index in sorted(known):
+        if best is None or loss < best[1] or (cost, loss) == best:
+            indices.append(index)
+            best = (cost, loss)
+    return indices
+
+
+def frontier_ids(configurations: Sequence[Configuration], against: str | None) -> list[str]:
+    """The ids of those of one group that are on the frontier of median latency and hole PSNR, fastest first."""
+    out = unranked(configurations, against)
+    ranked = [c for c in configurations if c["id"] not in out]
+    return [ranked[i]["id"] for i in frontier([(latency_ms(c), hole_psnr_db(c, against)) for c in ranked])]
+
+
+def limits_text(limits: Limits) -> str:
+    """Such as: at most 500 ms an image, at least 30 dB in the hole, at most 800 MB of memory."""
+    latency, psnr, memory = (limits[name] for name in ("max_latency_ms", "min_psnr_db", "max_memory_bytes"))
+    texts = [
+        latency is not None and f"at most {_ms(latency)} an image",
+        psnr is not None and f"at least {psnr:g} dB in the hole",
+        memory is not None and f"at most {_mb(memory)} of memory",
+    ]
+    return ", ".join(text for text in texts if text) or "none stated"
+
+
+def _misses(configuration: Configuration, limits: Limits, against: str | None) -> list[tuple[float, str]]:
+    """By what factor each limit is missed, and that in words; a decibel is taken as a factor of the amplitude."""
+    misses = []
+    latency, memory, psnr = _latency(configuration), memory_bytes(configuration), hole_psnr_db(configuration, against)
+    longest, largest, floor = (limits[name] for name in ("max_latency_ms", "max_memory_bytes", "min_psnr_db"))
+    if longest is not None and latency > longest:
+        misses.append((latency / (longest or 1e-9), f"{_ms(latency)} is over {_ms(longest)}"))
+    if largest is not None and memory is None:
+        misses.append((math.inf, "its memory was not measured"))
+    elif largest is not None and memory is not None and memory > largest:
+        misses.append((memory / (largest or 1e-9), f"{_mb(memory)} of memory is over {_mb(largest)}"))
+    if floor is not None and psnr is None:
+        misses.append((math.inf, "its accuracy was not measured"))
+    elif floor is not None and psnr is not None and psnr < floor:
+        misses.append((10 ** ((floor - psnr) / 20), f"{psnr:.1f} dB in the hole is under {floor:g} dB"))
+    return misses
+
+
+def _choose(
+    members: list[Configuration], limits: Limits, against: str | None
+) -> tuple[Configuration | None, list[str], dict[str, str]]:
+    """The configuration to take, sentences about it, and by id why each of the others is not it."""
+    reasons = unranked(members, against)
+    ranked = [c for c in members if c["id"] not in reasons]
+    missed = {c["id"]: misses for c in ranked if (misses := _misses(c, limits, against))}
+    reasons |= {name: "; ".join(text for _, text in misses) for name, misses in missed.items()}
+    fitting = [c for c in ranked if c["id"] not in missed]
+    if not ranked:
+        return None, ["Nothing to recommend: no configuration could be ranked."], reasons
+    if not fitting:
+        nearest = min(ranked, key=lambda c: (max(r for r, _ in missed[c["id"]]), c["id"]))
+        but = f"but {reasons.pop(nearest['id'])}"
+        first = f"No configuration fits the limits: {limits_text(limits)}."
+        return None, [first, f"Nearest comes {nearest['label']} with {_figures(nearest, against)}; {but}."], reasons
+    best = max(fitting, key=lambda c: (_psnr(c, against), -_latency(c)))
+    floor = limits["min_psnr_db"]
+    if floor is None:
+        floor = min(_psnr(best, against), PERFECT_DB) - TOLERANCE_DB
+    near = [c for c in fitting if against is None or _psnr(c, against) >= floor]
+    chosen = min(near, key=lambda c: (_latency(c), -_psnr(c, against), memory_bytes(c) or math.inf, c["id"]))
+    for other in fitting:
+        if other not in near:
+            reasons[other["id"]] = f"{_db(other, against)} in the hole, under {floor:.1f} dB"
+        elif other is not chosen:
+            times = f"slower: {_ms(_latency(other))} against {_ms(_latency(chosen))}"
+            if _latency(other) == _latency(chosen):
+                times = f"no faster: {_ms(_latency(other))} too"
+            reasons[other["id"]] = times + (f", with {_db(other, against)} in the hole" if against else "")
+    return chosen, _praise(chosen, best, limits, against), reasons
+
+
+def _praise(chosen: Configuration, best: Configuration, limits: Limits, against: str | None) -> list[str]:
+    """What speaks for ``chosen``, where ``best`` is the most accurate within the limits."""
     memory = memory_bytes(chosen)
-    figures = [f"{shown_ms(_latency(chosen))} an image (median)"]
-    if against is not None:
-        figures.append(f"hole PSNR {_db(chosen, against)} against the {AGAINST[against]}")
-    if memory is not None:
-        figures.append(f"{shown_mb(memory)} of memory")
-    sentences = [f"Take {label(chosen)}.", f"{', '.join(figures)}."]
-    it_is = "Of those within the budget it is" if budget.stated else "It is"
+    figures = _figures(chosen, against) + ("" if memory is None else f", {_mb(memory)} of memory")
+    it_is = "It is" if set(limits.values()) == {None} else "Of those within the limits it is"
+    reason = "the fastest"
     if against is None:
-        return [*sentences, f"{it_is} the fastest. No accuracy was measured, so this says nothing of its fills."]
-    tolerance = f"{TOLERANCE_DB:g} dB"
-    if budget.min_psnr_db is not None:
-        sentences.append(f"{it_is} the fastest.")
-    elif chosen is best:
-        return [*sentences, f"{it_is} the most accurate, and none within {tolerance} of it is faster."]
-    elif _psnr(best, against) > PERFECT_DB:
-        sentences.append(
-            f"{it_is} the fastest with {PERFECT_DB - TOLERANCE_DB:g} dB or more (under 3 of 255 levels RMS)."
-        )
-    else:
-        sentences.append(f"{it_is} the fastest within {tolerance} of the best.")
-    if chosen is not best:
-        times = _latency(best) / _latency(chosen) if _latency(chosen) > 0 else math.inf
-        best_one = f"The most accurate, {label(best)}, has {_db(best, against)} and takes {shown_ms(_latency(best))}"
-        sentences.append(f"{best_one}, {times:.1f} times as long.")
+        reason += ". No accuracy was measured, so this says nothing of its fills"
+    elif limits["min_psnr_db"] is None and chosen is best:
+        reason = f"the most accurate, and none within {TOLERANCE_DB:g} dB of it is faster"
+    elif limits["min_psnr_db"] is None and _psnr(best, against) > PERFECT_DB:
+        reason += f" with {PERFECT_DB - TOLERANCE_DB:g} dB or more (under 3 of 255 levels RMS)"
+    elif limits["min_psnr_db"] is None:
+        reason += f" within {TOLERANCE_DB:g} dB of the best"
+    sentences = [f"Take {chosen['label']}.", f"{figures}.", f"{it_is} {reason}."]
+    if against is not None and chosen is not best:
+        times = _latency(best) / _latency(chosen)
+        accurate = f"The most accurate, {best['label']}, has {_db(best, against)} and takes {_ms(_latency(best))}"
+        sentences.append(f"{accurate}, {times:.1f} times as long.")
     return sentences
 
 
-def _nothing_fits(nearest: Configuration | None, budget: Budget, against: str | None, out: dict[str, str]) -> list[str]:
-    if nearest is None:
-        return ["Nothing to recommend: no configuration could be ranked."]
-    figures = f"{shown_ms(_latency(nearest))} an image"
-    if against is not None:
-        figures += f", hole PSNR {_db(nearest, against)} against the {AGAINST[against]}"
-    return [
-        f"No configuration fits the budget: {budget.text()}.",
-        f"Nearest comes {label(nearest)} with {figures}; but {out[nearest['id']]}.",
-    ]
-
-
-def _slower(other: Configuration, chosen: Configuration, against: str | None) -> str:
-    text = f"slower: {shown_ms(_latency(other))} against {shown_ms(_latency(chosen))}"
-    if _latency(other) == _latency(chosen):
-        text = f"no faster: {shown_ms(_latency(other))} too"
-    return text if against is None else f"{text}, with {_db(other, against)} in the hole"
-
-
 def _best_baseline(baselines: Sequence[Configuration], against: str | None) -> list[str]:
-    if against is None:
-        return []
     out = unranked(baselines, against)
-    if not (ranked := [c for c in baselines if c["id"] not in out]):
+    ranked = [c for c in baselines if c["id"] not in out]
+    if against is None or not ranked:
         return []
     best = max(ranked, key=lambda c: _psnr(c, against))
-    figures = f"{_db(best, against)} in the hole in {shown_ms(_latency(best))}"
-    return [f"Beside it, not ranked: the best baseline, {label(best)}, reaches {figures}."]
+    figures = f"{_db(best, against)} in the hole in {_ms(_latency(best))}"
+    return [f"Beside it, not ranked: the best baseline, {best['label']}, reaches {figures}."]
+
+
+def _figures(configuration: Configuration, against: str | None) -> str:
+    hole = f", hole PSNR {_db(configuration, against)} against the {AGAINST[against]}" if against else ""
+    return f"{_ms(_latency(configuration))} an image (median){hole}"
 
 
 def _latency(configuration: Configuration) -> float:
-    value = latency_ms(configuration)
-    assert value is not None  # ``unranked`` has kept out the others
-    return value
+    """The latency of one that is ranked, which always has one."""
+    return latency_ms(configuration) or 0.0
 
 
 def _psnr(configuration: Configuration, against: str | None) -> float:
-    value = 0.0 if against is None else hole_psnr_db(configuration, against)
-    assert value is not None
-    return value
+    return hole_psnr_db(configuration, against) or 0.0
 
 
 def _db(configuration: Configuration, against: str | None) -> str:
@@ -210,5 +241,10 @@ def _db(configuration: Configuration, against: str | None) -> str:
     return "no difference" if value >= PSNR_CAP_DB else f"{value:.1f} dB"
 
 
-def _listed(missed: list[tuple[float, str]]) -> str:
-    return "; ".join(text for _, text in missed)
+def _ms(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _mb(value: float) -> str:
+    """Bytes in MB of 10⁶."""
+    return f"{value / 1e6:.0f} MB"

@@ -13,10 +13,9 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import MachineError, UsageError
 from moebius_edge.pipeline.loop import check_cache_interval
 from moebius_edge.pipeline.presets import preset_settings
-from moebius_edge.report.baseline_rows import baseline_rows
-from moebius_edge.report.configurations import Choices, grid
-from moebius_edge.report.configurations import Configuration as Row
-from moebius_edge.report.references import with_references
+from moebius_edge.report.baselines import baseline_rows
+from moebius_edge.report.grid import Choices, grid, with_references
+from moebius_edge.report.grid import Configuration as Row
 
 
 def changed(folder: Path, **values: Any) -> Bundle:
@@ -150,7 +149,7 @@ def test_pairs_that_do_not_exist_are_left_out(toy: Bundle) -> None:
         ({"schedulers": ("euler",)}, "unknown scheduler 'euler'"),
         ({"starts": ("middle",)}, "unknown start 'middle': choose one of image, prefill, noise"),
         ({"steps": (4, 0)}, "steps is 0: give a whole number from 1 to 1000"),
-        ({"cache_intervals": (5, 0)}, "cache interval is 0: give whole numbers of 1"),
+        ({"cache_intervals": (5, 0)}, "cache interval is 0: give a whole number from 1"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

@@ -1,0 +1,159 @@
+"""Tables of configurations: which figure a column has, and how it is written. ``report.md`` and the page share them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..metrics.fidelity import PSNR_CAP_DB
+from .figures import Configuration, Results, against_of, at, drift, groups, is_ok, latency_ms, memory_bytes, stage_ms
+from .recommend import standings
+
+ABSENT = "\N{EN DASH}"
+
+
+class Column(NamedTuple):
+    """The figure at ``path`` in a configuration, times ``scale``.
+
+    ``digits`` stand after the point; without them the column's smallest figure gets three significant ones.
+    """
+
+    title: str
+    path: str
+    unit: str = ""
+    digits: int | None = None
+    scale: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+SETTINGS = (  # what a figure depends on, in every table
+    Column("Start", "settings.start"),
+    Column("Steps", "settings.steps_executed", "executed", 0),
+    Column("Guidance", "settings.guidance", digits=1),
+    Column("Scheduler", "settings.scheduler"),
+    Column("Cache interval", "settings.cache_interval", digits=0),
+    Column("Seed", "settings.seed", digits=0),
+)
+COMPARISON = (
+    Column("Standing", "derived.standing"),
+    *SETTINGS,
+    Column("Hole PSNR to truth", "accuracy.against_truth.hole_psnr_db", "dB", 1),
+    Column("Hole PSNR to reference", "accuracy.against_reference.hole_psnr_db", "dB", 1),
+    Column("Hole SSIM to truth", "accuracy.against_truth.hole_ssim", digits=3),
+    Column("LPIPS", "accuracy.against_truth.lpips", digits=3),
+    Column("FID", "accuracy.against_truth.fid", digits=1),
+    Column("Median", "derived.latency_ms", "ms"),
+    Column("p95", "latency.stages.total.p95_ms", "ms"),
+    Column("Peak memory", "derived.memory_bytes", "MB", 0, 1e-6),
+    Column("Energy", "energy.joules_per_image", "J/image"),
+)
+_REASONS = (
+    ("difference to the reference", "accuracy.reference_reason"),
+    ("difference to the truth", "accuracy.truth_reason"),
+    ("device memory", "memory.reason"),
+    ("energy", "energy.reason"),
+    ("arithmetic or share of peak", "work.reason"),
+    ("LPIPS", "accuracy.against_truth.lpips_reason"),
+    ("FID", "accuracy.against_truth.fid_reason"),
+)
+
+
+class Cell(NamedTuple):
+    """What is shown, and the value that the row sorts by (None sorts last)."""
+
+    text: str
+    value: float | str | None
+
+
+def in_order(results: Results) -> list[Configuration]:
+    """Group by group, the fastest first, what has no figures last; ``derived`` has figures made from others."""
+    standing = standings(results)
+    rows = []
+    for number, members in enumerate(groups(results, against_of(results)).values()):
+        for c in sorted(members, key=lambda c: (not is_ok(c), latency_ms(c) or 0.0)):
+            steps, cold, soaked = drift(c), *(at(c, f"sustained.{name}_median_ms") for name in ("cold", "soaked"))
+            derived = {
+                "group": number,
+                "standing": standing.get(c["id"]) or ("not ranked" if is_ok(c) else c["status"]),
+                "latency_ms": latency_ms(c),
+                "memory_bytes": memory_bytes(c),
+                "stage_ms": stage_ms(c),
+                "drift": {"first": steps[0], "largest": max(steps), "last": steps[-1]} if steps else None,
+                "soaked_change": 100 * (soaked / cold - 1) if cold and soaked is not None else None,
+                "throttled": {True: "yes", False: "no"}.get(at(c, "energy.throttled")),
+            }
+            rows.append({**c, "derived": derived})
+    return rows
+
+
+class Filled(NamedTuple):
+    """A column with its cells."""
+
+    column: Column
+    cells: list[Cell]
+    is_numeric: bool
+
+
+def table(columns: Sequence[Column], rows: Sequence[Configuration]) -> list[Filled]:
+    """The columns in which any of the rows has a value."""
+    filled = []
+    for column in columns:
+        found = cells(column, rows)
+        values = [cell.value for cell in found if cell.value is not None]
+        if values:
+            filled.append(Filled(column, found, not isinstance(values[0], str)))
+    return filled
+
+
+def cells(column: Column, rows: Sequence[Configuration]) -> list[Cell]:
+    """One column's cells; its figures have the same number of digits after the point."""
+    values = [at(row, column.path) for row in rows]
+    if column.scale != 1:
+        values = [None if value is None else value * column.scale for value in values]
+    digits = column.digits
+    if digits is None:
+        digits = needed_digits([v for v in values if isinstance(v, (int, float))])
+    return [Cell(_shown(value, digits, column.unit), value) for value in values]
+
+
+def needed_digits(values: Sequence[float]) -> int:
+    """Digits after the point that leave the smallest of the values three significant ones; at most 3."""
+    smallest = min((abs(v) for v in values if v), default=1000.0)
+    return max(0, min(3, 2 - math.floor(math.log10(smallest))))
+
+
+def _shown(value: Any, digits: int, unit: str) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, str):
+        return value
+    if unit == "dB" and value >= PSNR_CAP_DB:
+        return "equal"
+    if isinstance(value, int) and digits == 0:
+        return str(value)  # a seed has more digits than a float
+    return f"{value:.1e}" if unit == "RMS" else f"{value:.{digits}f}"
+
+
+def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """What is absent, why, and in which rows; rows that say the same are one entry."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for configuration in filter(is_ok, results["configurations"]):  # the others have one reason for everything
+        for what, path in _REASONS:
+            if reason := at(configuration, path):
+                rows.setdefault((what, reason), []).append(numbers[configuration["id"]])
+    return [(what, reason, ranges(numbers)) for (what, reason), numbers in rows.items()]
+
+
+def ranges(rows: Sequence[int]) -> str:
+    """Rising numbers with neighbours put together: 1 to 5, 8, 9."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -1,0 +1,208 @@
+"""The meter on sources whose power is known, the counters of CPUs and GPUs, and which source a machine has."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moebius_edge.errors import MachineError
+from moebius_edge.report.power import Meter, RaplSource, integrate, open_meter
+from moebius_edge.system.nvml import GpuReading
+
+
+def Reading(watts: float | None = None, joules: float | None = None, **more: Any) -> GpuReading:  # noqa: N802
+    return GpuReading(watts, joules, **more)
+
+
+class Known:
+    """Tells what ``script`` holds, then its last again; ``fails`` at that reading."""
+
+    covers, power_mode, power_limit_watts = "a resistor", "MAXN (0)", 25.0
+
+    def __init__(self, *script: GpuReading, fails: int | None = None) -> None:
+        self.script, self.fails = list(script), fails
+        self.taken = self.closed = 0
+
+    def read(self) -> GpuReading:
+        if self.taken == self.fails:
+            raise MachineError("it broke: mend it")
+        self.taken += 1
+        return self.script[min(self.taken, len(self.script)) - 1]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def energy(source: Known, seconds: float = 0.1, images: int = 1) -> dict[str, Any]:
+    with Meter("known", source, period_s=0.01) as meter:
+        time.sleep(seconds)
+    assert source.closed == 1
+    return meter.energy(images)
+
+
+def test_constant_power() -> None:
+    found = energy(Known(Reading(watts=10.0)))
+    assert found["joules"] == pytest.approx(10 * found["seconds"]) and found["seconds"] >= 0.1
+    assert found["mean_watts"] == pytest.approx(10) and found["max_watts"] == 10 and found["samples"] > 3
+    assert (found["source"], found["covers"], found["reason"]) == ("known", "a resistor", None)
+
+
+def test_the_trapezoidal_rule() -> None:
+    """5 W for a second, then to 15 W within two; the block was half a second longer than its readings."""
+    readings = [(0.0, Reading(watts=5.0)), (1.0, Reading(watts=5.0)), (3.0, Reading(watts=15.0))]
+    joules, most = integrate(readings, 3.5)
+    assert joules == pytest.approx((5 * 1 + 10 * 2) / 3 * 3.5) and most == 15
+    assert integrate(readings[:1], 2.0) == (10.0, 5.0), "one reading stands for all"
+    assert integrate([], 2.0) == (None, None)
+
+
+def test_a_counter_is_preferred_to_samples() -> None:
+    readings = [(0.0, Reading(watts=50.0, joules=1000.0)), (1.0, Reading(watts=90.0, joules=1020.0)),
+                (2.0, Reading(watts=50.0, joules=1030.0))]  # fmt: skip
+    assert integrate(readings, 2.0) == (30.0, 90.0)
+    counted = [(t, Reading(joules=s.joules)) for t, s in readings]
+    assert integrate(counted, 2.0) == (30.0, 20.0), "the most is the steepest step's"
+    assert integrate(counted, 1.0)[0] == 15.0, "read over two seconds, of a block of one"
+
+
+def test_what_else_was_seen() -> None:
+    hot = Reading(watts=8.0, clocks_mhz={"gpu": 900.0}, temperature_c=71.0, throttles=("power cap",))
+    cool = Reading(watts=4.0, clocks_mhz={"gpu": 300.0}, temperature_c=50.0, throttles=())
+    found = energy(Known(hot, cool), images=4)
+    assert found["max_temperature_c"] == 71 and 300 < found["clocks"]["gpu_mhz"] < 900
+    assert found["throttled"] and found["throttle_reasons"] == ["power cap"]
+    assert found["joules_per_image"] == pytest.approx(found["joules"] / 4)
+    assert (found["power_mode"], found["power_limit_watts"]) == ("MAXN (0)", 25.0)
+    assert energy(Known(cool))["throttled"] is False
+    assert energy(Known(Reading(watts=1.0)))["throttled"] is None
+
+
+def test_a_source_that_breaks_or_tells_nothing() -> None:
+    broken = energy(Known(Reading(watts=3.0), fails=2))
+    assert broken["reason"] == "it broke: mend it" and broken["samples"] == 2
+    assert broken["joules"] == pytest.approx(3 * broken["seconds"])
+    nothing = energy(Known(Reading(watts=3.0), fails=0))
+    assert (nothing["joules"], nothing["mean_watts"], nothing["reason"]) == (None, None, "it broke: mend it")
+    assert energy(Known(Reading()))["reason"].startswith("known gave no reading of power in 0.1")
+
+
+def test_without_a_source() -> None:
+    with Meter(reason="there is none: buy one") as meter:
+        pass
+    assert meter.energy() | {"seconds": 0} == {
+        "source": None, "covers": None, "seconds": 0, "joules": None, "joules_per_image": None, "mean_watts": None,
+        "max_watts": None, "samples": 0, "power_mode": None, "power_limit_watts": None, "clocks": {},
+        "max_temperature_c": None, "throttled": None, "throttle_reasons": None, "reason": "there is none: buy one",
+    }  # fmt: skip
+
+
+def test_an_error_in_the_block_ends_the_thread() -> None:
+    source = Known(Reading(watts=1.0))
+    with pytest.raises(ZeroDivisionError), Meter("known", source, period_s=0.01):
+        raise ZeroDivisionError
+    assert source.closed == 1
+    assert not [t for t in threading.enumerate() if t.name == "power meter"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two CPU packages, with the zone of the cores inside the first."""
+    for zone, joules in (("intel-rapl:0", 900), ("intel-rapl:0:0", 400), ("intel-rapl:1", 0)):
+        folder = tmp_path / "sys/class/powercap" / zone
+        folder.mkdir(parents=True)
+        (folder / "energy_uj").write_text(f"{joules}000000\n")
+        (folder / "max_energy_range_uj").write_text("1000000000\n")
+    return tmp_path
+
+
+def set_joules(root: Path, zone: str, joules: int) -> None:
+    (root / f"sys/class/powercap/intel-rapl:{zone}/energy_uj").write_text(f"{joules}000000\n")
+
+
+def test_packages_are_summed_and_counters_start_again(root: Path) -> None:
+    source = RaplSource(root)
+    assert source.read().joules == 0
+    set_joules(root, "0", 950)
+    set_joules(root, "1", 20)
+    set_joules(root, "0:0", 700)  # inside package 0: counted there
+    assert source.read().joules == 70
+    set_joules(root, "0", 10)
+    assert source.read().joules == 70 + 60
+
+
+def test_a_cpu_is_measured_by_its_counters(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_meter("cpu", root) as meter:
+        set_joules(root, "1", 5)
+        time.sleep(0.3)
+    found = meter.energy()
+    assert (found["source"], found["covers"]) == ("rapl", "the CPU packages, not the memory")
+    assert 4 < found["joules"] <= 5, "read a moment before and after the block"
+    path = root / "sys/class/powercap/intel-rapl:0/energy_uj"
+    path.write_text("none\n")
+    assert f"rapl: {path} cannot be read" in open_meter("cpu", root).reason
+
+    def refuse(self: Path, *options: Any, **more: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert open_meter("cpu", root).reason == f"rapl: {path} is root's: run `sudo chmod a+r {path}`"
+
+
+def test_a_machine_without_any_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert open_meter("cpu", tmp_path).reason == (
+        "rapl: this machine offers no energy counter: there is no /sys/class/powercap/intel-rapl:0"
+    )
+    assert open_meter("cuda", tmp_path).reason == (
+        "nvml: the package nvidia-ml-py is missing: run `pip install nvidia-ml-py`"
+    )
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvml(**changes: Any) -> Any:
+    """``pynvml`` of one GPU that takes 200 W and counts 40 J between two readings."""
+    counter = iter(range(5_000_000, 9_000_000, 40_000))
+    functions: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 350_000,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda gpu: next(counter),
+        "nvmlDeviceGetPowerUsage": lambda gpu: 200_000,
+        "nvmlDeviceGetClockInfo": lambda gpu, kind: {1: 1755, 2: 2619}[kind],
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: 0x04 | 0x40,
+        "nvmlDeviceGetTemperature": lambda gpu, sensor: 61,
+    }
+    constants = {"NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0, "NVMLError": NVMLError}
+    return SimpleNamespace(**{**functions, **constants, **changes})
+
+
+def test_a_gpu_is_measured_by_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    with open_meter("cuda", tmp_path, period_s=10) as meter:
+        pass
+    found = meter.energy()
+    assert found["source"] == "nvml" and "not the host" in found["covers"] and found["samples"] == 2
+    assert 0 < found["joules"] <= 40 and found["max_watts"] == 200 and found["power_limit_watts"] == 350
+    assert found["clocks"] == {"gpu_mhz": 1755, "memory_mhz": 2619} and found["max_temperature_c"] == 61
+    assert found["throttle_reasons"] == ["power cap", "thermal slowdown (hardware)"]
+
+    def refuse(gpu: int) -> int:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetTotalEnergyConsumption=refuse))
+    with open_meter("cuda", tmp_path, period_s=0.01) as meter:
+        time.sleep(0.05)
+    assert meter.energy()["mean_watts"] == pytest.approx(200), "before Volta there is no counter"
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetCount=lambda: 2))
+    assert "2 GPUs are here, and which one computes is not known" in open_meter("cuda", tmp_path).reason

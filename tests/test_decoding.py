@@ -20,7 +20,8 @@ from PIL import Image, ImageCms
 from moebius_edge.errors import UsageError
 from moebius_edge.imaging.decoding import FORMATS, picture_format
 from moebius_edge.imaging.pictures import read_picture
-from moebius_edge.imaging.png_tiff import PNG_SIGNATURE, longs, png_chunk, shorts, write_directory, write_png
+from moebius_edge.imaging.png import PNG_SIGNATURE, png_chunk, write_png
+from moebius_edge.imaging.tiff_tags import longs, shorts, write_directory
 
 MAX_SECONDS = 5.0
 MAX_BYTES = 1 << 30  # above the samples

@@ -17,7 +17,8 @@ from PIL import Image, ImageCms, ImageOps
 from moebius_edge.errors import MachineError, UsageError
 from moebius_edge.imaging.metadata import Metadata
 from moebius_edge.imaging.pictures import MAX_PIXELS, Picture, check_output, read_picture, write_picture
-from moebius_edge.imaging.png_tiff import write_png, write_tiff
+from moebius_edge.imaging.png import write_png
+from moebius_edge.imaging.tiff import write_tiff
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GREY_PROFILE = RGB_PROFILE[:16] + b"GRAY" + RGB_PROFILE[20:]  # only the header is looked at

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from moebius_edge.errors import UsageError
 from moebius_edge.imaging.pictures import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
-from moebius_edge.imaging.png_tiff import PNG_SIGNATURE, png_chunk, write_png
+from moebius_edge.imaging.png import PNG_SIGNATURE, png_chunk, write_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -15,10 +15,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .png_tiff import (
+from .tiff_tags import (
+    ICC_TAG,
     RATIONAL,
     UNDEFINED,
     Directory,
+    Tags,
     Unreadable,
     integers,
     longs,
@@ -27,34 +29,25 @@ from .png_tiff import (
     write_directory,
 )
 
-ICC_TAG, ORIENTATION = 34675, 274
-_X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 282, 283, 296
-_EXIF_IFD, _GPS_IFD, _INTEROPERABILITY_IFD = 34665, 34853, 40965
+_ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 274, 282, 283, 296
+_EXIF_IFD, _GPS_IFD, _MAKER_NOTE = 34665, 34853, 0x927C
 _SIZE = (0xA002, 0xA003)  # width and height, of the EXIF directory
 _METRES_PER_INCH = 0.0254
 _MAX_EXIF_VALUE = 60_000  # bytes
-
-# What is kept of each directory, by the numbers of EXIF 3.0: all of its fields but MakerNote (0x927C).
-_DESCRIPTION = frozenset([269, 270, 271, 272, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0)])
-_KEPT = {
-    _EXIF_IFD: frozenset(
-        [_INTEROPERABILITY_IFD, 0x829A, 0x829D, 0x8822, 0x8824, 0x8827, *range(0x8830, 0x8836), 0x9000, 0x9003]
-        + [0x9004, *range(0x9010, 0x9013), 0x9101, *range(0x9201, 0x920B), 0x9214, 0x9286, *range(0x9290, 0x9293)]
-        + [*range(0x9400, 0x9406), *range(0xA000, 0xA005), 0xA20B, 0xA20E, 0xA20F, 0xA210, 0xA214, 0xA215, 0xA217]
-        + [0xA300, 0xA301, *range(0xA401, 0xA40D), 0xA420, *range(0xA430, 0xA43D), *range(0xA460, 0xA463), 0xA500]
-    ),
-    _GPS_IFD: frozenset(range(32)),
-    _INTEROPERABILITY_IFD: frozenset([1, 2]),
-}
 _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"WEBPVP8", b"ftypavif", b"ftypheic")
 
-# What is asked of the first directory, of an EXIF block and of a TIFF file alike.
-EXIF_TAGS = _DESCRIPTION | {ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT, _EXIF_IFD, _GPS_IFD}
+# What is kept of each directory, by the numbers of EXIF 3.0.
+_DESCRIPTION = frozenset([269, 270, 271, 272, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0)])
+_EXIF_RANGES = (range(0x829A, 0x829E), range(0x8822, 0x8836), range(0x9000, 0x9406), range(0xA000, 0xA501))
+_KEPT = {
+    _EXIF_IFD: {tag for tags in _EXIF_RANGES for tag in tags} - {_MAKER_NOTE, _GPS_IFD, 0xA005},
+    _GPS_IFD: set(range(32)),
+}
+EXIF_TAGS = _DESCRIPTION | {_ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT, _EXIF_IFD, _GPS_IFD}
 
-PNG_COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
-_SRGB_GAMMA = 45455
-_SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # white, red, green, blue
+PNG_COLOUR_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # lengths of the chunks
 _SRGB_CODE_POINTS = b"\1\x0d\0\1"  # cICP: BT.709 primaries, sRGB's curve, RGB, full range
+_SRGB_VALUES = {b"gAMA": (45455,), b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)}  # in 1/100 000
 
 
 @dataclass(frozen=True)
@@ -100,23 +93,16 @@ class Metadata:
     def special_colours(self) -> list[str]:
         """The names of the PNG chunks that a viewer of another format would miss: they say that this is not sRGB."""
         chunks = dict(self.png_colour)
-        if b"cICP" in chunks:
+        if b"cICP" in chunks:  # each of these takes precedence over those below
             return [] if chunks[b"cICP"] == _SRGB_CODE_POINTS else ["cICP"]
-        if self.icc is not None or b"sRGB" in chunks:  # they take precedence over the others
+        if self.icc is not None or b"sRGB" in chunks:
             return []
         special = []
-        if b"gAMA" in chunks and abs(int.from_bytes(chunks[b"gAMA"], "big") - _SRGB_GAMMA) > 500:
-            special.append("gAMA")
-        if b"cHRM" in chunks:
-            primaries = np.frombuffer(chunks[b"cHRM"], ">u4").astype(np.int64)
-            if np.abs(primaries - _SRGB_PRIMARIES).max() > 500:
-                special.append("cHRM")
+        for name, srgb in _SRGB_VALUES.items():
+            values = np.frombuffer(chunks.get(name, np.array(srgb, ">u4").tobytes()), ">u4").astype(np.int64)
+            if np.abs(values - srgb).max() > 500:
+                special.append(name.decode())
         return special
-
-
-def check_png_colour(name: bytes, body: bytes) -> bool:
-    """Whether the body of a chunk in ``PNG_COLOUR_CHUNKS`` has the length that it must have."""
-    return len(body) == {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}[name]
 
 
 def png_resolution(body: bytes) -> tuple[float, float] | None:
@@ -132,15 +118,10 @@ def plausible_dpi(x: float, y: float) -> tuple[float, float] | None:
     return (x, y) if all(math.isfinite(value) and 0.1 <= value <= 400_000 for value in (x, y)) else None
 
 
-def fits(icc: bytes, channels: int) -> bool:
-    """Whether ``icc`` looks like an ICC profile for samples of so many channels, alpha counted."""
-    space = b"GRAY" if channels < 3 else b"RGB "
-    return is_profile(icc) and icc[16:20] == space
-
-
-def is_profile(icc: bytes) -> bool:
-    """Whether the header of an ICC profile is sound: its signature is there, and the profile is not cut off."""
-    return len(icc) >= 128 and icc[36:40] == b"acsp" and 128 <= int.from_bytes(icc[:4], "big") <= len(icc)
+def is_profile(icc: bytes, space: bytes) -> bool:
+    """Whether ``icc`` is a whole ICC profile, by its header, for samples in a colour space such as b"RGB "."""
+    complete = len(icc) >= 128 and 128 <= int.from_bytes(icc[:4], "big") <= len(icc)
+    return complete and icc[36:40] == b"acsp" and icc[16:20] == space
 
 
 def read_exif(block: bytes) -> tuple[Directory, bool]:
@@ -153,47 +134,41 @@ def read_exif(block: bytes) -> tuple[Directory, bool]:
         directory, _ = read_directory(stream, struct.unpack_from(order + "I", block, 4)[0], order, EXIF_TAGS)
     except Unreadable:
         return {}, False
-    return read_inner_directories(stream, directory, order)
+    return with_inner_directories(stream, directory, order)
 
 
-def read_inner_directories(
-    stream: BinaryIO, directory: Directory, order: str, big: bool = False
-) -> tuple[Directory, bool]:
+def with_inner_directories(stream: BinaryIO, directory: Tags, order: str, big: bool = False) -> tuple[Directory, bool]:
     """``directory`` with the EXIF and GPS directories that it points to; and whether these were undamaged.
 
-    The values that hold a picture are left out.
+    Values that are too long for a field or hold a picture, as private uses might, are left out.
     """
-    kept, sound = dict(directory), True
-    for pointer in (_EXIF_IFD, _GPS_IFD, _INTEROPERABILITY_IFD):
-        parent = kept.get(_EXIF_IFD, {}) if pointer == _INTEROPERABILITY_IFD else kept
-        if not isinstance(parent, dict) or pointer not in parent:
-            continue
-        places = integers(parent, pointer)
-        del parent[pointer]
-        try:
-            inner, _ = read_directory(stream, places[0] if places else 0, order, _KEPT[pointer], big)
-            parent[pointer] = inner
-        except Unreadable:
-            sound = False
-    return _without_pictures(kept), sound
+    kept: Directory = {**_without_pictures(directory)}
+    sound = True
+    for pointer, tags in _KEPT.items():
+        if pointer in kept:
+            place = next(iter(integers(kept, pointer)), 0)
+            del kept[pointer]
+            try:
+                inner, _ = read_directory(stream, place, order, tags, big)
+                if inner := _without_pictures(inner):
+                    kept[pointer] = inner
+            except Unreadable:
+                sound = False
+    return kept, sound
 
 
-def _without_pictures(directory: Directory) -> Directory:
-    """``directory`` without the values that are too long for a field or hold a picture, as private uses might."""
-    kept: Directory = {}
-    for tag, entry in directory.items():
-        if isinstance(entry, dict):
-            if inner := _without_pictures(entry):
-                kept[tag] = inner
-        elif len(entry[1]) <= _MAX_EXIF_VALUE and not any(mark in entry[1] for mark in _PICTURE_SIGNATURES):
-            kept[tag] = entry
-    return kept
+def _without_pictures(tags: Tags) -> Tags:
+    return {
+        tag: (kind, values)
+        for tag, (kind, values) in tags.items()
+        if len(values) <= _MAX_EXIF_VALUE and not any(mark in values for mark in _PICTURE_SIGNATURES)
+    }
 
 
 def take_orientation(directory: Directory) -> int:
     """Remove the orientation from ``directory`` and return it, 1 to 8; 1 is upright."""
-    (orientation, *_) = integers(directory, ORIENTATION, (1,))
-    directory.pop(ORIENTATION, None)
+    (orientation, *_) = integers(directory, _ORIENTATION, (1,))
+    directory.pop(_ORIENTATION, None)
     return orientation if 1 <= orientation <= 8 else 1
 
 

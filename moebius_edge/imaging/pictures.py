@@ -17,23 +17,17 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..system.files import atomic_write
-from .decoding import MAX_PIXELS, decode
+from .containers import MAX_PIXELS
+from .decoding import decode
 from .masks import Mask
 from .metadata import Metadata, exif_block
-from .png_tiff import write_png, write_tiff
+from .png import write_png
+from .tiff import write_tiff
 
-__all__ = [
-    "MAX_PIXELS",
-    "OUTPUT_FORMATS",
-    "Picture",
-    "check_output",
-    "read_picture",
-    "write_picture",
-]
+__all__ = ["MAX_PIXELS", "OUTPUT_FORMATS", "Picture", "check_output", "read_picture", "write_picture"]
 
 OUTPUT_FORMATS = {  # by extension
-    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"},
-    ".bmp": "BMP",
+    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
 }
 JPEG_QUALITY = 95
 _LONGEST_EXIF = 65_000  # bytes, in a JPEG
@@ -59,10 +53,6 @@ class Picture:
     orientation: int = 1
 
     def __post_init__(self) -> None:
-        if self.pixels.ndim != 3 or self.pixels.shape[2] not in (1, 3) or 0 in self.pixels.shape:
-            raise ValueError(f"pixels must be (H, W, 1 or 3), got {self.pixels.shape}")
-        if self.pixels.dtype not in (np.uint8, np.uint16):
-            raise ValueError(f"pixels must be uint8 or uint16, got {self.pixels.dtype}")
         if self.alpha is not None and (self.alpha.shape, self.alpha.dtype) != (
             self.pixels.shape[:2],
             self.pixels.dtype,
@@ -70,9 +60,7 @@ class Picture:
             raise ValueError(f"alpha {self.alpha.shape} {self.alpha.dtype} does not fit the pixels")
 
     @classmethod
-    def from_array(
-        cls, array: np.ndarray, metadata: Metadata | None = None, notes: tuple[str, ...] = ()
-    ) -> Picture:
+    def from_array(cls, array: np.ndarray, metadata: Metadata | None = None, notes: tuple[str, ...] = ()) -> Picture:
         """From (H, W) or (H, W, C), C being 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
 
         Raises:
@@ -83,10 +71,9 @@ class Picture:
         samples = array[..., None] if array.ndim == 2 else array
         if samples.ndim != 3 or samples.shape[2] not in (1, 2, 3, 4) or 0 in samples.shape:
             raise UsageError(f"the picture has shape {array.shape}: give (height, width, 1 to 4 channels)")
-        metadata = metadata or Metadata()
-        if samples.shape[2] in (1, 3):
-            return cls(samples, None, metadata, notes)
-        return cls(samples[..., :-1], samples[..., -1], metadata, notes)
+        colours = 1 if samples.shape[2] < 3 else 3
+        alpha = samples[..., -1] if samples.shape[2] > colours else None
+        return cls(samples[..., :colours], alpha, metadata or Metadata(), notes)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -113,15 +100,11 @@ class Picture:
 
         Outside of the hole alpha stays as it is, in the seam too: there it says where the picture itself ends.
         """
-        if self.alpha is None:
+        if self.alpha is None or not (hole & (self.alpha < np.iinfo(self.alpha.dtype).max)).any():
             return self
-        opaque = np.iinfo(self.alpha.dtype).max
-        transparent = hole & (self.alpha < opaque)
-        if not transparent.any():
-            return self
-        note = f"transparent pixels to fill, {transparent.sum()}, become opaque"
         alpha = self.alpha.copy()
-        alpha[hole] = opaque
+        alpha[hole] = np.iinfo(alpha.dtype).max
+        note = f"transparent pixels to fill, {(alpha != self.alpha).sum()}, become opaque"
         return replace(self, alpha=alpha, notes=(*self.notes, note))
 
 
@@ -153,7 +136,7 @@ def check_output(path: str | os.PathLike[str], picture: Picture) -> str:
     if form is None:
         what = f"extension {suffix}" if suffix else "no extension"
         raise UsageError(f"output {path} has {what}: use one of {', '.join(OUTPUT_FORMATS)}")
-    longest, grey_alpha = max(picture.size), picture.alpha is not None and picture.pixels.shape[2] == 1
+    longest = max(picture.size)
     lacks = ""
     if form not in ("PNG", "TIFF") and picture.bits == 16:
         lacks = "16-bit samples"
@@ -161,7 +144,7 @@ def check_output(path: str | os.PathLike[str], picture: Picture) -> str:
         lacks = "an alpha channel"
     elif longest > _LONGEST_SIDE.get(form, longest):
         lacks = f"a side of {longest} pixels"
-    elif form == "TIFF" and picture.bits == 16 and grey_alpha:
+    elif form == "TIFF" and picture.bits == 16 and picture.samples.shape[2] == 2:
         lacks = "16-bit grey with alpha that other programs can read"
     if lacks:
         raise UsageError(f"output {path}: {form} cannot hold {lacks}: use .png")
@@ -191,13 +174,13 @@ def write_picture(path: str | os.PathLike[str], picture: Picture) -> tuple[str, 
 
 def _losses(form: str, picture: Picture) -> list[str]:
     """What a file in the format ``form`` does not keep of ``picture``; none of it for PNG."""
-    metadata, losses = picture.metadata, []
+    metadata, grey = picture.metadata, picture.pixels.shape[2] == 1
+    losses = []
     if form == "JPEG":
         losses.append("which is lossy: pixels outside the mask change slightly; .png keeps them")
-    if form == "BMP" and metadata.icc is not None:
-        losses.append("which holds no ICC profile: colours may look different; .png keeps it")
-    if form == "WEBP" and metadata.icc is not None and picture.pixels.shape[2] == 1:
-        losses.append("which holds no ICC profile for grey: shades may look different; .png keeps it")
+    if metadata.icc is not None and (form == "BMP" or (form == "WEBP" and grey)):
+        of_what = " for grey" if form == "WEBP" else ""
+        losses.append(f"which holds no ICC profile{of_what}: colours may look different; .png keeps it")
     if form != "PNG" and (chunks := metadata.special_colours()):
         losses.append(f"which holds no {' and '.join(chunks)}: colours may look different; .png keeps them")
     if metadata.exif and (form == "BMP" or (form == "JPEG" and len(exif_block(metadata.exif)) > _LONGEST_EXIF)):
@@ -215,14 +198,12 @@ def _encoded(form: str, picture: Picture) -> bytes:
     exif = metadata.exif | metadata.resolution_tags() if form == "WEBP" else metadata.exif
     if exif and len(block := exif_block(exif)) <= _LONGEST_EXIF:
         options["exif"] = b"Exif\0\0" + block
-    buffer = io.BytesIO()
     if form == "JPEG":  # 4:4:4, or the colours of a filled edge would bleed
-        options["icc_profile"] = metadata.icc
-        image.save(buffer, form, quality=JPEG_QUALITY, subsampling=0, **options)
-    elif form == "BMP":
-        image.save(buffer, form, **options)
-    else:  # exact: also what lies under full transparency
+        options |= {"quality": JPEG_QUALITY, "subsampling": 0, "icc_profile": metadata.icc}
+    elif form == "WEBP":  # exact: also what lies under full transparency
         image = image.convert("RGB" if picture.alpha is None else "RGBA")
         icc = metadata.icc if picture.pixels.shape[2] == 3 else None  # a profile for grey does not fit RGB
-        image.save(buffer, form, lossless=True, exact=True, quality=40, method=2, icc_profile=icc, **options)
+        options |= {"lossless": True, "exact": True, "quality": 40, "method": 2, "icc_profile": icc}
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
     return buffer.getvalue()

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping, Sequence
-from typing import BinaryIO, Union
+from typing import BinaryIO
 
 import numpy as np
 
 Tags = dict[int, tuple[int, bytes]]  # of a directory: its type's number and the values as little-endian bytes
-Directory = dict[int, Union[tuple[int, bytes], Tags]]  # with the directories within it
+Directory = dict[int, tuple[int, bytes] | Tags]  # with the directories within it
 SHORT, LONG, RATIONAL, UNDEFINED = 3, 4, 5, 7  # types, by the names of the specification (TIFF 6.0)
 ICC_TAG = 34675
 MAX_ICC_BYTES = 32 << 20

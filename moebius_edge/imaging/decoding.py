@@ -21,15 +21,15 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..errors import MachineError, MoebiusError, UsageError
-from .containers import MAX_PIXELS, FirstPicture, TooLarge, check_size
+from .first_picture import MAX_PIXELS, FirstPicture, TooLarge, Unreadable, check_size
 from .jpeg import END as JPEG_END
 from .jpeg import first_jpeg
-from .metadata import Metadata, is_profile, plausible_dpi, set_size, take_orientation, take_resolution
+from .metadata import Metadata, is_profile, plausible_dpi, read_exif, set_size
 from .png import first_png, with_transparent_colour
-from .tiff import first_page
-from .tiff_tags import Unreadable
+from .tiff import check_tiff
 
 _SUFFIXES = {  # by format; none of these starts another program
     "PNG": (".png", ".apng"),
@@ -92,26 +92,27 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
     ``pictures.read_picture`` says what becomes of each kind.
     """
     with _opened(path, contents) as (stream, form):
-        first = {"PNG": first_png, "JPEG": first_jpeg, "TIFF": first_page}.get(form, FirstPicture)(stream)
+        first = {"PNG": first_png, "JPEG": first_jpeg}.get(form, FirstPicture)(stream)
         image = _header(first.file, form)
+        exif, orientation, exif_dpi, sound = read_exif(image, first.exif)
+        _complete(first, image, form)
         _check_size(image, form, first.bits)
-        if form not in ("PNG", "TIFF"):
-            _take_metadata(first, image, form)
-        exif, notes = first.exif or {}, _notes(first, form)
-        orientation, exif_dpi = take_orientation(exif), take_resolution(exif)
+        notes = _notes(first, form, sound)
         if first.bits == 16 and form in ("PNG", "TIFF"):
             samples = _decode16(first, form, len(image.getbands()))
         else:
             samples = _decode8(first, image, form, notes)
         if first.bits > 8 * samples.itemsize:
             notes.append(f"has {first.bits} bits a sample, of which {8 * samples.itemsize} are read")
-        samples = upright(samples, orientation)
-        indices = upright(np.asarray(image), orientation) if image.mode == "P" else None
+        turn = 1 if form == "TIFF" else orientation  # both decoders turn a TIFF upright
+        samples = upright(samples, turn)
+        indices = upright(np.asarray(image), turn) if image.mode == "P" else None
     icc = None if image.mode == "CMYK" else first.icc
     if icc is not None and not is_profile(icc, b"GRAY" if samples.shape[2] < 3 else b"RGB "):
         notes.append("has an ICC profile that is damaged or does not fit its pixels: left out")
         icc = None
-    dpi = first.dpi or exif_dpi
+    dpi = image.info.get("dpi") if form not in ("TIFF", "WEBP") else None
+    dpi = exif_dpi if dpi is None else plausible_dpi(*map(float, dpi))
     if dpi is not None and orientation > 4:
         dpi = dpi[::-1]
     set_size(exif, samples.shape[1], samples.shape[0])
@@ -189,15 +190,14 @@ def _check_size(image: Image.Image, form: str, bits: int) -> None:
     check_size(*image.size, most, of_what)
 
 
-def _take_metadata(first: FirstPicture, image: Image.Image, form: str) -> None:
-    """Fill in what Pillow says of a file that is not taken apart, and of an AVIF or JPEG 2000 what it does not say."""
-    first.icc = image.info.get("icc_profile")
-    if exif := image.info.get("exif"):
-        first.take_exif(exif)
-    if dpi := image.info.get("dpi"):
-        first.dpi = plausible_dpi(*dpi)
-    first.xmp |= "xmp" in image.info
-    first.several = form != "JPEG" and getattr(image, "is_animated", False)
+def _complete(first: FirstPicture, image: Image.Image, form: str) -> None:
+    """Fill in what Pillow says of a picture, and of AVIF and JPEG 2000 what it does not say."""
+    if isinstance(image, TiffImageFile):
+        check_tiff(first, image)
+        return
+    if form != "PNG":
+        first.icc, first.xmp = image.info.get("icc_profile"), first.xmp or "xmp" in image.info
+    first.several |= form != "JPEG" and getattr(image, "is_animated", False)
     first.file.seek(0)
     head = first.file.read(1 << 16) if form in ("AVIF", "JPEG2000") else b""
     if form == "JPEG2000" and (start := head.find(b"\xff\x4f\xff\x51")) >= 0 and len(head) > start + 42:
@@ -210,11 +210,11 @@ def _take_metadata(first: FirstPicture, image: Image.Image, form: str) -> None:
             first.png_colour = [(b"cICP", bytes([primaries, curve, 0, 1]))]
 
 
-def _notes(first: FirstPicture, form: str) -> list[str]:
+def _notes(first: FirstPicture, form: str, exif_sound: bool) -> list[str]:
     sentences = {
         "has more frames or pages than one: only the first is used": first.several,
         f"lacks the mark that ends a {form} file: its pixels are all there": not first.ended,
-        "has damaged EXIF metadata: what could not be read of them is left out": not first.exif_sound,
+        "has damaged EXIF metadata: what could not be read of them is left out": not exif_sound,
         "has XMP or IPTC metadata, which may hold a small copy of the picture: left out": first.xmp,
     }
     return [*first.notes, *(sentence for sentence, applies in sentences.items() if applies)]
@@ -292,8 +292,7 @@ def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
     """Whether a JPEG, decoded in ``image``, has all of its pixels: libjpeg makes up those that are missing.
 
     If none is missing, what follows the coded data makes no difference. Where the end is marked, this is tried only if
-    the last pixels are blank, as made up ones are, and at an eighth of the size, which shows whether a block is there
-    at all; else every bit counts.
+    the last pixels are blank, as made up ones are.
     """
     width, height = image.size
     # The last block, up to 16 pixels wide, but for an edge that its neighbours' colours may run into.
@@ -302,16 +301,10 @@ def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
     # What a progressive file lacks at its end is mere detail, and it would be slow to decode.
     if first.ended and ((corner != corner[-1, -1]).any() or "progressive" in image.info):
         return True
-    coded = bytes(first.contents())
-    files = [coded, coded.removesuffix(JPEG_END) + _NOISE + JPEG_END]
-    variants = [_header(io.BytesIO(file), "JPEG") for file in files]
-    if first.ended:
-        for variant in variants:
-            variant.draft(None, (max(1, width // 8), max(1, height // 8)))
-    else:
-        variants[0] = image
-    pairs = zip(*map(_rows, variants), strict=True)
-    return all(np.array_equal(np.asarray(one), np.asarray(other)) for (_, one), (_, other) in pairs)
+    coded = first.contents().removesuffix(JPEG_END)
+    other = _header(io.BytesIO(coded + _NOISE + JPEG_END), "JPEG")
+    pairs = zip(_rows(image), _rows(other), strict=True)
+    return all(np.array_equal(np.asarray(one), np.asarray(two)) for (_, one), (_, two) in pairs)
 
 
 def _cmyk_to_srgb(profile: bytes | None, notes: list[str]) -> Callable[[Image.Image], Image.Image]:

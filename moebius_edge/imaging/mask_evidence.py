@@ -74,7 +74,8 @@ def _counts(values: np.ndarray, where: Mask | None = None) -> npt.NDArray[np.flo
     """How many pixels of ``values`` (H, W), of any depth, have each value."""
     length = int(np.iinfo(values.dtype).max) + 1
     mask = None if where is None else where.view(np.uint8)
-    return np.asarray(cv2.calcHist([np.ascontiguousarray(values)], [0], mask, [length], [0, length])).ravel()
+    counts = cv2.calcHist([np.ascontiguousarray(values)], [0], mask, [length], [0, length])
+    return np.asarray(counts, np.float32).ravel()
 
 
 def exact_labels(values: np.ndarray) -> list[int]:
@@ -111,8 +112,8 @@ def painted(amount: Bytes, faint_too: bool = False) -> Mask:
     A stroke is what hangs together. One without a flat part is cut at half of the strongest paint of all, or with
     ``faint_too`` at half of its own.
     """
-    count, strokes = cv2.connectedComponents((amount > NOISE / 2).view(np.uint8))
-    strokes = np.asarray(strokes)
+    count, numbers = cv2.connectedComponents((amount > NOISE / 2).view(np.uint8))
+    strokes = np.asarray(numbers, np.int32)
     peak = np.zeros(count, np.uint8)
     np.maximum.at(peak, strokes, amount)
     cut = peak / 2 if faint_too else np.full(count, peak.max() / 2)
@@ -193,7 +194,7 @@ def is_photograph(pixels: Bytes, shown: Mask | None = None) -> bool:
     if (reduce := max(1, max(grey.shape) // 900)) > 1:
         size = (-(-grey.shape[1] // reduce), -(-grey.shape[0] // reduce))
         grey = np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA))
-        where = cv2.resize(where, size, interpolation=cv2.INTER_NEAREST)
+        where = np.asarray(cv2.resize(where, size, interpolation=cv2.INTER_NEAREST), np.uint8)
     seen = where.astype(bool) if shown is None else core(where.astype(bool), 3)
     if np.count_nonzero(_counts(grey, seen)) < 12:
         return False

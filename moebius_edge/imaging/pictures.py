@@ -17,8 +17,8 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..system.files import atomic_write
-from .containers import MAX_PIXELS
 from .decoding import decode
+from .first_picture import MAX_PIXELS
 from .masks import Mask
 from .metadata import Metadata, exif_block
 from .png import write_png
@@ -51,13 +51,6 @@ class Picture:
     metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = field(default=())
     orientation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.alpha is not None and (self.alpha.shape, self.alpha.dtype) != (
-            self.pixels.shape[:2],
-            self.pixels.dtype,
-        ):
-            raise ValueError(f"alpha {self.alpha.shape} {self.alpha.dtype} does not fit the pixels")
 
     @classmethod
     def from_array(cls, array: np.ndarray, metadata: Metadata | None = None, notes: tuple[str, ...] = ()) -> Picture:
@@ -166,7 +159,7 @@ def write_picture(path: str | os.PathLike[str], picture: Picture) -> tuple[str, 
         if form == "PNG":
             write_png(stream, picture.samples, picture.metadata.png_chunks())
         elif form == "TIFF":
-            write_tiff(stream, picture.samples, picture.metadata.tiff_tags())
+            write_tiff(stream, picture.samples, picture.metadata.exif_with_resolution(), picture.metadata.icc)
         else:
             stream.write(_encoded(form, picture))
     return tuple(f"{path} is {form}, {note}" for note in _losses(form, picture))
@@ -195,9 +188,9 @@ def _encoded(form: str, picture: Picture) -> bytes:
     image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
     options: dict[str, Any] = {} if metadata.dpi is None else {"dpi": metadata.dpi}
     # WebP has no other place for the resolution.
-    exif = metadata.exif | metadata.resolution_tags() if form == "WEBP" else metadata.exif
+    exif = metadata.exif_with_resolution() if form == "WEBP" else metadata.exif
     if exif and len(block := exif_block(exif)) <= _LONGEST_EXIF:
-        options["exif"] = b"Exif\0\0" + block
+        options["exif"] = block
     if form == "JPEG":  # 4:4:4, or the colours of a filled edge would bleed
         options |= {"quality": JPEG_QUALITY, "subsampling": 0, "icc_profile": metadata.icc}
     elif form == "WEBP":  # exact: also what lies under full transparency

@@ -14,19 +14,19 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .containers import MAX_PARTS, FirstPicture, check_size
-from .metadata import PNG_COLOUR_BYTES, png_resolution
-from .tiff_tags import MAX_ICC_BYTES, Unreadable
+from .first_picture import MAX_PARTS, FirstPicture, Unreadable, check_size
+from .metadata import PNG_COLOUR_BYTES
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LEVEL = 3  # of deflate; 6 takes three times as long for 8% on photographs
 _COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
 _UP = 2  # PNG's filter "difference to the row above": within a few percent of the best choice, and fast
 _BLOCK_BYTES = 1 << 20  # inflated or deflated at a time
-_MAX_TEXT = 1 << 20  # bytes of a text chunk that holds EXIF
-_SMALL = (b"IHDR", b"PLTE", b"tRNS")  # chunks that the decoders need, besides the pixels
+_MAX_ICC_BYTES = 32 << 20
+_MAX_EXIF_BYTES = 1 << 20
+_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")  # by the decoders
 _METADATA = (b"iCCP", b"pHYs", b"eXIf", *PNG_COLOUR_BYTES)
-_EXIF_KEYWORDS = (b"Raw profile type exif", b"Raw profile type APP1")
+_EXIF_TEXT = b"Raw profile type exif\0"  # in hexadecimal digits, as ImageMagick writes it
 _PASSES = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 
 
@@ -76,27 +76,30 @@ def first_png(stream: BinaryIO) -> FirstPicture:
         if len(head) < 8 or picture.ended:
             break
         picture.several |= name == b"acTL"
-        wanted = name in (*_SMALL, b"IDAT") or (name in _METADATA and name not in seen)
-        if not wanted:
-            rest = _read_text(picture, stream, length, name) if name in (b"tEXt", b"zTXt", b"iTXt") else length
-            stream.seek(rest + 4, io.SEEK_CUR)
+        keyword = stream.read(min(length, len(_EXIF_TEXT))) if name in (b"tEXt", b"zTXt", b"iTXt") else b""
+        picture.xmp |= keyword.startswith(b"XML:com.adobe.xmp")
+        exif = length < _MAX_EXIF_BYTES and (keyword == _EXIF_TEXT or name == b"eXIf")
+        needed, described = name in _NEEDED, (name in _METADATA and name != b"eXIf") or exif
+        if not needed and (not described or name in seen):
+            stream.seek(length - len(keyword) + 4, io.SEEK_CUR)
             continue
-        body, checksum = stream.read(length), stream.read(4)
-        sound = zlib.crc32(body, zlib.crc32(name)) == int.from_bytes(checksum, "big") or len(checksum) < 4
-        if name in _METADATA:
+        body, checksum = keyword + stream.read(length - len(keyword)), stream.read(4)
+        sound = len(checksum) < 4 or zlib.crc32(body, zlib.crc32(name)) == int.from_bytes(checksum, "big")
+        if needed and (not sound or (name != b"IDAT" and len(checksum) < 4)):
+            raise Unreadable(f"its {name.decode()} chunk is damaged")
+        if not needed:
             seen.add(name)
             if not sound or not _take_metadata(picture, name, body):
                 picture.notes.append(f"has a damaged {name.decode()} chunk: left out")
-            continue
-        if not sound or (name != b"IDAT" and len(checksum) < 4):
-            raise Unreadable(f"its {name.decode()} chunk is damaged")
+                continue
         if name == b"IHDR":
             pixels = _Pixels(body)
         elif name == b"tRNS":
             picture.transparent_colour = body
         elif name == b"IDAT" and pixels is not None:
             pixels.add(body)
-        picture.file.write(png_chunk(name, body))
+        if needed or name == b"pHYs":  # of the others Pillow limits some, and some it does not know
+            picture.file.write(png_chunk(name, body))
     else:
         raise Unreadable(f"it has more than {MAX_PARTS} chunks")
     if pixels is None or pixels.missing > 0:
@@ -107,40 +110,29 @@ def first_png(stream: BinaryIO) -> FirstPicture:
 
 
 def _take_metadata(picture: FirstPicture, name: bytes, body: bytes) -> bool:
-    """Take a chunk of ``_METADATA``; whether it is sound."""
+    """Take a chunk of ``_METADATA``, or one of text that holds EXIF; whether it is sound."""
     if name == b"iCCP":
         start = body.find(b"\0") + 2  # after the profile's name and the method of compression
         try:
-            picture.icc = zlib.decompressobj().decompress(body[start:], MAX_ICC_BYTES)
+            picture.icc = zlib.decompressobj().decompress(body[start:], _MAX_ICC_BYTES)
         except zlib.error:
             picture.icc = b""  # it will not fit the pixels
-    elif name == b"pHYs":
-        picture.dpi = png_resolution(body)
-        if picture.dpi is None and body[:4] != body[4:8]:
-            picture.notes.append("gives the shape of its pixels without a unit: left out")
     elif name == b"eXIf":
-        picture.take_exif(body)
-    elif len(body) == PNG_COLOUR_BYTES[name]:
-        picture.png_colour.append((name, body))
-    else:
-        return False
-    return True
-
-
-def _read_text(picture: FirstPicture, stream: BinaryIO, length: int, name: bytes) -> int:
-    """Take EXIF in hexadecimal digits, as ImageMagick writes it, from a text chunk; return how much is left of it."""
-    body = stream.read(min(length, 32))
-    keyword = body.partition(b"\0")[0]
-    picture.xmp |= keyword == b"XML:com.adobe.xmp"
-    if keyword in _EXIF_KEYWORDS and length <= _MAX_TEXT and picture.exif is None:
-        body += stream.read(length - len(body))
-        text = body[len(keyword) + 1 :]
+        picture.exif = body
+    elif name in (b"tEXt", b"zTXt") and picture.exif is None:
+        text = body.removeprefix(_EXIF_TEXT)
         try:
-            text = zlib.decompressobj().decompress(text[1:], _MAX_TEXT) if name == b"zTXt" else text
-            picture.take_exif(bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("latin-1")))
+            text = zlib.decompressobj().decompress(text[1:], _MAX_EXIF_BYTES) if name == b"zTXt" else text
+            picture.exif = bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("latin-1"))
         except (zlib.error, ValueError):
-            picture.take_exif(b"")  # damaged
-    return length - len(body)
+            return False
+    elif name in PNG_COLOUR_BYTES:
+        if len(body) != PNG_COLOUR_BYTES[name]:
+            return False
+        picture.png_colour.append((name, body))
+    elif name == b"pHYs" and (len(body) != 9 or body[8] != 1) and body[:4] != body[4:8]:
+        picture.notes.append("gives the shape of its pixels without a unit: left out")
+    return True
 
 
 def with_transparent_colour(samples: np.ndarray, key: bytes) -> np.ndarray:

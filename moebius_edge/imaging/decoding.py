@@ -1,8 +1,7 @@
 """From a picture file to upright samples in the file's own depth, without loss and without surprises.
 
 ``png``, ``jpeg`` and ``tiff`` take the first picture out of a file, Pillow decodes those of 8 bits and OpenCV those
-of 16. Whatever is wrong with a file becomes an error of one line. What the samples mean to the program (``Picture``,
-masks) is not decided here.
+of 16. Whatever is wrong with a file becomes an error of one line.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +27,7 @@ from .first_picture import MAX_PIXELS, FirstPicture, TooLarge, Unreadable, check
 from .jpeg import END as JPEG_END
 from .jpeg import first_jpeg
 from .metadata import Metadata, is_profile, plausible_dpi, read_exif, set_size
+from .picture import Picture
 from .png import first_png, with_transparent_colour
 from .tiff import check_tiff
 
@@ -71,27 +71,19 @@ def picture_format(head: bytes) -> str | None:
     return next((form for form, matches in signatures.items() if matches), None)
 
 
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """Samples (H, W, C), uint8 or uint16, upright: C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None) -> Picture:
+    """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
-    ``notes`` says what was changed or left out, a sentence each. ``orientation`` is the EXIF orientation that was
-    undone; ``indices`` (H, W) are those of a palette picture, upright too.
+    Grey stays grey and 16 bits stay 16. Palettes become RGB, a transparent colour becomes alpha, 1 bit
+    becomes 8. CMYK becomes sRGB, by its profile if it has one, and of several frames the first is read: these
+    two leave a note. With ``contents`` they are read in place of a file, as from a member of an archive, and
+    ``path`` is their name in errors.
+
+    Raises:
+        MachineError: the file is missing or may not be read.
+        UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
     """
-
-    samples: np.ndarray
-    metadata: Metadata
-    notes: tuple[str, ...]
-    orientation: int = 1
-    indices: np.ndarray | None = None
-
-
-def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
-    """Read the picture at ``path``, or the file in ``contents`` that ``path`` is then only the name of.
-
-    ``pictures.read_picture`` says what becomes of each kind.
-    """
-    with _opened(path, contents) as (stream, form):
+    with _opened(Path(path), contents) as (stream, form):
         first = {"PNG": first_png, "JPEG": first_jpeg}.get(form, FirstPicture)(stream)
         image = _header(first.file, form)
         exif, orientation, exif_dpi, sound = read_exif(image, first.exif)
@@ -117,7 +109,8 @@ def decode(path: Path, contents: BinaryIO | None = None) -> Decoded:
         dpi = dpi[::-1]
     set_size(exif, samples.shape[1], samples.shape[0])
     metadata = Metadata(icc, dpi, tuple(first.png_colour), exif)
-    return Decoded(samples, metadata, tuple(f"{path} {note}" for note in notes), orientation, indices)
+    picture = Picture.from_array(samples, metadata, tuple(f"{path} {note}" for note in notes))
+    return replace(picture, orientation=orientation, indices=indices)
 
 
 def _open(path: Path) -> BinaryIO:

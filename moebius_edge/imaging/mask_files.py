@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
 from ..errors import UsageError
 from . import mask_evidence as evidence
-from .decoding import decode, upright
+from .decoding import read_picture, upright
 from .mask_evidence import NOISE, WHITE, Bytes, Colour
 from .masks import Mask, threshold
 from .masks import dilate as dilated
-from .pictures import Picture
+from .picture import Picture
 
 CHANNELS = ("red", "green", "blue")
 SOURCES = ("alpha", "luma", *CHANNELS)  # of --mask-from, besides index:N
@@ -67,10 +66,10 @@ def read_mask(
             for ``dilate`` below 0.
     """
     name = f"mask {path}"
-    decoded = decode(Path(path), contents)
-    samples, indices, notes = decoded.samples, decoded.indices, []
+    drawn = read_picture(path, contents)
+    samples, indices, notes = drawn.samples, drawn.indices, []
     swapped = samples.shape[1::-1] == picture.size[::-1] != picture.size
-    if picture.orientation >= 5 and decoded.orientation == 1 and swapped:
+    if picture.orientation >= 5 and drawn.orientation == 1 and swapped:
         notes.append(f"{name} has the sides of the picture before its EXIF rotation: turned with it")
         samples = upright(samples, picture.orientation)
         indices = None if indices is None else upright(indices, picture.orientation)

@@ -20,7 +20,7 @@ from PIL import Image, ImageCms
 from moebius_edge.errors import UsageError
 from moebius_edge.imaging.decoding import FORMATS, picture_format
 from moebius_edge.imaging.pictures import read_picture
-from moebius_edge.imaging.png_tiff import PNG_SIGNATURE, longs, png_chunk, shorts, write_directory, write_png
+from moebius_edge.imaging.png import PNG_SIGNATURE, png_chunk, write_png
 
 MAX_SECONDS = 5.0
 MAX_BYTES = 1 << 30  # above the samples
@@ -84,7 +84,6 @@ TIFFS = {
     "tiled and deflated": {"tile": (32, 16), "compression": "zlib"},
     "many strips": {"rowsperstrip": 1},
     "big": {"bigtiff": True},
-    "big and large end first": {"bigtiff": True, "byteorder": ">"},
 }
 
 
@@ -264,6 +263,28 @@ def bomb(length: int) -> bytes:
     return b"".join([*blocks, deflate.flush()])
 
 
+def shorts(*values: int) -> tuple[int, bytes]:
+    return 3, struct.pack(f"<{len(values)}H", *values)
+
+
+def longs(*values: int) -> tuple[int, bytes]:
+    return 4, struct.pack(f"<{len(values)}I", *values)
+
+
+def write_directory(stream: io.BytesIO, directory: dict[int, tuple[int, bytes]]) -> int:
+    """Append a TIFF directory of tags, of which each is a type and values; return its place."""
+    entries = []
+    for tag, (kind, values) in sorted(directory.items()):
+        number = len(values) // {3: 2, 4: 4, 5: 8, 9: 4, 11: 4, 12: 8}.get(kind, 1)
+        if len(values) > 4:
+            stream.write(values)
+            values = struct.pack("<I", stream.tell() - len(values))
+        entries.append(struct.pack("<HHI", tag, kind, number) + values.ljust(4, b"\0"))
+    place = stream.tell()
+    stream.write(struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4))
+    return place
+
+
 def tiff_of(tags: dict, data: bytes = b"", directories: int = 1) -> bytes:
     """A grey TIFF of 8x8 pixels but for ``tags``; its directory stands at the end, and there may be many."""
     stream = io.BytesIO(b"II*\0\0\0\0\0" + bytes(64) + data)
@@ -347,8 +368,15 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
         {259: shorts(8), 273: longs(72), 279: longs(1 << 20)}, bomb(1 << 30)
     ),
     "tiff: damaged fax rows": lambda: tiff_of(
-        {256: longs(9), 257: longs(900_000), 258: shorts(1), 259: shorts(4), 273: longs(72), 278: longs(900_000),
-         279: longs(300_000)},
+        {
+            256: longs(9),
+            257: longs(900_000),
+            258: shorts(1),
+            259: shorts(4),
+            273: longs(72),
+            278: longs(900_000),
+            279: longs(300_000),
+        },
         b"\x5a\x01\x33" * 100_000,
     ),  # fmt: skip
     "tiff: a JPEG of a thousand scans": lambda: tiff_of(

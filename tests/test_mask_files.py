@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from moebius_edge.errors import MoebiusError, UsageError
-from moebius_edge.imaging.mask_files import MaskFile, read_mask
-from moebius_edge.imaging.mask_reading import MaskContent, check_source, read_hole
+from moebius_edge.imaging.mask_files import MaskFile, check_source, read_hole, read_mask
 from moebius_edge.imaging.pictures import Picture, read_picture
 
 HOLE = np.zeros((21, 34), bool)
@@ -472,7 +471,8 @@ def test_pictures_know_their_orientation(tmp_path: Path, name: str) -> None:
 # Anything at all
 
 
-def odd_contents() -> list[MaskContent]:
+def odd_contents() -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Samples of any kind, with palette indices or without."""
     rng = np.random.default_rng(0)
     contents = []
     shapes = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 3), (40, 50)]
@@ -489,26 +489,27 @@ def odd_contents() -> list[MaskContent]:
         ):
             for alpha in (None, 0, top, top // 2, rng.integers(0, top, shape, dtype, endpoint=True)):
                 full = alpha if alpha is None or isinstance(alpha, np.ndarray) else np.full(shape, alpha, dtype)
-                contents.append(MaskContent(pixels, full))
+                contents.append((pixels if full is None else np.dstack([pixels, full]), None))
         indices = rng.integers(0, 256, shape, np.uint8)
-        contents.append(MaskContent(rng.integers(0, 256, (*shape, 3), np.uint8), None, indices))
-        contents.append(MaskContent(rng.integers(0, 256, (256, 3), np.uint8)[indices], None, indices))
-        contents.append(MaskContent(np.zeros((*shape, 3), np.uint8), None, indices % 2))
+        contents.append((rng.integers(0, 256, (*shape, 3), np.uint8), indices))
+        contents.append((rng.integers(0, 256, (256, 3), np.uint8)[indices], indices))
+        contents.append((np.zeros((*shape, 3), np.uint8), indices % 2))
     return contents
 
 
 @pytest.mark.parametrize("source", [None, "alpha", "luma", "green", "index:0"])
 def test_odd_contents_are_a_mask_or_one_line(source: str | None) -> None:
     results = {"mask": 0, "refused": 0}
-    for content in odd_contents():
+    for samples, indices in odd_contents():
         try:
-            hole, note = read_hole(content, "mask m.png", source)
+            hole, note = read_hole(samples, "mask m.png", source, indices)
         except UsageError as error:
             assert "\n" not in str(error) and "nan" not in str(error)
             results["refused"] += 1
         else:
-            assert hole.dtype == np.bool_ and hole.shape == content.pixels.shape[:2] and "nan" not in note
+            assert hole.dtype == np.bool_ and hole.shape == samples.shape[:2] and "nan" not in note
             results["mask"] += 1
-            something = content.pixels.max() > 16 and (content.alpha is None or content.alpha.max() > 16)
+            pixels, alpha = np.split(samples, [samples.shape[2] // 2 * 2 - 1 if samples.shape[2] % 2 == 0 else samples.shape[2]], 2)
+            something = pixels.max() > 16 and alpha.max(initial=17 if alpha.size == 0 else 0) > 16
             assert source is not None or hole.any() or not something
     assert results["mask"] > 0 and (results["refused"] > 0 or source in ("luma", "green"))

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from moebius_edge.errors import UsageError
 from moebius_edge.imaging.pictures import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
-from moebius_edge.imaging.png_tiff import PNG_SIGNATURE, png_chunk, write_png
+from moebius_edge.imaging.png import PNG_SIGNATURE, png_chunk, write_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -187,7 +187,7 @@ def test_exif_in_hexadecimal_text(tmp_path: Path, name: bytes) -> None:
     text = f"\nexif\n{len(digits) // 2:8}\n{lines}\n".encode()
     body = b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if name == b"zTXt" else text)
     picture = read(tmp_path, png_with((name, body)))
-    assert picture.size == (21, 34) and picture.metadata.exif[0x010F] == (2, b"Maker\0") and picture.notes == ()
+    assert picture.size == (21, 34) and picture.metadata.exif[0x010F] == "Maker" and picture.notes == ()
 
 
 def test_xmp_is_left_out_with_a_note(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def run(
     does not stop the others. PNG results keep every pixel outside the mask and its seam.
     """
     if mask_from is not None:
-        from ..imaging.mask_reading import check_source
+        from ..imaging.mask_files import check_source
 
         check_source(mask_from)
     planned = plan(image, mask, output, recursive, pair_by is PairBy.order)

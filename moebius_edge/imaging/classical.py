@@ -12,13 +12,9 @@ _RADIUS = 3  # pixels round each filled one that count, OpenCV's own examples' v
 
 def telea(image: np.ndarray, hole: Mask) -> np.ndarray:
     """``image`` uint8 (H, W, 1 or 3), its ``hole`` (H, W) filled by fast marching (Telea 2004); a new array."""
-    return _filled(image, hole, cv2.INPAINT_TELEA)
+    return np.asarray(cv2.inpaint(image, hole.astype(np.uint8), _RADIUS, cv2.INPAINT_TELEA)).reshape(image.shape)
 
 
 def navier_stokes(image: np.ndarray, hole: Mask) -> np.ndarray:
     """As ``telea``, by fluid dynamics along the isophotes (Bertalmio et al. 2001)."""
-    return _filled(image, hole, cv2.INPAINT_NS)
-
-
-def _filled(image: np.ndarray, hole: Mask, method: int) -> np.ndarray:
-    return np.asarray(cv2.inpaint(image, hole.astype(np.uint8), _RADIUS, method)).reshape(image.shape)
+    return np.asarray(cv2.inpaint(image, hole.astype(np.uint8), _RADIUS, cv2.INPAINT_NS)).reshape(image.shape)

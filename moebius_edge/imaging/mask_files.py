@@ -1,20 +1,38 @@
-"""Mask files: read with any program's way of marking a hole, turned as the picture is, inverted and grown."""
+"""Mask files: from what they hold to the pixels that are to be filled, turned as the picture is, inverted and grown.
+
+White fills, but people mark holes in many other ways. ``read_hole`` decides in this order; each step either gives the
+hole, with a note unless it is plain white on black, or refuses in one line that names the option which decides.
+
+1. Alpha, where some pixels are clear and others are not: strokes on a transparent layer are the hole, whatever their
+   colour. A photograph with a clear part is refused, since some programs mean the clear part and some the rest.
+   Black and white on a transparent layer are composited on black, and go on.
+2. Palette indices, where they and not their colours tell the parts of the file apart: one label besides the
+   background is the hole, several are refused.
+3. A photograph, also one that was drawn on, is refused.
+4. Colours: strokes of one colour on black, white or grey are the hole. Several colours are refused.
+5. Grey: the brighter of two levels is the hole, whatever they are (255, 1, or a brush at 40%). Of more levels all
+   above half are the hole, and so are the overlaps of one translucent white brush; others are refused.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from collections.abc import Sequence
+from typing import BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
 
 from ..errors import UsageError
-from .decoding import Decoded, decode, upright
-from .mask_reading import MaskContent, read_hole
-from .masks import Mask
+from . import mask_evidence as evidence
+from .decoding import read_picture, upright
+from .mask_evidence import NOISE, WHITE, Bytes, Colour
+from .masks import Mask, threshold
 from .masks import dilate as dilated
-from .pictures import Picture
+from .picture import Picture
 
-MOSTLY = 0.5  # a mask that fills more of the picture may be meant the other way round
+CHANNELS = ("red", "green", "blue")
+SOURCES = ("alpha", "luma", *CHANNELS)  # of --mask-from, besides index:N
+_MOSTLY = 0.5  # a mask that fills more of the picture may be meant the other way round
 
 
 class MaskFile(NamedTuple):
@@ -32,49 +50,265 @@ def read_mask(
     source: str | None = None,
     contents: BinaryIO | None = None,
 ) -> MaskFile:
-    """Read the mask of ``picture`` from a file of any kind that ``imaging.read_picture`` reads.
+    """Read the mask of ``picture`` from a file of any kind that ``pictures.read_picture`` reads.
 
-    ``mask_reading`` says what is taken for the hole. A mask without an orientation of its own that has the size of the
-    picture before its EXIF orientation swapped its sides is turned as the picture was.
+    A mask without an orientation of its own that has the size of the picture before its EXIF orientation swapped its
+    sides is turned as the picture was.
 
     Args:
         invert: fill the other part.
         dilate: grow the part to fill by so many pixels, after inverting.
-        source: a value of --mask-from (see ``mask_reading.check_source``); None finds out.
+        source: a value of --mask-from, see ``check_source``; None finds out.
         contents: as for ``read_picture``.
 
     Raises:
-        MachineError, UsageError: as ``read_picture`` and ``mask_reading.read_hole``; also for another size than the
-            picture's, and for ``dilate`` below 0.
+        MachineError, UsageError: as ``read_picture`` and ``read_hole``; also for another size than the picture's, and
+            for ``dilate`` below 0.
     """
     name = f"mask {path}"
-    decoded = decode(Path(path), contents)
-    notes = []  # what the decoder says of metadata and colours matters to a picture alone
-    if _is_raw(decoded, picture):
+    drawn = read_picture(path, contents)
+    samples, indices, notes = drawn.samples, drawn.indices, []
+    swapped = samples.shape[1::-1] == picture.size[::-1] != picture.size
+    if picture.orientation >= 5 and drawn.orientation == 1 and swapped:
         notes.append(f"{name} has the sides of the picture before its EXIF rotation: turned with it")
-        decoded = _turned(decoded, picture.orientation)
-    height, width = decoded.samples.shape[:2]
+        samples = upright(samples, picture.orientation)
+        indices = None if indices is None else upright(indices, picture.orientation)
+    height, width = samples.shape[:2]
     if (width, height) != picture.size:
         size = f"{picture.size[0]}x{picture.size[1]}"
         raise UsageError(f"{name} is {width}x{height} and the picture is {size}: resize the mask to {size}")
-    colours = 1 if decoded.samples.shape[2] < 3 else 3
-    alpha = decoded.samples[..., colours] if decoded.samples.shape[2] > colours else None
-    hole, note = read_hole(MaskContent(decoded.samples[..., :colours], alpha, decoded.indices), name, source)
+    hole, note = read_hole(samples, name, source, indices)
     hole = ~hole if invert else hole
-    share = float(hole.mean())
     notes += [note] if note else []
-    if share > MOSTLY:
+    if (share := float(hole.mean())) > _MOSTLY:
         advice = "leave out --invert-mask if white marks" if invert else "add --invert-mask if black marks"
         notes.append(f"{name} fills {share:.0%} of the picture: {advice} the hole")
     return MaskFile(dilated(hole, dilate), tuple(notes))
 
 
-def _is_raw(mask: Decoded, picture: Picture) -> bool:
-    """Whether the mask was drawn on the picture as it is stored, with its sides swapped."""
-    size = mask.samples.shape[1::-1]
-    return picture.orientation >= 5 and mask.orientation == 1 and size != picture.size and size == picture.size[::-1]
+def check_source(text: str) -> str:
+    """``text`` if it is a value of --mask-from: one of ``SOURCES``, or index:N.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    kind, _, number = text.partition(":")
+    if text in SOURCES or (kind == "index" and number.isascii() and number.isdigit()):
+        return text
+    raise UsageError(f"--mask-from {text} is unknown: choose {', '.join(SOURCES)}, or index:N such as index:1")
 
 
-def _turned(mask: Decoded, orientation: int) -> Decoded:
-    indices = None if mask.indices is None else upright(mask.indices, orientation)
-    return replace(mask, samples=upright(mask.samples, orientation), orientation=orientation, indices=indices)
+def read_hole(
+    samples: np.ndarray, name: str, source: str | None = None, indices: np.ndarray | None = None
+) -> tuple[Mask, str]:
+    """Decide which pixels of a mask file are to be filled.
+
+    Args:
+        samples: (H, W, C) uint8 or uint16, with C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+        name: what to call the mask in errors and notes.
+        source: a value of --mask-from, None to find out.
+        indices: (H, W), of a palette.
+
+    Returns:
+        The hole, bool (H, W), and a sentence on how it was read; empty for plain white on black.
+
+    Raises:
+        UsageError: the content may be meant in several ways, is no mask, or does not have what ``source`` names.
+    """
+    exact = samples[..., : 1 if samples.shape[2] < 3 else 3]
+    pixels = evidence.eight_bits(exact)
+    alpha = evidence.eight_bits(samples[..., -1]) if samples.shape[2] in (2, 4) else None
+    if source is not None:
+        if check_source(source).startswith("index:"):
+            return _of_index(exact, indices, int(source.partition(":")[2]), name), ""
+        return _of_channel(pixels, alpha, source, name), ""
+    if alpha is not None:
+        if alpha.max() == 0 and np.ptp(pixels) <= NOISE:  # a layer on which nothing was painted
+            return np.zeros(alpha.shape, bool), ""
+        if alpha.max() == 0:
+            _refuse(name, "is transparent everywhere, but has colours", "fill by those with --mask-from luma")
+        if alpha.max() <= NOISE:  # of 0 and 1, or all but invisible
+            alpha = (alpha > int(alpha.max()) / 2) * np.uint8(WHITE)
+        if alpha.min() <= NOISE / 2 and (hole := _of_layer(pixels, alpha, name)) is not None:
+            return hole, f"{name} has a transparent background: what is painted on it is filled"
+        if np.ptp(alpha) > NOISE:
+            pixels = evidence.on_black(pixels, alpha)
+    if indices is not None and (reading := _of_labels(indices, pixels, name)) is not None:
+        return reading
+    if evidence.is_photograph(pixels):
+        seen = "looks like a photograph, perhaps one that was drawn on: are IMAGE and MASK swapped?"
+        _refuse(name, seen, "--mask-from luma fills what is bright", separator=" ")
+    if evidence.is_grey(pixels):
+        return _of_greys(evidence.luma(pixels), exact[..., 0] if alpha is None else pixels[..., 0], name)
+    return _of_colours(pixels, name)
+
+
+# What the user chose
+
+
+def _of_channel(pixels: Bytes, alpha: Bytes | None, source: str, name: str) -> Mask:
+    if source == "alpha":
+        if alpha is None or np.ptp(alpha) <= NOISE:
+            has = "no alpha channel" if alpha is None else f"alpha {alpha.max()} everywhere"
+            raise UsageError(f"{name} has {has}: leave out --mask-from alpha")
+        return evidence.painted(alpha, faint_too=True)
+    pixels = pixels if alpha is None else evidence.on_black(pixels, alpha)
+    if source == "luma" or pixels.shape[2] == 1:
+        return threshold(evidence.luma(pixels), name)
+    channel = pixels[..., CHANNELS.index(source)]
+    if evidence.common_colour(pixels).min() > WHITE / 2:  # on a white background: what of the channel is not white
+        channel = channel - evidence.smallest(pixels)
+    return threshold(channel, name)
+
+
+def _of_index(exact: np.ndarray, indices: np.ndarray | None, number: int, name: str) -> Mask:
+    values = exact[..., 0] if indices is None else indices
+    if indices is None and (exact != values[..., None]).any():
+        raise UsageError(f"{name} has colours and no palette: --mask-from index:N needs a palette, or grey levels")
+    hole: Mask = values == number
+    if not hole.any():
+        raise UsageError(f"{name} has no pixel of index {number}: it holds {_listed(np.unique(values))}")
+    return hole
+
+
+# The steps of the decision
+
+
+def _of_layer(pixels: Bytes, alpha: Bytes, name: str) -> Mask | None:
+    """Of a file with clear pixels; None for black and white, which are to be read on black."""
+    shown = alpha > max(NOISE / 2, int(alpha.max()) / 2)
+    opaque, clear = _percent(float(shown.mean())), _percent(1 - float(shown.mean()))
+    if evidence.is_photograph(pixels, shown):
+        options = "--mask-from alpha --invert-mask fills that part, --mask-from alpha the other"
+        _refuse(name, f"is a photograph of which {clear} is transparent", options)
+    if evidence.has_black_and_white(pixels, shown):
+        return None
+    if shown.mean() > 0.5:
+        options = "--mask-from alpha fills the opaque one, --mask-from alpha --invert-mask the other"
+        _refuse(name, f"has one part of {opaque} that is opaque and one of {clear} that is transparent", options)
+    return evidence.painted(alpha, faint_too=True)
+
+
+def _of_labels(indices: np.ndarray, pixels: Bytes, name: str) -> tuple[Mask, str] | None:
+    """Of a palette picture; None where its colours tell as much, or where its indices are no labels."""
+    labels = evidence.exact_labels(indices)
+    if len(labels) < 2:
+        return None
+    colours = [pixels[divmod(int((indices == label).argmax()), indices.shape[1])].astype(int) for label in labels]
+    common = max(labels, key=lambda label: int((indices == label).sum()))
+    if len(labels) == 2 and np.abs(colours[0] - colours[1]).max() > evidence.APART:
+        if not _coloured(colours[labels.index(common)]):
+            return None
+    elif (
+        len(labels) > 2
+        and not any(map(_coloured, colours))
+        and _white_parts(sorted({0, *(int(colour[0]) for colour in colours)}))
+    ):
+        return None
+    background = 0 if 0 in labels else common
+    others = [label for label in labels if label != background]
+    if len(others) > 1:
+        shares = [f"{label} ({_percent(float((indices == label).mean()))})" for label in others]
+        seen = f"has {len(others)} palette labels besides {background}, {_listed(shares)}"
+        _refuse(name, seen, "fill one with --mask-from index:N")
+    return indices != background, f"{name} tells its parts apart by palette index: {others[0]} is filled"
+
+
+def _of_colours(pixels: Bytes, name: str) -> tuple[Mask, str]:
+    """Of a file that is not grey: strokes of one colour, or white on a colour.
+
+    Strokes are coloured, and white where only the background is. Of two colours the common one is the background.
+    """
+    common = evidence.common_colour(pixels)
+    distance = evidence.colour_distance(pixels, common)
+    if distance.max() <= NOISE:
+        _refuse(name, f"is {_named(common)} everywhere and marks nothing", "")
+    other = evidence.far_colour(pixels, distance)
+    amount, apart = evidence.along(pixels, common, other)
+    strokes = int((distance > max(NOISE, float(distance.max()) / 2)).sum())
+    if int(evidence.core(apart > evidence.OFF_LINE, 3).sum()) > 0.08 * strokes:
+        seen = f"has more than one colour besides {_named(common)}"
+        _refuse(name, seen, "take one channel with --mask-from red, green or blue")
+    share = float((distance <= NOISE).mean())
+    if _coloured(common) and not _coloured(other) and share <= 0.5:
+        common, other, amount = other, common, WHITE - amount
+    elif _coloured(common) and share <= (0.6 if _coloured(other) else 0.8 if other.min() >= 192 else 1):
+        channel = CHANNELS[int(np.argmax(common - other))]
+        _refuse(
+            name,
+            f"is {_named(common)} on {_percent(share)} of it and {_named(other)} on the rest",
+            f"--mask-from {channel} fills the {_named(common)}, --mask-from {channel} --invert-mask the rest",
+        )
+    note = f"{name} has {_named(other)} strokes on {_named(common)}: the strokes are filled"
+    return evidence.painted(amount), note
+
+
+def _of_greys(values: Bytes, exact: np.ndarray, name: str) -> tuple[Mask, str]:
+    """Of brightness; ``exact`` are the same in the file's own depth, for they may be labels."""
+    labels = evidence.exact_labels(exact)
+    low, high = int(values.min()), int(values.max())
+    if len(labels) == 2 and labels[0] == 0:
+        note = f"{name} has the values 0 and {labels[1]}: the brighter is filled"
+        return exact > labels[1] / 2, "" if high > 0.9 * WHITE else note
+    if len(labels) > 2 and labels[-1] <= evidence.MOST_LABELS:
+        _refuse_levels(name, labels, exact=True)
+    if high - low <= NOISE:
+        if low > 0 and high <= WHITE - NOISE:
+            _refuse(name, f"is one grey ({high} of {WHITE}) everywhere and marks nothing", "")
+        return np.full(values.shape, high > WHITE - NOISE), ""
+    levels = evidence.flat_levels(values) or [low, high]
+    if len(levels) == 1:  # the strokes are too thin or too soft to be flat anywhere
+        levels = sorted([levels[0], high if high - levels[0] >= levels[0] - low else low])
+    if len(levels) == 2:
+        note = f"{name} has the grey levels {_listed(levels)}: the brighter is filled"
+        return values > sum(levels) / 2, "" if levels[0] <= NOISE and levels[1] > 0.9 * WHITE else note
+    if _white_parts(levels):
+        return values > WHITE / 2, f"{name} has the levels {_listed(levels)}: all above half are filled"
+    if evidence.one_brush(levels):
+        share = _percent((levels[1] - levels[0]) / (WHITE - levels[0]))
+        note = f"{name} was painted with a brush of {share} white: all of it is filled"
+        return values > (levels[0] + levels[1]) / 2, note
+    _refuse_levels(name, labels or levels, exact=bool(labels))
+
+
+def _white_parts(levels: Sequence[int]) -> bool:
+    """Whether all levels but the darkest are above half: then white and not black are the same."""
+    return levels[0] <= WHITE / 2 < min(levels[1:], default=0)
+
+
+def _coloured(colour: np.ndarray) -> bool:
+    return float(np.ptp(colour)) > evidence.COLOURED
+
+
+# Texts
+
+
+def _refuse(name: str, seen: str, remedy: str, separator: str = ": ") -> NoReturn:
+    save = "save the hole as white on black"
+    raise UsageError(f"{name} {seen}{separator}{f'{remedy}, or {save}' if remedy else save}")
+
+
+def _refuse_levels(name: str, levels: Sequence[int], exact: bool) -> NoReturn:
+    one = "--mask-from index:N fills one, " if exact else ""
+    _refuse(name, f"has {len(levels)} grey levels, {_listed(levels)}", f"{one}--mask-from luma those above half")
+
+
+def _listed(values: Sequence[object] | np.ndarray) -> str:
+    words = [str(value) for value in values]
+    if len(words) > 8:
+        words = [*words[:7], f"{len(words) - 7} more"]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "under 1%"
+
+
+def _named(colour: Colour) -> str:
+    """A word for ``colour``, such as red, and its hexadecimal digits."""
+    low, high = float(colour.min()), float(colour.max())
+    word = "black" if high <= 64 else "white" if low >= 192 else "grey"
+    if _coloured(colour):
+        red, green, blue = (colour > (low + high) / 2).tolist()
+        word = ("", "blue", "green", "cyan", "red", "magenta", "yellow")[4 * red + 2 * green + blue]
+    return f"{word} (#{''.join(f'{round(float(channel)):02x}' for channel in colour)})"

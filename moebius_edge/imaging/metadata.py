@@ -6,55 +6,37 @@ the picture are left out, for that copy would still show what has been removed f
 
 from __future__ import annotations
 
-import io
 import math
 import struct
+import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from .png_tiff import (
-    RATIONAL,
-    UNDEFINED,
-    Directory,
-    Unreadable,
-    integers,
-    longs,
-    read_directory,
-    shorts,
-    write_directory,
-)
+Fields = dict[int, Any]  # EXIF's by their numbers, as Pillow has them; the fields of an inner directory in a dictionary
 
-ICC_TAG, ORIENTATION = 34675, 274
-_X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 282, 283, 296
-_EXIF_IFD, _GPS_IFD, _INTEROPERABILITY_IFD = 34665, 34853, 40965
+_ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 274, 282, 283, 296
+_EXIF_IFD, _GPS_IFD, _MAKER_NOTE, _INTEROPERABILITY_IFD = 34665, 34853, 0x927C, 0xA005
 _SIZE = (0xA002, 0xA003)  # width and height, of the EXIF directory
 _METRES_PER_INCH = 0.0254
 _MAX_EXIF_VALUE = 60_000  # bytes
-
-# What is kept of each directory, by the numbers of EXIF 3.0: all of its fields but MakerNote (0x927C).
-_DESCRIPTION = frozenset([269, 270, 271, 272, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0)])
-_KEPT = {
-    _EXIF_IFD: frozenset(
-        [_INTEROPERABILITY_IFD, 0x829A, 0x829D, 0x8822, 0x8824, 0x8827, *range(0x8830, 0x8836), 0x9000, 0x9003]
-        + [0x9004, *range(0x9010, 0x9013), 0x9101, *range(0x9201, 0x920B), 0x9214, 0x9286, *range(0x9290, 0x9293)]
-        + [*range(0x9400, 0x9406), *range(0xA000, 0xA005), 0xA20B, 0xA20E, 0xA20F, 0xA210, 0xA214, 0xA215, 0xA217]
-        + [0xA300, 0xA301, *range(0xA401, 0xA40D), 0xA420, *range(0xA430, 0xA43D), *range(0xA460, 0xA463), 0xA500]
-    ),
-    _GPS_IFD: frozenset(range(32)),
-    _INTEROPERABILITY_IFD: frozenset([1, 2]),
-}
 _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"WEBPVP8", b"ftypavif", b"ftypheic")
 
-# What is asked of the first directory, of an EXIF block and of a TIFF file alike.
-EXIF_TAGS = _DESCRIPTION | {ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT, _EXIF_IFD, _GPS_IFD}
+# What is kept of each directory, by the numbers of EXIF 3.0.
+_DESCRIPTION = frozenset([269, 270, 271, 272, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0)])
+_EXIF_RANGES = (range(0x829A, 0x829E), range(0x8822, 0x8836), range(0x9000, 0x9406), range(0xA000, 0xA501))
+_KEPT = {
+    _EXIF_IFD: {n for numbers in _EXIF_RANGES for n in numbers} - {_MAKER_NOTE, _GPS_IFD, _INTEROPERABILITY_IFD},
+    _GPS_IFD: set(range(32)),
+}
 
-PNG_COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
-_SRGB_GAMMA = 45455
-_SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # white, red, green, blue
+PNG_COLOUR_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # lengths of the chunks
 _SRGB_CODE_POINTS = b"\1\x0d\0\1"  # cICP: BT.709 primaries, sRGB's curve, RGB, full range
+_SRGB_VALUES = {b"gAMA": (45455,), b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)}  # in 1/100 000
 
 
 @dataclass(frozen=True)
@@ -65,13 +47,13 @@ class Metadata:
         icc: the ICC profile that the samples are meant in.
         dpi: pixels per inch across and down.
         png_colour: the chunks (name, body) of a PNG that say what its samples mean.
-        exif: the first directory of the EXIF block, the others within it; without thumbnails.
+        exif: the fields of the first directory of the EXIF block, the others within it; without thumbnails.
     """
 
     icc: bytes | None = None
     dpi: tuple[float, float] | None = None
     png_colour: tuple[tuple[bytes, bytes], ...] = ()
-    exif: Directory = field(default_factory=dict)
+    exif: Fields = field(default_factory=dict)
 
     def png_chunks(self) -> list[tuple[bytes, bytes]]:
         """All of it as chunks of a PNG file."""
@@ -82,49 +64,27 @@ class Metadata:
             per_metre = [min(round(value / _METRES_PER_INCH), 2**31 - 1) for value in self.dpi]
             chunks.append((b"pHYs", struct.pack(">IIB", *per_metre, 1)))
         if self.exif:
-            chunks.append((b"eXIf", exif_block(self.exif)))
+            chunks.append((b"eXIf", exif_block(self.exif).removeprefix(b"Exif\0\0")))
         return chunks
 
-    def tiff_tags(self) -> Directory:
-        """All that a TIFF file can hold, as tags of its directory."""
-        tags = self.exif | self.resolution_tags()
-        return tags if self.icc is None else tags | {ICC_TAG: (UNDEFINED, self.icc)}
-
-    def resolution_tags(self) -> Directory:
-        """The resolution as tags of a TIFF or EXIF directory."""
-        if self.dpi is None:
-            return {}
-        x, y = (struct.pack("<II", min(round(value * 10_000), 2**32 - 1), 10_000) for value in self.dpi)
-        return {_X_RESOLUTION: (RATIONAL, x), _Y_RESOLUTION: (RATIONAL, y), _RESOLUTION_UNIT: shorts(2)}
+    def exif_with_resolution(self) -> Fields:
+        """The EXIF fields and the resolution among them, for files that have no other place for it."""
+        resolution = {} if self.dpi is None else dict(zip((_X_RESOLUTION, _Y_RESOLUTION), self.dpi, strict=True))
+        return self.exif | resolution | ({_RESOLUTION_UNIT: 2} if resolution else {})
 
     def special_colours(self) -> list[str]:
         """The names of the PNG chunks that a viewer of another format would miss: they say that this is not sRGB."""
         chunks = dict(self.png_colour)
-        if b"cICP" in chunks:
+        if b"cICP" in chunks:  # each of these takes precedence over those below
             return [] if chunks[b"cICP"] == _SRGB_CODE_POINTS else ["cICP"]
-        if self.icc is not None or b"sRGB" in chunks:  # they take precedence over the others
+        if self.icc is not None or b"sRGB" in chunks:
             return []
         special = []
-        if b"gAMA" in chunks and abs(int.from_bytes(chunks[b"gAMA"], "big") - _SRGB_GAMMA) > 500:
-            special.append("gAMA")
-        if b"cHRM" in chunks:
-            primaries = np.frombuffer(chunks[b"cHRM"], ">u4").astype(np.int64)
-            if np.abs(primaries - _SRGB_PRIMARIES).max() > 500:
-                special.append("cHRM")
+        for name, srgb in _SRGB_VALUES.items():
+            values = np.frombuffer(chunks.get(name, np.array(srgb, ">u4").tobytes()), ">u4").astype(np.int64)
+            if np.abs(values - srgb).max() > 500:
+                special.append(name.decode())
         return special
-
-
-def check_png_colour(name: bytes, body: bytes) -> bool:
-    """Whether the body of a chunk in ``PNG_COLOUR_CHUNKS`` has the length that it must have."""
-    return len(body) == {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}[name]
-
-
-def png_resolution(body: bytes) -> tuple[float, float] | None:
-    """The resolution in a pHYs chunk, in pixels per inch; None where it gives no unit."""
-    if len(body) != 9 or body[8] != 1:
-        return None
-    x, y = struct.unpack(">II", body[:8])
-    return plausible_dpi(x * _METRES_PER_INCH, y * _METRES_PER_INCH)
 
 
 def plausible_dpi(x: float, y: float) -> tuple[float, float] | None:
@@ -132,96 +92,73 @@ def plausible_dpi(x: float, y: float) -> tuple[float, float] | None:
     return (x, y) if all(math.isfinite(value) and 0.1 <= value <= 400_000 for value in (x, y)) else None
 
 
-def fits(icc: bytes, channels: int) -> bool:
-    """Whether ``icc`` looks like an ICC profile for samples of so many channels, alpha counted."""
-    space = b"GRAY" if channels < 3 else b"RGB "
-    return is_profile(icc) and icc[16:20] == space
+def is_profile(icc: object, space: bytes) -> bool:
+    """Whether ``icc`` is a whole ICC profile, by its header, for samples in a colour space such as b"RGB "."""
+    if not isinstance(icc, bytes) or len(icc) < 128 or not 128 <= int.from_bytes(icc[:4], "big") <= len(icc):
+        return False
+    return icc[36:40] == b"acsp" and icc[16:20] == space
 
 
-def is_profile(icc: bytes) -> bool:
-    """Whether the header of an ICC profile is sound: its signature is there, and the profile is not cut off."""
-    return len(icc) >= 128 and icc[36:40] == b"acsp" and 128 <= int.from_bytes(icc[:4], "big") <= len(icc)
+def read_exif(image: Image.Image, block: bytes | None) -> tuple[Fields, int, tuple[float, float] | None, bool]:
+    """What is kept of the EXIF ``block`` of ``image``; where it is None, of that which Pillow names, or a TIFF's tags.
 
-
-def read_exif(block: bytes) -> tuple[Directory, bool]:
-    """What is kept of an EXIF block, with its orientation and resolution; and whether it was undamaged."""
-    block = block.removeprefix(b"Exif\0\0")
-    stream, order = io.BytesIO(block), {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None or len(block) < 8:
-        return {}, False
-    try:
-        directory, _ = read_directory(stream, struct.unpack_from(order + "I", block, 4)[0], order, EXIF_TAGS)
-    except Unreadable:
-        return {}, False
-    return read_inner_directories(stream, directory, order)
-
-
-def read_inner_directories(
-    stream: BinaryIO, directory: Directory, order: str, big: bool = False
-) -> tuple[Directory, bool]:
-    """``directory`` with the EXIF and GPS directories that it points to; and whether these were undamaged.
-
-    The values that hold a picture are left out.
+    Returns:
+        The fields, without the orientation and the resolution; the orientation, 1 to 8, 1 being upright; pixels per
+        inch, None where there are none; and whether the block was undamaged.
     """
-    kept, sound = dict(directory), True
-    for pointer in (_EXIF_IFD, _GPS_IFD, _INTEROPERABILITY_IFD):
-        parent = kept.get(_EXIF_IFD, {}) if pointer == _INTEROPERABILITY_IFD else kept
-        if not isinstance(parent, dict) or pointer not in parent:
-            continue
-        places = integers(parent, pointer)
-        del parent[pointer]
+    exif, kept = Image.Exif(), Fields()
+    with warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("always")
         try:
-            inner, _ = read_directory(stream, places[0] if places else 0, order, _KEPT[pointer], big)
-            parent[pointer] = inner
-        except Unreadable:
-            sound = False
-    return _without_pictures(kept), sound
+            if image.format == "TIFF":
+                exif = image.getexif()
+            else:
+                exif.load(block or image.info.get("exif", b""))
+            kept = _kept(exif, _DESCRIPTION)
+            for pointer, numbers in _KEPT.items():
+                if inner := _kept(exif.get_ifd(pointer), numbers):
+                    kept[pointer] = inner
+        except Exception as error:  # Pillow meets damage with any exception at all
+            complaints.append(warnings.WarningMessage(str(error), UserWarning, "", 0))
+        orientation, dpi = _orientation_and_dpi(exif)
+    return kept, orientation, dpi, not complaints
 
 
-def _without_pictures(directory: Directory) -> Directory:
-    """``directory`` without the values that are too long for a field or hold a picture, as private uses might."""
-    kept: Directory = {}
-    for tag, entry in directory.items():
-        if isinstance(entry, dict):
-            if inner := _without_pictures(entry):
-                kept[tag] = inner
-        elif len(entry[1]) <= _MAX_EXIF_VALUE and not any(mark in entry[1] for mark in _PICTURE_SIGNATURES):
-            kept[tag] = entry
+def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int]) -> Fields:
+    """Those of ``numbers``, without values that are too long for a field or hold a picture, as private uses might."""
+    kept = {}
+    for number in numbers.intersection(fields):
+        value = fields[number]
+        data = value.encode("latin-1", "ignore") if isinstance(value, str) else value
+        if isinstance(data, bytes):
+            if len(data) > _MAX_EXIF_VALUE or any(mark in data for mark in _PICTURE_SIGNATURES):
+                continue
+            # Pillow writes text of other than ASCII as question marks, but bytes as they are.
+            value = value if isinstance(value, str) and value.isascii() else data
+        kept[number] = value
     return kept
 
 
-def take_orientation(directory: Directory) -> int:
-    """Remove the orientation from ``directory`` and return it, 1 to 8; 1 is upright."""
-    (orientation, *_) = integers(directory, ORIENTATION, (1,))
-    directory.pop(ORIENTATION, None)
-    return orientation if 1 <= orientation <= 8 else 1
+def _orientation_and_dpi(exif: Mapping[int, Any]) -> tuple[int, tuple[float, float] | None]:
+    values = []
+    for number, default in ((_ORIENTATION, 1), (_RESOLUTION_UNIT, 2), (_X_RESOLUTION, 0), (_Y_RESOLUTION, 0)):
+        try:
+            values.append(float(exif.get(number, default)))
+        except (TypeError, ValueError, ZeroDivisionError):
+            values.append(0.0)
+    orientation, unit, x, y = values
+    scale = {2.0: 1.0, 3.0: 2.54}.get(unit, 0.0)  # inches, centimetres
+    return int(orientation) if orientation in range(1, 9) else 1, plausible_dpi(x * scale, y * scale)
 
 
-def take_resolution(directory: Directory) -> tuple[float, float] | None:
-    """Remove the resolution from ``directory`` and return it in pixels per inch; None where it is in no unit."""
-    (unit, *_) = integers(directory, _RESOLUTION_UNIT, (2,))
-    values = [directory.pop(tag, None) for tag in (_X_RESOLUTION, _Y_RESOLUTION)]
-    directory.pop(_RESOLUTION_UNIT, None)
-    dots = []
-    for value in values:
-        if isinstance(value, tuple) and value[0] == RATIONAL and unit in (2, 3):
-            numerator, denominator = struct.unpack_from("<II", value[1])
-            dots.append(numerator / max(denominator, 1) * (2.54 if unit == 3 else 1))
-    return plausible_dpi(dots[0], dots[1]) if len(dots) == 2 else None
-
-
-def set_size(directory: Directory, width: int, height: int) -> None:
+def set_size(exif: Fields, width: int, height: int) -> None:
     """Correct the size that an EXIF block repeats: it was given before the picture was turned upright."""
-    inner = directory.get(_EXIF_IFD)
-    if isinstance(inner, dict):
-        inner.update({tag: longs(value) for tag, value in zip(_SIZE, (width, height), strict=True) if tag in inner})
+    inner = exif.get(_EXIF_IFD, {})
+    inner.update({number: value for number, value in zip(_SIZE, (width, height), strict=True) if number in inner})
 
 
-def exif_block(directory: Directory) -> bytes:
-    """``directory`` as the body of an eXIf chunk, or of another format's EXIF block."""
-    stream = io.BytesIO(b"II*\0\0\0\0\0")
-    stream.seek(8)
-    place = write_directory(stream, directory)
-    block = bytearray(stream.getvalue())
-    struct.pack_into("<I", block, 4, place)
-    return bytes(block)
+def exif_block(fields: Fields) -> bytes:
+    """``fields`` as an EXIF block."""
+    exif = Image.Exif()
+    exif.update(fields)
+    return exif.tobytes()

@@ -47,14 +47,13 @@ class Filling:
 
     def view(self, window: Window) -> tuple[Floats, Mask]:
         """What the network sees: RGB (R, R, 3) in [0, 1], and the hole (R, R), all that is not filled yet."""
-        return (
-            extract(self.canvas, window, self._resolution),
-            extract_mask(self._pending, window, self._resolution),
-        )
+        mask = extract_mask(self._pending, window, self._resolution)
+        return extract(self.canvas, window, self._resolution), mask
 
     def feather(self, window: Window) -> float:
         """The largest width of the window's seam in pixels: a wider one would end in a step at the square's edge."""
-        feather = default_feather(window) if self._feather is None else self._feather
+        widest = max(_LEAST_FEATHER, round(_FEATHER_SHARE * window.side))
+        feather = widest if self._feather is None else self._feather
         return min(feather, window.room(*self._mask.shape))
 
     def paste(self, window: Window, generated: Floats) -> None:
@@ -159,11 +158,6 @@ def _falloff(mask: Mask, width: float) -> Floats:
     gauss = np.exp(-4.5 * np.square(distance[seam] / np.float32(width)))
     share[seam] = (gauss - np.float32(end)) / np.float32(1 - end)
     return share
-
-
-def default_feather(window: Window) -> int:
-    """The largest width of a window's seam in pixels: 3% of its side, at least 4."""
-    return max(_LEAST_FEATHER, round(_FEATHER_SHARE * window.side))
 
 
 def _blend(target: np.ndarray, generated: np.ndarray, alpha: Floats, top: int, left: int) -> None:

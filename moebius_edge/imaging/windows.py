@@ -81,7 +81,7 @@ def plan_windows(mask: Mask, resolution: int) -> list[Window]:
     for box, thickness in _large_parts(mask, resolution):
         if _longest(box) > _COMPACT * thickness:
             windows += _covering(pending, box, _side(math.ceil(thickness), mask.shape, resolution))
-        elif pending[box[0] : box[2], box[1] : box[3]].any():
+        elif pending[_inside(box)].any():
             side = _side(_longest(box), mask.shape, resolution)
             windows.append(_taken(pending, _window_round(box, side, mask.shape), within=box))
     outer = bounds(pending)
@@ -93,10 +93,9 @@ def plan_windows(mask: Mask, resolution: int) -> list[Window]:
 def extract(pixels: np.ndarray, window: Window, resolution: int) -> Floats:
     """The square as the network sees it: RGB in [0, 1], (resolution, resolution, 3); grey is repeated."""
     square = _square(pixels, window)
-    scaled = square.astype(np.float32)
     if window.side != resolution:  # averaged in the samples' own type: a large window as floats is very large
-        scaled = np.asarray(cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA), np.float32)
-    scaled = scaled.reshape(resolution, resolution, -1) / np.float32(np.iinfo(pixels.dtype).max)
+        square = np.asarray(cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA))
+    scaled = square.astype(np.float32).reshape(resolution, resolution, -1) / np.float32(np.iinfo(pixels.dtype).max)
     return np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled
 
 
@@ -113,7 +112,7 @@ def extract_mask(mask: Mask, window: Window, resolution: int) -> Mask:
 
 
 def prefill(image: Floats, hole: Mask) -> Floats:
-    """``image`` (H, W, 3 in [0, 1]), its hole filled by Telea's fast marching (OpenCV), the rest as it was.
+    """``image`` (H, W, 3 in [0, 1]), its hole filled by Telea's fast marching, the rest as it was.
 
     It works on 8 bits, ample for what is noised afterwards. A hole without surroundings turns mid-grey.
     """
@@ -121,9 +120,17 @@ def prefill(image: Floats, hole: Mask) -> Floats:
     if hole.all():
         filled[...] = 0.5
     elif hole.any():
-        bytes_ = np.rint(image * 255).astype(np.uint8)
-        filled[hole] = telea(bytes_, hole)[hole].astype(np.float32) / 255
+        filled[hole] = telea(np.rint(image * 255).astype(np.uint8), hole)[hole].astype(np.float32) / 255
     return filled
+
+
+def parts(mask: Mask, cell: int) -> list[Box]:
+    """Boxes that hold all masked pixels: one for each connected part of ``mask`` on a grid of ``cell`` pixels."""
+    if not mask.any():
+        return []
+    _, boxes = _components(_pooled(mask, cell, np.any))
+    height, width = mask.shape
+    return [(cell * y, cell * x, min(cell * b, height), min(cell * r, width)) for y, x, b, r in boxes]
 
 
 def _large_parts(mask: Mask, resolution: int) -> Iterator[tuple[Box, float]]:
@@ -137,40 +144,31 @@ def _large_parts(mask: Mask, resolution: int) -> Iterator[tuple[Box, float]]:
     if outer is None:
         return
     cell = max(1, resolution // _CELLS)
-    inner = mask[outer[0] : outer[2], outer[1] : outer[3]]
-    touched, solid = _pooled(inner, cell, np.any), _pooled(inner, cell, np.all)
+    touched, solid = (_pooled(mask[_inside(outer)], cell, reduce) for reduce in (np.any, np.all))
     # The border of zeros makes the picture's edge an edge of the hole.
     depth = np.asarray(cv2.distanceTransform(np.pad(solid, 1).view(np.uint8), cv2.DIST_L2, 5))[1:-1, 1:-1]
     thickness = 2 * cell * depth
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(touched.view(np.uint8), connectivity=8)
-    for label in 1 + np.flatnonzero(stats[1:, 2:4].max(axis=1) * cell > resolution // 2):
-        x, y, w, h = stats[label, :4].tolist()
-        part = np.s_[y : y + h, x : x + w]
-        own = np.where(labels[part] == label, thickness[part], 0)
-        box = _tight(mask, outer, cell, (y, x, y + h, x + w), 0)
+    labels, boxes = _components(touched)
+    for label, cells in enumerate(boxes, start=1):
+        if _longest(cells) * cell <= resolution // 2:
+            continue
+        own = np.where(labels[_inside(cells)] == label, thickness[_inside(cells)], 0)
+        box = _tight(mask, outer, cell, cells, 0)
         longest, thickest = _longest(box), float(own.max())
         if longest <= _COMPACT * thickest:
             if longest > resolution // 2:
                 yield box, thickest
             continue
-        thick = (own > resolution / 2).astype(np.uint8)
-        _, cores, core_stats, _ = cv2.connectedComponentsWithStats(thick, connectivity=8)
-        for core, (cx, cy, cw, ch) in enumerate(core_stats[1:, :4].tolist(), start=1):
-            found = (y + cy, x + cx, y + cy + ch, x + cx + cw)
-            yield _tight(mask, outer, cell, found, resolution // 4 + 2 * cell), float(own[cores == core].max())
+        cores, core_boxes = _components(own > resolution / 2)
+        for core, (top, left, bottom, right) in enumerate(core_boxes, start=1):
+            place = (cells[0] + top, cells[1] + left, cells[0] + bottom, cells[1] + right)
+            yield _tight(mask, outer, cell, place, resolution // 4 + 2 * cell), float(own[cores == core].max())
 
 
-def parts(mask: Mask, cell: int) -> list[Box]:
-    """Boxes that hold all masked pixels: one for each connected part of ``mask`` on a grid of ``cell`` pixels."""
-    if not mask.any():
-        return []
-    grid = _pooled(mask, cell, np.any)
-    _, _, stats, _ = cv2.connectedComponentsWithStats(grid.view(np.uint8), connectivity=8)
-    height, width = mask.shape
-    return [
-        (cell * y, cell * x, min(cell * (y + h), height), min(cell * (x + w), width))
-        for x, y, w, h in stats[1:, :4].tolist()  # row 0 is the background
-    ]
+def _components(grid: Mask) -> tuple[np.ndarray, list[Box]]:
+    """The connected parts of ``grid``: their numbers from 1 on, (h, w), and a box for each."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(grid.view(np.uint8), connectivity=8)
+    return labels, [(y, x, y + h, x + w) for x, y, w, h in stats[1:, :4].tolist()]  # row 0 is the background
 
 
 def _pooled(mask: Mask, cell: int, reduce: Callable[..., Mask]) -> Mask:
@@ -192,17 +190,17 @@ def _tight(mask: Mask, outer: Box, cell: int, cells: Box, grown: int) -> Box:
 
 def _bounds_in(mask: Mask, box: Box) -> Box:
     """The bounding box of the masked pixels in ``box``, which holds at least one."""
-    tight = bounds(mask[box[0] : box[2], box[1] : box[3]])
+    tight = bounds(mask[_inside(box)])
     assert tight is not None, "there is a masked pixel in the box"
     return box[0] + tight[0], box[1] + tight[1], box[0] + tight[2], box[1] + tight[3]
 
 
+def _inside(box: Box) -> tuple[slice, slice]:
+    return slice(box[0], box[2]), slice(box[1], box[3])
+
+
 def _longest(box: Box) -> int:
     return max(box[2] - box[0], box[3] - box[1])
-
-
-def _margin(side: int) -> int:
-    return math.ceil(side * _MARGIN)
 
 
 def _side(length: int, shape: tuple[int, int], resolution: int) -> int:
@@ -218,7 +216,7 @@ def _covering(pending: Mask, box: Box, side: int) -> Iterator[Window]:
     may have with that pixel at its inner part's top, the one that fills most is taken.
     """
     shape = pending.shape
-    rows, columns = (n if side >= n else side - 2 * _margin(side) for n in shape)  # the inner part
+    rows, columns = (n if side >= n else side - 2 * math.ceil(side * _MARGIN) for n in shape)  # the inner part
     y = box[0]
     while y < box[2]:
         line = pending[y, box[1] : box[3]]
@@ -236,14 +234,19 @@ def _covering(pending: Mask, box: Box, side: int) -> Iterator[Window]:
 
 
 def _window_round(box: Box, side: int, shape: tuple[int, int]) -> Window:
-    """A window of ``side`` centred on ``box``, inside the picture wherever the picture is large enough."""
-    top, left = (_placed(box[a], box[a + 2], side, shape[a]) for a in (0, 1))
+    """A window of ``side`` centred on ``box``, but inside the picture; centred on the picture if that is smaller."""
+    top, left = (
+        -((side - shape[a]) // 2)
+        if side >= shape[a]
+        else min(max(0, (box[a] + box[a + 2] - side) // 2), shape[a] - side)
+        for a in (0, 1)
+    )
     return Window(top, left, side, box)
 
 
 def _taken(pending: Mask, window: Window, within: Box) -> Window:
     """``window`` with everything of ``pending`` that its inner part and the box ``within`` hold, which is cleared."""
-    margin, reach = _margin(window.side), []
+    margin, reach = math.ceil(window.side * _MARGIN), []
     for axis, start in enumerate((window.top, window.left)):
         end, length = start + window.side, pending.shape[axis]
         inner = (start + margin if start > 0 else 0), (end - margin if end < length else length)
@@ -251,31 +254,15 @@ def _taken(pending: Mask, window: Window, within: Box) -> Window:
         reach.append((max(min(inner[0], least), within[axis]), min(max(inner[1], most), within[axis + 2])))
     (top, bottom), (left, right) = reach
     fills = _bounds_in(pending, (top, left, bottom, right))
-    pending[fills[0] : fills[2], fills[1] : fills[3]] = False
+    pending[_inside(fills)] = False
     return replace(window, fills=fills)
-
-
-def _placed(start: int, end: int, side: int, length: int) -> int:
-    """Where ``side`` begins: centred on start..end but inside 0..length, or if longer, centred on that."""
-    if side >= length:
-        return -((side - length) // 2)
-    return min(max(0, (start + end - side) // 2), length - side)
 
 
 def _square(array: np.ndarray, window: Window) -> np.ndarray:
     """The square of ``array``, a view where it lies inside; a mask is reflected as its picture is."""
+    pads = []
     for axis, start in enumerate((window.top, window.left)):
         end, length = start + window.side, array.shape[axis]
-        inside = start >= 0 and end <= length
-        index = slice(start, end) if inside else _reflected(start, window.side, length)
-        array = array[index] if axis == 0 else array[:, index]
-    return array
-
-
-def _reflected(start: int, count: int, length: int) -> npt.NDArray[np.int64]:
-    """Indices start, start + 1, .. folded into 0..length - 1 the edge not repeated."""
-    if length == 1:
-        return np.zeros(count, np.int64)
-    period = 2 * (length - 1)
-    folded = np.abs(np.arange(start, start + count)) % period
-    return np.minimum(folded, period - folded)
+        pads.append((max(0, -start), max(0, end - length)))
+        array = array[max(0, start) : end] if axis == 0 else array[:, max(0, start) : end]
+    return np.pad(array, pads + [(0, 0)] * (array.ndim - 2), "reflect") if np.any(pads) else array

@@ -22,6 +22,7 @@ from ..imaging.masks import Mask, latent_mask, threshold
 from ..imaging.pictures import Picture
 from ..imaging.stitching import Filling
 from ..imaging.windows import Window, prefill
+from ..options import STARTS
 from ..runtimes import AUTO, Runtime, create_runtime
 from ..sampling.guidance import Interval, check_interval, choose_guidance, guidance_at
 from ..sampling.scheduler import SCHEDULERS, Scheduler
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["STARTS", "Inpainter", "Result", "Step", "check_finite", "denoise", "initial_noise"]
 
-STARTS = ("image", "prefill", "noise")
 STRENGTH = 0.99  # upstream's: of 20 steps the first is left out
 LARGE_SHARE = 0.9  # a mask covering more of the picture than this leaves too little to go by
 

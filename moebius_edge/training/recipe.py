@@ -17,10 +17,10 @@ from ..calibration.ranges import METHODS
 from ..data.masks import PRESETS
 from ..errors import UsageError
 from ..model.config import StudentConfig, TeacherConfig
+from ..options import STAGES
 from ..spec import LATENT_DOWNSCALE, NOISE_OFFSET
 from ..toml import parse_toml
 
-STAGES = ("teacher", "student", "guidance", "int8")
 TERMS = ("coarse", "fine", "task", "perceptual")
 
 _T = TypeVar("_T")

@@ -9,71 +9,85 @@ one line on stderr, a traceback a bug of ours. The commands are in ``commands/``
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from .commands import console
-from .errors import MachineError, MoebiusError, UsageError
+from .errors import MachineError, MoebiusError, OutOfMemory, UsageError
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _CLEANING_S = 5.0  # for so long after a signal further ones are ignored: temporary files are being removed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``arguments`` are by default those of the process."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in given
     # ONNX Runtime would keep an identifier in the home folder, and complain on stderr where there is none.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     if arguments is None:  # this process is the command and nothing else
         os.environ["MOEBIUS_EDGE_OWNS_PROCESS"] = "1"
-    with console.guarded_output() as output, _noticing_signals(ending=arguments is None) as received:
+    console.open_output()
+    with _noticing_signals(process_ends=arguments is None) as received:
+        code, error, unprinted = 0, None, None
         try:
-            code, message = _run(given)
+            code = _run(given)
+        except MoebiusError as failure:
+            error = failure
         except KeyboardInterrupt:
-            code, message = console.INTERRUPTED, "interrupted, nothing written"
-        except (Exception, SystemExit):  # typer makes a broken pipe a SystemExit
-            if not received and not output.broken:
+            error = console.Interrupted("interrupted, nothing written")
+        except (Exception, SystemExit) as end:  # typer makes a broken pipe a SystemExit
+            unprinted = console.probe_stdout() if isinstance(end, (OSError, SystemExit)) else None
+            if unprinted is None and not received:
                 raise
-            code, message = (console.INTERRUPTED, "interrupted") if received else (console.BROKEN_PIPE, "")
-        if received and message:
-            code, message = _ended_by(received[0], code, message)
+        if received:
+            error = _ended_by(received[0], error)
         try:
-            return output.finish(message, code, as_json)
+            return _finish(code, error, unprinted, "--json" in given)
         except KeyboardInterrupt:  # only what is printed is cut short
             return 128 + (received or [signal.SIGINT])[0]
 
 
-def _ended_by(number: int, code: int, message: str) -> tuple[int, str]:
-    """The exit code and the line of a command that was ended by signal ``number``.
+def _ended_by(number: int, error: MoebiusError | None) -> MoebiusError:
+    """What to say of a command that was ended by signal ``number``.
 
-    Ctrl-C in the import of a compiled module arrives as an ImportError, or as our error for one: the line is not
+    Ctrl-C in the import of a compiled module arrives as an ImportError, or as our error for one: the message is not
     about that then.
     """
-    if code != console.INTERRUPTED:
-        message = "interrupted"
+    message = str(error) if isinstance(error, console.Interrupted) else "interrupted"
     if number != signal.SIGINT:
         message = message.replace("interrupted", "terminated", 1)
-    return 128 + number, message
+    return console.Interrupted(message, number)
+
+
+def _finish(code: int, error: MoebiusError | None, unprinted: OSError | None, as_json: bool) -> int:
+    """Print ``error``, if any, and all that is buffered; return the exit code of the process."""
+    if error is not None:
+        with suppress(OSError):
+            console.print_error(error, as_json)
+        console.flush_output()
+        return error.exit_code
+    unprinted = console.flush_output() or unprinted
+    if unprinted is None:
+        return code
+    if unprinted.errno == errno.EPIPE:
+        return code or 128 + signal.SIGPIPE
+    problem = MoebiusError(f"cannot write to standard output ({unprinted.strerror})", "redirect it elsewhere")
+    console.print_error(problem)
+    return code or problem.exit_code
 
 
 @contextmanager
-def _noticing_signals(ending: bool) -> Iterator[list[int]]:
+def _noticing_signals(process_ends: bool) -> Iterator[list[int]]:
     """Yield a list that Ctrl-C, SIGTERM and SIGHUP add to, besides raising ``KeyboardInterrupt`` as Ctrl-C always does.
 
     Temporary files are then removed and child processes ended by the same ``finally`` clauses, whatever the signal.
-    ``ending`` says that the process ends after this.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may, and need, handle signals
-        return
     last = float("-inf")
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -85,7 +99,7 @@ def _noticing_signals(ending: bool) -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     before = {}
-    for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             before[number] = signal.signal(number, handler)
     try:
@@ -93,30 +107,27 @@ def _noticing_signals(ending: bool) -> Iterator[list[int]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old or signal.SIG_DFL)
-        if ending:  # Python's own handler would print a traceback while the interpreter shuts down
+        if process_ends:  # Python's own handler would print a traceback while the interpreter shuts down
             signal.signal(signal.SIGINT, signal.SIG_IGN if received else signal.SIG_DFL)
 
 
-def _run(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of a command, and the error to print, if any."""
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command that has ended without an error; any other end is raised."""
     from .commands.app import Abort, ParseError, app, parse_message
 
     try:
         os.getcwd()
     except OSError as error:
-        return MachineError.exit_code, f"the current folder is gone ({error.strerror}): run `cd` to one that exists"
+        raise MachineError(f"the current folder is gone ({error.strerror})", "run `cd` to one that exists") from None
     try:
         code = app(args=arguments or ["--help"], prog_name="moebius-edge", standalone_mode=False)
-    except MoebiusError as error:
-        return error.exit_code, str(error)
     except ParseError as error:
-        return UsageError.exit_code, parse_message(error)
+        raise UsageError(*parse_message(error)) from None
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
-        message = f"not enough memory{reason}: close other programs or use a smaller image"
-        return MachineError.exit_code, message
+        raise OutOfMemory(f"not enough memory{reason}", "close other programs or use a smaller image") from None
     except Abort:  # how typer passes on Ctrl-C; newer versions return the code instead
         code = console.INTERRUPTED
     if code == console.INTERRUPTED:
         raise KeyboardInterrupt
-    return (code if isinstance(code, int) else 0), ""
+    return code if isinstance(code, int) else 0

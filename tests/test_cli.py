@@ -14,13 +14,15 @@ import pytest
 import typer
 
 import moebius_edge
-from moebius_edge import errors
+from moebius_edge import errors, options
+from moebius_edge.calibration.quantise import TARGETS
+from moebius_edge.calibration.ranges import METHODS
 from moebius_edge.cli import main
 from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
-from moebius_edge.commands.run import Preset, Sampler, Start
-from moebius_edge.pipeline.inpainter import STARTS
 from moebius_edge.pipeline.presets import PRESETS
+from moebius_edge.runtimes.auto import CANDIDATES
+from moebius_edge.runtimes.flavours import FLAVOURS
 from moebius_edge.sampling.scheduler import SCHEDULERS
 
 COMMANDS = ("run", "inspect", "compare", "profile", "doctor", "download", "export", "train")
@@ -58,7 +60,7 @@ def test_help_answers_in_a_blink() -> None:
 
 
 def test_the_device_path_never_imports_torch() -> None:
-    modules = ("cli", "pipeline.inpainter", "bundle.bundle", "imaging.pictures", "runtimes.ort", "commands.session")
+    modules = ("cli", "pipeline.inpainter", "bundle.bundle", "imaging.pictures", "runtimes.ort", "commands.run")
     code = "import sys\n" + "".join(f"import moebius_edge.{m}\n" for m in modules)
     done = fresh(code + "print([m for m in ('torch', 'onnx', 'diffusers') if m in sys.modules])")
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
@@ -113,10 +115,13 @@ def test_usage_errors_are_one_line_and_exit_2(
     assert err.count("\n") == 1
 
 
-def test_choices_are_those_of_the_modules_not_imported() -> None:
-    assert tuple(s.value for s in Start) == STARTS
-    assert {s.value for s in Sampler} == set(SCHEDULERS)
-    assert {s.value for s in Preset} == set(PRESETS)
+def test_the_choices_are_those_of_the_modules_that_implement_them() -> None:
+    assert tuple(SCHEDULERS) == options.SCHEDULERS
+    assert tuple(PRESETS) == options.PRESETS
+    assert tuple(FLAVOURS) == options.ENGINES
+    assert set(options.DEVICES) == {candidate.device for candidate in CANDIDATES}
+    assert tuple(METHODS) == options.RANGES
+    assert tuple(TARGETS) == options.INT8_TARGETS
 
 
 @pytest.mark.parametrize(

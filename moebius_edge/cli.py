@@ -3,8 +3,8 @@
 Exit codes: 0 done, 1 the results could not be printed, 2 usage, 3 the machine lacks something, 4 damaged bundle,
 5 a quality gate missed, 6 part of a batch failed; ended by a signal 128 and its number, as shells report it: 130 by
 Ctrl-C, 143 by SIGTERM, 129 by a terminal that closes, 141 by a reader of the output that has gone. A user's error is
-one line on stderr, a traceback a bug of ours. The commands are in ``commands/``. Even typer is imported inside
-``main``, so that Ctrl-C at any moment ends without a traceback.
+one line on stderr, a traceback a bug of ours. Even typer is imported inside ``main``, so that Ctrl-C at any moment ends
+without a traceback.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 from .commands import console
 from .errors import MachineError, MoebiusError, OutOfMemory, UsageError
 
 _CLEANING_S = 5.0  # for so long after a signal further ones are ignored: temporary files are being removed
+_UNPRINTED = (errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,52 +34,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["MOEBIUS_EDGE_OWNS_PROCESS"] = "1"
     console.open_output()
     with _noticing_signals(process_ends=arguments is None) as received:
-        code, error, unprinted = 0, None, None
+        code, error = 0, None
         try:
             code = _run(given)
         except MoebiusError as failure:
             error = failure
         except KeyboardInterrupt:
             error = console.Interrupted("interrupted, nothing written")
-        except (Exception, SystemExit) as end:  # typer makes a broken pipe a SystemExit
-            unprinted = console.probe_stdout() if isinstance(end, (OSError, SystemExit)) else None
-            if unprinted is None and not received:
+        except (Exception, SystemExit) as end:
+            # A file's error has its name; typer makes a broken pipe a SystemExit.
+            is_output = isinstance(end, OSError) and end.filename is None and end.errno in _UNPRINTED
+            if not (received or is_output or isinstance(end, SystemExit)):
                 raise
-        if received:
+            error = _unprinted(end)
+        if received and error is not None:
             error = _ended_by(received[0], error)
         try:
-            return _finish(code, error, unprinted, "--json" in given)
+            if error is not None:
+                console.print_error(error, "--json" in given)
+            if (unprinted := console.flush_output()) is not None and error is None:
+                error = _unprinted(unprinted)
+                console.print_error(error)
         except KeyboardInterrupt:  # only what is printed is cut short
             return 128 + (received or [signal.SIGINT])[0]
+        return code or (0 if error is None else error.exit_code)
 
 
-def _ended_by(number: int, error: MoebiusError | None) -> MoebiusError:
+def _unprinted(failure: BaseException) -> MoebiusError:
+    """What to say of results that could not be printed; nothing where their reader has gone, as ``head`` does."""
+    if not isinstance(failure, OSError) or failure.errno == errno.EPIPE:
+        return console.Interrupted("", signal.SIGPIPE)
+    return MoebiusError(f"cannot write to standard output ({failure.strerror})", "redirect it elsewhere")
+
+
+def _ended_by(number: int, error: MoebiusError) -> MoebiusError:
     """What to say of a command that was ended by signal ``number``.
 
     Ctrl-C in the import of a compiled module arrives as an ImportError, or as our error for one: the message is not
     about that then.
     """
-    message = str(error) if isinstance(error, console.Interrupted) else "interrupted"
+    message = str(error) if isinstance(error, console.Interrupted) and str(error) else "interrupted"
     if number != signal.SIGINT:
         message = message.replace("interrupted", "terminated", 1)
     return console.Interrupted(message, number)
-
-
-def _finish(code: int, error: MoebiusError | None, unprinted: OSError | None, as_json: bool) -> int:
-    """Print ``error``, if any, and all that is buffered; return the exit code of the process."""
-    if error is not None:
-        with suppress(OSError):
-            console.print_error(error, as_json)
-        console.flush_output()
-        return error.exit_code
-    unprinted = console.flush_output() or unprinted
-    if unprinted is None:
-        return code
-    if unprinted.errno == errno.EPIPE:
-        return code or 128 + signal.SIGPIPE
-    problem = MoebiusError(f"cannot write to standard output ({unprinted.strerror})", "redirect it elsewhere")
-    console.print_error(problem)
-    return code or problem.exit_code
 
 
 @contextmanager
@@ -98,10 +96,8 @@ def _noticing_signals(process_ends: bool) -> Iterator[list[int]]:
             last = now
             raise KeyboardInterrupt
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            before[number] = signal.signal(number, handler)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # as nohup does
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *numbers)}
     try:
         yield received
     finally:
@@ -127,7 +123,7 @@ def _run(arguments: list[str]) -> int:
         reason = f" ({error})" if str(error) else ""
         raise OutOfMemory(f"not enough memory{reason}", "close other programs or use a smaller image") from None
     except Abort:  # how typer passes on Ctrl-C; newer versions return the code instead
-        code = console.INTERRUPTED
-    if code == console.INTERRUPTED:
+        code = 128 + signal.SIGINT
+    if code == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -7,6 +7,7 @@ by ``export.layers``.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..metrics.trajectory import Scene, Trajectory
     from ..runtimes import Runtime as Executor
 
+_LAYERS = 20  # tensors in the table; --json has all
 SEED = 20  # the gate's: ``trajectory.SEED``, which is not imported here, for that takes numpy and OpenCV
 
 
@@ -50,7 +52,7 @@ def compare(
     --layers shows where the denoisers part on one call, the largest relative error first.
     """
     if layers:
-        _compare_layers(bundle_a, bundle_b, as_json)
+        _compare_layers((bundle_a, bundle_b), (device_a, device_b), as_json)
         return
     from ..bundle.bundle import Bundle
     from ..metrics.fidelity import compare as compare_trajectories
@@ -85,16 +87,21 @@ def compare(
         _print(document)
 
 
-def _compare_layers(a: str, b: str, as_json: bool) -> None:
-    with console.needs("compare --layers", "export"), console.progress() as on_progress:
-        from ..export.layers import compare_layers
+def _compare_layers(names: tuple[str, str], devices: tuple[str, str], as_json: bool) -> None:
+    """Print where two denoisers part on one call: every tensor for ``--json``, else those that are furthest apart."""
+    from ..bundle.bundle import Bundle
 
-        rows = compare_layers(a, b, on_progress=on_progress)
-    rows = sorted(rows, key=lambda row: row.relative_error, reverse=True)
+    files = [Path(name) if name.endswith(".onnx") else Bundle.load(name).component_path("denoiser") for name in names]
+    providers = ["cpu" if device == AUTO else device for device in devices]
+    with console.needs("compare --layers", "export"), console.progress() as on_progress:
+        from ..export.layers import compare_layers  # type: ignore[import-not-found,unused-ignore]
+
+        found = compare_layers(*files, provider_a=providers[0], provider_b=providers[1], on_progress=on_progress)
+    rows = [vars(row) | {"psnr_db": row.psnr_db if math.isfinite(row.psnr_db) else None} for row in found]
     if as_json:
-        console.print_json({"a": a, "b": b, "tensors": [vars(row) for row in rows]})
-        return
-    console.print_table([vars(row) for row in rows])
+        console.print_json({"a": str(files[0]), "b": str(files[1]), "tensors": rows})
+    else:
+        console.print_table(rows[:_LAYERS])
 
 
 def _guidance_scales(a: Bundle, b: Bundle, chosen: float | None) -> tuple[float, float, float]:

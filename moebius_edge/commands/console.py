@@ -22,7 +22,6 @@ from ..text import ESCAPED, json_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 _WIDTH_OF_A_LOG = 1000  # columns where stdout is no terminal: nothing is cut or wrapped
 _LINE_EVERY_S = 5.0  # how often progress writes a line where stderr is no terminal
 
@@ -39,15 +38,10 @@ class Interrupted(MoebiusError):
 
 
 def open_output() -> None:
-    """Make stdout and stderr streams that print any name, with escapes where no encoding can.
-
-    A closed descriptor is occupied, for else the next file to be opened would get what is printed; writing to it fails.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # a new descriptor is the lowest that is free
-            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+    """Make stdout and stderr print any name, with escapes where no encoding can; writing to a closed one fails."""
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) < 3:  # else the next file would get what is printed
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -68,15 +62,6 @@ def flush_output() -> OSError | None:
     return failure
 
 
-def probe_stdout() -> OSError | None:
-    """Why nothing more can be written to stdout; None where a line can, which it then was."""
-    try:
-        os.write(1, b"\n")
-        return None
-    except OSError as error:
-        return error
-
-
 # --- errors, notes, documents, tables ------------------------------------------------------------------------------
 
 
@@ -85,10 +70,13 @@ def print_error(error: MoebiusError, as_json: bool = False) -> None:
 
     The document has the remedy, a command or a change that mends it, for itself where the error has one.
     """
-    line, code = _one_line(str(error)), error.exit_code
-    _say(line if code > 128 else f"{_coloured('error:', 31)} {line}")  # being ended by a signal is no error
-    if as_json:
-        print_json({"error": line, **({"remedy": error.remedy} if error.remedy else {})}, code)
+    line = _one_line(str(error))
+    if line:
+        ended = isinstance(error, Interrupted)  # by a signal, which is no error
+        _say(line if ended else f"{_coloured('error:', 31)} {line}")
+    if line and as_json:
+        with suppress(OSError):
+            print_json({"error": line, **({"remedy": error.remedy} if error.remedy else {})}, error.exit_code)
 
 
 def note(message: str) -> None:
@@ -136,9 +124,8 @@ def shown(name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
-        inner = [(f"{key}." if isinstance(each, Mapping) else f"{key} ", key, each) for key, each in value.items()]
-        parts = [(start, shown(key, each)) for start, key, each in inner]
-        return ", ".join(start.replace("_", " ") + text for start, text in parts if text)
+        parts = ((key.replace("_", " "), shown(key, each)) for key, each in _leaves(value))
+        return ", ".join(f"{key} {text}" for key, text in parts if text)
     if isinstance(value, (list, tuple)):
         texts = [shown(name, each) for each in value]
         return f"{texts[0]} .. {texts[-1]} ({len(texts)} values)" if len(texts) > 8 else " x ".join(texts)
@@ -149,6 +136,14 @@ def shown(name: str, value: Any) -> str:
     if name.endswith("_ms"):
         return f"{value:.1f}" if value < 100 else f"{value:.0f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def size(count: float) -> str:

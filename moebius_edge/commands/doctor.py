@@ -7,11 +7,8 @@ broken. Of everything else only the version is looked up.
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -36,7 +33,6 @@ _OPTIONAL = {  # name -> distributions, extra, purpose: what other commands need
     "torch": (("torch",), "export", "export and train"),
     "huggingface_hub": (("huggingface_hub",), "download", "download"),
 }
-_MIN_FREE_BYTES = 3_000_000_000  # the published weights, their VAE, and the bundle made from them
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def doctor(as_json: AsJson = False) -> int:
     from ..system.machine import machine_info
 
     machine, board = machine_info(), read_board()
-    checks = [*_packages(bool(machine["gpus"])), _model(), *_optional_packages(), *_places()]
+    checks = [*_packages(bool(machine["gpus"])), _model(), *_optional_packages()]
     for finding in [] if board is None else findings(board):  # ``run`` works all the same
         checks.append(Check(finding.name, OK if finding.fine else WARNING, finding.detail, finding.remedy))
     failed = next((check for check in checks if check.required and check.state != OK), None)
@@ -120,29 +116,6 @@ def _optional_packages() -> Iterator[Check]:
             yield Check(name, MISSING, f"for {purpose}", f'pip install "moebius-edge[{extra}]"')
         else:
             yield Check(name, OK, f"{version[1]}, for {purpose}")
-
-
-def _places() -> Iterator[Check]:
-    """Where results and downloads go."""
-    from .download import cache_folder
-
-    yield _place("this folder", Path.cwd())
-    try:
-        yield _place("download cache", cache_folder())
-    except MachineError as error:
-        yield Check("download cache", BROKEN, str(error), "export XDG_CACHE_HOME=FOLDER")
-
-
-def _place(name: str, folder: Path) -> Check:
-    existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-    free = shutil.disk_usage(existing).free
-    detail = f"{folder}, {console.size(free)} free"
-    if not os.access(existing, os.W_OK):
-        return Check(name, BROKEN, f"{detail}, not writable", f"chmod u+w {existing}")
-    if free < _MIN_FREE_BYTES:
-        detail += f"; published weights need {console.size(_MIN_FREE_BYTES)}"
-        return Check(name, BROKEN, detail, f"du -sh {existing}/*")
-    return Check(name, OK, detail)
 
 
 def _print(machine: dict[str, Any], board: Board | None, checks: list[Check]) -> None:

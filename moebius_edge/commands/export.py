@@ -110,9 +110,11 @@ def export(
     elif output is None:
         raise UsageError("Missing option '--output' / '-o'", "name the bundle's folder, which is made")
     elif precision == "int8":
-        quantisation = {"data": calibration_data and str(calibration_data), "target": target, "recipe": int8_recipe,
-                        "masks": calibration_masks and str(calibration_masks), "ranges": ranges}  # fmt: skip
-        bundle = _quantise(source, vae, output, gate, min_psnr, calibration_cache, quantisation, notes, force)
+        bundle = _quantise(
+            source, vae, output, gate, notes, force, calibration_cache, data=calibration_data and str(calibration_data),
+            masks=calibration_masks and str(calibration_masks), target=target, recipe=int8_recipe, ranges=ranges,
+            min_psnr_db=min_psnr, steps=steps, guidance=guidance,
+        )  # fmt: skip
     else:
         from ..export import export_bundle
 
@@ -165,25 +167,15 @@ def _fractions(on_progress: Progress) -> Callable[[str, float | None], None]:
     return lambda what, fraction: on_progress(what, round((fraction or 0) * 100), 0 if fraction is None else 100)
 
 
-def _quantise(
-    source: str,
-    vae: Path | None,
-    output: Path,
-    gate: dict[str, Any],
-    min_psnr: float | None,
-    cache: Path | None,
-    quantisation: dict[str, Any],
-    notes: list[str],
-    force: bool,
-) -> Bundle:
+def _quantise(source: str, vae: Path | None, output: Path, gate: dict[str, Any], notes: list[str], force: bool,
+              cache: Path | None, **chosen: Any) -> Bundle:  # fmt: skip
     """An INT8 bundle of ``source``, which is exported in float32 first where it is a checkpoint."""
     from ..export import float32_bundle
 
     with console.needs("INT8", "export"):
-        from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
+        from ..calibration.int8 import Int8Options, default_folder, quantise_bundle
     folder = cache or default_folder(output)
-    floor, trajectory = MIN_PSNR_DB if min_psnr is None else min_psnr, (gate["steps"], gate["guidance"])
-    options = Int8Options(folder, **quantisation, min_psnr_db=floor, steps=trajectory[0], guidance=trajectory[1])
+    options = Int8Options(folder, **{name: value for name, value in chosen.items() if value is not None})
 
     def interrupted() -> str:
         kept = f" but {folder}: the same command goes on with it" if folder.is_dir() else ""

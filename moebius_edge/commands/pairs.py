@@ -50,22 +50,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """The pictures of ``folder`` in order, and a sentence each on the files and on the folders that were left out."""
+    """The pictures of ``path`` in order, and a sentence each on the files and on the folders that were left out."""
 
-    folder: Path
+    path: Path
     pictures: list[Path]
     notes: list[str]
 
     def by_key(self) -> dict[Key, list[Path]]:
         keys: dict[Key, list[Path]] = {}
-        for path in self.pictures:
-            keys.setdefault(name_key(path.relative_to(self.folder)), []).append(path)
+        for picture in self.pictures:
+            keys.setdefault(name_key(picture.relative_to(self.path)), []).append(picture)
         return dict(sorted(keys.items()))
 
+    def job(self, image: Path, mask: Path | None, output: Path, problem: str) -> Job:
+        """The job of one of the pictures, whose result keeps its place below ``output``."""
+        inside = image.relative_to(self.path)
+        return Job(image, mask, output / inside.with_suffix(".png"), str(inside), problem)
 
-def plan(
-    image: Path, mask: Path, output: Path | None, recursive: bool | None = None, pair_by: str = "name"
-) -> Plan:
+
+def plan(image: Path, mask: Path, output: Path | None, recursive: bool | None = None, pair_by: str = "name") -> Plan:
     """The jobs for IMAGE and MASK, both files or both folders.
 
     With ``recursive`` the folders below a folder are searched too, and results keep their place below ``output``; it is
@@ -79,24 +82,22 @@ def plan(
     for what, path in (("image", image), ("mask", mask)):
         if not os.path.exists(path):
             raise MachineError(f"there is no {what} {path}", "check the path")
-    if os.path.isdir(image) != os.path.isdir(mask):
-        first, second = ("folder", "file") if os.path.isdir(image) else ("file", "folder")
-        raise UsageError(f"{image} is a {first} but {mask} is a {second}", "give two files or two folders")
-    if os.path.isdir(image):
-        return _folders(image, mask, output, recursive, pair_by)
+    kinds = ["folder" if os.path.isdir(path) else "file" for path in (image, mask)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{image} is a {kinds[0]} but {mask} is a {kinds[1]}", "give two files or two folders")
+    if kinds[0] == "folder":
+        return _plan_folders(image, mask, output, recursive, pair_by)
     if recursive or pair_by == "order":
         option = "--recursive" if recursive else "--pair-by order"
         raise UsageError(f"{option} is for folders, but {image} is a file", "leave it out")
-    return Plan([_files(image, mask, output)], [image, mask])
+    return Plan([_plan_files(image, mask, output)], [image, mask])
 
 
-def _files(image: Path, mask: Path, output: Path | None) -> Job:
+def _plan_files(image: Path, mask: Path, output: Path | None) -> Job:
     from ..imaging.pictures import OUTPUT_FORMATS
 
-    default = f"{image.stem}_inpainted.png"
-    result = Path(default) if output is None else output
-    if os.path.isdir(result):
-        result = result / default
+    default = Path(f"{image.stem}_inpainted.png")
+    result = default if output is None else output / default if os.path.isdir(output) else output
     if result.suffix.lower() not in OUTPUT_FORMATS:
         what = f"extension {result.suffix}" if result.suffix else "no extension"
         raise UsageError(f"output {result} has {what}", f"use one of {', '.join(OUTPUT_FORMATS)}")
@@ -124,17 +125,16 @@ def _identity(path: Path) -> tuple[int, int] | str:
 
 def check_writable(path: Path) -> None:
     """Fail in milliseconds where writing ``path`` would fail after minutes of work."""
-    parent = path.parent
-    if not os.path.isdir(parent):
-        make = shlex.join(["mkdir", "-p", str(parent)])
-        raise MachineError(f"cannot write {path}, there is no folder {parent}", f"run `{make}`")
+    if not os.path.isdir(path.parent):
+        make = shlex.join(["mkdir", "-p", str(path.parent)])
+        raise MachineError(f"cannot write {path}, there is no folder {path.parent}", f"run `{make}`")
     check_replaceable(path)
     try:  # asking for rights would say yes on a read-only file system, and always to root
-        with tempfile.TemporaryFile(dir=parent):
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise MachineError(f"cannot write to {parent} ({reason})", "name an output elsewhere") from error
+        raise MachineError(f"cannot write to {path.parent} ({reason})", "name an output elsewhere") from error
 
 
 def check_replaceable(path: Path) -> None:
@@ -148,7 +148,7 @@ def check_replaceable(path: Path) -> None:
         raise MachineError(f"cannot write {path}, it is write-protected", "name another output")
 
 
-def _folders(images: Path, masks: Path, output: Path | None, recursive: bool | None, pair_by: str) -> Plan:
+def _plan_folders(images: Path, masks: Path, output: Path | None, recursive: bool | None, pair_by: str) -> Plan:
     """The jobs of two folders, or of one that holds both images and masks."""
     if output is None:
         raise UsageError(f"{images} is a folder", "name one for the results with --output DIR")
@@ -157,86 +157,69 @@ def _folders(images: Path, masks: Path, output: Path | None, recursive: bool | N
     if same_file(output, (images, masks)):
         raise UsageError(f"the output folder {output} holds the input", "name another with --output")
     check_writable(output / "any.png" if os.path.isdir(output) else output)
-    shared = os.path.samefile(images, masks)
     photos = find_pictures(images, recursive, [output, masks])
-    candidates = photos if shared else find_pictures(masks, recursive, [output, images])
+    candidates = None if os.path.samefile(images, masks) else find_pictures(masks, recursive, [output, images])
     if not photos.pictures:
         because = f" ({'; '.join(photos.notes)})" if photos.notes else ""
         raise UsageError(f"folder {images} holds no images{because}", "put PNG, JPEG, TIFF or other pictures into it")
-    notes = photos.notes if shared else photos.notes + candidates.notes
-    if pair_by == "order":
-        jobs = _by_order(photos, candidates, output, shared)
-        notes.append(f"paired by order: {jobs[0].name} with {jobs[0].mask}, and so on")
-    else:
-        jobs = _by_name(photos, candidates, output, shared)
-        if not shared and (unused := _unused(photos, candidates)):
-            notes.append(f"{console.counted(len(unused), 'mask')} without an image: {console.listed(unused)}")
-    inputs = [*photos.pictures, *candidates.pictures]
-    _check_outputs(jobs, inputs)
-    return Plan(jobs, inputs, notes)
-
-
-def _by_name(images: PictureFolder, masks: PictureFolder, output: Path, shared: bool) -> list[Job]:
-    """Each image with the mask of its own name, or of its name and ``_mask``, at the same place."""
-    photos, candidates = images.by_key(), masks.by_key()
-    jobs = []
-    for (place, stem), paths in photos.items():
-        if shared and stem.endswith(MASK_ENDING) and (place, stem.removesuffix(MASK_ENDING)) in photos:
-            continue  # it is the mask of another
-        same = [] if shared else candidates.get((place, stem), [])
-        fitting = same or candidates.get((place, stem + MASK_ENDING), [])
-        image, problem = paths[0], _shared_name(paths)
-        if not problem and len(fitting) > 1:
-            problem = f"{image.name} has {len(fitting)} masks, {' and '.join(p.name for p in fitting)}: keep one"
-        elif not problem and not fitting:
-            named = f"{image.stem}{MASK_ENDING}.png"
-            named = named if shared else f"{image.stem}.png or {named}"
-            folder = masks.folder / image.relative_to(images.folder).parent
-            problem = f"{image.name} has no mask: put {named} into {folder}"
-        jobs.append(_job(images, image, fitting[0] if fitting else None, output, problem))
-    return jobs
-
-
-def _by_order(images: PictureFolder, masks: PictureFolder, output: Path, shared: bool) -> list[Job]:
-    """The first image with the first mask, in the order of their names, and so on."""
-    if shared:
-        problem = f"--pair-by order needs two folders, but {images.folder} is both"
-        raise UsageError(problem, "put the masks into another")
-    if len(images.pictures) != len(masks.pictures):
-        raise UsageError(
-            f"--pair-by order needs as many masks as images, but {images.folder} holds {len(images.pictures)} pictures "
-            f"and {masks.folder} {len(masks.pictures)}",
-            "add or remove some",
-        )
-    problems = {path: _shared_name(paths) for paths in images.by_key().values() for path in paths}
-    pairs = zip(images.pictures, masks.pictures, strict=True)
-    return [_job(images, image, mask, output, problems[image]) for image, mask in pairs]
-
-
-def _job(images: PictureFolder, image: Path, mask: Path | None, output: Path, problem: str) -> Job:
-    inside = image.relative_to(images.folder)
-    return Job(image, mask, output / inside.with_name(f"{image.stem}.png"), str(inside), problem)
-
-
-def _shared_name(paths: list[Path]) -> str:
-    return "" if len(paths) == 1 else f"{' and '.join(path.name for path in paths)} share a name: rename one"
-
-
-def _unused(images: PictureFolder, masks: PictureFolder) -> list[str]:
-    """Names of pictures in the mask folder that fit no image: mostly a misspelt name."""
-    fitting = {key for place, stem in images.by_key() for key in ((place, stem), (place, stem + MASK_ENDING))}
-    inside = [path.relative_to(masks.folder) for path in masks.pictures]
-    return [str(path) for path in inside if name_key(path) not in fitting]
-
-
-def _check_outputs(jobs: list[Job], inputs: list[Path]) -> None:
-    """Raise ``UsageError`` where a result would replace a picture of the input folders, or another result."""
+    notes = photos.notes + (candidates.notes if candidates else [])
+    jobs = (_by_order if pair_by == "order" else _by_name)(photos, candidates, output, notes)
+    inputs = photos.pictures + (candidates.pictures if candidates else [])
     taken = {_identity(path): path for path in inputs}
     for job in jobs:
         other = None if job.problem else taken.setdefault(_identity(job.output), job.output)
         if other not in (None, job.output):
             problem = f"the output {job.output} leads to {other}, which would be lost"
             raise UsageError(problem, "remove the link, or name another folder with --output")
+    return Plan(jobs, inputs, notes)
+
+
+def _by_name(images: PictureFolder, masks: PictureFolder | None, output: Path, notes: list[str]) -> list[Job]:
+    """Each image with the mask of its own name, or of its name and ``_mask``, at the same place.
+
+    ``masks`` is None where they lie beside the images; ``notes`` gets one on masks without an image.
+    """
+    photos = images.by_key()
+    candidates = photos if masks is None else masks.by_key()
+    jobs, fitting = [], set()
+    for (place, stem), paths in photos.items():
+        if masks is None and stem.endswith(MASK_ENDING) and (place, stem.removesuffix(MASK_ENDING)) in photos:
+            continue  # it is the mask of another
+        keys = [(place, stem + MASK_ENDING)] if masks is None else [(place, stem), (place, stem + MASK_ENDING)]
+        fitting.update(keys)
+        image, problem = paths[0], _shared_name(paths)
+        found = next((candidates[key] for key in keys if key in candidates), [])
+        if not problem and len(found) > 1:
+            problem = f"{image.name} has {len(found)} masks, {' and '.join(path.name for path in found)}: keep one"
+        elif not problem and not found:
+            names = f"{image.stem}{MASK_ENDING}.png" if masks is None else f"{image.stem}.png or {image.stem}_mask.png"
+            folder = (masks or images).path / image.relative_to(images.path).parent
+            problem = f"{image.name} has no mask: put {names} into {folder}"
+        jobs.append(images.job(image, found[0] if found else None, output, problem))
+    unused = [] if masks is None else [path for key in candidates if key not in fitting for path in candidates[key]]
+    if masks is not None and unused:
+        names = console.listed([str(path.relative_to(masks.path)) for path in unused])
+        notes.append(f"{console.counted(len(unused), 'mask')} without an image: {names}")
+    return jobs
+
+
+def _by_order(images: PictureFolder, masks: PictureFolder | None, output: Path, notes: list[str]) -> list[Job]:
+    """The first image with the first mask, in the order of their names, and so on."""
+    if masks is None:
+        problem = f"--pair-by order needs two folders, but {images.path} is both"
+        raise UsageError(problem, "put the masks into another")
+    counts = len(images.pictures), len(masks.pictures)
+    if counts[0] != counts[1]:
+        held = f"{images.path} holds {counts[0]} pictures and {masks.path} {counts[1]}"
+        raise UsageError(f"--pair-by order needs as many masks as images, but {held}", "add or remove some")
+    notes.append(f"paired by order: {images.pictures[0].name} with {masks.pictures[0]}, and so on")
+    problems = {path: _shared_name(paths) for paths in images.by_key().values() for path in paths}
+    pairs = zip(images.pictures, masks.pictures, strict=True)
+    return [images.job(image, mask, output, problems[image]) for image, mask in pairs]
+
+
+def _shared_name(paths: list[Path]) -> str:
+    return "" if len(paths) == 1 else f"{' and '.join(path.name for path in paths)} share a name: rename one"
 
 
 def name_key(path: Path) -> Key:
@@ -255,27 +238,25 @@ def find_pictures(folder: Path, recursive: bool | None = None, leave_out: Sequen
     folders: list[str] = []
     seen = {os.path.realpath(path) for path in (folder, *leave_out)}
     for current, below, files in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
-        here = [name for name in sorted(below) if not name.startswith(".")]
-        below[:] = [name for name in here if os.path.realpath(os.path.join(current, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(current, name)) for name in below)
+        new = {os.path.realpath(os.path.join(current, name)): name for name in sorted(below) if name[0] != "."}
+        below[:] = [name for path, name in new.items() if path not in seen]
+        seen.update(new)
         if not recursive:
             folders += below
             below.clear()
-        for path in (Path(current, name) for name in sorted(files) if not name.startswith(".")):
+        for path in (Path(current, name) for name in sorted(files) if name[0] != "."):
             if _is_picture(path):
                 pictures.append(path)
             else:
                 others.append(str(path.relative_to(folder)))
-    pictures.sort(key=lambda path: path.relative_to(folder).parts)
-    notes = []
+    notes, hint = [], "" if recursive is None else "; add --recursive"
     if others:
         what = console.counted(len(others), "file")
         notes.append(f"{what} of {folder} skipped, no readable pictures: {console.listed(others)}")
     if folders:
-        hint = "" if recursive is None else "; add --recursive"
         what = console.counted(len(folders), "sub-folder")
         notes.append(f"{what} of {folder} skipped: {console.listed(folders)}{hint}")
-    return PictureFolder(folder, pictures, notes)
+    return PictureFolder(folder, sorted(pictures, key=lambda path: path.relative_to(folder).parts), notes)
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from ..errors import PartialFailure, UsageError
 from ..options import PRESETS, SCHEDULERS, STARTS
@@ -25,11 +25,21 @@ if TYPE_CHECKING:
 MERGE = "merge"
 IMAGES = "images"  # as --truth: the images themselves
 _SIZES = {"K": 10**3, "M": 10**6, "G": 10**9}
-T = TypeVar("T")
+_AXES: dict[str, tuple[str, type]] = {  # of ``Choices``: the option, and what its values are
+    "runtimes": ("runtime", str),
+    "devices": ("device", str),
+    "steps": ("steps", int),
+    "schedulers": ("scheduler", str),
+    "guidances": ("guidance", float),
+    "cache_intervals": ("cache_interval", int),
+    "starts": ("start", str),
+    "presets": ("preset", str),
+}
 Several = list[str] | None
 
 
 def report(
+    context: Context,
     bundles: Annotated[list[str], Argument(metavar="BUNDLE...", help="Folders, or 'tiny'; or: merge A.json B.json")],
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Where the report is kept.")],
     images: Annotated[Path | None, Option(metavar="DIR", help="The photographs.")] = None,
@@ -80,15 +90,9 @@ def report(
     if bundles[0] == MERGE:
         return _merge(bundles[1:], output, limits, force, as_json)
     axes: dict[str, Any] = {
-        "runtimes": _several("runtime", runtime, str),
-        "devices": _several("device", device, str),
-        "steps": _several("steps", steps, int),
-        "schedulers": _several("scheduler", scheduler, str),
-        "guidances": _several("guidance", guidance, float),
-        "cache_intervals": _several("cache-interval", cache_interval, int),
-        "starts": _several("start", start, str),
-        "presets": _several("preset", preset, str),
+        field: _several(option, context.params[option], kind) for field, (option, kind) in _AXES.items()
     }
+    baselines = _several("baseline", baseline, str)
     inputs = _inputs(images, masks, truth, output)
     from ..report.collect import Plan, collect
     from ..report.configurations import Choices
@@ -97,7 +101,7 @@ def report(
     from ..text import printable_values
 
     choices = Choices(**axes, seed=seed)
-    configurations = _configurations(bundles, choices, _several("baseline", baseline, str), reference)
+    configurations = _configurations(bundles, choices, baselines, reference)
     claim(output, force)
     plan = Plan(configurations, inputs, seed, runs, warmup, sustained, limits)
     interrupted = f"interrupted; what was measured is kept in {output}: run the same command to go on"
@@ -181,15 +185,16 @@ def _inputs(images: Path | None, masks: Path | None, truth: str, output: Path) -
     return inputs
 
 
-def _several(name: str, given: Sequence[str] | None, kind: Callable[[str], T]) -> tuple[T, ...]:
+def _several(name: str, given: Sequence[str] | None, kind: type) -> tuple[Any, ...]:
     """The values of an option that was given several times, or with commas; each once."""
     words = [word.strip() for text in given or () for word in text.split(",") if word.strip()]
     try:
         return tuple(dict.fromkeys(map(kind, words)))
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        problem = f"--{name} {','.join(words)} is no list of {what}"
-        raise UsageError(problem, f"write such as --{name} 4,8") from None
+        option = "--" + name.replace("_", "-")
+        problem = f"{option} {','.join(words)} is no list of {what}"
+        raise UsageError(problem, f"write such as {option} 4,8") from None
 
 
 def _bytes(text: str) -> int | None:

@@ -18,41 +18,27 @@ if TYPE_CHECKING:
 
 def train(
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Where the run is kept.")],
-    preset: Annotated[TrainingPreset, Option(help="The size of the bundled model, or of the published.")] = "tiny",
+    preset: Annotated[TrainingPreset, Option(help="The published size, or the bundled model's.")] = "moebius",
     stage: Annotated[Stage, Option(help="What is trained: student is distilled from a teacher.")] = "student",
-    images: Annotated[
-        str, Option(metavar="SOURCE", help="Pictures: a folder, a .jsonl list, or WebDataset .tar shards.")
-    ] = "",
+    images: Annotated[str, Option(metavar="SOURCE", help="A folder, a .jsonl list, or WebDataset .tar shards.")] = "",
     masks: Annotated[str, Option(metavar="DIR", help="Their masks; without, masks are drawn.")] = "",
-    latents: Annotated[
-        Path | None, Option(metavar="DIR", help="Where encoded pictures are kept, or lie already.")
-    ] = None,
+    latents: Annotated[Path | None, Option(metavar="DIR", help="Encoded pictures, to keep or to use.")] = None,
     vae: Annotated[Path | None, Option(metavar="DIR", help="The autoencoder, a diffusers folder.")] = None,
-    teacher: Annotated[
-        Path | None, Option(metavar="FILE", help="The teacher to distil from, or to go on training.")
-    ] = None,
-    student: Annotated[
-        Path | None, Option(metavar="FILE", help="The student to start from; without, a fresh one.")
-    ] = None,
-    int8_recipe: Annotated[
-        Path | None, Option(metavar="FILE.json", help="Stage int8: which blocks will be quantised.")
-    ] = None,
+    teacher: Annotated[Path | None, Option(metavar="FILE", help="To distil from, or to go on training.")] = None,
+    student: Annotated[Path | None, Option(metavar="FILE", help="To start from; without, a fresh one.")] = None,
+    int8_recipe: Annotated[Path | None, Option(metavar="FILE.json", help="Stage int8: what is quantised.")] = None,
     config: Annotated[Path | None, Option(metavar="FILE.toml", help="A recipe in place of the preset's.")] = None,
-    settings: Annotated[
-        list[str] | None, Option("--set", metavar="NAME=VALUE", help="One value, such as optimiser.steps=2000.")
-    ] = None,
+    settings: Annotated[list[str], Option("--set", metavar="NAME=VALUE", help="As optimiser.steps=2000.")] = [],  # noqa: B006
     resume: Annotated[bool, Option("--resume", help="Go on with the run in --output.")] = False,
     device: Annotated[TrainingDevice, Option(help="Where to train.")] = AUTO,
-    micro_batch: Annotated[
-        int, Option(metavar="N", help="Samples at a time; gradients add up to the whole batch. 0: all.")
-    ] = 0,
+    micro_batch: Annotated[int, Option(min=0, metavar="N", help="Samples at a time; gradients add up. 0: all.")] = 0,
     gradient_checkpointing: Annotated[
         bool, Option("--gradient-checkpointing", help="Less memory, about a third more time.")
     ] = False,
-    workers: Annotated[int, Option(metavar="N", help="Processes that draw samples.")] = 1,
-    save_every: Annotated[int, Option(metavar="N", help="Steps between checkpoints.")] = 250,
-    keep: Annotated[int, Option(metavar="N", help="Checkpoints kept.")] = 3,
-    sample_every: Annotated[int, Option(metavar="N", help="Steps between sampled pictures; 0: none.")] = 1000,
+    workers: Annotated[int, Option(min=1, metavar="N", help="Processes that draw samples.")] = 1,
+    save_every: Annotated[int, Option(min=1, metavar="N", help="Steps between checkpoints.")] = 250,
+    keep: Annotated[int, Option(min=1, metavar="N", help="Checkpoints kept.")] = 3,
+    sample_every: Annotated[int, Option(min=0, metavar="N", help="Steps between pictures; 0: none.")] = 1000,
 ) -> None:
     """Train a model: the paper's distillation and its stages.
 
@@ -65,17 +51,10 @@ def train(
     with console.needs("training", "train"), console.interruption(lambda: interrupted):
         from ..training.recipe import Inputs, RunOptions
 
-        options = RunOptions(
-            micro_batch,
-            gradient_checkpointing,
-            save_every,
-            keep,
-            sample_every=sample_every,
-            workers=workers,
-            device=device,
-        )
+        options = RunOptions(micro_batch, gradient_checkpointing, save_every, keep, sample_every=sample_every,
+                             workers=workers, device=device)  # fmt: skip
         inputs = Inputs(images, masks, latents, vae, teacher, student)
-        recipe = _recipe(preset, stage, config, settings or [], int8_recipe)
+        recipe = _recipe(preset, stage, config, settings, int8_recipe)
         result = _train(recipe, preset, inputs, output, options, resume)
     if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks for all
         return

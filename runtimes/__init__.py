@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .auto import AUTO, select
+from ..options import AUTO, RUNTIMES
+from .auto import select
 from .base import Runtime
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-
-RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 __all__ = ["AUTO", "RUNTIMES", "Runtime", "create_runtime"]
 

@@ -1,25 +1,23 @@
-"""``moebius-edge doctor``: the verdict follows what is there, and every lack has its command."""
+"""``moebius-edge doctor``: the answer follows what is there, and every lack has its command."""
 
 from __future__ import annotations
 
 import builtins
-import json
+import importlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commanding import Captured, as_json, printed
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import bundle as bundle_module
-from moebius_edge.cli import main
-from moebius_edge.system import machine
-from moebius_edge.system.nvml import Gpu
-
-Captured = pytest.CaptureFixture[str]
+from moebius_edge.system import jetson, machine
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundled model that is there, whatever the checkout holds."""
     monkeypatch.setattr(bundle_module, "ASSETS", tmp_path / "assets")
@@ -28,103 +26,78 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def checks(capsys: Captured, code: int) -> dict[str, dict[str, Any]]:
     """The checks of --json by name."""
-    assert main(["doctor", "--json"]) == code
-    document = json.loads(capsys.readouterr().out)
-    assert (document["exit_code"], document["can_run"]) == (code, code == 0)
-    assert document["machine"]["cpu"]["cores_available"] >= 1
+    document = as_json(capsys, "doctor", code=code)
+    assert document["can_run"] == (code == 0) and document["machine"]["cpu"]["cores_available"] >= 1
     return {check["name"]: check for check in document["checks"]}
 
 
-def test_where_run_works(tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    found = checks(capsys, 0)
-    assert found["onnxruntime"]["state"] == "ok" and "runs on CPU" in found["onnxruntime"]["detail"]
-    assert found["model tiny"]["detail"].endswith("hashes verified")
-    assert {"tensorrt", "tensorrt_rtx", "torch", "huggingface_hub", "this folder", "download cache"} <= set(
-        found
-    )
-    assert all(check["remedy"] for check in found.values() if check["state"] != "ok")
+def without(monkeypatch: pytest.MonkeyPatch, error: ImportError, *packages: str) -> None:
+    """Let the import of each of ``packages`` raise ``error``."""
+    plain, plain_module = builtins.__import__, importlib.import_module
 
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "`moebius-edge run` works here: moebius-edge run IMAGE MASK"
-    assert "instructions" in out and "memory" in out
-    commands = [line for line in out.splitlines() if "pip install" in line]
-    assert all(line.count('"') in (0, 2) for line in commands), "a command cut in two cannot be copied"
+    def blocked(name: str, *given: Any, **more: Any) -> Any:
+        if name.split(".")[0] in packages:
+            raise error
+        return plain(name, *given, **more)
+
+    def blocked_module(name: str, *given: Any) -> Any:
+        return blocked(name) if name in packages else plain_module(name, *given)
+
+    monkeypatch.setattr(importlib, "import_module", blocked_module)
+    monkeypatch.setattr(builtins, "__import__", blocked)
+
+
+def test_where_run_works(capsys: Captured) -> None:
+    rows = checks(capsys, 0)
+    assert rows["onnxruntime"]["state"] == "ok" and "runs on CPU" in rows["onnxruntime"]["detail"]
+    assert rows["model tiny"]["detail"].endswith("hashes verified")
+    assert {"tensorrt", "tensorrt_rtx", "torch", "huggingface_hub"} <= set(rows)
+    assert all(check["remedy"] for check in rows.values() if check["state"] != "ok")
+    lines = printed(capsys, "doctor")
+    assert lines[-1] == "`moebius-edge run` works here: moebius-edge run IMAGE MASK"
+    assert any(line.startswith("CPU model") for line in lines) and any(line.startswith("memory ") for line in lines)
 
 
 def test_a_damaged_model(tiny: Path, capsys: Captured) -> None:
     flip_byte(tiny / "denoiser.onnx")
-    found = checks(capsys, 3)
-    assert found["model tiny"]["state"] == "broken"
-    assert "denoiser.onnx was altered" in found["model tiny"]["detail"]
-    assert found["model tiny"]["remedy"] == "pip install --force-reinstall moebius-edge"
-    assert main(["doctor"]) == 3
-    assert "cannot work here yet: model tiny is broken" in capsys.readouterr().out
+    check = checks(capsys, 3)["model tiny"]
+    assert check["state"] == "broken" and "denoiser.onnx was altered" in check["detail"]
+    assert check["remedy"] == "pip install --force-reinstall moebius-edge"
+    assert "cannot work here yet: model tiny is broken" in printed(capsys, "doctor", code=3)[-1]
 
 
 @pytest.mark.parametrize(
-    ("package", "error", "state"),
+    ("packages", "error", "expected"),
     [
-        ("onnxruntime", ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"), "missing"),
-        ("onnxruntime", ImportError("libfoo.so.1: cannot open shared object file"), "broken"),
+        (("onnxruntime",), ModuleNotFoundError("No module", name="onnxruntime"), {"onnxruntime": "missing"}),
+        (("onnxruntime",), ImportError("libfoo.so.1: cannot open"), {"onnxruntime": "broken"}),
+        (("cv2", "PIL"), ImportError("blocked"), {"opencv": "broken", "pillow": "broken"}),
     ],
 )
-def test_a_missing_runtime_and_a_broken_one(
-    package: str,
+def test_no_package_is_taken_for_granted(
+    packages: tuple[str, ...],
     error: ImportError,
-    state: str,
-    tiny: Path,
+    expected: dict[str, str],
     capsys: Captured,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import importlib
-
-    real = importlib.import_module
-
-    def without(name: str, *args: Any) -> Any:
-        if name == package:
-            raise error
-        return real(name, *args)
-
-    monkeypatch.setattr("moebius_edge.commands.doctor.importlib.import_module", without)
-    found = checks(capsys, 3)
-    assert found[package]["state"] == state
-    assert found[package]["detail"] == str(error)
-    assert found[package]["remedy"] == 'pip install "moebius-edge[cpu]"'
+    without(monkeypatch, error, *packages)
+    rows = checks(capsys, 3)
+    assert {name: rows[name]["state"] for name in expected} == expected
+    assert all(rows[name]["detail"] == str(error) and "pip install" in rows[name]["remedy"] for name in expected)
 
 
-def test_a_gpu_without_its_runtime_gets_the_command(
-    tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = Gpu(name="H100", driver="570", compute_capability="9.0", memory_bytes=80 << 30)
+def test_a_gpu_and_the_builds_of_onnxruntime(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"name": "H100", "driver": "570", "compute_capability": "9.0", "memory_bytes": 80 << 30}
     monkeypatch.setattr(machine, "gpus", lambda: [gpu])
-    found = checks(capsys, 0)
-    assert found["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')
-    assert main(["doctor"]) == 0
-    assert "H100, 85.9 GB, compute capability 9.0, driver 570" in capsys.readouterr().out
-
-
-def test_two_builds_of_onnxruntime_are_named(
-    tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    assert checks(capsys, 0)["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')
+    (line,) = (line for line in printed(capsys, "doctor") if line.startswith("GPU 0"))
+    assert "name H100" in line and "memory bytes 85.9 GB" in line and "compute capability 9.0" in line
     monkeypatch.setattr(machine, "package_version", lambda *names: (names[0], "1.0"))
     assert "two builds overwrite each other" in checks(capsys, 0)["onnxruntime"]["detail"]
 
 
-def test_places_that_cannot_be_used(
-    tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
-    assert checks(capsys, 0)["download cache"]["state"] == "ok", "it is made when needed"
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    found = checks(capsys, 0)
-    assert found["this folder"]["state"] == "broken" and "not writable" in found["this folder"]["detail"]
-
-
-def test_versions_are_looked_up_without_importing(tiny: Path) -> None:
-    import subprocess
-
+def test_versions_are_looked_up_without_importing() -> None:
     code = (
         "import sys; from moebius_edge.cli import main; main(['doctor'])\n"
         "print([m for m in ('torch', 'huggingface_hub', 'tensorrt') if m in sys.modules])"
@@ -133,58 +106,19 @@ def test_versions_are_looked_up_without_importing(tiny: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_no_package_of_the_device_path_is_taken_for_granted(
-    tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] in ("cv2", "PIL"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
-        return real(name, *args, **kwargs)
-
-    import importlib
-
-    plain = importlib.import_module
-
-    def no_module(name: str, *args: Any) -> Any:
-        return without(name) if name in ("cv2", "PIL") else plain(name, *args)
-
-    monkeypatch.setattr("moebius_edge.commands.doctor.importlib.import_module", no_module)
-    monkeypatch.setattr(builtins, "__import__", without)
-    found = checks(capsys, 3)
-    assert (found["opencv"]["state"], found["pillow"]["state"]) == ("missing", "missing")
-
-
-def test_a_jetson_is_described(tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moebius_edge.system import jetson
-
+def test_a_jetson_is_described(capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(jetson, "ROOT", Path(__file__).parent / "data" / "jetson" / "orin-nano-8gb")
-    found = checks(capsys, 0)
-    assert found["JetPack"]["state"] == "ok" and found["JetPack"]["detail"].startswith("L4T 36.4.3, JetPack 6.2, Ten")
-    assert (found["clocks"]["state"], found["clocks"]["remedy"]) == ("warning", "sudo jetson_clocks")
-    assert found["memory"]["state"] == "warning" and not found["memory"]["required"]
-    assert main(["doctor"]) == 0, "warnings are no failure"
-    out = capsys.readouterr().out
-    assert "board         NVIDIA Jetson Orin Nano" in out and "temperature   cpu 50 °C, gpu 48 °C" in out
-    assert "  clocks           sudo jetson_clocks" in out
-    assert main(["doctor", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["jetson"]["power_modes"]["2"] == "MAXN_SUPER"
-    assert document["jetson"]["clocks"][0] == {
-        "name": "GPU 17000000.gpu",
-        "minimum_mhz": 306.0,
-        "maximum_mhz": 918.0,
-        "current_mhz": 306.0,
-    }
-
-
-def test_other_machines_have_no_jetson(
-    tiny: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from moebius_edge.system import jetson
-
+    rows = checks(capsys, 0)
+    assert rows["JetPack"]["state"] == "ok" and rows["JetPack"]["detail"].startswith("L4T 36.4.3, JetPack 6.2, Ten")
+    assert (rows["clocks"]["state"], rows["clocks"]["remedy"]) == ("warning", "sudo jetson_clocks")
+    assert rows["memory"]["state"] == "warning" and not rows["memory"]["required"], "warnings are no failure"
+    lines = printed(capsys, "doctor")
+    assert any(line.startswith("board NVIDIA Jetson Orin Nano") for line in lines)
+    assert any(line.startswith("temperatures c cpu") for line in lines) and "clocks sudo jetson_clocks" in lines
+    board = as_json(capsys, "doctor")["jetson"]
+    assert board["power_modes"]["2"] == "MAXN_SUPER"
+    clock = {"name": "GPU 17000000.gpu", "minimum_mhz": 306.0, "maximum_mhz": 918.0, "current_mhz": 306.0}
+    assert board["clocks"][0] == clock
     monkeypatch.setattr(jetson, "ROOT", tmp_path)
     assert {"JetPack", "clocks", "memory"}.isdisjoint(checks(capsys, 0))
-    assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["jetson"] is None
+    assert as_json(capsys, "doctor")["jetson"] is None

@@ -29,12 +29,12 @@ for command in (run, report, inspect, compare, profile, doctor, download, export
     app.command()(command)
 
 Abort = typer.Abort
-# What typer raises for a wrong option. Its home has moved between versions, so it is found by name.
+# What typer raises for a wrong option. Its home has moved between versions, so it is looked up by name.
 ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"moebius-edge {__version__}")
         raise typer.Exit
 
@@ -48,10 +48,10 @@ def root(
     pass
 
 
-def parse_message(error: Exception) -> str:
+def parse_message(error: Exception) -> tuple[str, str]:
     """Typer's message and where the help is: error classes carry both, but their type is not public."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     message = message.replace(": Value error, ", ": ")  # a validator's name in typer's newer versions
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "moebius-edge"
-    return f"{message.rstrip('.')}: see `{command} --help`"
+    return message.rstrip("."), f"see `{command} --help`"

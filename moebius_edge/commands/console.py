@@ -1,4 +1,4 @@
-"""What the commands print with: results on stdout, all else on stderr, one form for errors and for JSON.
+"""What the commands print with: results on stdout, all else on stderr, one form for errors, tables and JSON.
 
 Messages and paths are printed as they are, never wrapped or read as markup, so that they can be copied and
 searched. Rich draws tables and bars only, and is imported when the first of them is drawn.
@@ -6,162 +6,144 @@ searched. Rich draws tables and bars only, and is imported when the first of the
 
 from __future__ import annotations
 
-import errno
 import io
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import MoebiusError
+from ..errors import MachineError, MoebiusError
+from ..progress import Progress
 from ..text import ESCAPED, json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
-_UNTERMINATED_WIDTH = 1000  # columns where stdout is no terminal: nothing is cut or wrapped in a log
+_WIDTH_OF_A_LOG = 1000  # columns where stdout is no terminal: nothing is cut or wrapped
 _LINE_EVERY_S = 5.0  # how often progress writes a line where stderr is no terminal
-
-Update = Callable[[str, int, int], None]  # label, done, total (0: unknown)
 
 
 class Interrupted(MoebiusError):
-    """Ctrl-C, with what became of the work."""
+    """Ended by Ctrl-C or another signal, with what became of the work; shells report 128 and the signal's number."""
 
-    exit_code = INTERRUPTED
-
-
-class Output:
-    """What became of this process's stdout and stderr; see ``guarded_output``."""
-
-    def __init__(self) -> None:
-        self.stdout: _GuardedFile | None = None
-        self.stderr: _GuardedFile | None = None
-
-    @property
-    def broken(self) -> bool:
-        """Whether a reader of stdout or stderr has gone, as ``head`` does."""
-        failures = [stream.failure for stream in (self.stdout, self.stderr) if stream is not None]
-        return any(failure is not None and failure.errno == errno.EPIPE for failure in failures)
-
-    def finish(self, message: str, code: int, as_json: bool) -> int:
-        """Print the error ``message``, if any, and all that is buffered; return the exit code of the process."""
-        with suppress(BrokenPipeError):
-            if message and not self.broken:
-                error(message, code, as_json)
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-        if self.broken:
-            return code or BROKEN_PIPE
-        failure = None if self.stdout is None else self.stdout.failure
-        if failure is None or message:
-            return code
-        text = f"cannot write to standard output ({failure.strerror}), the work itself is done: redirect it elsewhere"
-        return error(text, code or 1, as_json=False)
+    def __init__(self, problem: str, number: int = signal.SIGINT) -> None:
+        super().__init__(problem)
+        self.exit_code = 128 + number
 
 
-class _GuardedFile(io.FileIO):
-    """A descriptor whose failing writes are remembered; only the first to a pipe without a reader is raised."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        if self.failure is not None:
-            return size
-        try:
-            return super().write(data)
-        except OSError as failure:
-            self.failure = failure
-            if failure.errno == errno.EPIPE:
-                raise
-            return size
+# --- stdout and stderr, which may be closed, full, or a pipe without a reader ---------------------------------------
 
 
-@contextmanager
-def guarded_output() -> Iterator[Output]:
-    """Let stdout and stderr be closed, full or broken without a traceback, until the interpreter has ended.
-
-    What cannot be written is dropped and the work goes on, but for a pipe whose reader has gone: nobody waits any more
-    then, and a ``BrokenPipeError`` ends the command. Names that no encoding can print are printed with escapes.
-    """
-    output, before = Output(), (sys.stdout, sys.stderr)
-    if os.name == "posix":
-        _occupy_closed_descriptors()
-        if sys.stdout is sys.__stdout__:  # a test or a notebook has its own
-            sys.stdout, output.stdout = _guarded(1, sys.stdout)
-        if sys.stderr is sys.__stderr__:
-            sys.stderr, output.stderr = _guarded(2, sys.stderr)
+def open_output() -> None:
+    """Make stdout and stderr print any name, with escapes where no encoding can; writing to a closed one fails."""
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) < 3:  # else the next file would get what is printed
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):  # a test or a notebook has its own
             stream.reconfigure(errors=ESCAPED)
-    try:
-        yield output
-    finally:
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
-        with suppress(BrokenPipeError):
-            sys.stderr.flush()
-        sys.stdout, sys.stderr = before
 
 
-def _occupy_closed_descriptors() -> None:
-    """Open what is closed of descriptors 0 to 2: else the next file to be opened would get what libraries print."""
-    for descriptor in range(3):
+def flush_output() -> OSError | None:
+    """Print what is buffered; return why stdout could not be written, and let the interpreter's end not try again."""
+    failure = None
+    for descriptor, stream in ((2, sys.stderr), (1, sys.stdout), (1, sys.__stdout__)):  # typer may have wrapped stdout
         try:
-            os.fstat(descriptor)
-        except OSError:  # a new descriptor is the lowest that is free; writing to a file open for reading fails
-            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+            if stream is not None:
+                stream.flush()
+        except OSError as error:
+            failure = error if descriptor == 1 else failure
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return failure
 
 
-def _guarded(descriptor: int, stream: TextIO | None) -> tuple[TextIO, _GuardedFile]:
-    """A text stream like ``stream``, which is None where the descriptor was closed, over a guarded descriptor."""
-    if stream is not None:
-        stream.flush()
-    file = _GuardedFile(descriptor, "w", closefd=False)
-    lines = descriptor == 2 or file.isatty()
-    encoding = "utf-8" if stream is None else stream.encoding
-    return io.TextIOWrapper(io.BufferedWriter(file), encoding, line_buffering=lines), file
+# --- errors, notes, documents, tables ------------------------------------------------------------------------------
 
 
-def error(message: str, exit_code: int, as_json: bool) -> int:
-    """Print an error as one line on stderr, and as a document on stdout for ``--json``; return the code."""
-    line = _one_line(message)
-    prefix = "" if exit_code > 128 else _coloured("error:", 31) + " "  # being ended by a signal is no error
-    print(f"{prefix}{line}", file=sys.stderr)
-    if as_json:
-        print_json({"error": line, "exit_code": exit_code})
-    return exit_code
+def print_error(error: MoebiusError, as_json: bool = False) -> None:
+    """Print an error as one line on stderr, and as a document on stdout for ``--json``.
+
+    The document has the remedy, a command or a change that mends it, for itself where the error has one.
+    """
+    line = _one_line(str(error))
+    if line:
+        ended = isinstance(error, Interrupted)  # by a signal, which is no error
+        _say(line if ended else f"{_coloured('error:', 31)} {line}")
+    if line and as_json:
+        with suppress(OSError):
+            print_json({"error": line, **({"remedy": error.remedy} if error.remedy else {})}, error.exit_code)
 
 
 def note(message: str) -> None:
     """A remark about the work that is no part of its result."""
-    print(f"{_coloured('note:', 33)} {_one_line(message)}", file=sys.stderr)
+    _say(f"{_coloured('note:', 33)} {_one_line(message)}")
 
 
-def print_json(document: dict[str, Any]) -> None:
+def _say(line: str) -> None:
+    """Print to stderr; where that fails nobody can be told."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def print_json(document: Mapping[str, Any], code: int = 0) -> None:
     """The one document of ``--json``. ASCII, so that no locale can break it; a NaN in it would be a bug."""
-    print(json_text(document, indent=2), end="")
+    print(json_text({**document, "exit_code": code}, indent=2), end="")
 
 
-def table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """An empty table with these headings; the columns named in ``right`` hold numbers."""
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """A line for each value that is there: its name, and the value as ``shown`` writes it."""
+    texts = {name.replace("_", " "): shown(name, value) for name, value in facts.items()}
+    width = max(map(len, texts))
+    for name, text in texts.items():
+        if text:
+            print(f"{name:<{width}}  {text}")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a line for each of ``rows`` and a column for each of their keys; numbers are set to the right."""
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    for name in columns:
+        are_numbers = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if are_numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(name, row.get(name)) for name in columns))
+    _console(sys.stdout).print(table)
 
 
-def print_table(made: Table) -> None:
-    _console(sys.stdout).print(made)
+def shown(name: str, value: Any) -> str:
+    """A value as a person reads it; the unit that its name ends with decides how. Nested names are dotted."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        parts = ((key.replace("_", " "), shown(key, each)) for key, each in _leaves(value))
+        return ", ".join(f"{key} {text}" for key, text in parts if text)
+    if isinstance(value, (list, tuple)):
+        texts = [shown(name, each) for each in value]
+        return f"{texts[0]} .. {texts[-1]} ({len(texts)} values)" if len(texts) > 8 else " x ".join(texts)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("bytes"):
+        return size(value)
+    if name.endswith("_ms"):
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def size(count: float) -> str:
@@ -184,48 +166,10 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-@contextmanager
-def progress() -> Iterator[Update]:
-    """Yield a function of (label, done, total): a bar on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[count]}", markup=False),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=None, count="")
-
-        def update(label: str, done: int, total: int) -> None:
-            count = f"{done}/{total}" if total else ""
-            bar.update(task, description=label, completed=done, total=total or None, count=count)
-
-        yield update
-
-
-class _Lines:
-    """Progress for a log: the first line of each label, then one every few seconds."""
-
-    def __init__(self) -> None:
-        self._label, self._last = "", 0.0
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if label == self._label and now - self._last < _LINE_EVERY_S:
-            return
-        self._label, self._last = label, now
-        print(f"{label}: {done} of {total}" if total else label, file=sys.stderr, flush=True)
-
-
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _UNTERMINATED_WIDTH
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_LOG
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
@@ -237,3 +181,66 @@ def _one_line(message: str) -> str:
 def _coloured(text: str, code: int) -> str:
     plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain else f"\033[{code}m{text}\033[0m"
+
+
+# --- long work -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Yield a ``Progress`` that shows a bar on a terminal, and elsewhere a line now and then."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.TextColumn("{task.fields[count]}", markup=False),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        task = bar.add_task("", total=None, count="")
+
+        def show(what: str, done: int, total: int) -> None:
+            count = f"{done}/{total}" if total else ""
+            bar.update(task, description=what, completed=done, total=total or None, count=count)
+
+        yield show
+
+
+def _lines() -> Progress:
+    """Progress for a log: the first line of each piece of work, then one every few seconds."""
+    current, last = "", 0.0
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal current, last
+        now = time.monotonic()
+        if what == current and now - last < _LINE_EVERY_S:
+            return
+        current, last = what, now
+        _say(f"{what}: {done} of {total}" if total else what)
+
+    return show
+
+
+@contextmanager
+def interruption(message: Callable[[], str]) -> Iterator[None]:
+    """Say ``message()``, what became of the work, where Ctrl-C or SIGTERM ends it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(message()) from None
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Make a missing or broken package a ``MachineError`` with the command that installs it; ours would be a bug."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("moebius_edge"):
+            raise
+        problem = f"{what} needs {error.name}" if isinstance(error, ModuleNotFoundError) else f"{what} fails ({error})"
+        raise MachineError(problem, f'run `pip install "moebius-edge[{extra}]"`') from None

@@ -9,25 +9,28 @@ code from it and checks every tensor.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
 import sys
 import traceback
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ..errors import BundleError, MachineError, UsageError
 from . import console
+from .shared import AsJson
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 REPO = "hustvl/Moebius"
 VAE_REPO = "hustvl/PixelHacker"
-VAE_FOLDER = "vae"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that is there
 TEACHER, DISTANCE = "teacher", "elatentlpips"
 # The package elatentlpips wants both, in ``ckpt`` below the folder in which a training is started.
@@ -52,26 +55,52 @@ KNOWN = {
         "a59d7ea697f2942d22002dc3469e8c53db807a6b78f7f5ec03bd4c1f70f98efe",
     ),
 }
+_NETWORK_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
+_BY_HAND = "run it with `--output DIR` on a machine that has a network, and copy DIR here"
+_REMEDIES_BY_CLASS = {  # of the errors of huggingface_hub
+    "GatedRepoError": "run `hf auth login`, accept the repository's terms, and try again",
+    "RepositoryNotFoundError": "name another repository with --repo or --vae-repo, or run `hf auth login`",
+    "RevisionNotFoundError": "name a branch, a tag or a commit with --revision, the VAE's with --vae-revision",
+    "HFValidationError": f"write OWNER/NAME, such as {REPO}",
+    "OfflineModeIsEnabled": f"unset HF_HUB_OFFLINE, or {_BY_HAND}",
+}
+_REMEDIES_BY_STATUS = {  # of the answers that it has no error of its own for
+    401: "run `hf auth login`, or unset HF_TOKEN if an old token stands in it",
+    403: "accept the repository's terms, run `hf auth login`, and check that the token may read it",
+    404: "name another repository with --repo or --vae-repo, or check HF_ENDPOINT",
+    407: "the proxy asks for a login: set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
+    429: "these were too many requests: wait some minutes, or log in",
+}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of a repository, of which the first of ``files`` that is there is the weights.
+
+    ``output`` is where plain files go; without it they go to huggingface_hub's cache.
+    """
+
+    repo: str
+    name: str
+    files: tuple[str, ...]
+    revision: str | None
+    output: Path | None
+
+    def weights(self, root: Path) -> Path | None:
+        return next((path for name in self.files if (path := root / self.name / name).is_file()), None)
 
 
 def download(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(MODELS)}.")],
+    name: Annotated[str, Argument(metavar="NAME", help=f"One of {', '.join(MODELS)}.")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Plain files in DIR, to copy to another machine."),
+        Path | None, Option("--output", "-o", metavar="DIR", help="Plain files in DIR, to copy to another machine.")
     ] = None,
-    repo: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Where the weights are; default: the authors'.")
-    ] = None,
-    vae_repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Where the VAE is.")] = VAE_REPO,
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit, of the VAE too; default main.")
-    ] = None,
-    vae_revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="The VAE's, where it is another; default --revision.")
-    ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use what is there; touch no network.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    repo: Annotated[str | None, Option(metavar="OWNER/NAME", help="Where the weights are; default theirs.")] = None,
+    vae_repo: Annotated[str, Option(metavar="OWNER/NAME", help="Where the VAE is.")] = VAE_REPO,
+    revision: Annotated[str | None, Option(metavar="REV", help="Branch, tag or commit; default main.")] = None,
+    vae_revision: Annotated[str | None, Option(metavar="REV", help="The VAE's; default --revision.")] = None,
+    offline: Annotated[bool, Option("--offline", help="Use what is there; touch no network.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch the published weights and their autoencoder.
 
@@ -80,64 +109,56 @@ def download(
     known.
     """
     if name not in MODELS:
-        raise UsageError(f"unknown model {name!r}: choose one of {', '.join(MODELS)} ('tiny' comes with the package)")
+        choices = f"choose one of {', '.join(MODELS)} ('tiny' comes with the package)"
+        raise UsageError(f"unknown model {name!r}", choices)
     hub = _import_hub()
     source, folder, files = MODELS[name]
-    source = repo or source
-    vae_revision = vae_revision or revision
-    try:
-        weights = _fetch(hub, source, folder, files, revision, output, offline)
-        vae = None if name == DISTANCE else _fetch(hub, vae_repo, VAE_FOLDER, WEIGHTS, vae_revision, output, offline)
-    except KeyboardInterrupt:
-        raise console.Interrupted("interrupted: run the same command again to resume") from None
-    found = {"checkpoint": weights, **({} if vae is None else {"vae": vae.parent})}
-    hashes = {"checkpoint": _checked_hash(weights, source, folder, revision)}
-    if vae is not None:
-        if not (config := vae.parent / "config.json").is_file():
-            raise MachineError(f"{config} is missing: remove {vae.parent} and run the same command again")
-        hashes["vae"] = _checked_hash(vae, vae_repo, VAE_FOLDER, vae_revision)
+    folders = {"checkpoint": Folder(repo or source, folder, files, revision, output)}
+    if name != DISTANCE:
+        folders["vae"] = Folder(vae_repo, "vae", WEIGHTS, vae_revision or revision, output)
+    with console.interruption(lambda: "interrupted: run the same command again to resume"):
+        paths = {key: _fetch(hub, each, offline) for key, each in folders.items()}
+    hashes = {key: _checked_hash(path, folders[key]) for key, path in paths.items()}
     if name == DISTANCE:
-        found["checkpoint"] = weights = _place_distance(weights.parent, output or Path())
-    following = _next_command(name, weights, vae)
+        paths["checkpoint"] = _place_distance(paths["checkpoint"].parent, output or Path())
+    elif not (config := paths["vae"].with_name("config.json")).is_file():
+        raise MachineError(f"{config} is missing", f"remove {config.parent} and run the same command again")
+    shown = {key: str(path.parent if key == "vae" else path) for key, path in paths.items()}
+    next_command = _next_command(name, shown["checkpoint"], shown.get("vae"))
     if as_json:
-        paths = {key: str(path) for key, path in found.items()}
-        console.print_json(
-            {**paths, "sha256": hashes, "bytes": weights.stat().st_size, "next": following, "exit_code": 0}
-        )
+        size = paths["checkpoint"].stat().st_size
+        console.print_json({**shown, "sha256": hashes, "bytes": size, "next": next_command})
         return
-    print(f"weights  {weights} ({console.size(weights.stat().st_size)})")
-    print(f"sha256   {hashes['checkpoint']}")
-    if vae is not None:
-        print(f"VAE      {vae.parent} ({console.size(vae.stat().st_size)})")
-        print(f"sha256   {hashes['vae']}")
-    print(f"next:    {following}")
+    for key, path in paths.items():
+        print(f"{'VAE' if key == 'vae' else 'weights':7}  {shown[key]} ({console.size(path.stat().st_size)})")
+        print(f"sha256   {hashes[key]}")
+    print(f"next:    {next_command}")
 
 
-def _next_command(name: str, weights: Path, vae: Path | None) -> str:
+def _next_command(name: str, weights: str, vae: str | None) -> str:
     train = ["moebius-edge", "train", "--preset", "moebius", "--images", "PICTURES", "--output", "RUN"]
     if vae is None:
         return shlex.join([*train, "--teacher", "TEACHER", "--vae", "VAE", "--set", 'losses.distance="elatentlpips"'])
     if name == TEACHER:
-        return shlex.join([*train, "--teacher", str(weights), "--vae", str(vae.parent)])
-    return shlex.join(["moebius-edge", "export", str(weights), "--vae", str(vae.parent), "--output", f"moebius-{name}"])
+        return shlex.join([*train, "--teacher", weights, "--vae", vae])
+    return shlex.join(["moebius-edge", "export", weights, "--vae", vae, "--output", f"moebius-{name}"])
 
 
-def _checked_hash(path: Path, repo: str, folder: str, revision: str | None) -> str:
-    """The file's SHA-256. Of the authors' repository and its newest revision it must be the known one, where there is
-    one.
+def _checked_hash(path: Path, folder: Folder) -> str:
+    """The file's SHA-256. Of the authors' repository and its newest revision it must be the known one, if there is one.
 
     Raises BundleError for another file: a damaged one, or a newer publication, which is to be named by its revision.
     """
     from ..system.files import sha256_file
 
-    size, found = path.stat().st_size, sha256_file(path)
-    known_size, known = KNOWN.get((repo, f"{folder}/{path.name}"), (size, found))
-    if revision is None and (size, found) != (known_size, known):
+    size, sha256 = path.stat().st_size, sha256_file(path)
+    known_size, known = KNOWN.get((folder.repo, f"{folder.name}/{path.name}"), (size, sha256))
+    if folder.revision is None and (size, sha256) != (known_size, known):
         raise BundleError(
-            f"{path} has {size} bytes and the SHA-256 {found}, not the {known_size} bytes and {known} that are known: "
-            "remove it and run the same command again; where the authors have published anew, add --revision main"
+            f"{path} has {size} bytes and the SHA-256 {sha256}, not the {known_size} bytes and {known} that are known",
+            "remove it and run the same command again; where the authors have published anew, add --revision main",
         )
-    return found
+    return sha256
 
 
 def _place_distance(folder: Path, root: Path) -> Path:
@@ -146,7 +167,7 @@ def _place_distance(folder: Path, root: Path) -> Path:
 
     target = root / _DISTANCE_FOLDER
     if lacking := [name for name in DISTANCE_FILES if not (folder / name).is_file()]:
-        raise MachineError(f"{folder} lacks {', '.join(lacking)}: remove it and run the same command again")
+        raise MachineError(f"{folder} lacks {', '.join(lacking)}", "remove it and run the same command again")
     console.note("E-LatentLPIPS is for non-commercial use alone (CC BY-NC 4.0, parts under NVIDIA's licence)")
     target.mkdir(parents=True, exist_ok=True)
     for name in DISTANCE_FILES:
@@ -172,12 +193,8 @@ def _import_hub() -> ModuleType:
         home = cache_directory() / "huggingface"
         os.environ["HF_HOME"] = os.fspath(home)
         console.note(f"there is no home folder: downloads are kept in {home}; HF_HOME chooses another place")
-    try:
+    with console.needs("download", "download"):
         import huggingface_hub
-    except ImportError as error:
-        raise MachineError(
-            f'the package huggingface_hub is missing or broken ({error}): run `pip install "moebius-edge[download]"`'
-        ) from None
     if not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 
@@ -185,139 +202,65 @@ def _import_hub() -> ModuleType:
     return huggingface_hub
 
 
-def _fetch(
-    hub: ModuleType,
-    repo: str,
-    folder: str,
-    files: tuple[str, ...],
-    revision: str | None,
-    output: Path | None,
-    offline: bool,
-) -> Path:
-    """The first of ``files`` that is there: the weights file of ``folder`` in ``repo``: the local one if it is whole,
-    else downloaded."""
-    wanted: dict[str, Any] = {
-        "repo_id": repo,
-        "revision": revision,
-        "local_dir": output,
-        "allow_patterns": [f"{folder}/*.json", *(f"{folder}/{name}" for name in files)],
+def _fetch(hub: ModuleType, folder: Folder, offline: bool) -> Path:
+    """The weights file of ``folder``: the local one if it is whole, else downloaded."""
+    arguments: dict[str, Any] = {
+        "repo_id": folder.repo,
+        "revision": folder.revision,
+        "local_dir": folder.output,
+        "allow_patterns": [f"{folder.name}/{file}" for file in ("*.json", *folder.files)],
     }
-    if (found := _local(hub, wanted, folder, files)) is not None:
-        return found
-    where = output or cache_folder()
+    # What is there already: both layouts get their final names only when a file is whole.
+    with suppress(hub.errors.LocalEntryNotFoundError):
+        local = folder.output or Path(hub.snapshot_download(**arguments, local_files_only=True))
+        if (weights := folder.weights(local)) is not None:
+            return weights
+    where = folder.output or cache_folder()
     if offline:
-        raise MachineError(f"{repo} {folder} is not in {where}: run the same command without --offline once")
-    console.note(f"downloading {repo} {folder} to {where}")
+        problem = f"{folder.repo} {folder.name} is not in {where}"
+        raise MachineError(problem, "run the same command without --offline once")
+    console.note(f"downloading {folder.repo} {folder.name} to {where}")
     try:
-        snapshot = Path(hub.snapshot_download(**wanted))
+        snapshot = Path(hub.snapshot_download(**arguments))
     except Exception as error:
-        problem = _problem(hub, error, repo, folder, revision, where)
-        if problem is None:
+        if (known := _known_error(hub, error, folder.repo, where)) is None:
             raise
-        raise problem from error
-    if (found := _weights(snapshot / folder, files)) is None:
-        raise MachineError(f"{repo} holds no {folder}/{files[-1]}: name another repository with --repo or --vae-repo")
-    return found
+        raise known from error
+    if (weights := folder.weights(snapshot)) is None:
+        problem = f"{folder.repo} holds no {folder.name}/{folder.files[-1]}"
+        raise MachineError(problem, "name another repository with --repo or --vae-repo")
+    return weights
 
 
-def _local(hub: ModuleType, wanted: dict[str, Any], folder: str, files: tuple[str, ...]) -> Path | None:
-    """What is there already. Both layouts get their final names only when a file is whole."""
-    if wanted["local_dir"] is not None:
-        return _weights(wanted["local_dir"] / folder, files)
-    try:
-        return _weights(Path(hub.snapshot_download(**wanted, local_files_only=True)) / folder, files)
-    except hub.errors.LocalEntryNotFoundError:
-        return None
-
-
-def _weights(folder: Path, files: tuple[str, ...]) -> Path | None:
-    return next((path for name in files if (path := folder / name).is_file()), None)
-
-
-def _problem(
-    hub: ModuleType, error: Exception, repo: str, folder: str, revision: str | None, where: Path
-) -> MachineError | UsageError | None:
+def _known_error(hub: ModuleType, error: Exception, repo: str, where: Path) -> MachineError | None:
     """Our one line for what huggingface_hub and the HTTP library under it raise; None for a bug."""
-    errors, causes = hub.errors, _causes(error)
-
-    def is_a(kind: type[Exception]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
-
-    if is_a(errors.GatedRepoError):
-        return MachineError(f"{repo} asks for a login: run `hf auth login`, accept its terms, and try again")
-    if is_a(errors.RepositoryNotFoundError):
-        return UsageError(f"there is no repository {repo}, or it is private: name another, or run `hf auth login`")
-    if is_a(errors.RevisionNotFoundError):
-        return UsageError(
-            f"{repo} has no revision {revision!r}: name a branch, a tag or a commit, the VAE's with --vae-revision"
-        )
-    if is_a(errors.HFValidationError):
-        return UsageError(f"{repo!r} is no repository: write OWNER/NAME, such as {REPO}")
-    by_hand = "run it with `--output DIR` on a machine that has a network, and copy DIR here"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return MachineError(f"{repo} {folder} is not in {where} and HF_HUB_OFFLINE is set: unset it, or {by_hand}")
-    if isinstance(error, OSError) and error.filename is not None or getattr(error, "errno", None) == 28:
-        return MachineError(f"cannot write to {where}: {error}: free space there or choose --output DIR")
     from huggingface_hub.constants import ENDPOINT as server
 
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
+    problem, causes = f"cannot fetch {repo} ({reason})", _causes(error)
+    for name, remedy in _REMEDIES_BY_CLASS.items():
+        if any(isinstance(cause, getattr(hub.errors, name)) for cause in causes):
+            return MachineError(problem, remedy)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return MachineError(f"cannot write to {where} ({reason})", "free space there or choose --output DIR")
     statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
     if status := next((status for status in statuses if isinstance(status, int) and status >= 400), None):
-        remedy = _status_remedy(status, repo, server)
-        return MachineError(f"{server} does not give {repo}, it answered {status}: {remedy}")
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
-    if any(type(cause).__name__ == "ProxyError" for cause in causes):
-        return MachineError(f"cannot reach {repo} through the proxy ({reason}): check HTTPS_PROXY, or {by_hand}")
-    if any("CERTIFICATE_VERIFY_FAILED" in str(cause) for cause in causes):
-        return MachineError(
-            f"the certificate of {server} is not trusted here ({reason}): set SSL_CERT_FILE to your organisation's "
-            f"certificates, or {by_hand}"
-        )
-    library = type(error).__module__.split(".")[0]
-    if isinstance(error, (ConnectionError, TimeoutError)) or library in _NETWORK_LIBRARIES:
-        return MachineError(f"cannot reach {repo} ({reason}): check the connection, or {by_hand}")
-    if isinstance(error, OSError):  # a file that is not as long as the server has said
-        return MachineError(f"the download of {repo} went wrong ({reason}): run the same command again")
-    *_, place = traceback.extract_tb(error.__traceback__)
-    reading = isinstance(error, TypeError) and place.filename.endswith("hf_api.py")
-    if isinstance(error, (ValueError, KeyError, AttributeError)) or reading:
-        return MachineError(
-            f"{server} answered with something else than a list of files: open it in a browser, this network may ask "
-            f"for a login; or check HF_ENDPOINT, or {by_hand}"
-        )
+        remedy = _REMEDIES_BY_STATUS.get(status, f"open {server}/{repo} in a browser to see why, or try again later")
+        return MachineError(f"{server} does not give {repo}, it answered {status}", remedy)
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK_LIBRARIES:
+        remedy = f"check the connection, a proxy (HTTPS_PROXY) and its certificate (SSL_CERT_FILE), or {_BY_HAND}"
+        return MachineError(problem, remedy)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, ValueError) or last.filename.endswith("hf_api.py"):  # it could not read the server's answer
+        remedy = f"open it in a browser, this network may ask for a login; or check HF_ENDPOINT, or {_BY_HAND}"
+        return MachineError(f"{server} answered with something else than a list of files", remedy)
     return None
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def _causes(error: BaseException | None) -> list[BaseException]:
     """The error and all that it was raised from: huggingface_hub wraps what a server answered."""
     causes: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in causes:
-        causes.append(current)
-        current = current.__cause__ or current.__context__
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
     return causes
-
-
-def _status_remedy(status: int, repo: str, server: str) -> str:
-    """What to do about an HTTP status that huggingface_hub has no error of its own for."""
-    remedies = {
-        401: "run `hf auth login`, or unset HF_TOKEN if an old token stands in it",
-        403: f"accept the licence on {server}/{repo}, run `hf auth login`, and check that the token may read it",
-        404: "name another repository with --repo or --vae-repo, or check HF_ENDPOINT",
-        407: "the proxy asks for a login: set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
-        429: "these were too many requests: wait some minutes and run the same command again; a login raises the limit",
-    }
-    if status >= 500:
-        return "the server has a fault: run the same command again later"
-    return remedies.get(status, f"open {server}/{repo} in a browser to see why")
-
-
-_NETWORK_LIBRARIES = {
-    "huggingface_hub",
-    "httpx",
-    "httpx2",
-    "httpcore",
-    "httpcore2",
-    "requests",
-    "urllib3",
-    "hf_xet",
-}

@@ -1,114 +1,72 @@
-"""``moebius-edge export``: from published weights to a bundle and engines. The work is ``moebius_edge.export``'s."""
+"""``moebius-edge export``: from published weights to a bundle, to INT8, and to engines.
+
+The command finds out which of the three is asked for, and calls ``moebius_edge.export`` and
+``moebius_edge.calibration`` for each.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
-from ..errors import MachineError, UsageError
+from ..errors import UsageError
+from ..options import PRECISIONS, Engine, Int8Target, Precision, Ranges
 from . import console
-from .engines import EngineName, make_engines, prepare_engines
+from .shared import AsJson, Force, Guidance
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from ..bundle.manifest import Int8
+    from ..export import BundleOptions, EngineOptions
+    from ..export.engines import Built
 
-
-_INT8 = "int8"
-PRECISIONS = {"fp32": "float32", "fp16": "float16"}  # as the command line says it -> as bundle.json does
-
-
-class Target(str, Enum):
-    """``calibration.quantise.TARGETS``, which is not imported here."""
-
-    tensorrt = "tensorrt"
-    cpu = "cpu"
-
-
-class Ranges(str, Enum):
-    """``calibration.ranges.METHODS``, which is not imported here."""
-
-    minmax = "minmax"
-    percentile = "percentile"
-    entropy = "entropy"
-    mse = "mse"
+# Options by the one thing that they are for.
+_OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance")
+_OF_INT8 = ("calibration_data", "calibration_masks", "target", "int8_recipe", "ranges", "calibration_cache")
+_OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability")
 
 
 def export(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A checkpoint file, or the name 'tiny'; for engines also a bundle."),
-    ],
+    context: Context,
+    source: Annotated[str, Argument(metavar="SOURCE", help="A checkpoint, a bundle's folder for engines, or 'tiny'.")],
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="The bundle's folder, new; engines of a bundle may do without."
-        ),
+        Path | None, Option("--output", "-o", metavar="DIR", help="The bundle's new folder; for engines its copy.")
     ] = None,
-    vae: Annotated[Path | None, typer.Option(metavar="DIR", help="A diffusers VAE folder; 'tiny' has its own.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="JSON", help="The network's configuration, if not the published."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")] = 20,
-    guidance: Annotated[
-        float | None,
-        typer.Option(min=0.0, metavar="X", help="Guidance of the gate; default 2, or what is distilled."),
-    ] = None,
+    vae: Annotated[Path | None, Option(metavar="DIR", help="A diffusers VAE folder; 'tiny' has its own.")] = None,
+    config: Annotated[Path | None, Option(metavar="JSON", help="The network's, if not the published.")] = None,
+    steps: Annotated[int, Option(min=2, max=1000, metavar="N", help="Sampling steps of the gate.")] = 20,
+    guidance: Guidance = None,
     distilled_guidance: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="The guidance the student has learned, if its checkpoint does not note it."),
+        float | None, Option(metavar="X", help="What the student has learned, if its checkpoint does not note it.")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="fp32|fp16|int8", help="What the network computes in; default fp32.")
-    ] = None,
+    precision: Annotated[Precision | None, Option(help="What the network computes in; default fp32.")] = None,
     min_psnr: Annotated[
-        float | None,
-        typer.Option(
-            "--min-psnr", metavar="DB", help="The gate: below it nothing is saved. Default 60; fp16 40; int8 30."
-        ),
+        float | None, Option(metavar="DB", help="Below it nothing is saved. Default 60; fp16 40; int8 30.")
     ] = None,
     calibration_data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="INT8, required: 20 or more photographs of the kind to fill."),
+        Path | None, Option(metavar="DIR", help="INT8: photographs of the kind to fill, 20 or more; or a list, .tar.")
     ] = None,
-    calibration_masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="INT8: a mask for each photograph; default drawn holes.")
-    ] = None,
-    target: Annotated[
-        Target | None, typer.Option(help="INT8: what will execute it; default tensorrt, GPUs in general.")
-    ] = None,
-    int8_recipe: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="INT8: which blocks; default those that a search finds.")
-    ] = None,
-    ranges: Annotated[Ranges | None, typer.Option(help="INT8: how ranges are set; default mse.")] = None,
+    calibration_masks: Annotated[Path | None, Option(metavar="DIR", help="INT8: their masks; default drawn.")] = None,
+    target: Annotated[Int8Target, Option(help="INT8: what executes it; tensorrt: GPUs in general.")] = "tensorrt",
+    int8_recipe: Annotated[Path | None, Option(metavar="JSON", help="INT8: which blocks; default a search's.")] = None,
+    ranges: Annotated[Ranges, Option(help="INT8: how ranges are set.")] = "mse",
     calibration_cache: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="INT8: keeps what was recorded; default OUTPUT.calibration."),
+        Path | None, Option(metavar="DIR", help="INT8: keeps what was recorded; default OUTPUT.calibration.")
     ] = None,
-    engine: Annotated[
-        EngineName | None, typer.Option(help="Also build TensorRT engines; SOURCE may be a bundle then.")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Engines: pictures at a time, at most.")] = 1,
-    workspace: Annotated[
-        int | None, typer.Option(min=1, metavar="MB", help="Engines: GPU memory TensorRT may try kernels with.")
-    ] = None,
-    opt_level: Annotated[
-        int | None, typer.Option(min=0, max=5, metavar="0-5", help="Engines: TensorRT's effort; default its own.")
-    ] = None,
+    engine: Annotated[Engine | None, Option(help="Also build TensorRT engines; SOURCE may be a bundle then.")] = None,
+    max_batch: Annotated[int, Option(min=1, metavar="N", help="Engines: pictures at a time, at most.")] = 1,
+    workspace: Annotated[int | None, Option(min=1, metavar="MB", help="Engines: GPU memory for trials.")] = None,
+    opt_level: Annotated[int | None, Option(min=0, max=5, help="Engines: effort; default TensorRT's own.")] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Engines: kernel timings; default in the bundle.")
+        Path | None, Option(metavar="FILE", help="Engines: kernel timings; default in the bundle.")
     ] = None,
     compute_capability: Annotated[
-        list[str] | None,
-        typer.Option(metavar="X.Y", help="Engines for RTX: build for this GPU generation; may be repeated."),
+        list[str] | None, Option(metavar="X.Y", help="Engines for RTX: for this GPU generation; may be repeated.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle, or engines, already there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a bundle from a checkpoint, and engines from a bundle.
 
@@ -117,124 +75,151 @@ def export(
     pip install "moebius-edge[export]"
 
     --precision int8 also takes a float32 bundle as SOURCE ('tiny' means the bundled one then). It records
-    activations over the photographs in --calibration-data, which it needs, finds the blocks that can be
-    quantised, and is saved only if pictures that it has not seen stay above --min-psnr in the hole.
+    activations over --calibration-data, finds the blocks that can be quantised, and is saved only if pictures
+    that it has not seen stay above --min-psnr in the hole.
 
     With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
     (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
     --output; without --engine it means the bundled checkpoint, exported again. Engines need:
     pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
     """
-    from ..bundle.bundle import BUNDLED
-    from ..export import BundleOptions, export_bundle, float32_bundle
-
-    if precision is not None and precision not in (*PRECISIONS, _INT8):
-        raise UsageError(f"there is no precision {precision!r}: choose one of {', '.join((*PRECISIONS, _INT8))}")
-    int8 = precision == _INT8
-    quantising = (calibration_data, calibration_masks, target, int8_recipe, ranges, calibration_cache)
-    if not int8 and any(quantising):
-        raise UsageError(
-            "--calibration-data, --calibration-masks, --target, --int8-recipe, --ranges and --calibration-cache are "
-            "for INT8: add --precision int8"
-        )
-    if int8 and engine is not None and target is Target.cpu:
-        raise UsageError("--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it: leave --engine out")
-    job = None
+    if precision != "int8":
+        _refuse(context, _OF_INT8, "options of INT8", "add --precision int8")
+    elif engine is not None and target == "cpu":
+        raise UsageError("--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it", "leave --engine out")
+    if engine is None:
+        _refuse(context, _OF_ENGINES, "options of engines", "add --engine")
+    engines_alone = _asks_for_engines_alone(source, precision, engine)
+    if engines_alone:
+        _refuse(context, _OF_CHECKPOINTS, f"not for {source}, which is a bundle, complete as it is", "leave out")
+    engine_options = None
     if engine is not None:
-        job = prepare_engines(engine, max_batch, workspace, opt_level, timing_cache, compute_capability, force)
-        again = precision is not None and source in BUNDLED  # in another precision it is another bundle
-        if job.takes(source) and not again and not int8:
-            if any(value is not None for value in (vae, config, precision, distilled_guidance)):
-                raise UsageError(
-                    f"{source} is a bundle, complete as it is: leave --vae, --config, --precision and "
-                    "--distilled-guidance out"
-                )
-            make_engines(job.placed(source, output, force), job, as_json)
-            return
-    elif max_batch != 1 or any((workspace, opt_level is not None, timing_cache, compute_capability)):
-        raise UsageError(
-            "--max-batch, --workspace, --opt-level, --timing-cache and --compute-capability are for engines: "
-            "add --engine"
+        from ..export.engines import EngineOptions, find_engine_key
+
+        workspace_bytes, capabilities = workspace and workspace * 1_000_000, tuple(compute_capability or ())
+        engine_options = EngineOptions(
+            engine, max_batch, workspace_bytes, opt_level, timing_cache, capabilities, force=force
         )
-    elif not int8 and (Path(source) / "bundle.json").is_file():
-        raise UsageError(f"{source} is a bundle already: add --engine tensorrt or tensorrt-rtx for its engines")
-    if output is None:
-        raise UsageError("Missing option '--output' / '-o': name the bundle's folder, which is made")
-
+        find_engine_key(engine_options, "float32")  # the machine is checked before anything long is begun
     notes: list[str] = []
-    cache: Path | None = None  # what INT8 keeps of its work
-    with console.progress() as update:
+    if engines_alone:
+        from ..export.engines import copy_bundle_for_engines
 
-        def tell(stage: str, fraction: float | None) -> None:
-            update(stage, round((fraction or 0.0) * 100), 0 if fraction is None else 100)
+        bundle = copy_bundle_for_engines(source, output, force)
+    elif output is None:
+        raise UsageError("Missing option '--output' / '-o'", "name the bundle's folder, which is made")
+    else:
+        from ..export import BundleOptions, export_bundle
 
-        try:
-            bundle_options = BundleOptions(vae, config, steps, guidance, distilled_guidance, force=force)
-            if not int8:
-                precision_name = PRECISIONS[precision or "fp32"]
-                bundle_options = replace(bundle_options, precision=precision_name, min_psnr_db=min_psnr)
-                bundle = export_bundle(source, output, bundle_options, update)
-            else:
-                try:
-                    from ..calibration.int8 import MIN_PSNR_DB, Int8Options, default_folder, quantise_bundle
-                except ModuleNotFoundError as error:
-                    install = 'run `pip install "moebius-edge[export]"`'
-                    raise MachineError(f"INT8 needs the package {error.name}: {install}") from None
-                cache = calibration_cache or default_folder(output)
-                options = Int8Options(
-                    folder=cache,
-                    data=None if calibration_data is None else str(calibration_data),
-                    masks=None if calibration_masks is None else str(calibration_masks),
-                    target=(target or Target.tensorrt).value,
-                    recipe=int8_recipe,
-                    ranges=(ranges or Ranges.mse).value,
-                    min_psnr_db=MIN_PSNR_DB if min_psnr is None else min_psnr,
-                    steps=steps,
-                    guidance=guidance,
-                    force=force,
-                )
-                with float32_bundle(source, output, bundle_options, update) as reference:
-                    bundle, notes = quantise_bundle(reference, output, options, update)
-        except KeyboardInterrupt:
-            kept = f" but {cache}: the same command goes on with it" if cache is not None and cache.is_dir() else ""
-            raise console.Interrupted(f"interrupted, nothing written{kept}") from None
+        options = BundleOptions(vae, config, steps, guidance, distilled_guidance, force=force)
+        if precision == "int8":
+            bundle, notes = _quantise(
+                source, output, options, calibration_cache, data=calibration_data and str(calibration_data),
+                masks=calibration_masks and str(calibration_masks), target=target, recipe=int8_recipe, ranges=ranges,
+                min_psnr_db=min_psnr, steps=steps, guidance=guidance, force=force,
+            )  # fmt: skip
+        else:
+            options = replace(options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr)
+            with console.progress() as on_progress:
+                bundle = export_bundle(source, output, options, on_progress)
+    if not engines_alone and not as_json:
+        _print_bundle(bundle)
+    built = None if engine_options is None else _build(bundle, engine_options)
+    notes += built.notes if built else ()
     for text in notes:
         console.note(text)
-    if as_json and job is None:
-        facts: dict[str, Any] = {"output": str(bundle.path), "gate": bundle.gate}
-        facts["distilled_guidance"] = bundle.distilled_guidance
-        facts |= {} if bundle.int8 is None else {"int8": bundle.int8}
-        console.print_json({**facts, "exit_code": 0})
-    if not as_json:
-        _print_bundle(bundle)
-    if job is not None:
-        make_engines(bundle, job, as_json)
-    elif not as_json:
-        print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}")
+    if as_json:
+        console.print_json(_document(bundle, built, notes))
+        return
+    if built is not None:
+        _print_engine(built)
+    runtime = "" if engine is None else f" --runtime {engine}"
+    print(f"next: moebius-edge run IMAGE MASK --bundle {bundle.path}{runtime}")
+
+
+def _refuse(context: Context, names: tuple[str, ...], what: str, remedy: str) -> None:
+    """Raise ``UsageError`` where the user has chosen one of the options ``names``."""
+    chosen = [name for name in names if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if chosen:
+        options = ", ".join("--" + name.replace("_", "-") for name in chosen)
+        raise UsageError(f"{options}: {what}", remedy)
+
+
+def _asks_for_engines_alone(source: str, precision: str | None, engine: str | None) -> bool:
+    """Whether ``source`` is a bundle of which engines alone are asked for.
+
+    The name of a bundled model means its bundle then, but in another precision its checkpoint, exported again.
+    """
+    from ..bundle.bundle import BUNDLED
+    from ..export.engines import is_bundle
+
+    if precision == "int8" or not is_bundle(source):
+        return False
+    if engine is None and source not in BUNDLED:
+        raise UsageError(f"{source} is a bundle already", "add --engine tensorrt or tensorrt-rtx for its engines")
+    return engine is not None and (precision is None or source not in BUNDLED)
+
+
+# --- the three things that are made ---------------------------------------------------------------------------------
+
+
+def _quantise(
+    source: str, output: Path, bundle_options: BundleOptions, cache: Path | None, **chosen: Any
+) -> tuple[Bundle, list[str]]:
+    """An INT8 bundle of ``source``, which is exported in float32 first where it is a checkpoint, and notes."""
+    from ..export import float32_bundle
+
+    with console.needs("INT8", "export"):
+        from ..calibration.int8 import Int8Options, default_folder, quantise_bundle
+    folder = cache or default_folder(output)
+    given = {name: value for name, value in chosen.items() if value is not None}
+    options = Int8Options(folder, **{"data": None, **given})
+
+    def interrupted() -> str:
+        kept = f" but {folder}: the same command goes on with it" if folder.is_dir() else ""
+        return f"interrupted, nothing written{kept}"
+
+    with console.progress() as on_progress, console.interruption(interrupted):
+        with float32_bundle(source, output, bundle_options, on_progress) as reference:
+            return quantise_bundle(reference, output, options, on_progress)
+
+
+def _build(bundle: Bundle, options: EngineOptions) -> Built:
+    from ..export import build_engines
+
+    message = f"interrupted, no engine written; the bundle is {bundle.path}"
+    with console.progress() as on_progress, console.interruption(lambda: message):
+        return build_engines(bundle, options, on_progress)
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def _document(bundle: Bundle, built: Built | None, notes: list[str]) -> dict[str, Any]:
+    document: dict[str, Any] = {"output": str(bundle.path), "gate": bundle.gate, "notes": notes}
+    document["distilled_guidance"] = bundle.distilled_guidance
+    if bundle.int8 is not None:
+        document["int8"] = bundle.int8
+    if built is not None:
+        document |= {"engine": str(built.engine.path), "built": built.fresh}
+    return document
 
 
 def _print_bundle(bundle: Bundle) -> None:
     total = console.size(bundle.summary()["total_bytes"])
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
-    if bundle.distilled_guidance is not None:
-        print(f"  guidance {bundle.distilled_guidance:g} distilled, one call a step")
-    if bundle.int8 is not None:
-        _print_int8(bundle.int8)
-    for name, value in bundle.gate.items():
-        if isinstance(value, float):
-            print(f"  {name} {value:.4g}")
+    facts: dict[str, Any] = {"distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
+    facts["int8"] = {name: value for name, value in (bundle.int8 or {}).items() if not isinstance(value, list)}
+    console.print_facts(facts)
 
 
-def _print_int8(int8: Int8) -> None:
-    """What was quantised, what costs most, and the two speeds."""
-    from .inspect import describe_int8
-
-    speed: dict[str, Any] = {**int8["speed"]}
-    print(f"  {describe_int8(int8)}")
-    measured = [(row["psnr_db"], row) for row in int8["blocks"] if row["quantised"] and row["psnr_db"] is not None]
-    for psnr_db, row in sorted(measured, key=lambda pair: pair[0])[:3]:
-        print(f"  costs most: {row['name']}, {psnr_db:.1f} dB alone, {row['share']:.2%} of the multiplications")
-    print(
-        f"  a call on {speed['device']} ({speed['runtime']}): INT8 {speed['int8_ms']:g} ms, {speed['other']} "
-        f"{speed['other_ms']:g} ms, {speed['speedup']:.2f} times as fast"
-    )
+def _print_engine(built: Built) -> None:
+    engine = built.engine
+    total = console.size(sum(record["bytes"] for record in engine.plans.values()))
+    if not built.fresh:
+        print(f"nothing to do: {engine.path} is there, built from these files with these options ({total})")
+        print("  --force builds it again")
+        return
+    print(f"saved {engine.path} ({console.counted(len(engine.plans), 'plan')}, {total})")
+    for name, record in engine.plans.items():
+        print(f"  {name} {console.size(record['bytes'])}, built in {record['build_seconds']:.1f} s")

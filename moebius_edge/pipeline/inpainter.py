@@ -21,6 +21,7 @@ from ..imaging.masks import Mask, threshold
 from ..imaging.pictures import Picture
 from ..imaging.stitching import Filling
 from ..imaging.windows import Window, prefill
+from ..options import STARTS
 from ..runtimes import AUTO, Runtime, create_runtime
 from ..sampling.calls import Sampling
 from ..sampling.guidance import Interval, check_interval, choose_guidance
@@ -32,7 +33,6 @@ from .loop import Floats, OnStep, Step, check_cache_interval, fill, initial_nois
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-STARTS = ("image", "prefill", "noise")
 STRENGTH = 0.99  # upstream's: of 20 steps the first is left out
 _LARGE_SHARE = 0.9  # a mask that covers more of the picture leaves too little to go by
 OnWindow = Callable[[Window, Floats, Mask], None]

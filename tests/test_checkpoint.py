@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from datetime import datetime
 from pathlib import Path
@@ -309,6 +310,14 @@ def test_what_is_no_file_of_weights_is_named(student, tmp_path, content, text):
     for name in ("a.bin", "a.safetensors"):
         (tmp_path / name).write_bytes(content)
         refused(student, tmp_path / name, BundleError, text)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.bin", "torch"), ("a.safetensors", "safetensors")])
+def test_a_machine_without_the_library(state, tmp_path, monkeypatch, name, package):
+    save(state, tmp_path / name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MachineError, match=rf"reading weights needs {package}: run `pip install"):
+        open_weights(tmp_path / name)
 
 
 def test_what_is_no_file_at_all(student, tmp_path):

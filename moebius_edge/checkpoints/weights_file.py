@@ -53,7 +53,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
 
     Raises:
         UsageError: it is a folder or a device.
-        MachineError: it does not exist or cannot be read.
+        MachineError: it does not exist or cannot be read, or PyTorch is missing.
         BundleError: it is damaged, unsafe, or no file of weights.
     """
     path = Path(path)
@@ -69,6 +69,14 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
         raise MachineError(f"{path} does not exist", remedy) from None
     except OSError as error:
         raise MachineError(f"{path} cannot be read: {error.strerror or error}", "give a readable file") from error
+    try:
+        return _open(path, head)
+    except ModuleNotFoundError as error:
+        remedy = 'run `pip install "moebius-edge[export]"`'
+        raise MachineError(f"reading weights needs {error.name}", remedy) from None
+
+
+def _open(path: Path, head: bytes) -> WeightsFile:
     if is_safetensors(head):
         return _open_safetensors(path)
     if head.startswith(b"PK\3\4"):

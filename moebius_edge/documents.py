@@ -55,13 +55,13 @@ def check_document(content: Any, kind: Any, where: str, error: type[MoebiusError
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as problem:
-        field, text = _first_problem(problem)
+        field, text = first_problem(problem)
         if field == "schema_version":
             remedy = f"run `pip install --upgrade moebius-edge`, or {remedy}"
         raise error(f"{where}: {text}", remedy) from None
 
 
-def _first_problem(error: ValidationError) -> tuple[str, str]:
+def first_problem(error: ValidationError) -> tuple[str, str]:
     """The field that is wrong, and what is wrong with it in one line.
 
     Of several it is ``schema_version``, else an unknown field, for these say most, else the first.

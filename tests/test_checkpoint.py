@@ -72,7 +72,8 @@ def refused(student, path: Path, kind: type[MoebiusError], text: str) -> str:
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "a.pt", "a.pth", "a.safetensors", "old.bin"])
 def test_every_format_loads_exactly(student, state, tmp_path, name):
     if name == "old.bin":
-        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+        wrapped = {"state_dict": state, "options": argparse.Namespace(x=1)}
+        torch.save(wrapped, tmp_path / name, _use_new_zipfile_serialization=False)
     else:
         save(state, tmp_path / name)
     load_checkpoint(student, tmp_path / name)

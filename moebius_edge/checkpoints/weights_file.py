@@ -43,7 +43,6 @@ _EXPECTED_BUILTINS = {"set", "frozenset", "bytes", "complex", "int", "float", "s
 class WeightsFile:
     """``content`` is what was saved, as a rule a dictionary of tensors; ``metadata`` is a safetensors header's text."""
 
-    path: Path
     content: Any
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -80,11 +79,11 @@ def _open(path: Path, head: bytes) -> WeightsFile:
     if is_safetensors(head):
         return _open_safetensors(path)
     if head.startswith(b"PK\3\4"):
-        return WeightsFile(path, _load(path, [_checked_pickle(path)], zipped=True))
+        return WeightsFile(_load(path, [_checked_pickle(path)], zipped=True))
     if head.startswith(_LEGACY_MAGIC):
         with path.open("rb") as file:
             stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
-        return WeightsFile(path, _load(path, [stream] * _LEGACY_PICKLES, zipped=False))
+        return WeightsFile(_load(path, [stream] * _LEGACY_PICKLES, zipped=False))
     raise BundleError(f"{path} {_describe(head)}")
 
 
@@ -125,7 +124,7 @@ def _open_safetensors(path: Path) -> WeightsFile:
     try:
         with _name_for_libraries(path) as name, safe_open(name, "pt") as file:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-            return WeightsFile(path, content, file.metadata() or {})
+            return WeightsFile(content, file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         problem = f"{path} is truncated or no safetensors file ({shortened(str(error))})"
         raise BundleError(problem, _GET_AGAIN) from error

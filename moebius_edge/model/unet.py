@@ -44,9 +44,8 @@ class Block(nn.Module):
         """x through resnet ``index`` and what follows it; with ``checkpointing`` only x is kept for the backward."""
         if self.checkpointing and torch.is_grad_enabled():
             # The recomputation moves no batch norm's statistics.
-            contexts = lambda: (nullcontext(), _FrozenStatistics(self))  # noqa: E731
-            output = checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, context_fn=contexts)
-            return cast(Tensor, output)
+            options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _FrozenStatistics(self))}
+            return cast(Tensor, checkpoint(self._layer, index, x, time, prompts, **options))
         return self._layer(index, x, time, prompts)
 
     def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,8 @@ class Block(nn.Module):
         """x through resnet ``index`` and what follows it; with ``checkpointing`` only x is kept for the backward."""
         if self.checkpointing and torch.is_grad_enabled():
             # The recomputation moves no batch norm's statistics.
-            options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _FrozenStatistics(self))}
-            return cast(Tensor, checkpoint(self._layer, index, x, time, prompts, **options))
+            options: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _FrozenStatistics(self))}
+            return cast(Tensor, checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, **options))
         return self._layer(index, x, time, prompts)
 
     def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:

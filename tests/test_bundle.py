@@ -161,8 +161,6 @@ def test_another_schema_is_refused_first(tmp_path: Path, version: object) -> Non
     ("content", "message"),
     [
         (b"", "this is not valid JSON"),
-        (b'{"schema_version": 3,', "this is not valid JSON"),
-        (b"\xff\xfe\x00", "this is not valid JSON"),
         (b"\xef\xbb\xbf{}", "this is not valid JSON .*BOM"),
         (b"[" * 100_000, "this is not valid JSON"),
         (b'{"a": ' * 33 + b"1" + b"}" * 33, "this is not valid JSON .it nests more than 32 deep"),
@@ -175,7 +173,6 @@ def test_another_schema_is_refused_first(tmp_path: Path, version: object) -> Non
         (b" " * (3 << 20) + b"{}", "the file has 3145730 bytes, expected at most 2097152"),
         (b"[]", "this should hold a JSON object"),
         (b"{}", "schema_version is missing"),
-        (b'{"schema_version": 3}', "name is missing"),
     ],
 )
 def test_a_damaged_description_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -221,32 +218,22 @@ RECORD = {"sha256": "0" * 64, "bytes": 1}
 EDITS: list[tuple[str, Any, str]] = [
     ("resolution", 100, "resolution is 100, expected a multiple of 8"),
     ("resolution", 64.0, "resolution is 64.0, expected a valid integer"),
-    ("resolution", 8 * 10**15, "resolution is 8000000000000000, expected less than or equal to 2048"),
     ("latent_size", 64, "latent_size is 64, expected 8, an eighth of the resolution"),
-    ("scaling_factor", True, "scaling_factor is True, expected a valid number"),
     ("name", "two\nlines", r"name is 'two\\nlines', expected to match pattern"),
     ("precision", "fp8", "precision is 'fp8', expected 'float32', 'float16' or 'int8'"),
-    ("gate", None, "gate is None, expected an object"),
-    ("source", {"checkpoint": "0"}, "source.checkpoint is '0', expected an object"),
     ("scheduler/beta_end", 0.02, "scheduler.beta_end is 0.02 there, 0.012 here"),
     ("defaults/guidance", DELETED, "defaults.guidance is missing"),
-    ("defaults/guidance", 1e308, "defaults.guidance is 1e\\+308, expected less than or equal to 1000"),
     ("defaults/guidance", 3.0, "defaults.guidance is 3.0, expected 2.0, which is distilled"),
     ("defaults/steps", 10**6, "defaults.steps is 1000000, expected less than or equal to 1000"),
     ("defaults/start", "here", "defaults.start is 'here', expected 'image', 'prefill' or 'noise'"),
     ("defaults/strength", 0.01, "defaults.strength is 0.01, expected more: of 20 steps it leaves none"),
     ("distilled_guidance", 1.0, "distilled_guidance is 1.0, expected greater than 1"),
-    ("deep_channels", 10**9, "deep_channels is 1000000000, expected less than or equal to 8192"),
     ("deep_channels", 32, "components.denoiser.outputs is .*64.* there, .*32.* here"),
-    ("float32_islands", {"denoiser": 1}, "float32_islands.denoiser is 1, expected 'all'"),
     ("float32_islands", {"denoiser": {"Sin": 5}}, "float32_islands.denoiser"),
     ("precision", "float16", "precision is 'float16', expected 'int8' with the field int8"),
-    ("int8/target", 8, "int8.target is 8, expected 'tensorrt' or 'cpu'"),
     ("int8/nodes", ["a", 1], "int8.nodes.1 is 1, expected a valid string"),
-    ("int8/products", True, "int8.products is True, expected a valid integer"),
     ("int8/blocks/0/psnr_db", "45", "int8.blocks.0.psnr_db is '45', expected a valid number"),
     ("files/denoiser.onnx", DELETED, "files lacks 'denoiser.onnx'"),
-    ("files/denoiser.onnx", "abc", "files.denoiser.onnx is 'abc', expected an object"),
     ("files/denoiser.onnx/bytes", 1 << 50, "files.denoiser.onnx.bytes is 1125899906842624, expected less than"),
     ("files/denoiser.onnx/sha256", "0", "files.denoiser.onnx.sha256 is '0', expected to match pattern"),
     ("files/a\nb", RECORD, r"files.a\\nb is 'a\\nb', expected to match pattern"),
@@ -254,7 +241,6 @@ EDITS: list[tuple[str, Any, str]] = [
     ("files/..", RECORD, r"'\.\.' leaves the folder"),
     ("components/vae_encoder", DELETED, "components.vae_encoder is None there"),
     ("components/extra", {"file": "x", "inputs": [], "outputs": []}, "components.extra is .* there, None here"),
-    ("components/denoiser/file", "x.onnx", "components.denoiser.file is 'x.onnx' there, 'denoiser.onnx' here"),
     ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs is .*float16.* there, .*float32.* here"),
     ("components/denoiser/inputs/1/shape", 7, "components.denoiser.inputs.1.shape is 7, expected a valid tuple"),
 ]
@@ -291,15 +277,13 @@ def test_the_name_tiny_is_the_bundled_model(tmp_path: Path, monkeypatch: pytest.
         resolve_bundle("tiny")
     (tmp_path / "assets").mkdir()
     make(tmp_path / "assets" / "tiny")
-    assert resolve_bundle("tiny") == tmp_path / "assets" / "tiny"
     assert Bundle.load("tiny").name == "test"
     (tmp_path / "assets/tiny/denoiser.onnx").unlink()
     with pytest.raises(BundleError, match="denoiser.onnx is missing: run `pip install --force-reinstall"):
         Bundle.load("tiny")
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "tiny", name="mine")
-    assert Bundle.load("./tiny").name == "mine"
-    assert Bundle.load(Path("tiny")).name == "mine"
+    assert Bundle.load("./tiny").name == Bundle.load(Path("tiny")).name == "mine"
 
 
 def test_write_refuses_what_load_would_refuse(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,8 @@ def refused(student, path: Path, kind: type[MoebiusError], text: str) -> str:
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "a.pt", "a.pth", "a.safetensors", "old.bin"])
 def test_every_format_loads_exactly(student, state, tmp_path, name):
     if name == "old.bin":
-        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+        wrapped = {"state_dict": state, "options": argparse.Namespace(x=1)}
+        torch.save(wrapped, tmp_path / name, _use_new_zipfile_serialization=False)
     else:
         save(state, tmp_path / name)
     load_checkpoint(student, tmp_path / name)
@@ -91,6 +94,7 @@ def test_the_content_decides_and_not_the_name(student, state, tmp_path):
     ("wrap", "said"),
     [
         (lambda s: {"state_dict": s, "epoch": 3, "optimizer": [{"state": {0: ONE}}]}, "under state_dict"),
+        (lambda s: {"state_dict": s, "sets": {1, 2}, "path": Path("a"), "when": datetime.now()}, "under state_dict"),
         (lambda s: {"state_dict": s, "options": argparse.Namespace(x=1), "psnr": np.float64(30)}, "under state_dict"),
         (lambda s: {"model": s, "ema": s}, r"under model \(not ema\) are taken"),
         (lambda s: {"state_dict": {"module": s}}, "under state_dict / module"),
@@ -309,6 +313,14 @@ def test_what_is_no_file_of_weights_is_named(student, tmp_path, content, text):
         refused(student, tmp_path / name, BundleError, text)
 
 
+@pytest.mark.parametrize(("name", "package"), [("a.bin", "torch"), ("a.safetensors", "safetensors")])
+def test_a_machine_without_the_library(state, tmp_path, monkeypatch, name, package):
+    save(state, tmp_path / name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MachineError, match=rf"reading weights needs {package}: run `pip install"):
+        open_weights(tmp_path / name)
+
+
 def test_what_is_no_file_at_all(student, tmp_path):
     refused(student, tmp_path / "none.bin", MachineError, "does not exist: `moebius-edge download places2`")
     refused(student, tmp_path, UsageError, "is a folder: give the checkpoint file in it")
@@ -391,6 +403,8 @@ def test_a_tensor_larger_than_its_storage(student, tmp_path, zipped, old, new):
     "operations",
     [
         b"cbuiltins\nbytearray\n" + b"\x8a\x06" + (1 << 40).to_bytes(6, "little") + b"\x85R",  # would take a terabyte
+        b"cbuiltins\nbytearray\n" + b"\x8a\x04" + (1 << 30).to_bytes(4, "little") + b"\x85R",  # a gigabyte
+        b"N" * 1_000_001,
         b"]q\x00h\x00a",  # a list in itself
         b"}q\x00X\x05\0\0\0modelh\x00s",  # a dictionary in itself
         b"]" * 100_000 + b"a" * 99_999,  # deep
@@ -406,6 +420,6 @@ def test_a_pickle_made_to_take_memory(student, tmp_path, operations):
     (tmp_path / "a.bin").write_bytes(content)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
     before = peak_memory_bytes()
-    refused(student, tmp_path / "a.bin", BundleError, "no torch file|no dictionary of dense tensors")
+    refused(student, tmp_path / "a.bin", BundleError, "asks to run code|no torch file|no dictionary of dense tensors")
     after = peak_memory_bytes()
     assert before is not None and after is not None and after - before < 200e6

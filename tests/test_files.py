@@ -142,20 +142,13 @@ def test_other_errors_of_the_block_stay_what_they_are(tmp_path: Path) -> None:
 # --- folders ----------------------------------------------------------------------------------------------
 
 
-def test_directory_appears_only_at_the_end(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    with atomic_directory(target) as temporary:
-        assert temporary.parent == tmp_path
-        (temporary / "bundle.json").write_text("{}")
-        assert not target.exists()
-    assert names(tmp_path) == ["bundle"] and names(target) == ["bundle.json"]
-
-
 def test_directory_is_replaced_only_on_request_and_only_a_bundle(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     target.mkdir()
     with atomic_directory(target) as temporary:  # an empty folder may be there already
+        assert temporary.parent == tmp_path and names(target) == []
         (temporary / "old").write_text("")
+    assert names(target) == ["old"]
     for overwrite, text in ((False, "exists and is not empty"), (True, r"holds no bundle\.json: name another")):
         refused(lambda overwrite=overwrite: atomic_directory(target, overwrite), UsageError, text)  # type: ignore[misc]
         with pytest.raises(UsageError, match=text):

@@ -1,18 +1,22 @@
 """A file of weights opened, by its content and not by its name; nothing that is in it is run.
 
-Read are safetensors files and both formats of ``torch.save``, by those libraries' own safe loaders. Tensors stay in
-the file, mapped into memory, until they are used. PyTorch is imported when a file is opened.
+Read are safetensors files and both formats of ``torch.save``, by those libraries' own safe loaders. What these leave
+open is checked before: checksums, sizes, and the names that a pickle calls. Tensors stay in the file, mapped into
+memory, until they are used. PyTorch is imported when a file is opened.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ from ..errors import BundleError, MachineError, UsageError
 _GET_AGAIN = "copy or download it again"
 _WEIGHTS = "give a file of PyTorch weights (.bin, .pt, .pth, .ckpt or .safetensors)"
 _HEAD_BYTES = 1024
-_MAX_PICKLE_BYTES = 16 << 20  # a thousand tensors take 200 kB
+_MAX_PICKLE_BYTES, _MAX_OPCODES = 16 << 20, 1_000_000  # a thousand tensors take 200 kB and 60 000 instructions
+_LEGACY_PICKLES = 5  # magic number, protocol, machine, the object, the storages' keys; then come the storages' bytes
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # with it begins what torch.save wrote before version 1.6
 
 # Packages whose objects are in training checkpoints; an inert object takes the place of each. A pickle that names
@@ -31,13 +36,13 @@ _EXPECTED_PACKAGES = {
     *("torch", "collections", "numpy", "argparse", "omegaconf", "pytorch_lightning", "lightning", "_codecs", "pathlib"),
     *("copyreg", "copy_reg", "typing", "datetime", "moebius_edge"),
 }
+_EXPECTED_BUILTINS = {"set", "frozenset", "bytes", "complex", "int", "float", "str", "bool", "list", "dict", "tuple"}
 
 
 @dataclass(frozen=True)
 class WeightsFile:
     """``content`` is what was saved, as a rule a dictionary of tensors; ``metadata`` is a safetensors header's text."""
 
-    path: Path
     content: Any
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -47,7 +52,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
 
     Raises:
         UsageError: it is a folder or a device.
-        MachineError: it does not exist or cannot be read.
+        MachineError: it does not exist or cannot be read, or PyTorch is missing.
         BundleError: it is damaged, unsafe, or no file of weights.
     """
     path = Path(path)
@@ -63,13 +68,22 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
         raise MachineError(f"{path} does not exist", remedy) from None
     except OSError as error:
         raise MachineError(f"{path} cannot be read: {error.strerror or error}", "give a readable file") from error
+    try:
+        return _open(path, head)
+    except ModuleNotFoundError as error:
+        remedy = 'run `pip install "moebius-edge[export]"`'
+        raise MachineError(f"reading weights needs {error.name}", remedy) from None
+
+
+def _open(path: Path, head: bytes) -> WeightsFile:
     if is_safetensors(head):
         return _open_safetensors(path)
     if head.startswith(b"PK\3\4"):
-        _check_archive(path)
-        return WeightsFile(path, _load(path, zipped=True))
+        return WeightsFile(_load(path, [_checked_pickle(path)], zipped=True))
     if head.startswith(_LEGACY_MAGIC):
-        return WeightsFile(path, _load(path, zipped=False))
+        with path.open("rb") as file:
+            stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
+        return WeightsFile(_load(path, [stream] * _LEGACY_PICKLES, zipped=False))
     raise BundleError(f"{path} {_describe(head)}")
 
 
@@ -110,14 +124,14 @@ def _open_safetensors(path: Path) -> WeightsFile:
     try:
         with _name_for_libraries(path) as name, safe_open(name, "pt") as file:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-            return WeightsFile(path, content, file.metadata() or {})
+            return WeightsFile(content, file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         problem = f"{path} is truncated or no safetensors file ({shortened(str(error))})"
         raise BundleError(problem, _GET_AGAIN) from error
 
 
-def _check_archive(path: Path) -> None:
-    """Raise ``BundleError`` unless the zip archive at ``path`` is one of torch.save's, and all its checksums hold.
+def _checked_pickle(path: Path) -> io.BytesIO:
+    """The pickle in torch.save's zip archive; raises ``BundleError`` unless it is one, and all its checksums hold.
 
     ``torch.load`` compares no checksums, and a flipped bit would become a weight.
     """
@@ -136,12 +150,37 @@ def _check_archive(path: Path) -> None:
                 problem = f"{path} was packed again or made up: torch.save neither compresses nor writes such sizes"
                 raise BundleError(problem, "load and save it with torch, or unpack what is in it")
             damaged = archive.testzip()
+            content = archive.read(pickles[0])
     except BundleError:
         raise
     except Exception as error:  # zipfile raises a dozen kinds for an archive that is damaged or made up
         raise BundleError(f"{path} is truncated or damaged ({shortened(str(error))})", _GET_AGAIN) from error
     if damaged is not None:
         raise BundleError(f"{path} is damaged at {shortened(damaged)!r}", _GET_AGAIN)
+    return io.BytesIO(content)
+
+
+def _objects(path: Path, streams: list[io.BytesIO]) -> set[str]:
+    """The names of the classes and functions that the pickles call; raises ``BundleError`` for an unexpected one.
+
+    A ``bytearray`` is none that is expected: ``torch.load`` would make one of any size.
+    """
+    names: set[str] = set()
+    instructions = itertools.chain.from_iterable(map(pickletools.genops, streams))
+    for count, (opcode, argument, _) in enumerate(instructions):
+        if count >= _MAX_OPCODES:
+            raise ValueError(f"it has over {_MAX_OPCODES} instructions, which no file of weights needs")
+        if opcode.name == "GLOBAL":  # ``torch.load`` refuses the other ways to name something
+            names.add(str(argument).replace(" ", "."))
+    for name in names:
+        package, _, rest = name.partition(".")
+        builtin = package in ("builtins", "__builtin__") and rest in _EXPECTED_BUILTINS
+        if not builtin and package not in _EXPECTED_PACKAGES:
+            raise BundleError(
+                f"{path} was refused: its pickle asks to run code ({shortened(name)}), which weights never need",
+                "do not trust its source; from a module of your own save module.state_dict()",
+            )
+    return names
 
 
 class _Inert:
@@ -157,25 +196,17 @@ class _Inert:
         pass
 
 
-def _load(path: Path, zipped: bool) -> Any:
-    """What ``torch.load`` makes of the file without running any code of the file's."""
+def _load(path: Path, streams: list[io.BytesIO], zipped: bool) -> Any:
+    """What ``torch.load`` makes of the file, whose pickles are in ``streams``, without running any code of its own."""
     import torch
 
-    objects: list[Any] = []
-    if zipped:
-        with suppress(Exception):  # a damaged pickle raises anything, here as below
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            objects = [(_Inert, name) for name in names if name.split(".")[0] in _EXPECTED_PACKAGES]
     try:
-        safe = torch.serialization.safe_globals(objects)
+        safe = torch.serialization.safe_globals([(_Inert, name) for name in _objects(path, streams)])
         with _name_for_libraries(path) as name, safe, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of what it refuses next
             return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise BundleError(
-                f"{path} was refused: its pickle asks to run code ({shortened(code[1])}), which weights never need",
-                "do not trust its source; from a module of your own save module.state_dict()",
-            ) from None
+    except BundleError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         reason = shortened(str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0])
         raise BundleError(f"{path} is truncated, damaged or no torch file ({reason})", _GET_AGAIN) from error

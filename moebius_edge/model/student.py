@@ -15,7 +15,7 @@ from ..spec import LATENT_DOWNSCALE
 from .config import StudentConfig
 from .lambdas import InteractiveLambda, LocalLambda
 from .layers import SpatialTransformer
-from .unet import INPUT_CHANNELS, Block, Denoised, UNet
+from .unet import INPUT_CHANNELS, Block, Denoised, Network
 
 
 class SeparableConv(nn.Module):
@@ -89,38 +89,25 @@ class LambdaBlock(nn.Module):
         return tokens + flat(self.ff(grid(self.norm3(tokens))))
 
 
-class Student(nn.Module):
-    """The prompt embeddings and the U-Net, under the checkpoint's names. Built by ``build_student``."""
+class Student(Network):
+    """The Moebius student, for the one latent grid of ``config.latent_size``. Built by ``build_student``."""
 
     def __init__(self, config: StudentConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding_layer = nn.Embedding(2 * config.num_prompts, config.prompt_embedding_dim)
-        self.diff_model = UNet(
-            config.block_out_channels,
-            config.layers_per_block,
-            config.prompt_embedding_dim,
-            config.cross_attention_dim,
+        super().__init__(
+            config,
             conv=SeparableConv,
             attention=lambda level, channels: SpatialTransformer(channels, LambdaBlock(config, level, channels)),
             middle=False,
         )
+        self.config = config
 
-    def forward(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Denoised:
-        """The noise in ``sample``.
-
-        sample (N, 9, h, w) with h = w = ``config.latent_size``: noisy latent, mask, masked-image latent;
-        timesteps (N,) int64 or float; prompt_ids (N, M) int64: 0..M-1 conditional, M..2M-1 unconditional.
-        Returns ``Denoised``. Raises UsageError for a sample of another shape.
-        """
+    def check(self, sample: Tensor) -> None:
         size = self.config.latent_size
         if tuple(sample.shape[1:]) != (INPUT_CHANNELS, size, size):
             pixels = size * LATENT_DOWNSCALE
-            raise UsageError(
-                f"sample has shape {tuple(sample.shape)}; this network takes (N, {INPUT_CHANNELS}, {size}, "
-                f"{size}), that is images of {pixels}x{pixels} only: resize or crop to that"
-            )
-        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+            shape, takes = tuple(sample.shape), f"(N, {INPUT_CHANNELS}, {size}, {size})"
+            problem = f"sample has shape {shape}; this network takes {takes}, that is images of {pixels}x{pixels} only"
+            raise UsageError(problem, "resize or crop to that")
 
     def shallow(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor, deep: Tensor) -> Tensor:
         """The noise by the finest level alone, see ``UNet.shallow``; other inputs as ``forward``'s."""

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from .config import TeacherConfig
 from .gla import GatedLinearAttention
 from .layers import SpatialTransformer
-from .unet import INPUT_CHANNELS, Denoised, UNet
+from .unet import INPUT_CHANNELS, Denoised, Network
 
 
 class CrossAttention(nn.Module):
@@ -89,42 +89,25 @@ def _conv3x3(inputs: int, outputs: int) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-class Teacher(nn.Module):
-    """The prompt embeddings and the U-Net, under the checkpoint's names. Built by ``build_teacher``."""
+class Teacher(Network):
+    """The PixelHacker teacher, for latents that halve cleanly at each level. Built by ``build_teacher``.
+
+    Its blocks in ``Denoised`` are the down blocks, the mid block and the up blocks.
+    """
 
     def __init__(self, config: TeacherConfig) -> None:
-        super().__init__()
-        self.config = config
         coarsest = len(config.block_out_channels) - 1
 
         def attention(level: int, channels: int) -> nn.Module | None:
             # The coarsest down and up block have none; the mid block (one level further) has.
             return None if level == coarsest else SpatialTransformer(channels, TeacherBlock(config, channels))
 
-        self.embedding_layer = nn.Embedding(2 * config.num_prompts, config.prompt_embedding_dim)
-        self.diff_model = UNet(
-            config.block_out_channels,
-            config.layers_per_block,
-            config.prompt_embedding_dim,
-            config.cross_attention_dim,
-            conv=_conv3x3,
-            attention=attention,
-            middle=True,
-        )
-
-    def forward(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Denoised:
-        """The noise in ``sample``.
-
-        sample (N, 9, h, w), h and w multiples of 2 ** (levels - 1): noisy latent, mask, masked-image latent;
-        timesteps (N,) int64 or float; prompt_ids (N, M) int64. Returns ``Denoised``: its blocks are the down
-        blocks, the mid block, the up blocks. Raises UsageError for a sample of another shape.
-        """
-        self._check(sample)
-        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+        super().__init__(config, conv=_conv3x3, attention=attention, middle=True)
+        self.config = config
 
     def encode(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> list[Tensor]:
         """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
-        self._check(sample)
+        self.check(sample)
         return self.diff_model.encode(sample, timesteps, self.embedding_layer(prompt_ids))
 
     def coarse_feature(self, denoised: Denoised) -> Tensor:
@@ -135,13 +118,11 @@ class Teacher(nn.Module):
         """
         return denoised.blocks[-len(self.diff_model.up_blocks)]
 
-    def _check(self, sample: Tensor) -> None:
+    def check(self, sample: Tensor) -> None:
         step = 2 ** (len(self.config.block_out_channels) - 1)
         if sample.dim() != 4 or sample.shape[1] != INPUT_CHANNELS or any(s % step for s in sample.shape[2:]):
-            raise UsageError(
-                f"sample has shape {tuple(sample.shape)}; the teacher takes (N, {INPUT_CHANNELS}, h, w) "
-                f"with h and w multiples of {step}: crop or pad to that"
-            )
+            problem = f"sample has shape {tuple(sample.shape)}; the teacher takes (N, {INPUT_CHANNELS}, h, w)"
+            raise UsageError(f"{problem} with h and w multiples of {step}", "crop or pad to that")
 
 
 def build_teacher(config: TeacherConfig | None = None) -> Teacher:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..spec import LATENT_CHANNELS
-from .config import GROUPS
+from .config import GROUPS, NetworkConfig
 from .layers import Conv3x3, Downsample, Resnet, TimeEmbedding, Upsample
 
 INPUT_CHANNELS = 2 * LATENT_CHANNELS + 1  # noisy latent, mask, masked-image latent
@@ -44,9 +44,8 @@ class Block(nn.Module):
         """x through resnet ``index`` and what follows it; with ``checkpointing`` only x is kept for the backward."""
         if self.checkpointing and torch.is_grad_enabled():
             # The recomputation moves no batch norm's statistics.
-            contexts = lambda: (nullcontext(), _FrozenStatistics(self))  # noqa: E731
-            output = checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, context_fn=contexts)
-            return cast(Tensor, output)
+            options: dict[str, Any] = {"context_fn": lambda: (nullcontext(), _FrozenStatistics(self))}
+            return cast(Tensor, checkpoint(self._layer, index, x, time, prompts, use_reentrant=False, **options))
         return self._layer(index, x, time, prompts)
 
     def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
@@ -123,26 +122,17 @@ class UpBlock(Block):
 class UNet(nn.Module):
     """Down blocks, a mid block if ``middle``, up blocks, with skip connections between.
 
-    ``channels`` per level, finest first; ``layers`` resnets per down block, one more per up block.
     ``conv`` makes every 3x3 convolution but the samplers'; ``attention`` what follows each resnet.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        layers: int,
-        prompt_embedding_dim: int,
-        prompt_dim: int,
-        conv: Conv3x3,
-        attention: Attention,
-        middle: bool,
-    ) -> None:
+    def __init__(self, config: NetworkConfig, conv: Conv3x3, attention: Attention, middle: bool) -> None:
         super().__init__()
+        channels, layers = config.block_out_channels, config.layers_per_block
         time_width = 4 * channels[0]
         last = len(channels) - 1
         self.conv_in = conv(INPUT_CHANNELS, channels[0])
         self.time_embedding = TimeEmbedding(channels[0], time_width)
-        self.encoder_hid_proj = nn.Linear(prompt_embedding_dim, prompt_dim)
+        self.encoder_hid_proj = nn.Linear(config.prompt_embedding_dim, config.cross_attention_dim)
 
         skips = [channels[0]]
         width = channels[0]
@@ -223,3 +213,25 @@ class UNet(nn.Module):
         if self.mid_block is not None:
             blocks.append(self.mid_block(x, time, prompts))
         return blocks, skips
+
+
+class Network(nn.Module):
+    """The prompt embeddings and the U-Net, under the checkpoint's names; the base of student and teacher."""
+
+    def __init__(self, config: NetworkConfig, conv: Conv3x3, attention: Attention, middle: bool) -> None:
+        super().__init__()
+        self.embedding_layer = nn.Embedding(2 * config.num_prompts, config.prompt_embedding_dim)
+        self.diff_model = UNet(config, conv, attention, middle)
+
+    def forward(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Denoised:
+        """The noise in ``sample``.
+
+        sample (N, 9, h, w): noisy latent, mask, masked-image latent; timesteps (N,) int64 or float; prompt_ids (N, M)
+        int64: 0..M-1 conditional, M..2M-1 unconditional. Raises UsageError for a sample of another shape.
+        """
+        self.check(sample)
+        return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))
+
+    def check(self, sample: Tensor) -> None:
+        """Raise UsageError for a sample that the network cannot take."""
+        raise NotImplementedError

@@ -40,7 +40,6 @@ from ..system.subprocess_job import run_job
 
 WORKER = (sys.executable, "-m", f"{__package__}.trt_builder")
 _LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
-_QUANTISED = {DENOISER: "nodes", SHALLOW: "shallow_nodes"}  # component -> its quantised operators in bundle.json
 # Bytes needed for each byte of ONNX, and besides; docs/engines.md has the measurements.
 MEMORY_FACTOR, MEMORY_BASE_BYTES = 4, 800_000_000
 DISK_FACTOR, DISK_BASE_BYTES = 1.2, 50_000_000
@@ -199,7 +198,6 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
                 "stage": stage,
                 "component": name,
                 "onnx": None if name == UPDATE else os.path.abspath(bundle.component_path(name)),
-                "quantised": {**(bundle.int8 or {})}.get(_QUANTISED.get(name, ""), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": key.flavour,
                 "compute_capabilities": list(key.compute_capabilities),

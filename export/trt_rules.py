@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ..runtimes.flavours import max_opset
 from .onnx_graph import PRODUCTS, attribute  # TensorRT fuses each of PRODUCTS with the pairs before it
 
-OLDEST = (10, 3)
+# The highest opset that 10.3 reads. 21 would bring GroupNormalization, whose per-channel scale TensorRT mishandles
+# before 10.9.
+OPSET = 20
 _DEFAULT_DOMAINS = ("", "ai.onnx")
-_FUNCTIONS_BY_DOMAIN = (10, 8)  # before, the parser tells functions apart by name only
 _EXPLICIT = "quantisation is explicit: write QuantizeLinear and DequantizeLinear before"
 # Operator -> why it is refused.
 FORBIDDEN = {
@@ -31,28 +31,28 @@ FORBIDDEN = {
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def problems(model: ModelProto, flavour: str = "tensorrt", version: tuple[int, int] = OLDEST) -> list[str]:
+def problems(model: ModelProto) -> list[str]:
     """Every violation, each a phrase that names the node (or function) and says what to do instead.
 
     Weights are looked at only where a rule concerns them: the scales and zero points of quantisation.
     """
     return [
-        *_opset_problems(model, max_opset(flavour, version)),
-        *(_function_problems(model) if flavour == "tensorrt" and version < _FUNCTIONS_BY_DOMAIN else ()),
+        *_opset_problems(model),
+        *_function_problems(model),
         *_operator_problems(model),
         *_quantisation_problems(model),
     ]
 
 
-def _opset_problems(model: ModelProto, highest: int) -> Iterator[str]:
-    for entry in [*model.opset_import, *(o for f in model.functions for o in f.opset_import)]:
-        if entry.domain in _DEFAULT_DOMAINS and entry.version > highest:
-            yield f"opset {entry.version} is newer than {highest}, the highest that is parsed: export with opset 20"
-            return
+def _opset_problems(model: ModelProto) -> Iterator[str]:
+    imports = [*model.opset_import, *(o for f in model.functions for o in f.opset_import)]
+    highest = max((o.version for o in imports if o.domain in _DEFAULT_DOMAINS), default=OPSET)
+    if highest > OPSET:
+        yield f"opset {highest} is newer than {OPSET}, the highest that is parsed: export with opset {OPSET}"
 
 
 def _function_problems(model: ModelProto) -> Iterator[str]:
-    """Bodies must be told apart by name, and share no name with the graph that calls them."""
+    """Before 10.8 bodies are told apart by name alone, and must share no name with the graph that calls them."""
     graph = model.graph
     outer = {value.name for value in [*graph.input, *graph.output, *graph.initializer]}
     outer |= {name for node in graph.node for name in node.output}

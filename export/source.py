@@ -146,7 +146,7 @@ def load_student(source: Source, config: StudentConfig) -> Student:
 
 
 def load_vae(source: Source) -> Any:
-    """The VAE of ``source``, as ``open_vae`` returns it."""
+    """``open_vae`` of the source's folder."""
     return open_vae(source.vae)
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,8 @@ _SAMPLE_CHANNELS = 2 * LATENT_CHANNELS + 1
 # Indices of channels. TensorRT reads them where they lie until the plan is built: never a temporary array.
 _CHANNELS = np.arange(_SAMPLE_CHANNELS, dtype=np.int32)
 _ALL_BUT_ROWS = 0b1110  # axes to sum over, a bit each
+# What TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None.
+_LOG = BufferingHandler(capacity=100_000)
 
 
 def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, Any]:
@@ -56,28 +59,14 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
     with atomic_write(request["plan"]) as temporary:
         temporary.write_bytes(plan)
+    path = Path(request["plan"])
     return {
-        "file": Path(request["plan"]).name,
-        "sha256": sha256_file(request["plan"]),
-        "bytes": Path(request["plan"]).stat().st_size,
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
         "build_seconds": round(time.monotonic() - started, 1),
         "build_peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-class _ErrorLog(logging.Handler):
-    """Keeps the errors that TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.CRITICAL:  # at that level Polygraphy only sums up
-            self.messages.append(record.getMessage())
-
-
-_ERRORS = _ErrorLog()
 
 
 def import_polygraphy(extra: str) -> ModuleType:
@@ -89,7 +78,7 @@ def import_polygraphy(extra: str) -> ModuleType:
         raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
     logger = logging.getLogger("Polygraphy")
     G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
-    logger.addHandler(_ERRORS)
+    logger.addHandler(_LOG)
     return polygraphy
 
 
@@ -157,14 +146,14 @@ class TrtBuilder:
         """What a loader returns, or our error for the first that TensorRT logged, for others follow from it."""
         from polygraphy.exception import PolygraphyException
 
-        _ERRORS.messages.clear()
+        _LOG.flush()
         try:
             return load()
         except Exception as error:  # but for Polygraphy's own it is a constructor of TensorRT that failed
             raise self._error(what if isinstance(error, PolygraphyException) else "start", str(error)) from None
 
     def _error(self, what: str, reason: str) -> MoebiusError:
-        messages = [*_ERRORS.messages, reason]
+        messages = [r.getMessage() for r in _LOG.buffer if r.levelno == logging.ERROR] + [reason]
         cause = next((m for m in messages if "In node " in m), messages[0])
         problem = f"{self.title} cannot {what} ({_tidy(cause)})"
         if any(map(_OUT_OF_MEMORY.search, messages)):

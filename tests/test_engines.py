@@ -469,20 +469,6 @@ def test_polygraphy_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         TrtBuilder("tensorrt-rtx")
 
 
-def test_too_little_memory_or_disk(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as little:
-        little.setattr(engines, "available_memory_bytes", lambda: 700_000_000)
-        with pytest.raises(OutOfMemory, match=r"takes about 0\.8 GB of memory and 0\.7 GB are available: close"):
-            build_engines(toy, OPTIONS)
-        little.setattr(engines, "available_memory_bytes", lambda: None)
-        engines.check_room(toy)  # what cannot be learnt is no reason
-    usage = engines.shutil.disk_usage("/")
-    monkeypatch.setattr(engines.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(MachineError, match=r"take about 0\.1 GB and the disk of .* has 0\.0 GB left: free space"):
-        build_engines(toy, OPTIONS)
-    assert engines_of(toy) == []
-
-
 def test_a_bundle_for_the_cpu_is_refused(toy: Bundle) -> None:
     bundle = Bundle.load(call_int8(toy.path, target="cpu"))
     with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):

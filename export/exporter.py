@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from ..sampling.guidance import choose_guidance
 from ..spec import DEEP, DENOISER, LATENT_DOWNSCALE, SHALLOW
 from ..system.files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from .engines import is_bundle
-from .source import Source, find_source, load_config, load_student, load_vae
+from .source import AnyPath, Source, find_source, load_config, load_student, load_vae
 
 if TYPE_CHECKING:
     from ..metrics.trajectory import Trajectory
@@ -62,8 +61,8 @@ class BundleOptions:
         force: replace an existing bundle.
     """
 
-    vae: str | os.PathLike[str] | None = None
-    config: str | os.PathLike[str] | None = None
+    vae: AnyPath | None = None
+    config: AnyPath | None = None
     steps: int = 20
     guidance: float | None = None
     distilled_guidance: float | None = None
@@ -73,10 +72,7 @@ class BundleOptions:
 
 
 def export_bundle(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    options: BundleOptions | None = None,
-    progress: Progress = no_progress,
+    source: AnyPath, output: AnyPath, options: BundleOptions | None = None, progress: Progress = no_progress
 ) -> Bundle:
     """Export ``source`` (a file of student weights, or a bundled model's name) to the folder ``output``.
 
@@ -100,10 +96,7 @@ def export_bundle(
 
 @contextmanager
 def float32_bundle(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    options: BundleOptions,
-    progress: Progress = no_progress,
+    source: AnyPath, output: AnyPath, options: BundleOptions, progress: Progress = no_progress
 ) -> Iterator[Bundle]:
     """``source`` as a float32 bundle: itself where it is one, else exported to a folder that is gone afterwards.
 
@@ -111,9 +104,8 @@ def float32_bundle(
     """
     if is_bundle(source):
         if (options.vae, options.config, options.distilled_guidance) != (None, None, None):
-            raise UsageError(
-                f"{source} is a bundle, complete as it is: leave --vae, --config and --distilled-guidance out"
-            )
+            problem = f"{source} is a bundle, complete as it is"
+            raise UsageError(problem, "leave --vae, --config and --distilled-guidance out")
         bundle = Bundle.load(source)
         for name in bundle.components:
             check_onnx_file(bundle.component_path(name))
@@ -125,7 +117,7 @@ def float32_bundle(
         yield export_bundle(source, folder / Path(output).resolve().name, options, progress)
 
 
-def _find_source(source: str | os.PathLike[str], output: str | os.PathLike[str], options: BundleOptions) -> Source:
+def _find_source(source: AnyPath, output: AnyPath, options: BundleOptions) -> Source:
     files = find_source(source, options.vae, options.config, options.distilled_guidance)
     refuse_loss(output, (files.checkpoint, files.vae, files.config), "which is being exported")
     return files

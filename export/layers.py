@@ -51,13 +51,9 @@ class LayerDifference:
 
 
 def compare_layers(
-    a: Path,
-    b: Path,
-    feeds: Mapping[str, np.ndarray] | None = None,
-    provider_a: str = "cpu",
-    provider_b: str = "cpu",
+    a: Path, b: Path, feeds: Mapping[str, np.ndarray] | None = None, provider_a: str = "cpu", provider_b: str = "cpu",
     on_progress: Progress = no_progress,
-) -> list[LayerDifference]:
+) -> list[LayerDifference]:  # fmt: skip
     """Run the ONNX files ``a`` and ``b`` on the same ``feeds``, by default drawn ones, and compare what they compute.
 
     ``provider_a`` and ``provider_b`` are ONNX Runtime's: ``cpu``, ``cuda`` or ``tensorrt``. A large model is run

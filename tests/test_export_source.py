@@ -119,8 +119,8 @@ def test_a_vae_of_another_model(parts: SimpleNamespace, tmp_path: Path, change: 
 
 def test_things_that_are_not_there(parts: SimpleNamespace, tmp_path: Path) -> None:
     for changes, error, message in (
-        ({"vae": tmp_path / "none"}, MachineError, "no VAE folder .*none: .*moebius-edge download"),
-        ({"vae": tmp_path}, UsageError, "holds no config.json"),
+        ({"vae": tmp_path / "none"}, MachineError, "no VAE in .*none, .*moebius-edge download"),
+        ({"vae": tmp_path}, MachineError, "which has no config.json"),
         ({"vae": None}, UsageError, "needs an autoencoder: add --vae DIR"),
         ({"source": tmp_path / "none.bin"}, MachineError, "there is no checkpoint .*none.bin"),
         ({"source": tmp_path}, UsageError, "is a folder: name the file"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -63,7 +62,7 @@ def test_a_pickle_that_would_run_code(parts: SimpleNamespace, tmp_path: Path, mo
     refused(BundleError, "bad.bin was refused: its pickle asks to run code", parts, tmp_path, tmp_path / "bad.bin")
     vae = changed_vae(parts, tmp_path / "vae")
     (vae / f"{WEIGHTS}.safetensors").unlink()
-    (vae / f"{WEIGHTS}.bin").write_bytes(pickle.dumps({"w": Payload()}))
+    torch.save({"w": Payload()}, vae / f"{WEIGHTS}.bin")
     refused(BundleError, f"{WEIGHTS}.bin was refused: its pickle asks to run code", parts, tmp_path, vae=vae)
     assert not (tmp_path / "ran").exists()
 

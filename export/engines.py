@@ -1,7 +1,7 @@
 """``build_engines``: a bundle's ONNX files, and ``update``, become ``BUNDLE/engines/<key>/``, or nothing at all.
 
-Here is decided what to build for which machine, whether it is there already, and whether memory and disk allow it.
-TensorRT works in a process a component (``trt_builder``); neither PyTorch nor the onnx package is needed.
+Here is decided what to build for which machine, and whether it is there already. TensorRT works in a process a
+component (``trt_builder``); neither PyTorch nor the onnx package is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
-from ..errors import BundleError, MachineError, OutOfMemory, UsageError
+from ..errors import BundleError, MachineError, UsageError
 from ..progress import Progress, no_progress
 from ..runtimes.cuda import Gpu, find_gpu
 from ..runtimes.engine_files import (
@@ -36,15 +36,10 @@ from ..runtimes.latent_loop import UPDATE, update_component
 from ..spec import DENOISER, SHALLOW, Component
 from ..system.files import atomic_directory
 from ..system.fingerprint import first_difference
-from ..system.machine import available_memory_bytes
 from ..system.subprocess_job import run_job
 
 WORKER = (sys.executable, "-m", f"{__package__}.trt_builder")
 _LEAST_DEFAULT_CAPABILITY = (8, 0)  # for 7.5, TensorRT for RTX compiles no float32 matrix product
-_QUANTISED = {DENOISER: "nodes", SHALLOW: "shallow_nodes"}  # component -> its quantised operators in bundle.json
-# Bytes needed for each byte of ONNX, and besides; docs/engines.md has the measurements.
-MEMORY_FACTOR, MEMORY_BASE_BYTES = 4, 800_000_000
-DISK_FACTOR, DISK_BASE_BYTES = 1.2, 50_000_000
 _MEMORY_REMEDY = "close other programs, add swap, or pass a smaller --workspace or --max-batch"
 
 
@@ -166,7 +161,7 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
     Raises:
         UsageError: the bundle is INT8 for another target.
         BundleError: TensorRT cannot build the files.
-        MachineError: memory or disk is short, or a build was killed.
+        MachineError: memory or disk ran out, or a build was killed.
     """
     if bundle.int8 is not None and bundle.int8["target"] != "tensorrt":
         raise UsageError(
@@ -186,7 +181,6 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
         if not reason:
             return Built(read_engine(folder), fresh=False)
         notes.append(f"the engine {folder} is built again: {reason}")
-    check_room(bundle)
     try:
         folder.parent.mkdir(exist_ok=True)
     except OSError as error:
@@ -200,7 +194,6 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
                 "stage": stage,
                 "component": name,
                 "onnx": None if name == UPDATE else os.path.abspath(bundle.component_path(name)),
-                "quantised": {**(bundle.int8 or {})}.get(_QUANTISED.get(name, ""), []),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
                 "flavour": key.flavour,
                 "compute_capabilities": list(key.compute_capabilities),
@@ -227,22 +220,6 @@ def rows(component: str, max_batch: int, branches: int = 2) -> list[int]:
 def profile(component: Component, batches: list[int]) -> dict[str, list[list[int]]]:
     """For every input the shape at each number of rows; all sizes but the batch are fixed."""
     return {t.name: [[n if d == "N" else int(d) for d in t.shape] for n in batches] for t in component.inputs}
-
-
-def check_room(bundle: Bundle) -> None:
-    """Raise ``MachineError`` where a build would run out of memory or disk; what cannot be learnt is no reason."""
-    sizes = {name: bundle.files[c.file]["bytes"] for name, c in bundle.components.items()}
-    largest = max(sizes, key=lambda name: sizes[name])
-    needed, available = MEMORY_BASE_BYTES + MEMORY_FACTOR * sizes[largest], available_memory_bytes()
-    if available is not None and available < needed:
-        problem = f"building the {largest} takes about {needed / 1e9:.1f} GB of memory"
-        remedy = "close other programs or add swap"
-        raise OutOfMemory(f"{problem} and {available / 1e9:.1f} GB are available", remedy)
-    needed_disk, free = DISK_BASE_BYTES + DISK_FACTOR * sum(sizes.values()), shutil.disk_usage(bundle.path).free
-    if free < needed_disk:
-        problem = f"the engines take about {needed_disk / 1e9:.1f} GB and the disk of {bundle.path} has"
-        remedy = "free space or name a folder on another disk with --output"
-        raise MachineError(f"{problem} {free / 1e9:.1f} GB left", remedy)
 
 
 def _why_outdated(engine: Engine) -> str:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,13 @@ from ..sampling.guidance import choose_guidance
 from ..spec import DEEP, DENOISER, LATENT_DOWNSCALE, SHALLOW
 from ..system.files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
 from .engines import is_bundle
-from .source import Source, find_source, load_config, load_student, load_vae
+from .source import AnyPath, Source, find_source, load_config, load_student, load_vae
 
 if TYPE_CHECKING:
+    from ..metrics.trajectory import Trajectory
     from ..model import StudentConfig
     from ..runtimes import Runtime
 
-_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
 # The gate's floor in dB by precision. Of float32 against float32 only the order of sums may differ.
 MIN_PSNR_DB = {"float32": 60.0, "float16": 40.0}
 # The largest difference between the noise of the whole denoiser and of its shallow part, over the largest noise: only
@@ -61,8 +61,8 @@ class BundleOptions:
         force: replace an existing bundle.
     """
 
-    vae: str | os.PathLike[str] | None = None
-    config: str | os.PathLike[str] | None = None
+    vae: AnyPath | None = None
+    config: AnyPath | None = None
     steps: int = 20
     guidance: float | None = None
     distilled_guidance: float | None = None
@@ -72,10 +72,7 @@ class BundleOptions:
 
 
 def export_bundle(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    options: BundleOptions | None = None,
-    progress: Progress = no_progress,
+    source: AnyPath, output: AnyPath, options: BundleOptions | None = None, progress: Progress = no_progress
 ) -> Bundle:
     """Export ``source`` (a file of student weights, or a bundled model's name) to the folder ``output``.
 
@@ -99,10 +96,7 @@ def export_bundle(
 
 @contextmanager
 def float32_bundle(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    options: BundleOptions,
-    progress: Progress = no_progress,
+    source: AnyPath, output: AnyPath, options: BundleOptions, progress: Progress = no_progress
 ) -> Iterator[Bundle]:
     """``source`` as a float32 bundle: itself where it is one, else exported to a folder that is gone afterwards.
 
@@ -110,9 +104,8 @@ def float32_bundle(
     """
     if is_bundle(source):
         if (options.vae, options.config, options.distilled_guidance) != (None, None, None):
-            raise UsageError(
-                f"{source} is a bundle, complete as it is: leave --vae, --config and --distilled-guidance out"
-            )
+            problem = f"{source} is a bundle, complete as it is"
+            raise UsageError(problem, "leave --vae, --config and --distilled-guidance out")
         bundle = Bundle.load(source)
         for name in bundle.components:
             check_onnx_file(bundle.component_path(name))
@@ -124,9 +117,7 @@ def float32_bundle(
         yield export_bundle(source, folder / Path(output).resolve().name, options, progress)
 
 
-def _find_source(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], options: BundleOptions
-) -> Source:
+def _find_source(source: AnyPath, output: AnyPath, options: BundleOptions) -> Source:
     files = find_source(source, options.vae, options.config, options.distilled_guidance)
     refuse_loss(output, (files.checkpoint, files.vae, files.config), "which is being exported")
     return files
@@ -144,12 +135,12 @@ def _export(
     from ..runtimes.ort import OrtRuntime
     from ..runtimes.pytorch import TorchRuntime
 
-    def trajectory(runtime: Runtime, what: str) -> Any:
+    # As the bundle will run: with distilled guidance on the conditional branch alone.
+    sampled = choose_guidance(guidance, files.distilled_guidance).sampled
+
+    def trajectory(runtime: Runtime, what: str) -> Trajectory:
         progress(what, 0, 0)
-        # As the bundle will run: with distilled guidance on the conditional branch alone.
-        sampled = choose_guidance(guidance, files.distilled_guidance).sampled
-        on_step = lambda done, total: progress(what, done, total)  # noqa: E731
-        return run_trajectory(runtime, steps=options.steps, guidance=sampled, on_step=on_step)
+        return run_trajectory(runtime, steps=options.steps, guidance=sampled, on_step=partial(progress, what))
 
     progress(f"load weights, VAE scaling factor {files.scaling_factor:g}", 0, 0)
     config = load_config(files)
@@ -205,13 +196,12 @@ def _write_components(
 
 def _description(name: str, files: Source, config: StudentConfig) -> dict[str, Any]:
     """What ``bundle.json`` says of the model, whatever its precision."""
-    card = {"name": name, "description": f"Moebius student exported from {files.checkpoint.name}."}
-    card["licence"] = "that of the checkpoint (not stated)"
-    if files.bundled is not None:
-        text = "Demonstration model of reduced width for 256x256. Real work uses the published weights."
-        card = {"name": files.bundled, "description": text, "licence": "Apache-2.0"}
+    bundled = "Demonstration model of reduced width for 256x256. Real work uses the published weights."
+    own = f"Moebius student exported from {files.checkpoint.name}."
     return {
-        **card,
+        "name": files.bundled or name,
+        "description": bundled if files.bundled else own,
+        "licence": "Apache-2.0" if files.bundled else "that of the checkpoint (not stated)",
         "model": config.to_dict(),
         "resolution": config.latent_size * LATENT_DOWNSCALE,
         "scaling_factor": files.scaling_factor,
@@ -223,16 +213,11 @@ def _description(name: str, files: Source, config: StudentConfig) -> dict[str, A
 
 def _tool_versions() -> dict[str, str]:
     """The versions of everything that has a say in the files; importing each is the check that it is there."""
-    versions = {"moebius-edge": __version__}
-    missing = []
-    for package in _PACKAGES:
-        try:
-            versions[package] = str(importlib.import_module(package).__version__)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise MachineError(f"export needs {', '.join(missing)}", 'run `pip install "moebius-edge[export]"`')
-    return versions
+    try:
+        packages = [importlib.import_module(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")]
+    except ImportError as error:
+        raise MachineError(f"export needs {error.name}", 'run `pip install "moebius-edge[export]"`') from None
+    return {"moebius-edge": __version__, **{package.__name__: str(package.__version__) for package in packages}}
 
 
 def judge(figures: dict[str, Any], min_psnr_db: float) -> None:

@@ -51,13 +51,9 @@ class LayerDifference:
 
 
 def compare_layers(
-    a: Path,
-    b: Path,
-    feeds: Mapping[str, np.ndarray] | None = None,
-    provider_a: str = "cpu",
-    provider_b: str = "cpu",
+    a: Path, b: Path, feeds: Mapping[str, np.ndarray] | None = None, provider_a: str = "cpu", provider_b: str = "cpu",
     on_progress: Progress = no_progress,
-) -> list[LayerDifference]:
+) -> list[LayerDifference]:  # fmt: skip
     """Run the ONNX files ``a`` and ``b`` on the same ``feeds``, by default drawn ones, and compare what they compute.
 
     ``provider_a`` and ``provider_b`` are ONNX Runtime's: ``cpu``, ``cuda`` or ``tensorrt``. A large model is run
@@ -155,8 +151,10 @@ def _difference(name: str, operator: str, order: int, first: np.ndarray, second:
     error = np.abs(reference - other)
     if not np.isfinite(error).all():
         return LayerDifference(name, operator, first.shape, math.inf, math.inf, -math.inf, order)
+    if not error.any():
+        return LayerDifference(name, operator, first.shape, 0.0, 0.0, math.inf, order)
     norm, distance = float(np.linalg.norm(reference)), float(np.linalg.norm(error))
-    relative = 0.0 if distance == 0 else distance / norm if norm else math.inf
-    rmse, peak = distance / math.sqrt(max(1, error.size)), float(np.abs(reference).max(initial=0.0))
-    psnr = math.inf if rmse == 0 else 20 * math.log10(peak / rmse) if peak else -math.inf
-    return LayerDifference(name, operator, first.shape, relative, float(error.max(initial=0.0)), psnr, order)
+    if norm == 0:
+        return LayerDifference(name, operator, first.shape, math.inf, float(error.max()), -math.inf, order)
+    psnr = 20 * math.log10(float(np.abs(reference).max()) * math.sqrt(error.size) / distance)
+    return LayerDifference(name, operator, first.shape, distance / norm, float(error.max()), psnr, order)

@@ -24,11 +24,7 @@ from ..model import Student
 from ..spec import Component
 from ..system.files import utf8_path
 from .specialise import specialise
-from .trt_rules import problems
-
-# The highest opset TensorRT 10.3 (JetPack 6) reads. 21 would bring GroupNormalization, whose per-channel
-# scale TensorRT mishandles before 10.9.
-OPSET = 20
+from .trt_rules import OPSET, problems
 
 
 class Encoder(nn.Module):

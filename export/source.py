@@ -25,6 +25,8 @@ from .weights_metadata import find_guidance
 if TYPE_CHECKING:
     from ..model import Student, StudentConfig
 
+AnyPath = str | os.PathLike[str]
+
 VAE_CONFIG = "config.json"
 VAE_WEIGHTS = (  # as diffusers writes them, the first that is there; weights of FP16 alone are read as well
     "diffusion_pytorch_model.safetensors",
@@ -81,10 +83,7 @@ class Source:
 
 
 def find_source(
-    source: str | os.PathLike[str],
-    vae: str | os.PathLike[str] | None,
-    config: str | os.PathLike[str] | None,
-    distilled_guidance: float | None = None,
+    source: AnyPath, vae: AnyPath | None, config: AnyPath | None, distilled_guidance: float | None = None
 ) -> Source:
     """Locate everything before anything large is read.
 
@@ -146,7 +145,7 @@ def load_student(source: Source, config: StudentConfig) -> Student:
 
 
 def load_vae(source: Source) -> Any:
-    """The VAE of ``source``, as ``open_vae`` returns it."""
+    """``open_vae`` of the source's folder."""
     return open_vae(source.vae)
 
 
@@ -186,13 +185,9 @@ def _current_name(name: str) -> str:
 
 def _find_vae(folder: Path) -> tuple[Path, float]:
     """The weights' file and the scaling factor of a diffusers VAE folder."""
-    if not folder.is_dir():
-        raise MachineError(
-            f"there is no VAE folder {folder}: name a diffusers AutoencoderKL folder, "
-            "`moebius-edge download places2` fetches the published one"
-        )
     if not (folder / VAE_CONFIG).is_file():
-        raise UsageError(f"{folder} holds no {VAE_CONFIG}: --vae names a diffusers AutoencoderKL folder")
+        remedy = "name a diffusers AutoencoderKL folder, `moebius-edge download places2` fetches the published one"
+        raise MachineError(f"there is no VAE in {folder}, which has no {VAE_CONFIG}", remedy)
     remedy = "name the diffusers folder of the student's own VAE (the published scaling_factor is 0.13025)"
     config = read_document(folder / VAE_CONFIG, VaeConfig, UsageError, remedy)
     for name in VAE_WEIGHTS:
@@ -201,7 +196,7 @@ def _find_vae(folder: Path) -> tuple[Path, float]:
     raise MachineError(f"{folder} holds no weights, neither {' nor '.join(VAE_WEIGHTS)}: copy or download it again")
 
 
-def _find_config(checkpoint: Path, given: str | os.PathLike[str] | None) -> Path | None:
+def _find_config(checkpoint: Path, given: AnyPath | None) -> Path | None:
     if given is not None:
         return Path(given)
     beside = (checkpoint.with_suffix(".json"), *map(checkpoint.with_name, ("student.json", "config.json")))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from ..model.layers import SpatialTransformer, Upsample
 from ..model.student import LambdaBlock, MixFFN, SeparableConv
 from .operators import best_tile, interactive_lambda, layout, local_lambda
 
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
+
 
 def folded(weight: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight (C_out, ...) and bias (C_out,) of a map without bias followed by ``norm``, in one map."""
@@ -32,22 +34,22 @@ def folded(weight: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tenso
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer with these weights; a 1x1 convolution's (C_out, C_in, 1, 1) are taken too."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    made.weight = nn.Parameter(weight.detach().flatten(1).clone())
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    return _with_weights(layer, weight.flatten(1), bias)
 
 
 def convolution(weight: Tensor, bias: Tensor | None, padding: int = 0, groups: int = 1) -> nn.Conv2d:
     """A convolution with these weights (C_out, C_in / groups, r, r)."""
-    outputs, inputs, *kernel = weight.shape
-    size = (kernel[0], kernel[1])
-    made = nn.Conv2d(inputs * groups, outputs, size, padding=padding, groups=groups, bias=bias is not None)
-    made.weight = nn.Parameter(weight.detach().clone())
+    outputs, inputs, side, _ = weight.shape
+    layer = nn.Conv2d(inputs * groups, outputs, side, padding=padding, groups=groups, bias=bias is not None)
+    return _with_weights(layer, weight, bias)
+
+
+def _with_weights(layer: _Layer, weight: Tensor, bias: Tensor | None) -> _Layer:
+    layer.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
 
 
 class FoldedSeparableConv(nn.Module):
@@ -85,8 +87,12 @@ class QuarteredUpsample(nn.Module):
 def phase_kernels(weight: Tensor) -> list[Tensor]:
     """The 2x2 kernels (C, C, 2, 2) of the four places in a doubled pixel, row-major, from a 3x3 one (C, C, 3, 3)."""
     sums = ([(0,), (1, 2)], [(0, 1), (2,)])  # for an even and an odd place: which taps fall on the same source
+
+    def sum_taps(rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
+        return weight[:, :, list(rows)][:, :, :, list(columns)].sum((2, 3))
+
     return [
-        torch.stack([torch.stack([sum_taps(weight, r, c) for c in columns], -1) for r in rows], -2)
+        torch.stack([torch.stack([sum_taps(r, c) for c in columns], -1) for r in rows], -2)
         for rows in sums
         for columns in sums
     ]
@@ -102,11 +108,6 @@ def phases_together(x: Tensor, phases: Iterable[Callable[[Tensor], Tensor]]) -> 
         parts.append(phase(padded[:, :, row : row + height + 1, column : column + width + 1]))
     stacked = torch.stack(parts, 2)  # (N, C, 4, h, w)
     return F.pixel_shuffle(stacked.flatten(1, 2), 2)
-
-
-def sum_taps(weight: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
-    """The sum of these taps of (C, C, 3, 3) kernels -> (C, C)."""
-    return weight[:, :, list(rows)][:, :, :, list(columns)].sum((2, 3))
 
 
 class SpecialLocal(nn.Module):
@@ -235,24 +236,11 @@ def specialise(student: Student) -> SpecialDenoiser:
     network.add_module("encoder_hid_proj", nn.Identity())  # what is handed on is the branch
     tile = best_tile(config)
 
-    def rewritten(module: nn.Module) -> nn.Module | None:
+    for name, module in list(network.named_modules()):
         if isinstance(module, SeparableConv):
-            return FoldedSeparableConv(module)
-        if isinstance(module, SpatialTransformer):
-            return SpecialBlock(module, prompts, tile)
-        if isinstance(module, Upsample):
-            return QuarteredUpsample(module)
-        return None
-
-    replace(network, rewritten)
+            network.set_submodule(name, FoldedSeparableConv(module))
+        elif isinstance(module, SpatialTransformer):
+            network.set_submodule(name, SpecialBlock(module, prompts, tile))
+        elif isinstance(module, Upsample):
+            network.set_submodule(name, QuarteredUpsample(module))
     return SpecialDenoiser(network).eval().requires_grad_(False)
-
-
-def replace(module: nn.Module, rewritten: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Puts ``rewritten(child)`` in the place of every child, however deep, for which it is not None."""
-    for name, child in list(module.named_children()):
-        made = rewritten(child)
-        if made is None:
-            replace(child, rewritten)
-        else:
-            setattr(module, name, made)

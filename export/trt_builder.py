@@ -8,14 +8,12 @@ file says is what is computed, and no option here lowers a type.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,23 +30,24 @@ from ..system.files import atomic_write, sha256_file, utf8_path
 from ..system.machine import peak_memory_bytes
 from ..system.subprocess_job import Note, serve_job
 
-_PRODUCT_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
 _UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
 _SAMPLE_CHANNELS = 2 * LATENT_CHANNELS + 1
 # Indices of channels. TensorRT reads them where they lie until the plan is built: never a temporary array.
 _CHANNELS = np.arange(_SAMPLE_CHANNELS, dtype=np.int32)
 _ALL_BUT_ROWS = 0b1110  # axes to sum over, a bit each
+# What TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None.
+_LOG = BufferingHandler(capacity=100_000)
 
 
 def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, Any]:
     """Build and write one plan; what ``engine.json`` records of it.
 
-    ``request`` is made by ``engines.build_engines``: component and ONNX file (None for ``update``), the names of its
-    quantised operators, the plan to write, TensorRT's options, and the name of the work for ``progress``.
+    ``request`` is made by ``engines.build_engines``: component and ONNX file (None for ``update``), the plan to write,
+    TensorRT's options, and the name of the work for ``progress``.
 
     Raises:
-        BundleError: the file cannot be parsed or built, or has other quantised operators than the bundle says.
+        BundleError: the file cannot be parsed or built.
         MachineError: TensorRT is missing, does not know the GPU, or memory or disk ran out.
     """
     started = time.monotonic()
@@ -56,37 +55,18 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     if request["onnx"] is None:
         network = builder.create_update(request["profile"]["sample"][0][-1])
     else:
-        builder.check(Path(request["onnx"]))
         network = builder.parse(Path(request["onnx"]))
-    facts = describe_network(network[1])
-    check_quantised(facts, request["quantised"], request["component"])
     plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
     with atomic_write(request["plan"]) as temporary:
         temporary.write_bytes(plan)
+    path = Path(request["plan"])
     return {
-        "file": Path(request["plan"]).name,
-        "sha256": sha256_file(request["plan"]),
-        "bytes": Path(request["plan"]).stat().st_size,
-        "layers": facts["layers"],
-        "tensors": facts["tensors"],
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
         "build_seconds": round(time.monotonic() - started, 1),
         "build_peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-class _ErrorLog(logging.Handler):
-    """Keeps the errors that TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.CRITICAL:  # at that level Polygraphy only sums up
-            self.messages.append(record.getMessage())
-
-
-_ERRORS = _ErrorLog()
 
 
 def import_polygraphy(extra: str) -> ModuleType:
@@ -98,7 +78,7 @@ def import_polygraphy(extra: str) -> ModuleType:
         raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
     logger = logging.getLogger("Polygraphy")
     G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
-    logger.addHandler(_ERRORS)
+    logger.addHandler(_LOG)
     return polygraphy
 
 
@@ -118,22 +98,16 @@ class TrtBuilder:
 
         self.polygraphy = trt
 
-    def check(self, onnx: Path) -> None:
-        """Raise ``BundleError`` for a file of too new an opset, or that breaks ``check_onnx_file`` or ``trt_rules``."""
-        version = version_of(self.package)
-        highest, opset = max_opset(self.flavour.name, version), check_onnx_file(onnx)
-        violations = [f"opset {opset} is newer than {highest}, the highest it parses"] if opset > highest else []
-        with suppress(ImportError):  # a device need not have the onnx package
-            from onnx import load
-
-            from .trt_rules import problems
-
-            violations += problems(load(os.fspath(onnx), load_external_data=False), self.flavour.name, version)
-        if violations:
-            raise BundleError(f"{onnx} is not for {self.title}: {violations[0]}", "export the bundle again")
-
     def parse(self, onnx: Path) -> Any:
-        """The network of an ONNX file. Raises ``BundleError`` that names the node that cannot be parsed."""
+        """The network of an ONNX file.
+
+        Raises ``BundleError`` for a file that ``export`` does not write, of too new an opset, or with a node that
+        cannot be parsed, which is named.
+        """
+        highest, opset = max_opset(self.flavour.name, version_of(self.package)), check_onnx_file(onnx)
+        if opset > highest:
+            problem = f"{onnx} is not for {self.title}: opset {opset} is newer than {highest}, the highest it parses"
+            raise BundleError(problem, "export the bundle again")
         with utf8_path(onnx) as name:
             return self._call(f"parse {onnx}", self.polygraphy.NetworkFromOnnxPath(name, strongly_typed=True))
 
@@ -172,14 +146,14 @@ class TrtBuilder:
         """What a loader returns, or our error for the first that TensorRT logged, for others follow from it."""
         from polygraphy.exception import PolygraphyException
 
-        _ERRORS.messages.clear()
+        _LOG.flush()
         try:
             return load()
         except Exception as error:  # but for Polygraphy's own it is a constructor of TensorRT that failed
             raise self._error(what if isinstance(error, PolygraphyException) else "start", str(error)) from None
 
     def _error(self, what: str, reason: str) -> MoebiusError:
-        messages = [*_ERRORS.messages, reason]
+        messages = [r.getMessage() for r in _LOG.buffer if r.levelno == logging.ERROR] + [reason]
         cause = next((m for m in messages if "In node " in m), messages[0])
         problem = f"{self.title} cannot {what} ({_tidy(cause)})"
         if any(map(_OUT_OF_MEMORY.search, messages)):
@@ -195,56 +169,6 @@ def _tidy(message: str) -> str:
     text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.removeprefix("[E] ").split()))
     text = re.sub(r"In node -?\d+ with name: (.*?) and operator: (\S+) \(\w+\): \w+: ", r"node '\1' (\2): ", text)
     return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
-
-
-def network_facts(onnx: str | os.PathLike[str], flavour: str = "tensorrt-rtx") -> dict[str, Any]:
-    """``describe_network`` of an ONNX file, which builds nothing and needs no GPU with TensorRT for RTX.
-
-    Raises as ``TrtBuilder`` and its ``parse``.
-    """
-    return describe_network(TrtBuilder(flavour).parse(Path(onnx))[1])
-
-
-def describe_network(network: Any) -> dict[str, Any]:
-    """What TensorRT made of a file: ``layers`` and ``tensors`` count layer and tensor types by name, ``inputs`` and
-    ``outputs`` map names to types, ``quantised`` lists the ONNX convolutions and matrix products of two dequantised
-    inputs."""
-    layers: Counter[str] = Counter()
-    tensors: Counter[str] = Counter()
-    dequantised: set[str] = set()  # tensors; layers come in an order in which each one's inputs are known
-    quantised: list[str] = []
-    for layer in map(network.get_layer, range(network.num_layers)):
-        kind = _name(layer.type)
-        layers[kind] += 1
-        inputs = [t.name for t in map(layer.get_input, range(layer.num_inputs)) if t is not None]
-        outputs = [t for t in map(layer.get_output, range(layer.num_outputs)) if t is not None]
-        tensors.update(_name(t.dtype) for t in outputs)
-        # Weights of a matrix product get a dimension or lose one on their way.
-        if kind == "DEQUANTIZE" or (kind in ("SHUFFLE", "UNSQUEEZE") and inputs[0] in dequantised):
-            dequantised.update(t.name for t in outputs)
-        if kind in _PRODUCT_LAYERS and len(inputs) > 1 and dequantised.issuperset(inputs[:2]):
-            # The layer's own name may have got a number.
-            onnx_name = re.match(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
-            quantised.append(onnx_name[1] if onnx_name else layer.name)
-    return {
-        "layers": dict(sorted(layers.items())),
-        "tensors": dict(sorted(tensors.items())),
-        "quantised": quantised,
-        "inputs": {t.name: _name(t.dtype) for t in map(network.get_input, range(network.num_inputs))},
-        "outputs": {t.name: _name(t.dtype) for t in map(network.get_output, range(network.num_outputs))},
-    }
-
-
-def check_quantised(facts: dict[str, Any], names: list[str], component: str) -> None:
-    """Raise ``BundleError`` unless the network's quantised operators are the ONNX nodes ``names``."""
-    if missing := sorted(set(names) - set(facts["quantised"])):
-        raise BundleError(f"{component}: TensorRT does not see {missing[0]} as quantised: export the bundle again")
-    if more := sorted(set(facts["quantised"]) - set(names)):
-        raise BundleError(f"{component}: {more[0]} is quantised, and bundle.json does not list it: export it again")
-
-
-def _name(member: Any) -> str:
-    return str(member).rpartition(".")[2]
 
 
 def make_monitor(trt: Any, on_percent: Callable[[int], None]) -> Any:

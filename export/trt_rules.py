@@ -7,18 +7,17 @@ computes something else. The sources of the rules are TensorRT's release notes a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ..runtimes.engine_files import max_opset
 from .onnx_graph import PRODUCTS, attribute  # TensorRT fuses each of PRODUCTS with the pairs before it
 
-OLDEST = (10, 3)
+# The highest opset that 10.3 reads. 21 would bring GroupNormalization, whose per-channel scale TensorRT mishandles
+# before 10.9.
+OPSET = 20
 _DEFAULT_DOMAINS = ("", "ai.onnx")
-_FUNCTIONS_BY_DOMAIN = (10, 8)  # before, the parser tells functions apart by name only
 _EXPLICIT = "quantisation is explicit: write QuantizeLinear and DequantizeLinear before"
 # Operator -> why it is refused.
 FORBIDDEN = {
@@ -31,34 +30,31 @@ FORBIDDEN = {
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-def problems(model: ModelProto, flavour: str = "tensorrt", version: tuple[int, int] = OLDEST) -> list[str]:
+def problems(model: ModelProto) -> list[str]:
     """Every violation, each a phrase that names the node (or function) and says what to do instead.
 
     Weights are looked at only where a rule concerns them: the scales and zero points of quantisation.
     """
     return [
-        *_opset_problems(model, max_opset(flavour, version)),
-        *(_function_problems(model) if flavour == "tensorrt" and version < _FUNCTIONS_BY_DOMAIN else ()),
+        *_opset_problems(model),
+        *_function_problems(model),
         *_operator_problems(model),
         *_quantisation_problems(model),
     ]
 
 
-def _opset_problems(model: ModelProto, highest: int) -> Iterator[str]:
-    for entry in [*model.opset_import, *(o for f in model.functions for o in f.opset_import)]:
-        if entry.domain in _DEFAULT_DOMAINS and entry.version > highest:
-            yield f"opset {entry.version} is newer than {highest}, the highest that is parsed: export with opset 20"
-            return
+def _opset_problems(model: ModelProto) -> Iterator[str]:
+    imports = [*model.opset_import, *(o for f in model.functions for o in f.opset_import)]
+    highest = max((o.version for o in imports if o.domain in _DEFAULT_DOMAINS), default=OPSET)
+    if highest > OPSET:
+        yield f"opset {highest} is newer than {OPSET}, the highest that is parsed: export with opset {OPSET}"
 
 
 def _function_problems(model: ModelProto) -> Iterator[str]:
-    """Bodies must be told apart by name, and share no name with the graph that calls them."""
+    """Before 10.8 a body must share no name with the graph that calls it."""
     graph = model.graph
     outer = {value.name for value in [*graph.input, *graph.output, *graph.initializer]}
     outer |= {name for node in graph.node for name in node.output}
-    for name, count in Counter(f.name for f in model.functions).items():
-        if count > 1:
-            yield f"function {name} exists {count} times: names must differ, the domain is ignored"
     for function in model.functions:
         names = {*function.input, *(n for node in function.node for n in [*node.input, *node.output])}
         if clash := sorted((names & outer) - {""}):
@@ -69,23 +65,19 @@ def _function_problems(model: ModelProto) -> Iterator[str]:
 
 
 def _operator_problems(model: ModelProto) -> Iterator[str]:
-    functions = {(f.domain, f.name): f for f in model.functions}
-    nodes: list[tuple[FunctionProto | None, NodeProto]] = [(None, node) for node in model.graph.node]
-    nodes += [(function, node) for function in model.functions for node in function.node]
-    for where, node in nodes:
-        title = _title(node) if where is None else f"function {where.name}, {_title(node)}"
-        function = functions.get((node.domain, node.op_type))
-        if function is not None:
-            passed = sum(bool(name) for name in node.input)
-            if passed != len(function.input):
-                takes = f"has {passed} inputs where its function takes {len(function.input)}"
-                yield f"{title}: {takes}: pass all of them"
-        elif node.domain not in _DEFAULT_DOMAINS:
-            yield f"{title}: domain {node.domain!r} has no function of that name in the file"
-        elif node.op_type in FORBIDDEN:
-            yield f"{title}: {FORBIDDEN[node.op_type]}"
-        elif where is not None and node.op_type in _QUANTISERS:
-            yield f"{title}: quantisation in a function is not seen: inline the function"
+    functions = {(f.domain, f.name): len(f.input) for f in model.functions}
+    for function in (None, *model.functions):
+        for node in (model.graph if function is None else function).node:
+            title = _title(node) if function is None else f"function {function.name}, {_title(node)}"
+            takes = functions.get((node.domain, node.op_type), len(node.input))
+            if takes != len(node.input) or (node.domain and "" in node.input):
+                yield f"{title}: leaves out inputs of its function, which takes {takes}: pass all of them"
+            if node.domain not in _DEFAULT_DOMAINS and (node.domain, node.op_type) not in functions:
+                yield f"{title}: domain {node.domain!r} has no function of that name in the file"
+            if node.op_type in FORBIDDEN:
+                yield f"{title}: {FORBIDDEN[node.op_type]}"
+            if function is not None and node.op_type in _QUANTISERS:
+                yield f"{title}: quantisation in a function is not seen: inline the function"
 
 
 def _quantisation_problems(model: ModelProto) -> Iterator[str]:

@@ -110,10 +110,6 @@ class Plan(FileRecord):
     """One component's plan, and what its build measured."""
 
     file: FileName
-    layers: NotRequired[dict[Text, Count]]  # by type
-    tensors: NotRequired[dict[Text, Count]]  # by type
-    quantised_products: NotRequired[Count]
-    products_in_int8: NotRequired[Count | None]
     build_seconds: NotRequired[Number]
     build_peak_memory_bytes: NotRequired[Count | None]
 

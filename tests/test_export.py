@@ -6,12 +6,12 @@ or run the exporter up to the point they are about, with its ONNX files put in p
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +29,8 @@ from toy import make_toy_bundle
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.errors import BundleError, QualityError, UsageError
-from moebius_edge.export import export_bundle
-from moebius_edge.export.gate import judge
+from moebius_edge.export import BundleOptions, export_bundle, float32_bundle
+from moebius_edge.export.exporter import judge
 from moebius_edge.export.onnx_file import check_onnx
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.export.weights_metadata import guidance_metadata
@@ -38,6 +38,7 @@ from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.pytorch import TorchRuntime
 from moebius_edge.spec import DEEP, DENOISER, SHALLOW, components
+from moebius_edge.system.files import sha256_file
 
 STEPS = 4
 NAMES = list(components(CONFIG.deep_channels))
@@ -46,30 +47,31 @@ NAMES = list(components(CONFIG.deep_channels))
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("parts")
-    return SimpleNamespace(student=save_student(folder / "golden.pt"), vae=save_vae(folder / "vae"))
+    vae = save_vae(folder / "vae")
+    student = save_student(folder / "golden.pt")
+    return SimpleNamespace(student=student, vae=vae, options=BundleOptions(vae=vae, steps=2))
 
 
 @pytest.fixture(scope="module")
 def exported(parts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    stages: list[tuple[str, float | None]] = []
-    bundle = export_bundle(
-        parts.student,
-        parts.vae,
-        tmp_path_factory.mktemp("out") / "golden-bundle",
-        steps=STEPS,
-        progress=lambda stage, fraction: stages.append((stage, fraction)),
+    progress: list[tuple[str, int, int]] = []
+    output = tmp_path_factory.mktemp("out") / "golden-bundle"
+    options = replace(parts.options, steps=STEPS)
+    bundle = export_bundle(parts.student, output, options, lambda *step: progress.append(step))
+    return SimpleNamespace(bundle=bundle, progress=progress)
+
+
+def convert_by(monkeypatch: pytest.MonkeyPatch, write: Callable[[str, Path], None]) -> None:
+    """Have the exporter's ONNX files written by ``write(component, path)``."""
+    monkeypatch.setattr(
+        "moebius_edge.export.onnx_file.write_onnx", lambda module, component, path, *more: write(component.name, path)
     )
-    return SimpleNamespace(bundle=bundle, stages=stages)
 
 
 @pytest.fixture
 def converted(exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exporter as it is, but for the conversion: it is given the files that were made once."""
-
-    def copy(module: Any, component: Any, path: Path, *more: Any) -> None:
-        shutil.copy(exported.bundle.component_path(component.name), path)
-
-    monkeypatch.setattr("moebius_edge.export.onnx_file.write_onnx", copy)
+    convert_by(monkeypatch, lambda name, path: shutil.copy(exported.bundle.component_path(name), path))
 
 
 def reference(parts: SimpleNamespace) -> TorchRuntime:
@@ -113,8 +115,8 @@ def test_the_bundle_says_what_it_was_made_of(exported: SimpleNamespace, parts: S
     bundle = exported.bundle
     weights = parts.vae / "diffusion_pytorch_model.safetensors"
     assert bundle.source == {
-        "checkpoint": {"file": "golden.pt", "sha256": hashlib.sha256(parts.student.read_bytes()).hexdigest()},
-        "vae": {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "checkpoint": {"file": "golden.pt", "sha256": sha256_file(parts.student)},
+        "vae": {"file": weights.name, "sha256": sha256_file(weights)},
     }
     assert (bundle.name, bundle.precision, bundle.resolution) == ("golden-bundle", "float32", 64)
     assert bundle.scaling_factor == 0.13025
@@ -124,16 +126,11 @@ def test_the_bundle_says_what_it_was_made_of(exported: SimpleNamespace, parts: S
 
 
 def test_progress_names_every_stage(exported: SimpleNamespace) -> None:
-    names = [stage for stage, _ in exported.stages]
-    for stage in (
-        "load weights, VAE scaling factor 0.13025",
-        *(f"export {n}" for n in NAMES),
-        "gate, PyTorch",
-        "gate, ONNX Runtime",
-    ):
-        assert stage in names
-    assert all(fraction is None or 0 <= fraction <= 1 for _, fraction in exported.stages)
-    assert exported.stages.count(("gate, ONNX Runtime", 1.0)) == 1
+    assert {what for what, _, _ in exported.progress} >= {
+        "load weights, VAE scaling factor 0.13025", *(f"export {n}" for n in NAMES), "gate, PyTorch",
+    }  # fmt: skip
+    assert all(0 <= done <= total or total == 0 for _, done, total in exported.progress)
+    assert exported.progress.count(("gate, ONNX Runtime", 3, 3)) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,37 +198,31 @@ def test_branches_and_scale_are_the_networks_own(exported: SimpleNamespace, part
 
 
 def test_a_missed_gate_leaves_nothing(converted: None, parts: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(
-        QualityError,
-        match=r"is 1?\d\d\.\d\d dB from the PyTorch reference, 1000 dB is the floor.*nothing was",
-    ):
-        export_bundle(parts.student, parts.vae, tmp_path / "bundle", steps=STEPS, min_psnr_db=1000)
+    message = r"is 1?\d\d\.\d\d dB from the PyTorch reference, 1000 dB is the floor.*nothing was"
+    with pytest.raises(QualityError, match=message):
+        export_bundle(parts.student, tmp_path / "bundle", replace(parts.options, min_psnr_db=1000))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("weight", ["vae.quant_conv", "network.conv_out.pointwise", "vae.decoder.conv_out"])
 def test_the_gate_sees_a_wrong_graph(
-    exported: SimpleNamespace,
-    parts: SimpleNamespace,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    weight: str,
+    exported: SimpleNamespace, parts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
 ) -> None:
     """One graph's last convolution a tenth too strong: every output still looks plausible."""
     changed = []
 
-    def copy(module: Any, component: Any, path: Path, *more: Any) -> None:
-        model = onnx.load(exported.bundle.component_path(component.name))
+    def write(name: str, path: Path) -> None:
+        model = onnx.load(exported.bundle.component_path(name))
         for tensor in model.graph.initializer:
             if tensor.name == f"{weight}.weight":
                 stronger = np.float32(1.1) * onnx.numpy_helper.to_array(tensor)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(stronger, tensor.name))
-                changed.append(component.name)
+                changed.append(name)
         onnx.save(model, path)
 
-    monkeypatch.setattr("moebius_edge.export.onnx_file.write_onnx", copy)
+    convert_by(monkeypatch, write)
     with pytest.raises(QualityError, match="60 dB is the floor"):
-        export_bundle(parts.student, parts.vae, tmp_path / "bundle", steps=STEPS)
+        export_bundle(parts.student, tmp_path / "bundle", parts.options)
     assert len(changed) == 1 and list(tmp_path.iterdir()) == []
 
 
@@ -246,18 +237,17 @@ def test_distilled_guidance_is_gated_on_one_branch(
         return plain(self, sample, timestep, branch)
 
     monkeypatch.setattr(TorchRuntime, "_denoise", counted)
-    state = torch.load(parts.student, weights_only=True)
     student = tmp_path / "student.safetensors"
-    student.write_bytes(save(state, guidance_metadata(3.0)))
+    student.write_bytes(save(torch.load(parts.student, weights_only=True), guidance_metadata(3.0)))
     shutil.copy(parts.student.with_suffix(".json"), tmp_path / "student.json")
-    bundle = export_bundle(student, parts.vae, tmp_path / "noted", steps=3)
+    bundle = export_bundle(student, tmp_path / "noted", replace(parts.options, steps=3))
     assert rows == [[0], [0]], "the conditional branch alone"
     assert (bundle.distilled_guidance, bundle.defaults["guidance"], bundle.gate["guidance"]) == (3.0, 3.0, 3.0)
     assert bundle.gate["psnr_db"] >= 60
-    said = export_bundle(parts.student, parts.vae, tmp_path / "said", steps=2, distilled_guidance=1.5)
+    said = export_bundle(parts.student, tmp_path / "said", replace(parts.options, distilled_guidance=1.5))
     assert said.distilled_guidance == said.defaults["guidance"] == 1.5 and rows[2:] == [[0]]
     with pytest.raises(UsageError, match="guidance is 2.0, and the model has guidance 3.0 distilled"):
-        export_bundle(student, parts.vae, tmp_path / "other", guidance=2.0)
+        export_bundle(student, tmp_path / "other", replace(parts.options, guidance=2.0))
     assert not (tmp_path / "other").exists()
 
 
@@ -275,26 +265,63 @@ def test_an_existing_output(converted: None, parts: SimpleNamespace, tmp_path: P
     output.mkdir()
     (output / "bundle.json").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        export_bundle(parts.student, parts.vae, output, steps=2)
+        export_bundle(parts.student, output, parts.options)
     assert (output / "bundle.json").read_text() == "mine"
-    bundle = export_bundle(parts.student, parts.vae, output, steps=2, force=True, name="again", licence="MIT")
-    assert (bundle.name, bundle.licence, bundle.defaults["steps"]) == ("again", "MIT", 2)
+    bundle = export_bundle(parts.student, output, replace(parts.options, force=True))
+    assert (bundle.name, bundle.defaults["steps"]) == ("bundle", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_what_is_exported_is_never_overwritten(parts: SimpleNamespace) -> None:
+    options = replace(parts.options, force=True)
     with pytest.raises(UsageError, match="holds .*golden.pt, which is being exported"):
-        export_bundle(parts.student, parts.vae, parts.student.parent, force=True)
+        export_bundle(parts.student, parts.student.parent, options)
+    folder = parts.student.parent
+    (folder / "bundle.json").write_text("a bundle, as it seems")
+    with (
+        pytest.raises(UsageError, match="holds .*golden.pt, which is being exported"),
+        float32_bundle(parts.student, folder, options),
+    ):
+        pass
+    (folder / "bundle.json").unlink()
     assert parts.student.is_file()
 
 
+def test_a_float32_bundle_is_made_beside_the_output_or_taken_as_it_is(
+    converted: None, parts: SimpleNamespace, tmp_path: Path
+) -> None:
+    with float32_bundle(parts.student, tmp_path / "int8", parts.options) as bundle:
+        assert (bundle.name, bundle.precision, bundle.path.parent.parent) == ("int8", "float32", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    toy = make_toy_bundle(tmp_path / "toy")
+    with float32_bundle(toy, tmp_path / "int8", BundleOptions()) as bundle:
+        assert bundle.path == toy
+    with (
+        pytest.raises(UsageError, match="is a bundle, complete as it is: leave --vae"),
+        float32_bundle(toy, tmp_path / "int8", parts.options),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "int4"}, "there is no precision 'int4': choose one of float32, float16"),
+        ({"steps": 1}, "1 steps make no trajectory: choose 2 to 1000"),
+    ],
+)
+def test_unusable_options_are_refused_first(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        export_bundle("none", tmp_path / "b", BundleOptions(**changes))
+
+
 def test_an_interrupt_leaves_nothing(converted: None, parts: SimpleNamespace, tmp_path: Path) -> None:
-    def interrupt(stage: str, fraction: float | None) -> None:
-        if stage == "gate, PyTorch":
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "gate, PyTorch":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(parts.student, parts.vae, tmp_path / "bundle", steps=2, progress=interrupt)
+        export_bundle(parts.student, tmp_path / "bundle", parts.options, interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -315,7 +342,8 @@ def test_importing_export_brings_no_pytorch() -> None:
 def test_three_levels_at_the_golden_size(tmp_path: Path) -> None:
     config = StudentConfig((32, 64, 128), 4, 48, 64, latent_size=16)
     student = save_student(tmp_path / "small.pt", config)
-    bundle = export_bundle(student, save_vae(tmp_path / "vae"), tmp_path / "bundle", guidance=1.5)
+    options = BundleOptions(vae=save_vae(tmp_path / "vae"), guidance=1.5)
+    bundle = export_bundle(student, tmp_path / "bundle", options)
     assert bundle.gate["psnr_db"] >= 60 and bundle.gate["steps_executed"] == 19
 
 
@@ -332,9 +360,8 @@ def test_the_published_size(published_folder: Path) -> None:
     vae = save_vae(
         published_folder / "vae", block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32
     )
-    bundle = export_bundle(
-        published_folder / "diffusion_pytorch_model.bin", vae, published_folder / "bundle", steps=2
-    )  # one network call on either side: seconds instead of minutes
+    options = BundleOptions(vae=vae, steps=2)  # one network call on either side: seconds instead of minutes
+    bundle = export_bundle(published_folder / "diffusion_pytorch_model.bin", published_folder / "bundle", options)
     assert bundle.gate["psnr_db"] >= 60 and bundle.gate["steps_executed"] == 1
     assert (bundle.resolution, bundle.latent_size) == (512, 64)
     assert StudentConfig.from_dict(bundle.model) == StudentConfig()

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 from exporting import weight_bytes
-from onnx import TensorProto
+from trt_network import network_facts
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.calibration.blocks import Recipe, blocks
+from moebius_edge.calibration.blocks import blocks
 from moebius_edge.calibration.quantise import quantise, quantised_nodes
-from moebius_edge.export.build_engine import build
+from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.export.engines import profile, rows
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
 from moebius_edge.export.precision import to_float16
 from moebius_edge.export.shallow import write_shallow
 from moebius_edge.export.specialise import specialise
-from moebius_edge.export.trt_builder import network_facts
+from moebius_edge.export.trt_builder import build
 from moebius_edge.export.trt_rules import problems
 from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.progress import no_progress
 
 pytestmark = pytest.mark.slow
 CONFIG = StudentConfig()
@@ -51,26 +52,22 @@ def count_operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
 
 
-def build_plan(
-    folder: Path, name: str, precision: str, quantised: Sequence[str] = (), component: str = "denoiser"
-) -> dict[str, Any]:
-    """Parse, check and build for one GPU generation; what ``engine.json`` would record."""
+def built(folder: Path, name: str, component: str = "denoiser") -> tuple[dict[str, Any], int]:
+    """What TensorRT for RTX makes of a file, and the size in bytes of the plan for one GPU generation."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install moebius-edge[rtx]")
     request = {
+        "stage": "build",
         "component": component,
-        "precision": precision,
         "onnx": str(folder / name),
-        "quantised": list(quantised),
         "plan": str(folder / "denoiser.plan"),
         "flavour": "tensorrt-rtx",
-        "gpu": "any",
         "compute_capabilities": ["8.9"],
         "profile": profile(COMPONENTS[component], rows(component, 1)),
         "workspace_bytes": None,
         "opt_level": None,
         "timing_cache": None,
     }
-    return build(request, lambda event, **values: None)
+    return network_facts(folder / name), build(request, no_progress, print)["bytes"]
 
 
 def test_the_file_has_fifteen_of_each_operator(folder: Path) -> None:
@@ -88,29 +85,24 @@ def test_the_shallow_part_has_the_finest_levels_five_of_fifteen(folder: Path) ->
 
 
 def test_tensorrt_for_rtx_builds_it_in_float32(folder: Path) -> None:
-    record = build_plan(folder, "float32.onnx", "float32")
-    assert record["bytes"] > 4 * 200e6  # the weights are in it
-    assert record["layers"]["SOFTMAX"] == 15 and record["layers"]["NORMALIZATION"] == 15 * 6 + 1
-    assert record["tensors"]["FLOAT"] > 1000 and "HALF" not in record["tensors"]
+    facts, size = built(folder, "float32.onnx")
+    assert size > 4 * 200e6  # the weights are in it
+    assert facts["layers"]["SOFTMAX"] == 15 and facts["layers"]["NORMALIZATION"] == 15 * 6 + 1
+    assert facts["tensors"]["FLOAT"] > 1000 and "HALF" not in facts["tensors"]
 
 
 def test_tensorrt_for_rtx_builds_it_in_fp16(folder: Path) -> None:
     shutil.copy(folder / "float32.onnx", folder / "float16.onnx")
-    islands = to_float16(folder / "float16.onnx")
-    assert len(islands["Softmax"]) == 15
-    model = onnx.load(folder / "float16.onnx")
-    sizes = weight_bytes(model)
+    assert len(to_float16(folder / "float16.onnx")["Softmax"]) == 15
+    sizes = weight_bytes(onnx.load(folder / "float16.onnx"))
     assert sizes["FLOAT16"] > 50 * sizes["FLOAT"]
-    assert {i.type.tensor_type.elem_type for i in model.graph.output} == {TensorProto.FLOAT}
-    del model
-    record = build_plan(folder, "float16.onnx", "float16")
-    assert record["bytes"] < 2.5 * 226e6
+    facts, size = built(folder, "float16.onnx")
+    assert size < 2.5 * 226e6 and set(facts["outputs"].values()) == {"FLOAT"}
     # Products, convolutions and what lies between them are half; norms, softmax and the time embedding are not.
-    assert record["tensors"]["HALF"] > 3 * record["tensors"]["FLOAT"] > 0
-    part = write_shallow(folder / "float16.onnx", folder / "shallow16.onnx")
-    assert count_operators(part)["moebius::LocalLambda"] == 5
-    record = build_plan(folder, "shallow16.onnx", "float16", component="denoiser_shallow")
-    assert record["tensors"]["HALF"] > 3 * record["tensors"]["FLOAT"] > 0 and record["layers"]["SOFTMAX"] == 5
+    assert facts["tensors"]["HALF"] > 3 * facts["tensors"]["FLOAT"] > 0
+    write_shallow(folder / "float16.onnx", folder / "shallow16.onnx")
+    facts, _ = built(folder, "shallow16.onnx", "denoiser_shallow")
+    assert facts["tensors"]["HALF"] > 3 * facts["tensors"]["FLOAT"] > 0 and facts["layers"]["SOFTMAX"] == 5
 
 
 def test_tensorrt_for_rtx_builds_it_in_int8(folder: Path) -> None:
@@ -122,12 +114,11 @@ def test_tensorrt_for_rtx_builds_it_in_int8(folder: Path) -> None:
     recipe = Recipe({b.name: b.name != "time_embedding" for b in found})
     quantised = quantise(model, recipe, defaultdict(lambda: 0.05))
     assert problems(quantised) == []
-    wanted = [node for b in found if b.name in recipe.chosen for node in b.nodes]
-    assert sorted(quantised_nodes(quantised)) == sorted(wanted)
+    wanted = sorted(node for b in found if b.name in recipe.chosen for node in b.nodes)
+    assert sorted(quantised_nodes(quantised)) == wanted
     onnx.save(quantised, folder / "int8.onnx")
     del model, quantised
     assert (folder / "int8.onnx").stat().st_size < 1.4 * 226e6
-    assert sorted(network_facts(folder / "int8.onnx")["quantised"]) == sorted(wanted)
-    record = build_plan(folder, "int8.onnx", "int8", wanted)
-    assert (record["quantised_products"], record["products_in_int8"]) == (len(wanted), None)
-    assert record["tensors"]["INT8"] > len(wanted) and record["bytes"] < 2.5 * 226e6
+    facts, size = built(folder, "int8.onnx")
+    assert sorted(facts["quantised"]) == wanted
+    assert facts["tensors"]["INT8"] > len(wanted) and size < 2.5 * 226e6

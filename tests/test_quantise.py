@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from trt_network import network_facts
 
 from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.calibration.blocks import Recipe, blocks
@@ -25,7 +26,6 @@ from moebius_edge.calibration.quantise import (
 from moebius_edge.calibration.statistics import Statistics, TensorStatistics
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export.precision import convert
-from moebius_edge.export.trt_builder import network_facts
 from moebius_edge.export.trt_rules import problems
 
 CONV, RELU, LINEAR = "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv2", "time_embedding"

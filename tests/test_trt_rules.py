@@ -9,7 +9,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.export.trt_rules import problems
-from moebius_edge.runtimes.engine_files import max_opset
 from moebius_edge.spec import COMPONENTS
 
 
@@ -42,7 +41,7 @@ def function(
 CALL = node("Twice", ["x"], domain="moebius")
 
 
-def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8", axis: int = 0) -> onnx.ModelProto:
+def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8") -> onnx.ModelProto:
     """A convolution with a weight through DequantizeLinear."""
     weights = np.ones((4, 4, 1, 1), weight)
     constants = {"w": weights, "s": np.asarray(scale, np.float32)}
@@ -51,7 +50,7 @@ def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8", ax
         constants["z"] = np.asarray(zero, weight)
         inputs.append("z")
     return model(
-        helper.make_node("DequantizeLinear", inputs, ["dq"], name="the_node", axis=axis),
+        helper.make_node("DequantizeLinear", inputs, ["dq"], name="the_node", axis=0),
         helper.make_node("Conv", ["x", "dq"], ["y"]),
         constants=constants,
     )
@@ -102,30 +101,25 @@ def two_matrices() -> onnx.ModelProto:
         (model(node("MatMulInteger", ["x", "x"])), r"node 'the_node' \(MatMulInteger\): quantisation is explicit"),
         (model(node("NoSuch", ["x"], domain="moebius")), r"'the_node' \(NoSuch\): domain 'moebius' has no function"),
         (
-            model(CALL, functions=(function(), function(domain="other"))),
-            r"function Twice exists 2 times: names must differ",
-        ),
-        (
             model(CALL, functions=(function(formals=("x",)),)),
             r"function Twice: its tensor 'x' has the name of one in the graph",
         ),
         (
             model(CALL, functions=(function(formals=("tw_x", "tw_b")),)),
-            r"'the_node' \(Twice\): has 1 inputs where its function takes 2",
+            r"'the_node' \(Twice\): leaves out inputs of its function, which takes 2",
         ),
         (
             model(
                 node("Twice", ["x", ""], domain="moebius"), functions=(function(formals=("tw_x", "tw_b")),)
             ),
-            r"has 1 inputs where its function takes 2",
+            r"leaves out inputs of its function, which takes 2",
         ),
-        (quantised(scale=0.0), r"'the_node' \(DequantizeLinear\): its scale 's' is not above 0"),
-        (quantised(scale=np.nan), r"its scale 's' is not above 0"),
+        (quantised(scale=0.0), r"'the_node' \(DequantizeLinear\): its scale 's' is not finite and above 0"),
+        (quantised(scale=np.nan), r"its scale 's' is not finite and above 0"),
         (quantised(zero=3), r"its zero point 'z' is not 0"),
         (quantised(weight="int32"), r"dequantises the INT32 'w'"),
-        (quantised(scale=np.ones(4), axis=1), r"scales along axis 1, weights of Conv need axis 0"),
         (model(node("QuantizeLinear", ["x", "x"])), r"its scale 'x' is not a constant"),
-        (quantised(scale=np.inf), r"its scale 's' is not finite"),
+        (quantised(scale=np.inf), r"its scale 's' is not finite and above 0"),
         (pair(beside=("Relu",)), r"'the_dequantiser' \(DequantizeLinear\): is read by node 'stray' \(Relu\)"),
         (pair(weight=False), r"'the_product' \(Conv\): its input 'd' is quantised and 'wf' is not"),
         (pair(half=True), r"'the_product' \(Conv\): the scales of its inputs differ in type"),
@@ -140,21 +134,10 @@ def test_a_broken_rule_names_the_node(broken: onnx.ModelProto, message: str) -> 
     assert len(found) == 1 and re.search(message, found[0]), found
 
 
-def test_rules_inside_functions_and_branches_are_seen() -> None:
+def test_rules_inside_functions_are_seen() -> None:
     body = [helper.make_node("Einsum", ["tw_x", "tw_x"], ["tw_y"], name="inner", equation="ij,ij->ij")]
     twice = helper.make_function("moebius", "Twice", ["tw_x"], ["tw_y"], body, [helper.make_opsetid("", 20)])
     assert problems(model(CALL, functions=(twice,)))[0].startswith("function Twice, node 'inner' (Einsum)")
-    out = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
-    inner = helper.make_node("Einsum", ["x", "x"], ["b"], name="in_branch", equation="ij,ij->ij")
-    branch = helper.make_graph([inner], "branch", [], [out])
-    nested = model(node("If", ["c"], then_branch=branch, else_branch=branch))
-    assert [p.split(":")[0] for p in problems(nested)] == ["node 'in_branch' (Einsum)"] * 2
-    shadowed = function(formals=("b",))  # the name of a tensor in the branch
-    both = model(
-        node("If", ["c"], then_branch=helper.make_graph([helper.make_node("Relu", ["x"], ["b"])], "t", [], [out])),
-        functions=(shadowed,),
-    )
-    assert problems(both) and "its tensor 'b'" in problems(both)[0]
 
 
 def test_what_is_right_passes() -> None:
@@ -166,26 +149,10 @@ def test_what_is_right_passes() -> None:
     assert problems(pair(data=False)) == []  # weights alone in INT8 are a mode of its own
 
 
-def test_the_axis_of_a_linear_layer_depends_on_its_weights_order() -> None:
-    turned = pair("Gemm")
-    turned.graph.node[-1].attribute.append(helper.make_attribute("transB", 1))
-    assert problems(turned) == [
-        "node 'of_the_weight' (DequantizeLinear): scales along axis 1, weights of Gemm need axis 0"
-    ]
-
-
 def test_quantised_values_are_read_by_their_dequantiser_alone() -> None:
     stray = pair()
     stray.graph.node.append(helper.make_node("Transpose", ["q"], ["t"], "stray"))
     assert problems(stray)[0].startswith("node 'the_quantiser' (QuantizeLinear): is read by node 'stray' (Transpose)")
-
-
-def test_newer_versions_are_told_apart() -> None:
-    clash = model(CALL, functions=(function(formals=("x",)),))
-    assert problems(clash, version=(10, 3)) and problems(clash, version=(10, 7))
-    assert problems(clash, version=(10, 8)) == [] and problems(clash, "tensorrt-rtx", (1, 7)) == []
-    assert [max_opset("tensorrt", v) for v in ((10, 3), (10, 13), (10, 15), (11, 4))] == [20, 20, 24, 25]
-    assert problems(model(node("Relu", ["x"]), opset=24), version=(10, 16)) == []
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

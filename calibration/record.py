@@ -1,7 +1,7 @@
 """Records statistics of the denoiser's activations while the product's own pipeline fills pictures.
 
-Every call of every trajectory is recorded as ``run`` would execute it: preprocessing, starts, guidance and sampler are
-the pipeline's, and only the denoiser's graph is replaced by one that returns its activations as well.
+Every call is recorded as ``run`` would execute it; only the denoiser's graph is replaced by one that returns its
+activations as well.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ def record(
         MachineError: ONNX Runtime or memory is missing, or the cache cannot be written.
         BundleError: an activation is not finite (the message names it), or a file is damaged.
     """
-    settings |= {
-        "guidance": choose_guidance(settings["guidance"], bundle.distilled_guidance).scale,
-        "start": bundle.defaults["start"],
-    }
+    settings["guidance"] = choose_guidance(settings["guidance"], bundle.distilled_guidance).scale
+    settings["start"] = bundle.defaults["start"]
     facts: dict[str, Any] = {
         "model": {component.file: bundle.files[component.file]["sha256"] for component in bundle.components.values()},
         "pictures": f"{len(pictures)}:{pictures.fingerprint()}",
@@ -71,8 +69,7 @@ def record(
     if statistics.pictures == number:
         return statistics
     recording = RecordingRuntime(bundle.components[DENOISER], model, statistics)
-    runtime = CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})
-    with Inpainter(bundle, runtime) as inpainter:
+    with Inpainter(bundle, CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})) as inpainter:
         for i in range(statistics.pictures, number):
 
             def report(step: Step, i: int = i) -> None:
@@ -117,24 +114,22 @@ class RecordingRuntime(Runtime):
 
     def __init__(self, component: Component, model: ModelProto, statistics: Statistics) -> None:
         super().__init__({DENOISER: component})
-        self._model, self._tensors = model, statistics.tensors
+        self._tensors = statistics.tensors
         self._session: Any = None
+        present = {value.name for value in (*model.graph.input, *model.graph.output)}
+        added = [name for name in self._tensors if name not in present]
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in added)
+        self._model = model.SerializeToString()
 
     @property
     def info(self) -> dict[str, Any]:
         return {"name": "onnxruntime"}
 
     def activate(self) -> None:
-        model = ModelProto()
-        model.CopyFrom(self._model)
-        present = {value.name for value in (*model.graph.input, *model.graph.output)}
-        added = [name for name in self._tensors if name not in present]
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in added)
         options = quiet_options(onnxruntime, available_cores())
         options.enable_cpu_mem_arena = False  # it would keep room for the outputs, which are copied
-        contents, providers = model.SerializeToString(), ["CPUExecutionProvider"]
         with _explained():
-            self._session = onnxruntime.InferenceSession(contents, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
 
     def deactivate(self) -> None:
         self._session = None
@@ -145,11 +140,8 @@ class RecordingRuntime(Runtime):
             values = feeds | dict(zip(names, self._session.run(names, feeds), strict=True))
         for name, tensor in self._tensors.items():
             if not np.isfinite(values[name]).all():
-                raise BundleError(
-                    f"activation {name} of the denoiser is not finite: its weights are damaged or its precision "
-                    "overflows",
-                    "calibrate a float32 bundle, or export it again",
-                )
+                problem = f"activation {name} of the denoiser is not finite, its weights are damaged"
+                raise BundleError(problem, "download or export the bundle again")
             tensor.update(values[name])
         return {name: values[name] for name in outputs}
 
@@ -160,7 +152,5 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise MachineError(
-            f"the denoiser cannot be recorded in onnxruntime ({first_line(error)})",
-            "close other programs if memory is short, or export the bundle again",
-        ) from error
+        remedy = "close other programs if memory is short, or export the bundle again"
+        raise MachineError(f"the denoiser cannot be recorded ({first_line(error)})", remedy) from error

@@ -19,7 +19,7 @@ from ..spec import DENOISER
 from ..system.files import scratch_directory
 from ..system.fingerprint import ResultCache
 from .blocks import Block, Recipe
-from .evaluate import CandidateEvaluator, Case, CaseMetrics, mean_hole_psnr_db
+from .evaluate import CandidateEvaluator, Case, Metrics, mean_hole_psnr_db
 from .quantise import Quantiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
@@ -28,22 +28,21 @@ SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
 PLAIN, SMOOTHED = "psnr_db", "smoothed_psnr_db"
 
 
-def smoothing_helps(row: dict[str, float]) -> bool:
-    """Whether smoothing pays before a block with this sensitivity."""
-    return row.get(SMOOTHED, -1.0) >= row[PLAIN] + SMOOTHING_GAIN_DB
+def smoothing_helps(sensitivity: dict[str, float]) -> bool:
+    """Whether smoothing pays before a block of this sensitivity."""
+    return sensitivity.get(SMOOTHED, -1.0) >= sensitivity[PLAIN] + SMOOTHING_GAIN_DB
 
 
-def best_psnr_db(row: dict[str, float]) -> float:
-    """The PSNR of a block with this sensitivity, smoothed if that helps."""
-    return row[SMOOTHED] if smoothing_helps(row) else row[PLAIN]
+def best_psnr_db(sensitivity: dict[str, float]) -> float:
+    """The PSNR with a block of this sensitivity quantised, smoothed if that helps."""
+    return sensitivity[SMOOTHED if smoothing_helps(sensitivity) else PLAIN]
 
 
 class Search:
     """Looks for the best recipe of ``quantiser`` on trajectories of ``steps`` and ``guidance``.
 
-    Attributes:
-        sensitivity: by block that was measured, ``psnr_db`` in the hole with the block alone quantised, and
-            ``smoothed_psnr_db`` with its norm's outliers migrated, if it has such a norm.
+    ``sensitivity`` has, for each block that was measured, ``psnr_db`` in the hole with the block alone quantised, and
+    ``smoothed_psnr_db`` with outliers migrated as well, where that can be done.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Search:
         def passes(number: int) -> bool:
             what = f"recipe {len(tried) + 1}, {number} of {len(order)} blocks"
             metrics = self._try(evaluator, self._recipe(order[:number]), what, self.progress)
-            tried[number] = min(m.hole_psnr_db for m in metrics)
+            tried[number] = min(m["hole_psnr_db"] for m in metrics)
             return tried[number] >= least
 
         number = _largest_passing(len(order), passes)
@@ -118,11 +117,11 @@ class Search:
         smoothed = tuple(name for name in chosen if smoothing_helps(self.sensitivity[name]))
         return Recipe({block.name: block.name in chosen for block in self.quantiser.blocks}, smoothed)
 
-    def _try(self, evaluator: CandidateEvaluator, recipe: Recipe, what: str, progress: Progress) -> list[CaseMetrics]:
+    def _try(self, evaluator: CandidateEvaluator, recipe: Recipe, what: str, progress: Progress) -> list[Metrics]:
         """The metrics of a recipe's denoiser, which lies beside the cache for as long as it is tried."""
         with scratch_directory(self.cache.folder) as folder:
             onnx.save(self.quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
-            return evaluator.evaluate_denoiser(folder, what, progress)
+            return evaluator.evaluate(folder, what, progress)
 
 
 def _largest_passing(largest: int, passes: Callable[[int], bool]) -> int:

@@ -1,9 +1,9 @@
 """SmoothQuant in a graph: outliers of activations are moved into the weights, where each channel has its own scale.
 
 X · W = (X / s) · (s W) for a factor s of each input channel. The division goes into the gain and bias of the layer norm
-that makes X, the multiplication into the weights of the convolutions and matrix products that read it, so nothing is
-computed that was not before, and the float32 result stays the same but for rounding. A norm takes part if only such
-operators with constant weights read it, directly or through nodes that merely move data.
+that gives X, the multiplication into the weights of the operators that read it, so that the float32 result stays the
+same but for rounding. A norm takes part if only convolutions and matrix products with constant weights read it,
+directly or through nodes that merely move data.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def migration_factors(name: str, activations: npt.ArrayLike, weights: npt.ArrayL
     """
     x, w = np.asarray(activations, np.float64), np.asarray(weights, np.float64)
     if not (np.isfinite(x).all() and np.isfinite(w).all()):
-        raise UsageError(
-            f"a channel of activation {name} or of its weight is not finite", "take its block out of the recipe"
-        )
+        problem = f"a channel of activation {name} or of its weight is not finite"
+        raise UsageError(problem, "take its block out of the recipe")
     alive = (x > 0) & (w > 0)
     factors = np.where(alive, x, 1) ** ALPHA / np.where(alive, w, 1) ** (1 - ALPHA)
     return factors.astype(np.float32)

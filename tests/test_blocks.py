@@ -110,11 +110,11 @@ def test_unknown_shapes_are_refused() -> None:
 def test_what_has_no_name_or_module_path_is_refused() -> None:
     model = tiled_model()
     model.graph.node[0].name = ""
-    with pytest.raises(BundleError, match=r"node 'y' \(LocalLambda\) has no name"):
+    with pytest.raises(BundleError, match=r"node 'y' \(LocalLambda\) lacks its name or its module's path"):
         inlined(model, frozenset())
     model.graph.node[0].name = "call"
     del model.graph.node[0].metadata_props[:]
-    with pytest.raises(BundleError, match=r"node 'call' \(LocalLambda\) has no module path: export the bundle again"):
+    with pytest.raises(BundleError, match=r"node 'call' \(LocalLambda\) lacks its name or its module's path: export"):
         inlined(model, frozenset())
 
 

@@ -24,7 +24,6 @@ from moebius_edge.calibration import evaluate as evaluate_module
 from moebius_edge.calibration import int8 as int8_module
 from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration.blocks import Block, Recipe, blocks
-from moebius_edge.calibration.evaluate import CaseMetrics
 from moebius_edge.calibration.int8 import (
     Int8Options,
     advice,
@@ -306,11 +305,9 @@ def test_a_recipe_of_nothing_that_the_target_computes(cpu: SimpleNamespace, pict
 
 
 def test_the_gate_keeps_the_worst_of_all_cases() -> None:
-    metrics = [
-        CaseMetrics("china", 34.0, 0.91, 40.0, 0.99, [0.1, 0.3]),
-        CaseMetrics("camera, hole 2", 28.4, 0.95, 36.0, 0.97, [0.2, 0.2]),
-        CaseMetrics("flower", 31.0, 0.93, 35.0, 0.98, [0.1, 0.1]),
-    ]
+    names = ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim", "latent_rms_drift")
+    cases = ((34.0, 0.91, 40.0, 0.99, [0.1, 0.3]), (28.4, 0.95, 36.0, 0.97, [0.2, 0.2]), (31, 0.93, 35, 0.98, [0, 0]))
+    metrics = [dict(zip(names, case, strict=True)) for case in cases]
     assert gate_report(metrics, 28.0) == {
         **{"hole_psnr_db": 28.4, "hole_ssim": 0.91, "psnr_db": 35.0, "ssim": 0.97},
         "mean_hole_psnr_db": 30.56,  # of the mean squared error

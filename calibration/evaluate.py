@@ -66,7 +66,7 @@ def mean_hole_psnr_db(metrics: Sequence[Metrics]) -> float:
 class CandidateEvaluator:
     """Measures candidates on ``cases`` beside the float32 ``bundle``, by trajectories of so many ``steps``."""
 
-    def __init__(self, bundle: Bundle, cases: Sequence[Case], steps: int, guidance: float | None) -> None:
+    def __init__(self, bundle: Bundle, cases: Sequence[Case], guidance: float | None, steps: int) -> None:
         self.guidance = choose_guidance(guidance, bundle.distilled_guidance)
         self._bundle, self._cases, self._steps = bundle, cases, steps
         self._encoded: dict[bytes, Arrays] = {}

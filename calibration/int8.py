@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,15 @@ def quantise_bundle(
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
     recipe = None if options.recipe is None else _load_recipe(options.recipe, reference)
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)
-    settings: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
+    settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     with atomic_directory(output, overwrite=options.force) as folder:
         cache = ResultCache(options.folder)
-        statistics = record(reference, recorded, options.target, cache, progress, seed=options.seed, **settings)
+        statistics = record(reference, recorded, options.target, cache, progress, **settings)
         progress("read the denoiser", 0, 0)
         quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges, options.target)
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
-        search = Search(reference, quantiser, cases, cache, progress, **settings)
+        evaluator = partial(CandidateEvaluator, reference, cases, options.guidance)
+        search = Search(quantiser, evaluator, cache, progress, options.steps)
         if recipe is None:
             recipe = search.find_recipe(options.min_psnr_db)
         recipe.save(options.folder / RECIPE_FILE)
@@ -192,7 +194,7 @@ def _measure(
     number = max(HELD_OUT_CASES, len(pictures))
     cases = make_cases(pictures, number, reference.resolution, options.seed + 1)
     device = fastest_device(options.target)
-    evaluator = CandidateEvaluator(reference, cases, options.steps, options.guidance)
+    evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
     with create_runtime("onnxruntime", candidate, device) as runtime:
         metrics = evaluator.evaluate(runtime, "gate, held-out pictures", progress)
         gate = gate_report(metrics, options.min_psnr_db)

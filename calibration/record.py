@@ -60,17 +60,15 @@ def record(
         **settings,
     }
     model = inlined(onnx.load(str(bundle.component_path(DENOISER))))
-    axes = activation_axes(model, target)
-    statistics = Statistics(facts, {name: TensorStatistics(axis) for name, axis in axes.items()})
-    if (cached := cache.get(_RESULT, facts)) is not None:
-        statistics.pictures = cached["pictures"]
-        statistics.tensors = {name: TensorStatistics.from_dict(t) for name, t in cached["tensors"].items()}
-    number = len(pictures)
-    if statistics.pictures == number:
+    empty = {name: TensorStatistics(axis).to_dict() for name, axis in activation_axes(model, target).items()}
+    cached = cache.get(_RESULT, facts) or {"pictures": 0, "tensors": empty}
+    tensors = {name: TensorStatistics.from_dict(content) for name, content in cached["tensors"].items()}
+    statistics, number = Statistics(facts, tensors), len(pictures)
+    if cached["pictures"] == number:
         return statistics
-    recording = RecordingRuntime(bundle.components[DENOISER], model, statistics)
+    recording = RecordingRuntime(bundle.components[DENOISER], model, tensors)
     with Inpainter(bundle, CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})) as inpainter:
-        for i in range(statistics.pictures, number):
+        for i in range(cached["pictures"], number):
 
             def report(step: Step, i: int = i) -> None:
                 what = f"record {pictures.name(i)}, {i + 1} of {number}"
@@ -78,9 +76,8 @@ def record(
 
             picture, hole = picture_and_hole(pictures, i, bundle.resolution, settings["seed"])
             inpainter.inpaint(picture, hole, on_step=report, **{**settings, "seed": settings["seed"] + i})
-            statistics.pictures = i + 1
-            tensors = {name: tensor.to_dict() for name, tensor in statistics.tensors.items()}
-            cache.put(_RESULT, facts, {"pictures": statistics.pictures, "tensors": tensors})
+            contents = {name: tensor.to_dict() for name, tensor in tensors.items()}
+            cache.put(_RESULT, facts, {"pictures": i + 1, "tensors": contents})
     return statistics
 
 
@@ -92,29 +89,26 @@ def activation_axes(model: ModelProto, target: str) -> dict[str, int | None]:
     """
     constant = constant_tensors(model.graph)
     axes: dict[str, set[int | None]] = {}
-    for node in model.graph.node:
-        if node.op_type not in PRODUCTS:
-            continue
+    operators = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    for node in operators:
         first, second = node.input[:2]
-        if first not in constant:
-            axes.setdefault(first, set()).add(summed_axis(node) if second in constant else None)
-        if second not in constant:
-            axes.setdefault(second, set()).add(None)
-    operators = {node.name for node in model.graph.node if node.op_type in PRODUCTS}
-    for name in rounded_outputs(model, operators, target):
+        for name, axis in ((first, summed_axis(node) if second in constant else None), (second, None)):
+            if name not in constant:
+                axes.setdefault(name, set()).add(axis)
+    for name in rounded_outputs(model, [node.name for node in operators], target):
         axes.setdefault(name, set()).add(None)
-    return {name: candidates.pop() if len(candidates) == 1 else None for name, candidates in axes.items()}
+    return {name: found.pop() if len(found) == 1 else None for name, found in axes.items()}
 
 
 class RecordingRuntime(Runtime):
-    """The denoiser ``model`` of a bundle in ONNX Runtime on the CPU; its activations are added to ``statistics``.
+    """The denoiser ``model`` of a bundle in ONNX Runtime on the CPU; its activations are added to ``tensors``.
 
     A call returns all activations at once: at the published size they have 3.1 GiB, and the process 6.5 GiB.
     """
 
-    def __init__(self, component: Component, model: ModelProto, statistics: Statistics) -> None:
+    def __init__(self, component: Component, model: ModelProto, tensors: dict[str, TensorStatistics]) -> None:
         super().__init__({DENOISER: component})
-        self._tensors = statistics.tensors
+        self._tensors = tensors
         self._session: Any = None
         present = {value.name for value in (*model.graph.input, *model.graph.output)}
         added = [name for name in self._tensors if name not in present]

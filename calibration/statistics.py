@@ -98,11 +98,8 @@ class TensorStatistics:
 
 @dataclass
 class Statistics:
-    """A recording of so many ``pictures``; ``facts`` are what it was recorded from and how, in plain JSON.
-
-    ``tensors`` maps the names of tensors in the denoiser with its local functions inlined.
-    """
+    """A recording: ``facts`` are what it was made from and how, in plain JSON; ``tensors`` has the statistics by the
+    names of tensors in the denoiser with its local functions inlined."""
 
     facts: dict[str, Any]
     tensors: dict[str, TensorStatistics]
-    pictures: int = 0

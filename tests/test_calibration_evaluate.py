@@ -51,7 +51,7 @@ def toy(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def evaluator(toy: Bundle) -> CandidateEvaluator:
-    return CandidateEvaluator(toy, CASES, STEPS, GUIDANCE)
+    return CandidateEvaluator(toy, CASES, GUIDANCE, STEPS)
 
 
 def scaled(toy: Bundle, folder: Path, factor: float, component: str = "denoiser") -> Path:
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_named(evaluator: CandidateEvaluator, tmp_path: Pa
 def test_distilled_guidance_runs_the_conditional_branch_alone(tmp_path: Path) -> None:
     """The other branch of this toy is NaN."""
     bundle = Bundle.load(make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.0))
-    evaluator = CandidateEvaluator(bundle, CASES[:1], STEPS, None)
+    evaluator = CandidateEvaluator(bundle, CASES[:1], None, STEPS)
     assert evaluator.evaluate(bundle.path, "itself", no_progress)[0]["hole_psnr_db"] == 200.0
 
 

@@ -394,7 +394,7 @@ def test_settings_that_were_not_chosen_are_the_bundles(tmp_path: Path) -> None:
     assert "strength" not in bundle.settings(start="image"), "it suits the bundle's own start alone"
 
 
-@pytest.mark.parametrize("name", ["bundle", "engine"])
+@pytest.mark.parametrize("name", ["bundle", "engine", "recipe"])
 def test_the_published_schemas_are_those_of_the_program(tmp_path: Path, name: str) -> None:
     folder = Path(__file__).parents[1] / "docs/schemas"
     subprocess.run([sys.executable, folder / "generate.py", tmp_path], check=True)

@@ -102,13 +102,9 @@ class Recipe:
 
     def check(self, known: Iterable[str]) -> None:
         """Raise ``UsageError`` if the recipe names a block that is not among the ``known`` ones."""
-        names = set(known)
-        if unknown := [name for name in (*self.quantised, *self.smoothed) if name not in names]:
-            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            raise UsageError(
-                f"the recipe names blocks that the model does not have: {', '.join(unknown[:3])}{more}",
-                "remove them, or use the recipe with the model it was made for",
-            )
+        if unknown := sorted({*self.quantised, *self.smoothed} - {*known}):
+            problem = f"the recipe names blocks that the model does not have: {', '.join(unknown[:3])}"
+            raise UsageError(problem, "remove them, or use the recipe with the model it was made for")
 
     def save(self, path: Path) -> None:
         """Write the recipe to the file ``path``, whole or not at all."""

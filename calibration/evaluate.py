@@ -41,11 +41,7 @@ Metrics = dict[str, Any]  # of a case: its ``name``, what ``fill_figures`` retur
 
 
 def make_cases(pictures: Pictures, number: int, resolution: int, seed: int) -> list[Case]:
-    """``number`` cases of the pictures in turn; in the first round with the masks of their own, if they have one.
-
-    Raises:
-        UsageError, MachineError: as ``Pictures.read``.
-    """
+    """``number`` cases of the pictures in turn; in the first round with their own masks, if they have any."""
     cases = []
     for k in range(number):
         turn, i = divmod(k, len(pictures))
@@ -73,11 +69,9 @@ class CandidateEvaluator:
         self._references: list[Trajectory] = []
 
     def evaluate(self, candidate: Path | Runtime, what: str, progress: Progress) -> list[Metrics]:
-        """The metrics of a runtime, or of the denoiser in a folder with the float32 autoencoder; ``progress`` gets the
-        steps of all cases.
+        """The metrics of a runtime, or of the denoiser in a folder with the float32 autoencoder, on all cases.
 
-        Raises:
-            BundleError: what it computes is not finite.
+        Raises BundleError if what it computes is not finite.
         """
         if not self._references:
             self._references = self._sample(self._bundle.path, f"{what}: float32", progress)
@@ -161,21 +155,20 @@ def measure_speed(reference: Bundle, candidate: Bundle, target: str, progress: P
     feeds = drawn_feeds(reference.components[DENOISER], reference.branches)
     times: tuple[list[float], list[float]] = ([], [])
     with scratch_directory(candidate.path) as folder:
-        other = replace(reference, path=folder)
-        shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
+        other = reference
         if precision == "float16":
+            other = replace(reference, path=folder)
+            shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
             to_float16(other.component_path(DENOISER))
-        with (
-            ort_runtime(candidate, DENOISER, device=device) as quantised,
-            ort_runtime(other, DENOISER, device=device) as plain,
-        ):
+        int8, plain = (ort_runtime(bundle, DENOISER, device=device) for bundle in (candidate, other))
+        with int8, plain:
             for turn in range(rounds):
-                for runtime, milliseconds in zip((quantised, plain), times, strict=True):
+                for runtime, milliseconds in zip((int8, plain), times, strict=True):
                     start = time.perf_counter()
                     runtime.run(DENOISER, feeds)
                     milliseconds.append((time.perf_counter() - start) * 1e3)
                 progress("speed beside INT8", turn + 1, rounds)
-            info = quantised.info
+            info = int8.info
     int8_ms, other_ms = (statistics.median(milliseconds[WARM_UPS:]) for milliseconds in times)
     where = {"device": device, "runtime": f"onnxruntime {info['version']}", "threads": info["threads"]}
     speed = {"int8_ms": round(int8_ms, 2), "other_ms": round(other_ms, 2), "speedup": round(other_ms / int8_ms, 3)}

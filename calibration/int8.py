@@ -88,8 +88,7 @@ def quantise_bundle(
     """An INT8 bundle of ``reference`` (float32) in the folder ``output``, and notes for the user.
 
     Raises:
-        UsageError: an option or the pictures are unusable, or ``output`` may not be replaced; a recipe names blocks
-            that the model does not have, or none that the target computes in INT8; a range is zero or not finite.
+        UsageError: an option, the pictures, the recipe or a range is unusable, or ``output`` may not be replaced.
         MachineError: a package or a file is missing, or something cannot be written.
         BundleError: the reference is not in float32, or something it computes is not finite.
         QualityError: the gate was missed; nothing was saved.
@@ -97,7 +96,11 @@ def quantise_bundle(
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
-    recipe = None if options.recipe is None else _load_recipe(options.recipe, reference)
+    recipe = None if options.recipe is None else Recipe.load(options.recipe)
+    if recipe is not None:
+        recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path(DENOISER)))))
+        if not recipe.chosen:
+            raise UsageError(f"recipe {options.recipe} quantises nothing", "set a block to true")
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)
     settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     with atomic_directory(output, overwrite=options.force) as folder:
@@ -125,15 +128,6 @@ def quantise_bundle(
         int8["speed"] = measure_speed(reference, candidate, options.target, progress)
         write_bundle(folder, gate=gate, **card)
     return Bundle.load(Path(output), verify=False), notes + advice(int8["speed"], options.target)
-
-
-def _load_recipe(path: Path, reference: Bundle) -> Recipe:
-    """The recipe in the file ``path``, which is checked before anything is recorded."""
-    recipe = Recipe.load(path)
-    recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path(DENOISER)))))
-    if not recipe.chosen:
-        raise UsageError(f"recipe {path} quantises nothing", "set a block to true")
-    return recipe
 
 
 def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe) -> dict[str, Any]:
@@ -191,8 +185,7 @@ def _measure(
     Raises:
         QualityError: the shallow part differs from the whole denoiser.
     """
-    number = max(HELD_OUT_CASES, len(pictures))
-    cases = make_cases(pictures, number, reference.resolution, options.seed + 1)
+    cases = make_cases(pictures, max(HELD_OUT_CASES, len(pictures)), reference.resolution, options.seed + 1)
     device = fastest_device(options.target)
     evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
     with create_runtime("onnxruntime", candidate, device) as runtime:

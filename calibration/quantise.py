@@ -70,9 +70,7 @@ class Quantiser:
     def quantise(self, recipe: Recipe, half: bool = False) -> tuple[ModelProto, dict[str, list[str]]]:
         """The denoiser by ``recipe``; with ``half`` the rest is in FP16, but for the nodes returned by operator type.
 
-        Raises:
-            UsageError: the range of an activation has no scale, or as ``quantise``.
-            BundleError: as ``quantise`` and ``convert``.
+        Raises as ``quantise``, ``activation_scale`` and ``convert``.
         """
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -161,6 +159,7 @@ class QDQInserter:
         self._scales, self._unsigned = scales, unsigned
         self._weights = {t.name: t for t in model.graph.initializer}
         self._producers = {name: node for node in model.graph.node for name in node.output}
+        self._relus = {name for name, node in self._producers.items() if node.op_type == "Relu"}
         self._dequantised: dict[str, str] = {}
         self._types = {name: kind for name, (_, kind) in infer_tensors(model, rows=1).items()}
 
@@ -191,7 +190,7 @@ class QDQInserter:
 
     def _pair(self, name: str, source: str, result: str) -> str:
         """``source`` rounded to 8 bits by the scale of the tensor ``name`` -> ``result``."""
-        zero = np.uint8(0 if self._is_relu(name) else 128) if self._unsigned else np.int8(0)
+        zero = np.uint8(0 if name in self._relus else 128) if self._unsigned else np.int8(0)
         scale = self._constant(f"{name}_scale", self._scale(name))
         constants = [scale, self._constant(f"zero_point_{zero}", np.asarray(zero))]
         integers = self._node("QuantizeLinear", [source, *constants], f"{name}_int8")
@@ -206,16 +205,13 @@ class QDQInserter:
             recorded = self._scales[origin]
         except KeyError:
             raise UsageError(f"there is no range for tensor {origin}", "record the calibration again") from None
-        factor = LARGEST / 255 if self._unsigned and self._is_relu(name) else 1
+        factor = LARGEST / 255 if self._unsigned and name in self._relus else 1
         with np.errstate(over="ignore"):
             scale = np.asarray(recorded * factor, helper.tensor_dtype_to_np_dtype(self._types[name]))
         if not (math.isfinite(scale) and scale > 0):
             problem = f"the scale of tensor {origin} is {recorded:g} and must be finite and above 0 in {scale.dtype}"
             raise UsageError(problem, "calibrate with other pictures, or leave its block out of the recipe")
         return scale
-
-    def _is_relu(self, name: str) -> bool:
-        return name in self._producers and self._producers[name].op_type == "Relu"
 
     def _smallest_scale(self, node: NodeProto, data: str) -> np.ndarray | float:
         """What the weights' scales must not be below, (C,) or one for all, so that a bias fits into INT32 in units of
@@ -286,10 +282,8 @@ def fuse_silu(model: ModelProto) -> int:
 def integer_kernels(path: Path) -> dict[str, int]:
     """How many nodes of each of ``INTEGER_KERNELS`` ONNX Runtime's CPU has in the file ``path`` after optimising it.
 
-    An operator between pairs whose pattern it does not know runs in float32, slower than without them.
-
     Raises:
-        MachineError: there are fewer than the file has quantised convolutions and matrix products.
+        MachineError: they are fewer than the quantised operators. The others would run in float32, slower than before.
     """
     expected = len(quantised_nodes(onnx.load(str(path))))
     options = onnxruntime.SessionOptions()

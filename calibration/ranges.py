@@ -18,11 +18,6 @@ SHARE = 0.9999  # of the values, for ``percentile``
 _TRIED = 512  # ranges that a search tries over the whole histogram
 
 
-def minmax(histogram: Histogram) -> float:
-    """The largest magnitude that was seen: nothing is clipped."""
-    return histogram.maximum
-
-
 def percentile(histogram: Histogram, share: float = SHARE) -> float:
     """The smallest upper edge of a bin below which at least ``share`` (0 to 1) of all values lie, zeros among them."""
     below = np.cumsum(histogram.counts) + histogram.zeros
@@ -38,8 +33,7 @@ def entropy(histogram: Histogram, levels: int = LARGEST + 1) -> float:
     merged into ``levels`` and spread again over those of them that are not empty. As there, no range below a sixteenth
     of the maximum is tried.
     """
-    used = _used(histogram)
-    counts = histogram.counts[:used].astype(np.float64)
+    counts = np.trim_zeros(histogram.counts, "b").astype(np.float64)
 
     def divergence(bins: int) -> float:
         inside, clipped = counts[:bins], counts[bins:].sum()
@@ -54,14 +48,13 @@ def entropy(histogram: Histogram, levels: int = LARGEST + 1) -> float:
         p, q = reference[seen] / reference.sum(), spread[seen] / spread.sum()
         return float((p * np.log(p / q)).sum())
 
-    return _best_range(histogram, max(levels, used // 16), divergence)
+    return _best_range(histogram, max(levels, len(counts) // 16), divergence)
 
 
 def mean_squared_error(histogram: Histogram) -> float:
     """The range with the least mean squared error of rounding and clipping, each bin taken at its centre."""
-    used = _used(histogram)
-    counts = histogram.counts[:used].astype(np.float64)
-    centres = (np.arange(used) + 0.5) * histogram.width
+    counts = np.trim_zeros(histogram.counts, "b").astype(np.float64)
+    centres = (np.arange(len(counts)) + 0.5) * histogram.width
 
     def error(bins: int) -> float:
         scale = min(bins * histogram.width, histogram.maximum) / LARGEST
@@ -72,7 +65,7 @@ def mean_squared_error(histogram: Histogram) -> float:
 
 
 METHODS: dict[str, Callable[[Histogram], float]] = {
-    "minmax": minmax,
+    "minmax": lambda histogram: histogram.maximum,
     "percentile": percentile,
     "entropy": entropy,
     "mse": mean_squared_error,
@@ -93,14 +86,9 @@ def activation_scale(name: str, histogram: Histogram, method: str) -> float:
     return scale
 
 
-def _used(histogram: Histogram) -> int:
-    """The number of bins up to the last that is not empty."""
-    return int(np.flatnonzero(histogram.counts)[-1]) + 1 if histogram.counts.any() else 0
-
-
 def _best_range(histogram: Histogram, least: int, cost: Callable[[int], float]) -> float:
     """The range of ``least`` bins or more, all used ones among them, at which ``cost(bins)`` is smallest."""
-    used = _used(histogram)
+    used = len(np.trim_zeros(histogram.counts, "b"))
     best, lowest = histogram.maximum, np.inf
     if used > least:
         for bins in (*range(least, used, max(1, len(histogram.counts) // _TRIED)), used):

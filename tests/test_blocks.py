@@ -148,7 +148,7 @@ def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
 
 def test_a_recipe_for_another_model_is_refused() -> None:
     recipe = Recipe({"conv_9": False, "a": True, "b": True, "c": True, "d": True}, ("e",))
-    with pytest.raises(UsageError, match=r"names blocks that the model does not have: conv_9, a, b and 2 more: remove"):
+    with pytest.raises(UsageError, match="names blocks that the model does not have: a, b, c: remove"):
         recipe.check(["d"])
-    with pytest.raises(UsageError, match="does not have: e: remove"):
+    with pytest.raises(UsageError, match="names blocks that the model does not have: e: remove"):
         recipe.check(recipe.quantised)

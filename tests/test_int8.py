@@ -24,21 +24,12 @@ from moebius_edge.calibration import evaluate as evaluate_module
 from moebius_edge.calibration import int8 as int8_module
 from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration.blocks import Block, Recipe, blocks
-from moebius_edge.calibration.int8 import (
-    Int8Options,
-    advice,
-    block_table,
-    default_folder,
-    gate_report,
-    quantise_bundle,
-)
+from moebius_edge.calibration.int8 import Int8Options, advice, block_table, gate_report, quantise_bundle
 from moebius_edge.calibration.quantise import MIN_MAC_SHARE, SLOW, Quantiser, integer_kernels, quantised_nodes
 from moebius_edge.calibration.record import RecordingRuntime
 from moebius_edge.cli import main
 from moebius_edge.errors import UsageError
 from moebius_edge.export.trt_builder import network_facts
-from moebius_edge.imaging.pictures import Picture
-from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.progress import no_progress
 from moebius_edge.runtimes import create_runtime
 
@@ -80,20 +71,25 @@ def quantise(where: Path, pictures: Path, recipe: Recipe | None, **changes: Any)
     return quantise_bundle(reference, where / "out", dataclasses.replace(options, **changes), progress)
 
 
-def quantised(tmp_path_factory: pytest.TempPathFactory, pictures: Path, target: str) -> SimpleNamespace:
-    folder, progress = tmp_path_factory.mktemp(target), list[tuple[str, int, int]]()
-    bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=lambda *update: progress.append(update))
-    return SimpleNamespace(bundle=bundle, notes=notes, progress=progress, cache=folder / "cache")
-
-
 @pytest.fixture(scope="module")
-def tensorrt(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
-    return quantised(tmp_path_factory, pictures, "tensorrt")
+def exports(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, SimpleNamespace]:
+    """One export by ``RECIPE`` for each target."""
+    made = {}
+    for target in ("tensorrt", "cpu"):
+        folder, progress = tmp_path_factory.mktemp(target), list[tuple[str, int, int]]()
+        bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=lambda *u: progress.append(u))
+        made[target] = SimpleNamespace(bundle=bundle, notes=notes, progress=progress, cache=folder / "cache")
+    return made
 
 
-@pytest.fixture(scope="module")
-def cpu(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
-    return quantised(tmp_path_factory, pictures, "cpu")
+@pytest.fixture
+def tensorrt(exports: dict[str, SimpleNamespace]) -> SimpleNamespace:
+    return exports["tensorrt"]
+
+
+@pytest.fixture
+def cpu(exports: dict[str, SimpleNamespace]) -> SimpleNamespace:
+    return exports["cpu"]
 
 
 @pytest.fixture
@@ -120,20 +116,12 @@ def nodes_of(names: Sequence[str]) -> list[str]:
     return sorted(n for b in blocks(onnx.load(TINY.component_path("denoiser"))) if b.name in names for n in b.nodes)
 
 
-def inpaint(bundle: Bundle) -> np.ndarray:
-    pixels = np.full((256, 256, 3), 90, np.uint8)
-    hole = np.zeros((256, 256), bool)
-    hole[100:140, 90:150] = True
-    with Inpainter(bundle, create_runtime("onnxruntime", bundle, "cpu")) as inpainter:
-        return inpainter.inpaint(Picture(pixels), hole, steps=2).picture.pixels
-
-
 # --- the bundle -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, target: str) -> None:
-    result = request.getfixturevalue(target)
+def test_the_bundle_says_how_it_was_quantised(exports: dict[str, SimpleNamespace], target: str) -> None:
+    result = exports[target]
     bundle, expected = result.bundle, nodes_of(sorted(RECIPE.chosen))
     assert Bundle.load(bundle.path) == bundle and (bundle.name, bundle.precision) == ("out", "int8")
     graphs = ["denoiser.onnx", "denoiser_shallow.onnx", "vae_decoder.onnx", "vae_encoder.onnx"]
@@ -155,9 +143,9 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_the_shallow_part_is_the_quantised_denoisers_own(request: pytest.FixtureRequest, target: str) -> None:
+def test_the_shallow_part_is_the_quantised_denoisers_own(exports: dict[str, SimpleNamespace], target: str) -> None:
     """Of the recipe it has the blocks at the finest level, with the same integers and scales."""
-    bundle = request.getfixturevalue(target).bundle
+    bundle = exports[target].bundle
     whole, part = (onnx.load(bundle.component_path(name)) for name in ("denoiser", "denoiser_shallow"))
     expected = nodes_of([FEED_FORWARD, ATTENTION])
     assert sorted(bundle.int8["shallow_nodes"]) == expected == sorted(quantised_nodes(part))
@@ -197,12 +185,6 @@ def test_for_a_cpu_the_rest_is_float32_and_the_kernels_are_integer(cpu: SimpleNa
     assert bundle.float32_islands == {} and create_runtime("onnxruntime", bundle, "cpu").notes == []
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_it_inpaints_what_float32_does(request: pytest.FixtureRequest, target: str) -> None:
-    result, expected = (inpaint(b).astype(int) for b in (request.getfixturevalue(target).bundle, TINY))
-    assert 0 < np.abs(result - expected).max() <= 24 and np.abs(result - expected).mean() < 1
-
-
 def test_a_user_is_told_what_matters(tensorrt: SimpleNamespace, cpu: SimpleNamespace) -> None:
     for result in (tensorrt, cpu):
         speed = result.bundle.int8["speed"]
@@ -236,21 +218,6 @@ def test_a_missed_gate_saves_nothing_but_the_work(
     assert sorted(p.name for p in recorded.iterdir()) == ["cache", "mine.json"]
     measured = json.loads((recorded / "cache" / "sensitivity.json").read_text())["result"]
     assert measured.keys() == {CONVOLUTION}, "the recipe's blocks alone"
-
-
-def test_an_interrupted_export_leaves_its_work_alone(pictures: Path, tmp_path: Path) -> None:
-    def stop(what: str, done: int, total: int) -> None:
-        if what.startswith("record 1.png"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantise(tmp_path, pictures, RECIPE, progress=stop)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "given.json"], "neither output nor half of one"
-    assert json.loads((tmp_path / "cache" / "statistics.json").read_text())["result"]["pictures"] == 1
-
-
-def test_the_cache_lies_beside_the_output() -> None:
-    assert default_folder(Path("a/b")) == Path("a/b.calibration")
 
 
 # --- what is refused --------------------------------------------------------------------------------------

@@ -146,13 +146,6 @@ def test_every_input_of_a_product_gets_one_pair_and_the_rules_hold() -> None:
     assert quantised_nodes(model) == []  # the argument is not changed
 
 
-def test_a_block_that_is_not_chosen_stays_as_it_is() -> None:
-    q = quantise(small_model(), Recipe({RELU: True, CONV: False}), SCALES)
-    assert quantised_nodes(q) == ["second"]
-    assert [list(n.input) for n in q.graph.node if n.name == "first"] == [["x", "w1", "b1"]]
-    assert problems(q) == []
-
-
 def test_two_readers_share_a_pair() -> None:
     model = small_model()
     twice = onnx.helper.make_node("Conv", ["x", "w1"], ["a2"], "other", pads=[1, 1, 1, 1])
@@ -188,12 +181,6 @@ def test_products_left_in_float32_are_an_error(tmp_path: Path) -> None:
     """TensorRT's placement leaves the convolutions in float32: that is why there are two."""
     with pytest.raises(MachineError, match=r"computes 1 of the 3 quantised operators of .* export for the target cpu"):
         kernels(quantise(small_model(), ALL, SCALES), tmp_path)
-
-
-def test_what_has_no_kernel_in_integers_stays_float32(tiny: SimpleNamespace) -> None:
-    q = quantise(tiny.model, Recipe({"time_embedding": True, CHOSEN[0]: True}), Asked(), "cpu")
-    wanted = next(b.nodes for b in tiny.blocks if b.name == CHOSEN[0])
-    assert quantised_nodes(q) == list(wanted)
 
 
 def test_a_bias_larger_than_its_weights_survives() -> None:
@@ -291,22 +278,15 @@ def silu_model(kind: str = "") -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
-def test_silu_on_a_dequantised_tensor_is_one_node_with_the_same_values() -> None:
-    model = silu_model()
-    (before,) = run(model)
-    assert fuse_silu(model) == 1
-    onnx.checker.check_model(model)
-    assert Counter(n.op_type for n in model.graph.node) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "QuickGelu": 1}
-    np.testing.assert_allclose(run(model)[0], before, atol=1e-5)
-    assert np.abs(before).max() > 1
-
-
-@pytest.mark.parametrize("kind", ["float32", "twice", "other"])
-def test_what_is_no_silu_of_a_dequantised_tensor_stays(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["", "float32", "twice", "other"])
+def test_silu_on_a_dequantised_tensor_is_one_node_with_the_same_values(kind: str) -> None:
     model = silu_model(kind)
-    before = model.SerializeToString()
-    assert fuse_silu(model) == 0
-    assert model.SerializeToString() == before
+    (before,), nodes = run(model, ["y"]), len(model.graph.node)
+    assert fuse_silu(model) == (kind == "")
+    onnx.checker.check_model(model)
+    assert len(model.graph.node) == nodes - (kind == "")
+    assert [n.op_type for n in model.graph.node if n.name == "product"] == ["Mul" if kind else "QuickGelu"]
+    np.testing.assert_allclose(run(model, ["y"])[0], before, atol=1e-5)
 
 
 # --- the bundled model -----------------------------------------------------------------------------------
@@ -399,14 +379,6 @@ def test_a_recipe_becomes_pairs_at_its_blocks(quantiser: Quantiser, statistics: 
     for name, scale in scales.items():
         assert scale == pytest.approx(statistics.tensors[name].histogram.maximum / 127)
     assert quantiser.model.SerializeToString() == before
-
-
-def test_the_method_of_the_ranges_counts(quantiser: Quantiser, statistics: Statistics) -> None:
-    recipe = Recipe({FEED_FORWARD: True})
-    clipped = activation_scales(Quantiser(DENOISER, statistics, "percentile", "tensorrt").quantise(recipe)[0])
-    whole = activation_scales(quantiser.quantise(recipe)[0])
-    assert clipped.keys() == whole.keys() and all(clipped[n] <= whole[n] for n in whole)
-    assert any(clipped[n] < 0.95 * whole[n] for n in whole)
 
 
 def test_the_rest_in_fp16_has_fp16_scales_and_float32_operators(quantiser: Quantiser) -> None:

@@ -28,10 +28,7 @@ _ATTEMPTS = 1000  # of which about one in ten succeeds
 def open_calibration(source: str, masks: str | None = None) -> tuple[Pictures, Pictures, list[str]]:
     """The pictures to record, those held out (every fifth, at most ``HELD_OUT_CASES``), and notes for the user.
 
-    Args:
-        source: a folder, a ``.jsonl`` list or ``.tar`` shards, as for training. In a folder ``a_mask.png`` is the mask
-            of ``a.jpg`` beside it, as for ``run``.
-        masks: a folder with masks for the pictures of the folder ``source``.
+    ``source`` and ``masks`` are as for ``open_pictures``; besides, ``a_mask.png`` is the mask of ``a.jpg`` beside it.
 
     Raises:
         UsageError: there are too few pictures, or as ``open_pictures``.

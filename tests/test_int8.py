@@ -71,25 +71,25 @@ def quantise(where: Path, pictures: Path, recipe: Recipe | None, **changes: Any)
     return quantise_bundle(reference, where / "out", dataclasses.replace(options, **changes), progress)
 
 
+def exported(tmp_path_factory: pytest.TempPathFactory, pictures: Path, target: str) -> SimpleNamespace:
+    folder, stages = tmp_path_factory.mktemp(target), list[str]()
+
+    def progress(what: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        stages.append(what)
+
+    bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=progress)
+    return SimpleNamespace(bundle=bundle, notes=notes, stages=stages, cache=folder / "cache")
+
+
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, SimpleNamespace]:
-    """One export by ``RECIPE`` for each target."""
-    made = {}
-    for target in ("tensorrt", "cpu"):
-        folder, progress = tmp_path_factory.mktemp(target), list[tuple[str, int, int]]()
-        bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=lambda *u: progress.append(u))
-        made[target] = SimpleNamespace(bundle=bundle, notes=notes, progress=progress, cache=folder / "cache")
-    return made
+def tensorrt(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
+    return exported(tmp_path_factory, pictures, "tensorrt")
 
 
-@pytest.fixture
-def tensorrt(exports: dict[str, SimpleNamespace]) -> SimpleNamespace:
-    return exports["tensorrt"]
-
-
-@pytest.fixture
-def cpu(exports: dict[str, SimpleNamespace]) -> SimpleNamespace:
-    return exports["cpu"]
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
+    return exported(tmp_path_factory, pictures, "cpu")
 
 
 @pytest.fixture
@@ -120,14 +120,15 @@ def nodes_of(names: Sequence[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_the_bundle_says_how_it_was_quantised(exports: dict[str, SimpleNamespace], target: str) -> None:
-    result = exports[target]
+def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, target: str) -> None:
+    result = request.getfixturevalue(target)
     bundle, expected = result.bundle, nodes_of(sorted(RECIPE.chosen))
     assert Bundle.load(bundle.path) == bundle and (bundle.name, bundle.precision) == ("out", "int8")
     graphs = ["denoiser.onnx", "denoiser_shallow.onnx", "vae_decoder.onnx", "vae_encoder.onnx"]
     assert sorted(bundle.files) == sorted([*graphs, "recipe.json"])
     int8 = bundle.int8
-    assert sorted(int8["nodes"]) == expected == sorted(quantised_nodes(onnx.load(bundle.component_path("denoiser"))))
+    whole, part = (onnx.load(bundle.component_path(name)) for name in ("denoiser", "denoiser_shallow"))
+    assert sorted(int8["nodes"]) == expected == sorted(quantised_nodes(whole))
     assert (int8["quantised_products"], int8["products"]) == (len(expected), 213)
     assert (int8["target"], int8["rest"]) == (target, {"tensorrt": "float16", "cpu": "float32"}[target])
     assert int8["ranges"] == "mse" and int8["calibration"]["steps"] == STEPS
@@ -140,15 +141,8 @@ def test_the_bundle_says_how_it_was_quantised(exports: dict[str, SimpleNamespace
     inherited = ("defaults", "scaling_factor", "resolution", "source", "licence", "model", "distilled_guidance")
     for field in (*inherited, "deep_channels"):
         assert getattr(bundle, field) == getattr(TINY, field), field
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_the_shallow_part_is_the_quantised_denoisers_own(exports: dict[str, SimpleNamespace], target: str) -> None:
-    """Of the recipe it has the blocks at the finest level, with the same integers and scales."""
-    bundle = exports[target].bundle
-    whole, part = (onnx.load(bundle.component_path(name)) for name in ("denoiser", "denoiser_shallow"))
-    expected = nodes_of([FEED_FORWARD, ATTENTION])
-    assert sorted(bundle.int8["shallow_nodes"]) == expected == sorted(quantised_nodes(part))
+    # Of the recipe the shallow part has the blocks at the finest level, with the same integers and scales.
+    assert sorted(int8["shallow_nodes"]) == nodes_of([FEED_FORWARD, ATTENTION]) == sorted(quantised_nodes(part))
     constants = {t.name: t.SerializeToString() for t in whole.graph.initializer}
     assert all(constants[t.name] == t.SerializeToString() for t in part.graph.initializer)
     assert 0 <= bundle.gate["shallow_difference"] <= 1e-2
@@ -194,10 +188,9 @@ def test_a_user_is_told_what_matters(tensorrt: SimpleNamespace, cpu: SimpleNames
         ]
         assert speed["device"] == "cpu" and speed["other"] == "float32"
         assert ["does not pay" in note for note in result.notes[2:]] == [True] * (speed["speedup"] <= 1)
-    stages = list(dict.fromkeys(what for what, _, _ in tensorrt.progress))
+    stages = list(dict.fromkeys(tensorrt.stages))
     assert stages[0] == "record 0.png, 1 of 4" and stages[-1] == "speed beside INT8"
     assert "gate, held-out pictures: float32" in stages and "gate, held-out pictures" in stages
-    assert all(0 <= done <= total for _, done, total in tensorrt.progress)
 
 
 # --- what is kept, and what is not ------------------------------------------------------------------------
@@ -296,19 +289,15 @@ def test_the_table_says_of_each_block_what_it_costs_and_brings() -> None:
 
 
 def test_advice_where_int8_does_not_pay() -> None:
-    def said(speedup: float, device: str, target: str, other: str = "float32") -> list[str]:
+    def said(speedup: float, device: str, target: str, other: str = "float32") -> str:
         times = {"speedup": speedup, "int8_ms": 20.5, "other_ms": 20.5 * speedup}
-        return advice({**times, "device": device, "other": other}, target)
+        return "".join(advice({**times, "device": device, "other": other}, target))
 
-    assert said(1.01, "cpu", "cpu") == said(2.0, "tensorrt", "tensorrt", "float16") == []
-    assert said(0.8, "cpu", "cpu") == [
-        "INT8 does not pay on this machine's cpu: 20.5 ms a call, float32 16.4 ms; use --precision fp32 here"
-    ]
-    assert said(1.0, "cuda", "tensorrt", "float16") == [
-        "INT8 does not pay on this machine's cuda: 20.5 ms a call, float16 20.5 ms; use --precision fp16 here"
-    ]
-    (text,) = said(0.8, "cpu", "tensorrt")
-    assert text.endswith("or try --target cpu; this file is for TensorRT and GPUs, and must be measured there")
+    slow = "INT8 does not pay on this machine's cpu: 20.5 ms a call, float32 16.4 ms; use --precision fp32 here"
+    assert said(1.01, "cpu", "cpu") == said(2.0, "tensorrt", "tensorrt", "float16") == ""
+    assert said(0.8, "cpu", "cpu") == slow
+    assert said(0.8, "cpu", "tensorrt").startswith(f"{slow}, or try --target cpu; this file is for TensorRT and GPUs")
+    assert said(1.0, "cuda", "tensorrt", "float16").endswith("float16 20.5 ms; use --precision fp16 here")
 
 
 # --- with a search, and as a user has it -------------------------------------------------------------------

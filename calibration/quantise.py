@@ -43,7 +43,6 @@ SLOW = (".depthwise", ".lambda")
 MIN_MAC_SHARE = 0.002  # a block with a smaller share of the multiply-adds is not worth its rounding errors
 INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "ConvInteger", "QGemm")
 _SMALLEST_SCALE = 2.0**-24  # of weights: the smallest FP16 above 0
-_MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 
 
 class Quantiser:
@@ -259,24 +258,22 @@ def fuse_silu(model: ModelProto) -> int:
     """
     dequantised = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     readers = tensor_readers(model)
-    fused: dict[str, NodeProto] = {}  # the output of the multiplication -> the node that replaces it
-    removed: set[str] = set()
+    removed = []
     for node in model.graph.node:
         behind = readers.get(node.output[0], [])
         if node.op_type != "Sigmoid" or [n.op_type for n in behind] != ["Mul"]:
             continue
         (x,), (product,) = node.input, behind
         if x in dequantised and sorted(product.input) == sorted((x, node.output[0])):
-            silu = helper.make_node("QuickGelu", [x], product.output, product.name, domain=_MICROSOFT, alpha=1.0)
-            silu.metadata_props.extend(product.metadata_props)
-            fused[product.output[0]] = silu
-            removed.add(node.output[0])
-    if fused:
-        nodes = [fused.get(n.output[0], n) for n in model.graph.node if n.output[0] not in removed]
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        model.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
-    return len(fused)
+            product.op_type, product.domain = "QuickGelu", "com.microsoft"
+            product.input[:] = [x]
+            product.attribute.append(helper.make_attribute("alpha", 1.0))
+            removed.append(node)
+    for node in removed:
+        model.graph.node.remove(node)
+    if removed:
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return len(removed)
 
 
 def integer_kernels(path: Path) -> dict[str, int]:

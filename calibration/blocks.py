@@ -1,11 +1,9 @@
 """The denoiser's blocks, which are quantised as a whole or not at all, and the recipe that says which of them are.
 
-A block is a part of the network under its own name: a convolution of a resnet (``down_blocks.0.resnets.0.conv1``), the
-projections or the feed-forward of a transformer (``...attentions.0.attn1``, ``...attentions.0.ff``). Two kinds of
-operators are blocks of their own, because INT8 serves them differently: depthwise convolutions
-(``...conv1.depthwise``), which have no INT8 kernel worth having on most devices, and those inside a lambda operator
-(``...attn1.lambda``), which must be taken out of its function first. Names come from the module paths that the exporter
-noted at every node, since the weights of linear layers lose theirs.
+A block is a part of the network under its module's name: a convolution of a resnet (``down_blocks.0.resnets.0.conv1``),
+the projections or the feed-forward of a transformer (``...attentions.0.attn1``, ``...attentions.0.ff``). Depthwise
+convolutions (``...conv1.depthwise``) and what is inside a lambda operator (``...attn1.lambda``) are blocks of their
+own, because INT8 serves them differently.
 """
 
 from __future__ import annotations
@@ -49,16 +47,17 @@ def blocks(model: ModelProto) -> list[Block]:
     inline(flat, lambda call: True, fold=False)
     shapes = infer_shapes(flat, rows=1)
     members: dict[str, list[NodeProto]] = {}
+    macs: dict[str, int] = {}
     for node in flat.graph.node:
         if node.op_type in PRODUCTS:
-            members.setdefault(block_of(node), []).append(node)
+            name = block_of(node)
+            members.setdefault(name, []).append(node)
+            if (count := multiplications(node, shapes)) is None:
+                problem = f"the shapes of node {node.name!r} ({node.op_type}) are not known"
+                raise BundleError(problem, "export the bundle again")
+            macs[name] = macs.get(name, 0) + count
     return [
-        Block(
-            name,
-            tuple(node.name for node in nodes),
-            frozenset(node.op_type for node in nodes),
-            sum(_macs(node, shapes) for node in nodes),
-        )
+        Block(name, tuple(n.name for n in nodes), frozenset(n.op_type for n in nodes), macs[name])
         for name, nodes in members.items()
     ]
 
@@ -73,33 +72,23 @@ def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto
 
 def block_of(node: NodeProto) -> str:
     """The name of the block that a convolution, a matrix product or the call of a function belongs to."""
-    metadata = {p.key: p.value for p in node.metadata_props}
+    metadata = {p.key: p.value for p in node.metadata_props}  # weights of linear layers have lost their module's path
     modules = [part.split(":")[0] for part in metadata.get("namespace", "").split("/")]
     paths = [m.removeprefix(_ROOT) for m in modules if m.startswith(_ROOT)]
     match = _BLOCK.match(paths[-1]) if paths else None
     if match is None or not node.name:
-        lack = "module path" if node.name else "name"
-        raise BundleError(
-            f"node {node.name or node.output[0]!r} ({node.op_type}) has no {lack}", "export the bundle again"
-        )
+        problem = f"node {node.name or node.output[0]!r} ({node.op_type}) lacks its name or its module's path"
+        raise BundleError(problem, "export the bundle again")
     if node.domain or FUNCTION in metadata:
         return f"{match[0]}.lambda"
     return f"{match[0]}.depthwise" if attribute(node, "group", 1) > 1 else match[0]
 
 
-def _macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    count = multiplications(node, shapes)
-    if count is None:
-        raise BundleError(f"the shapes of node {node.name!r} ({node.op_type}) are not known", "export the bundle again")
-    return count
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """Which blocks are quantised: a JSON file that a person may edit and apply again.
+    """Which blocks are quantised, and before which of them outliers are migrated into the weights (``smoothing``).
 
-    A block that ``quantised`` does not name is not quantised. Before the blocks in ``smoothed`` the outliers of the
-    activations are migrated into the weights (``smoothing``).
+    It is a JSON file that a person may edit and apply again. Blocks that it does not name are not quantised.
     """
 
     quantised: dict[Text, Flag]
@@ -113,13 +102,9 @@ class Recipe:
 
     def check(self, known: Iterable[str]) -> None:
         """Raise ``UsageError`` if the recipe names a block that is not among the ``known`` ones."""
-        names = set(known)
-        if unknown := [name for name in (*self.quantised, *self.smoothed) if name not in names]:
-            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            raise UsageError(
-                f"the recipe names blocks that the model does not have: {', '.join(unknown[:3])}{more}",
-                "remove them, or use the recipe with the model it was made for",
-            )
+        if unknown := sorted({*self.quantised, *self.smoothed} - {*known}):
+            problem = f"the recipe names blocks that the model does not have: {', '.join(unknown[:3])}"
+            raise UsageError(problem, "remove them, or use the recipe with the model it was made for")
 
     def save(self, path: Path) -> None:
         """Write the recipe to the file ``path``, whole or not at all."""

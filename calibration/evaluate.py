@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,11 @@ from ..system.files import scratch_directory
 AUTOENCODER = ("vae_encoder", "vae_decoder")
 ROUNDS, WARM_UPS = 9, 2  # of the measurement of speed
 Case = tuple[str, Scene]  # the name, and the picture (1, 3, R, R) float32 in [-1, 1] with its hole, bool (R, R)
-
-
-@dataclass(frozen=True)
-class CaseMetrics:
-    """One case's ``psnr_db`` and ``ssim`` of the decoded picture, the same in the hole, and the latent's RMS drift."""
-
-    name: str
-    hole_psnr_db: float
-    hole_ssim: float
-    psnr_db: float
-    ssim: float
-    latent_rms_drift: list[float]
+Metrics = dict[str, Any]  # of a case: its ``name``, what ``fill_figures`` returns, and ``latent_rms_drift``
 
 
 def make_cases(pictures: Pictures, number: int, resolution: int, seed: int) -> list[Case]:
-    """``number`` cases of the pictures in turn; in the first round with the masks of their own, if they have one.
-
-    Raises:
-        UsageError, MachineError: as ``Pictures.read``.
-    """
+    """``number`` cases of the pictures in turn; in the first round with their own masks, if they have any."""
     cases = []
     for k in range(number):
         turn, i = divmod(k, len(pictures))
@@ -67,55 +52,48 @@ def make_cases(pictures: Pictures, number: int, resolution: int, seed: int) -> l
     return cases
 
 
-def mean_hole_psnr_db(metrics: Sequence[CaseMetrics]) -> float:
+def mean_hole_psnr_db(metrics: Sequence[Metrics]) -> float:
     """The PSNR of the mean squared error over the cases: what adds up if errors are independent."""
-    error = float(np.mean([PEAK**2 / 10 ** (m.hole_psnr_db / 10) for m in metrics]))
+    error = float(np.mean([PEAK**2 / 10 ** (m["hole_psnr_db"] / 10) for m in metrics]))
     return round(10 * math.log10(PEAK**2 / error), 2)
 
 
 class CandidateEvaluator:
     """Measures candidates on ``cases`` beside the float32 ``bundle``, by trajectories of so many ``steps``."""
 
-    def __init__(self, bundle: Bundle, cases: Sequence[Case], steps: int, guidance: float | None) -> None:
+    def __init__(self, bundle: Bundle, cases: Sequence[Case], guidance: float | None, steps: int) -> None:
         self.guidance = choose_guidance(guidance, bundle.distilled_guidance)
         self._bundle, self._cases, self._steps = bundle, cases, steps
         self._encoded: dict[bytes, Arrays] = {}
         self._references: list[Trajectory] = []
 
-    def evaluate_denoiser(self, folder: Path, what: str, progress: Progress) -> list[CaseMetrics]:
-        """The metrics of the denoiser in ``folder`` with the reference's autoencoder."""
-        return self.evaluate(self._with_autoencoder(folder), what, progress)
+    def evaluate(self, candidate: Path | Runtime, what: str, progress: Progress) -> list[Metrics]:
+        """The metrics of a runtime, or of the denoiser in a folder with the float32 autoencoder, on all cases.
 
-    def evaluate(self, runtime: Runtime, what: str, progress: Progress) -> list[CaseMetrics]:
-        """The metrics of ``runtime`` on all cases; ``progress`` gets their steps.
-
-        Raises:
-            BundleError: what it computes is not finite.
+        Raises BundleError if what it computes is not finite.
         """
         if not self._references:
-            reference_runtime = self._with_autoencoder(self._bundle.path)
-            self._references = self._sample(reference_runtime, f"{what}: float32", progress)
+            self._references = self._sample(self._bundle.path, f"{what}: float32", progress)
         results = []
-        candidates = self._sample(runtime, what, progress)
-        for (name, scene), candidate, reference in zip(self._cases, candidates, self._references, strict=True):
-            metrics = fill_figures(candidate.image[0], reference.image[0], scene[1])
+        trajectories = self._sample(candidate, what, progress)
+        for (name, scene), trajectory, reference in zip(self._cases, trajectories, self._references, strict=True):
+            metrics = fill_figures(trajectory.image[0], reference.image[0], scene[1])
             rounded = {k: round(v, 2 if k.endswith("db") else 4) for k, v in metrics.items() if v is not None}
-            drift = compare(candidate, reference)["latent_rms_drift"]
-            results.append(CaseMetrics(name, **rounded, latent_rms_drift=drift))
+            drift = compare(trajectory, reference)["latent_rms_drift"]
+            results.append({"name": name, **rounded, "latent_rms_drift": drift})
         return results
 
-    def _with_autoencoder(self, folder: Path) -> Runtime:
-        denoiser = ort_runtime(replace(self._bundle, path=folder), DENOISER)
-        return CombinedRuntime(denoiser, ort_runtime(self._bundle, *AUTOENCODER), self._encoded)
-
-    def _sample(self, runtime: Runtime, what: str, progress: Progress) -> list[Trajectory]:
+    def _sample(self, candidate: Path | Runtime, what: str, progress: Progress) -> list[Trajectory]:
+        if isinstance(candidate, Path):
+            denoiser = ort_runtime(replace(self._bundle, path=candidate), DENOISER)
+            candidate = CombinedRuntime(denoiser, ort_runtime(self._bundle, *AUTOENCODER), self._encoded)
         trajectories: list[Trajectory] = []
 
         def on_step(done: int, total: int) -> None:
             progress(what, len(trajectories) * total + done, len(self._cases) * total)
 
         settings: dict[str, Any] = {"steps": self._steps, "guidance": self.guidance.sampled, "on_step": on_step}
-        with nullcontext() if runtime.active else runtime:
+        with nullcontext(candidate) if candidate.active else candidate as runtime:
             for _, scene in self._cases:
                 trajectories.append(run_trajectory(runtime, scene=scene, **settings))
         return trajectories
@@ -128,10 +106,7 @@ def ort_runtime(bundle: Bundle, *names: str, device: str = "cpu") -> Runtime:
 
 
 class CombinedRuntime(Runtime):
-    """A denoiser's runtime and an autoencoder's as one.
-
-    ``encoded`` keeps what was encoded, so that runtimes that share it encode each picture once.
-    """
+    """A denoiser's runtime and an autoencoder's as one; those that share ``encoded`` encode each picture once."""
 
     def __init__(self, denoiser: Runtime, autoencoder: Runtime, encoded: dict[bytes, Arrays]) -> None:
         super().__init__(denoiser.components | autoencoder.components)
@@ -179,29 +154,21 @@ def measure_speed(reference: Bundle, candidate: Bundle, target: str, progress: P
     feeds = drawn_feeds(reference.components[DENOISER], reference.branches)
     times: tuple[list[float], list[float]] = ([], [])
     with scratch_directory(candidate.path) as folder:
-        other = replace(reference, path=folder)
-        shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
+        other = reference
         if precision == "float16":
+            other = replace(reference, path=folder)
+            shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
             to_float16(other.component_path(DENOISER))
-        with (
-            ort_runtime(candidate, DENOISER, device=device) as quantised,
-            ort_runtime(other, DENOISER, device=device) as plain,
-        ):
+        int8, plain = (ort_runtime(bundle, DENOISER, device=device) for bundle in (candidate, other))
+        with int8, plain:
             for turn in range(rounds):
-                for runtime, milliseconds in zip((quantised, plain), times, strict=True):
+                for runtime, milliseconds in zip((int8, plain), times, strict=True):
                     start = time.perf_counter()
                     runtime.run(DENOISER, feeds)
                     milliseconds.append((time.perf_counter() - start) * 1e3)
                 progress("speed beside INT8", turn + 1, rounds)
-            info = quantised.info
+            info = int8.info
     int8_ms, other_ms = (statistics.median(milliseconds[WARM_UPS:]) for milliseconds in times)
-    return {
-        "other": precision,
-        "device": device,
-        "runtime": f"onnxruntime {info['version']}",
-        "threads": info["threads"],
-        "int8_ms": round(int8_ms, 2),
-        "other_ms": round(other_ms, 2),
-        "speedup": round(other_ms / int8_ms, 3),
-        "rows": reference.branches,
-    }
+    where = {"device": device, "runtime": f"onnxruntime {info['version']}", "threads": info["threads"]}
+    speed = {"int8_ms": round(int8_ms, 2), "other_ms": round(other_ms, 2), "speedup": round(other_ms / int8_ms, 3)}
+    return {"other": precision, **where, **speed, "rows": reference.branches}

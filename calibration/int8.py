@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,7 @@ from ..spec import DENOISER, SHALLOW
 from ..system.files import atomic_directory, refuse_loss
 from ..system.fingerprint import ResultCache
 from .blocks import Recipe, blocks
-from .evaluate import (
-    CandidateEvaluator,
-    CaseMetrics,
-    fastest_device,
-    make_cases,
-    mean_hole_psnr_db,
-    measure_speed,
-)
+from .evaluate import CandidateEvaluator, Metrics, fastest_device, make_cases, mean_hole_psnr_db, measure_speed
 from .quantise import Quantiser, integer_kernels, quantised_nodes
 from .record import record
 from .search import Search, best_psnr_db
@@ -47,7 +41,7 @@ from .search import Search, best_psnr_db
 RECIPE_FILE = "recipe.json"
 MIN_PSNR_DB = 30.0  # in the hole, of the worst held-out case
 SEARCH_CASES = 2
-_REST = {"tensorrt": "float16", "cpu": "float32"}  # what is not quantised
+REST = {"tensorrt": "float16", "cpu": "float32"}  # what is not quantised
 _INHERITED = (  # what an INT8 bundle has in common with the one that it was made from
     *("description", "licence", "model", "resolution", "scaling_factor"),
     *("distilled_guidance", "deep_channels", "defaults", "source"),
@@ -56,11 +50,10 @@ _INHERITED = (  # what an INT8 bundle has in common with the one that it was mad
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How to quantise; ``folder`` keeps what was recorded and measured.
+    """How to quantise; ``folder`` keeps what was recorded and measured, with ``force`` an older output is replaced.
 
-    ``data`` and ``masks`` are as for ``open_calibration``; ``recipe`` is a file that spares the search; ``ranges`` is
-    one of ``ranges.METHODS``, ``target`` one of ``quantise.TARGETS``; with ``force`` an older output is replaced.
-    Without ``data`` a ``UsageError`` is raised.
+    ``data`` and ``masks`` are as for ``open_calibration``, ``recipe`` is a file that spares the search, ``ranges`` is
+    one of ``ranges.METHODS``, and ``target`` one of ``quantise.TARGETS``. Raises UsageError without ``data``.
     """
 
     folder: Path
@@ -95,8 +88,7 @@ def quantise_bundle(
     """An INT8 bundle of ``reference`` (float32) in the folder ``output``, and notes for the user.
 
     Raises:
-        UsageError: an option or the pictures are unusable, or ``output`` may not be replaced; a recipe names blocks
-            that the model does not have, or none that the target computes in INT8; a range is zero or not finite.
+        UsageError: an option, the pictures, the recipe or a range is unusable, or ``output`` may not be replaced.
         MachineError: a package or a file is missing, or something cannot be written.
         BundleError: the reference is not in float32, or something it computes is not finite.
         QualityError: the gate was missed; nothing was saved.
@@ -104,106 +96,98 @@ def quantise_bundle(
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
-    recipe = None if options.recipe is None else _load_recipe(options.recipe, reference)
+    recipe = None if options.recipe is None else Recipe.load(options.recipe)
+    if recipe is not None:
+        recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path(DENOISER)))))
+        if not recipe.chosen:
+            raise UsageError(f"recipe {options.recipe} quantises nothing", "set a block to true")
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)
-    settings: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance}
+    settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     with atomic_directory(output, overwrite=options.force) as folder:
         cache = ResultCache(options.folder)
-        statistics = record(reference, recorded, options.target, cache, progress, seed=options.seed, **settings)
+        statistics = record(reference, recorded, options.target, cache, progress, **settings)
         progress("read the denoiser", 0, 0)
         quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges, options.target)
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
-        search = Search(reference, quantiser, cases, cache, progress, **settings)
+        evaluator = partial(CandidateEvaluator, reference, cases, options.guidance)
+        search = Search(quantiser, evaluator, cache, progress, options.steps)
         if recipe is None:
             recipe = search.find_recipe(options.min_psnr_db)
         recipe.save(options.folder / RECIPE_FILE)
         progress("quantise", 0, 0)
         card = _write_files(folder, reference, quantiser, recipe)
-        card["name"] = Path(output).resolve().name
-        card["int8"]["calibration"] = {key: statistics.facts[key] for key in ("pictures", "steps", "seed")}
+        card["name"], int8 = Path(output).resolve().name, card["int8"]
+        int8["calibration"] = {key: statistics.facts[key] for key in ("pictures", "steps", "seed")}
         write_bundle(folder, gate={}, **card)  # provisional, so that a runtime can be made of it
         candidate = Bundle.load(folder, verify=False)
         metrics, gate = _measure(reference, candidate, held_out, options, progress)
         if not gate["hole_psnr_db"] >= options.min_psnr_db:  # a floor that is NaN is missed too
             raise gate_error(metrics, recipe, search, options)
-        card["int8"]["blocks"] = block_table(quantiser, recipe, card["int8"]["nodes"], search.sensitivity)
-        card["int8"]["cases"] = [{k: v for k, v in asdict(m).items() if k != "latent_rms_drift"} for m in metrics]
-        card["int8"]["speed"] = measure_speed(reference, candidate, options.target, progress)
+        int8["blocks"] = block_table(quantiser, recipe, int8["nodes"], search.sensitivity)
+        int8["cases"] = [{k: v for k, v in m.items() if k != "latent_rms_drift"} for m in metrics]
+        int8["speed"] = measure_speed(reference, candidate, options.target, progress)
         write_bundle(folder, gate=gate, **card)
-    return Bundle.load(Path(output), verify=False), notes + advice(card["int8"]["speed"], options.target)
-
-
-def _load_recipe(path: Path, reference: Bundle) -> Recipe:
-    """The recipe in the file ``path``, which is checked before anything is recorded."""
-    recipe = Recipe.load(path)
-    recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path(DENOISER)))))
-    if not recipe.chosen:
-        raise UsageError(f"recipe {path} quantises nothing", "set a block to true")
-    return recipe
+    return Bundle.load(Path(output), verify=False), notes + advice(int8["speed"], options.target)
 
 
 def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe) -> dict[str, Any]:
-    """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them."""
-    target, half = quantiser.target, _REST[quantiser.target] == "float16"
-    float32: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
+    """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them.
+
+    They keep the target's rules: TensorRT's, or that every quantised operator has a kernel in integers on the CPU.
+    """
+    target, rest = quantiser.target, REST[quantiser.target]
+    half = rest == "float16"
     denoiser, float32_nodes = quantiser.quantise(recipe, half)
+    float32: dict[str, Any] = {DENOISER: float32_nodes, **dict.fromkeys(FLOAT32_COMPONENTS, "all")} if half else {}
     networks = {DENOISER: denoiser}
     if SHALLOW in reference.components:
         networks[SHALLOW] = shallow_part(denoiser)
     nodes = {name: quantised_nodes(network) for name, network in networks.items()}
     if not nodes[DENOISER]:
-        raise UsageError(
-            f"the recipe leaves nothing in INT8 for {target}", "set a block to true that it computes in INT8"
-        )
-    for component in reference.components.values():
-        file = folder / component.file
-        if component.name in networks:
-            onnx.save(networks[component.name], str(file))
-            _check_operators(file, networks[component.name], target)
+        problem = f"the recipe leaves nothing in INT8 for {target}"
+        raise UsageError(problem, "set a block to true that it computes in INT8")
+    for name in reference.components:
+        file = folder / reference.components[name].file
+        if name not in networks:
+            shutil.copyfile(reference.component_path(name), file)
+            if half and name not in FLOAT32_COMPONENTS:
+                float32[name] = to_float16(file)
             continue
-        shutil.copyfile(reference.component_path(component.name), file)
-        if half and component.name not in FLOAT32_COMPONENTS:
-            float32[component.name] = to_float16(file)
-    if half:
-        float32[DENOISER] = float32_nodes
+        onnx.save(networks[name], str(file))
+        if target == "cpu":
+            integer_kernels(file)
+        elif wrong := problems(networks[name]):
+            raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}", "this is a bug, please report it")
     recipe.save(folder / RECIPE_FILE)
     tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    quantised_blocks = [b for b in quantiser.blocks if not set(b.nodes).isdisjoint(nodes[DENOISER])]
     int8 = {
         "target": target,
-        "rest": _REST[target],
+        "rest": rest,
         "quantised_products": len(nodes[DENOISER]),
         "products": sum(len(block.nodes) for block in quantiser.blocks),
-        "share_of_multiplications": round(sum(map(quantiser.share, quantised_blocks)), 4),
+        "share_of_multiplications": round(
+            sum(quantiser.share(b) for b in quantiser.blocks if not set(b.nodes).isdisjoint(nodes[DENOISER])), 4
+        ),
         "ranges": quantiser.method,
         "nodes": nodes[DENOISER],
         **({"shallow_nodes": nodes[SHALLOW]} if SHALLOW in nodes else {}),
     }
-    inherited = {field: getattr(reference, field) for field in _INHERITED}
-    tools = {**reference.tools, **tools}
-    return {**inherited, "precision": "int8", "float32_islands": float32, "tools": tools, "int8": int8}
-
-
-def _check_operators(file: Path, model: onnx.ModelProto, target: str) -> None:
-    """Check TensorRT's rules, or that every quantised operator has a kernel in integers on the CPU."""
-    if target == "cpu":
-        integer_kernels(file)
-    elif wrong := problems(model):
-        raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}: this is a bug, please report it")
+    card: dict[str, Any] = {field: getattr(reference, field) for field in _INHERITED}
+    card |= {"precision": "int8", "float32_islands": float32, "tools": {**reference.tools, **tools}, "int8": int8}
+    return card
 
 
 def _measure(
     reference: Bundle, candidate: Bundle, pictures: Pictures, options: Int8Options, progress: Progress
-) -> tuple[list[CaseMetrics], dict[str, Any]]:
+) -> tuple[list[Metrics], dict[str, Any]]:
     """The metrics of the files of ``candidate`` on each held-out case, and what the gate keeps of them.
 
     Raises:
         QualityError: the shallow part differs from the whole denoiser.
     """
-    number = max(HELD_OUT_CASES, len(pictures))
-    cases = make_cases(pictures, number, reference.resolution, options.seed + 1)
+    cases = make_cases(pictures, max(HELD_OUT_CASES, len(pictures)), reference.resolution, options.seed + 1)
     device = fastest_device(options.target)
-    evaluator = CandidateEvaluator(reference, cases, options.steps, options.guidance)
+    evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
     with create_runtime("onnxruntime", candidate, device) as runtime:
         metrics = evaluator.evaluate(runtime, "gate, held-out pictures", progress)
         gate = gate_report(metrics, options.min_psnr_db)
@@ -214,26 +198,24 @@ def _measure(
     return metrics, gate
 
 
-def gate_report(metrics: Sequence[CaseMetrics], floor: float) -> dict[str, Any]:
+def gate_report(metrics: Sequence[Metrics], floor: float) -> dict[str, Any]:
     """The worst metrics of all cases, and the mean in the hole."""
     return {
-        **{name: min(getattr(m, name) for m in metrics) for name in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim")},
+        **{name: min(m[name] for m in metrics) for name in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim")},
         "mean_hole_psnr_db": mean_hole_psnr_db(metrics),
-        "latent_rms_drift": [max(values) for values in zip(*(m.latent_rms_drift for m in metrics), strict=True)],
-        "min_psnr_db": floor,
-        "cases": len(metrics),
-        "start": "image",
+        "latent_rms_drift": [max(values) for values in zip(*(m["latent_rms_drift"] for m in metrics), strict=True)],
+        **{"min_psnr_db": floor, "cases": len(metrics), "start": "image"},
     }
 
 
-def gate_error(metrics: Sequence[CaseMetrics], recipe: Recipe, search: Search, options: Int8Options) -> QualityError:
-    """The error for a gate that was missed: the worst case, and the three blocks that cost most where measured."""
-    worst = min(metrics, key=lambda m: m.hole_psnr_db)
+def gate_error(metrics: Sequence[Metrics], recipe: Recipe, search: Search, options: Int8Options) -> QualityError:
+    """The error for a gate that was missed: the worst case, and the three blocks that cost most alone."""
+    worst = min(metrics, key=lambda m: m["hole_psnr_db"])
     search.measure(sorted(recipe.chosen))
     alone = {name: best_psnr_db(search.sensitivity[name]) for name in recipe.chosen}
     costly = ", ".join(f"{name} ({alone[name]:.1f} dB alone)" for name in sorted(alone, key=alone.__getitem__)[:3])
     return QualityError(
-        f"quality gate missed: in the hole of {worst.name} INT8 is {worst.hole_psnr_db:.2f} dB from float32, "
+        f"quality gate missed: in the hole of {worst['name']} INT8 is {worst['hole_psnr_db']:.2f} dB from float32, "
         f"{options.min_psnr_db:g} dB is the floor (mean of {len(metrics)} held-out cases "
         f"{mean_hole_psnr_db(metrics):.2f} dB); the blocks that cost most: {costly}; nothing was saved",
         f"set them to false in {options.folder / RECIPE_FILE} and pass it with --int8-recipe, give more calibration "
@@ -261,11 +243,9 @@ def advice(speed: dict[str, Any], target: str) -> list[str]:
     """What a measured speed means for this machine; nothing if INT8 pays."""
     if speed["speedup"] > 1:
         return []
-    option = {"float32": "fp32", "float16": "fp16"}[speed["other"]]
-    text = (
-        f"INT8 does not pay on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, {speed['other']} "
-        f"{speed['other_ms']:g} ms; use --precision {option} here"
-    )
-    if speed["device"] == "cpu" and target == "tensorrt":
+    option, device = {"float32": "fp32", "float16": "fp16"}[speed["other"]], speed["device"]
+    text = f"INT8 does not pay on this machine's {device}: {speed['int8_ms']:g} ms a call, {speed['other']} "
+    text += f"{speed['other_ms']:g} ms; use --precision {option} here"
+    if device == "cpu" and target == "tensorrt":
         text += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
     return [text]

@@ -1,19 +1,16 @@
 """A denoiser in INT8: explicit QuantizeLinear and DequantizeLinear at the operators of the blocks that a recipe names.
 
-The insertion is our own. onnxruntime's ``quantize_static`` calibrates and inserts in one go, with its own ranges; it
-does not look into functions, loses the nodes' module paths, and knows one placement. Where the pairs stand:
+The insertion is our own: onnxruntime's ``quantize_static`` ties ranges to it, does not look into functions, loses the
+nodes' module paths, and knows one placement. Numbers are symmetric, q = clip(round(x / scale)), with one scale for each
+output channel of a weight (one in all for a batch of matrices) and one for an activation. Where the pairs stand:
 
 - ``tensorrt`` (and ONNX Runtime's GPU providers): on both inputs of a convolution or matrix product. Outputs stay in
-  their type, for what follows is a norm, SiLU or a sum, which are not computed in INT8. Biases stay too: TensorRT
-  refuses INT32 ones. Activations are INT8 with zero point 0, the only form that TensorRT takes.
+  their type, for what follows is a norm, SiLU or a sum, and so do biases. Activations are INT8 with zero point 0.
 - ``cpu`` (ONNX Runtime): a convolution in integers exists with a quantised output only, so each also gets a pair on its
   output, or behind the ReLU that alone reads it. Gemm and transposed convolutions have no kernel in integers and stay
-  float32 whatever the recipe says (in a denoiser 0.02% of the multiply-adds). Activations are UINT8 with zero point
-  128, which the kernels read with VNNI: ONNX Runtime turns INT8 into this by itself, but not where one tensor has two
-  readers, and then computes in float32. What a ReLU gave has zero point 0 and half the scale, all 255 steps above zero.
-
-Numbers are symmetric, q = clip(round(x / scale)): weights to -127..127 with one scale for each channel of the output
-(one in all for a batch of matrices), activations with one scale a tensor. Scales have the type of what they scale.
+  float32 (in a denoiser 0.02% of the multiply-adds). Activations are UINT8 with zero point 128, which the kernels read:
+  ONNX Runtime turns INT8 into this by itself, but not where one tensor has two readers, and then computes in float32.
+  What a ReLU gave has zero point 0 and half the scale, all 255 steps above zero.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import BundleError, MachineError, UsageError
-from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, outline
+from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors
 from ..export.precision import convert
 from ..system.files import utf8_path
 from .blocks import Block, Recipe, block_of, blocks, inlined
@@ -46,7 +43,6 @@ SLOW = (".depthwise", ".lambda")
 MIN_MAC_SHARE = 0.002  # a block with a smaller share of the multiply-adds is not worth its rounding errors
 INTEGER_KERNELS = ("QLinearConv", "MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "ConvInteger", "QGemm")
 _SMALLEST_SCALE = 2.0**-24  # of weights: the smallest FP16 above 0
-_MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
 
 
 class Quantiser:
@@ -61,16 +57,10 @@ class Quantiser:
         self.facts = {**statistics.facts, "ranges": method}  # what a result of this quantiser depends on
         self.blocks: list[Block] = blocks(self.model)
         self.smoothable = frozenset(norm.block for norm in norms(self.model))
-        self.candidates = [
-            block
-            for block in self.blocks
-            if not block.name.endswith(SLOW)
-            and self.share(block) >= MIN_MAC_SHARE
-            and block.operators.intersection(TARGETS[target])
-        ]
+        matter = [b for b in self.blocks if self.share(b) >= MIN_MAC_SHARE and not b.name.endswith(SLOW)]
+        self.candidates = [b for b in matter if b.operators.intersection(TARGETS[target])]
         self._scales = _Scales(statistics, method)
-        tensors = statistics.tensors.items()
-        self._channels = {name: t.channels for name, t in tensors if t.channels is not None}
+        self._channels = {name: t.channels for name, t in statistics.tensors.items() if t.channels is not None}
 
     def share(self, block: Block) -> float:
         """The block's share of all multiply-adds of a call."""
@@ -79,9 +69,7 @@ class Quantiser:
     def quantise(self, recipe: Recipe, half: bool = False) -> tuple[ModelProto, dict[str, list[str]]]:
         """The denoiser by ``recipe``; with ``half`` the rest is in FP16, but for the nodes returned by operator type.
 
-        Raises:
-            UsageError: the range of an activation has no scale, or as ``quantise``.
-            BundleError: as ``quantise`` and ``convert``.
+        Raises as ``quantise``, ``activation_scale`` and ``convert``.
         """
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -170,10 +158,9 @@ class QDQInserter:
         self._scales, self._unsigned = scales, unsigned
         self._weights = {t.name: t for t in model.graph.initializer}
         self._producers = {name: node for node in model.graph.node for name in node.output}
+        self._relus = {name for name, node in self._producers.items() if node.op_type == "Relu"}
         self._dequantised: dict[str, str] = {}
-        graph = onnx.shape_inference.infer_shapes(outline(model), data_prop=True).graph
-        typed = (*graph.input, *graph.output, *graph.value_info)
-        self._types = {v.name: v.type.tensor_type.elem_type for v in typed}
+        self._types = {name: kind for name, (_, kind) in infer_tensors(model, rows=1).items()}
 
     def quantised_input(self, node: NodeProto, index: int) -> str:
         """The name of input ``index`` of ``node``, dequantised from 8 bits."""
@@ -192,7 +179,8 @@ class QDQInserter:
 
     def _weight(self, node: NodeProto, name: str, data: str) -> str:
         values = numpy_helper.to_array(self._weights[name])
-        axis = weight_axis(node, values.ndim)
+        matrix_axis = None if values.ndim != 2 else 0 if attribute(node, "transB", 0) else 1
+        axis = 0 if node.op_type == "Conv" else matrix_axis
         integers, scale = quantise_weight(values, axis, name, self._smallest_scale(node, data))
         # Each operator that reads a weight gets its own integers: their axes may differ, and their smallest scales.
         stem = f"{name}_int8" if f"{name}_int8" not in self.constants else f"{name}_{node.name}_int8"
@@ -201,11 +189,9 @@ class QDQInserter:
 
     def _pair(self, name: str, source: str, result: str) -> str:
         """``source`` rounded to 8 bits by the scale of the tensor ``name`` -> ``result``."""
-        zero = np.uint8(0 if self._is_relu(name) else 128) if self._unsigned else np.int8(0)
-        constants = [
-            self._constant(f"{name}_scale", self._scale(name)),
-            self._constant(f"zero_point_{zero}", np.asarray(zero)),
-        ]
+        zero = np.uint8(0 if name in self._relus else 128) if self._unsigned else np.int8(0)
+        scale = self._constant(f"{name}_scale", self._scale(name))
+        constants = [scale, self._constant(f"zero_point_{zero}", np.asarray(zero))]
         integers = self._node("QuantizeLinear", [source, *constants], f"{name}_int8")
         return self._node("DequantizeLinear", [integers, *constants], result)
 
@@ -218,24 +204,17 @@ class QDQInserter:
             recorded = self._scales[origin]
         except KeyError:
             raise UsageError(f"there is no range for tensor {origin}", "record the calibration again") from None
-        factor = LARGEST / 255 if self._unsigned and self._is_relu(name) else 1
+        factor = LARGEST / 255 if self._unsigned and name in self._relus else 1
         with np.errstate(over="ignore"):
             scale = np.asarray(recorded * factor, helper.tensor_dtype_to_np_dtype(self._types[name]))
         if not (math.isfinite(scale) and scale > 0):
-            raise UsageError(
-                f"the scale of tensor {origin} is {recorded:g} and must be finite and above 0 in {scale.dtype}",
-                "calibrate with other pictures, or leave its block out of the recipe",
-            )
+            problem = f"the scale of tensor {origin} is {recorded:g} and must be finite and above 0 in {scale.dtype}"
+            raise UsageError(problem, "calibrate with other pictures, or leave its block out of the recipe")
         return scale
 
-    def _is_relu(self, name: str) -> bool:
-        return name in self._producers and self._producers[name].op_type == "Relu"
-
     def _smallest_scale(self, node: NodeProto, data: str) -> np.ndarray | float:
-        """The smallest scale that the weights of ``node`` may have, (C,) or one for all.
-
-        ONNX Runtime rounds a bias to INT32 in units of both inputs' scales, and clips what does not fit.
-        """
+        """What the weights' scales must not be below, (C,) or one for all, so that a bias fits into INT32 in units of
+        both inputs' scales, as ONNX Runtime rounds it."""
         if not self._unsigned or len(node.input) < 3 or node.input[2] not in self._weights:
             return 0.0
         bias = numpy_helper.to_array(self._weights[node.input[2]])
@@ -248,15 +227,6 @@ class QDQInserter:
     def _constant(self, name: str, value: np.ndarray) -> str:
         self.constants[name] = numpy_helper.from_array(value, name)
         return name
-
-
-def weight_axis(node: NodeProto, rank: int) -> int | None:
-    """The axis of an operator's weights of ``rank`` axes that counts output channels; None for a batch of matrices."""
-    if node.op_type in ("Conv", "ConvTranspose"):
-        return 0 if node.op_type == "Conv" else 1
-    if rank != 2:
-        return None
-    return 0 if attribute(node, "transB", 0) else 1
 
 
 def quantise_weight(
@@ -283,38 +253,34 @@ def quantise_weight(
 def fuse_silu(model: ModelProto) -> int:
     """Rewrite, in place, each SiLU on a dequantised tensor as one node; return how many there were.
 
-    x · sigmoid(x) reads its input twice. ONNX Runtime gives every reader of a dequantised tensor a pair of its own, and
-    then dequantises twice and multiplies in a pass of its own. As its ``QuickGelu``, x · sigmoid(1 x), it stays one.
+    x · sigmoid(x) reads its input twice, for which ONNX Runtime would dequantise it twice and multiply in another pass.
+    As its ``QuickGelu``, x · sigmoid(1 x), it stays one.
     """
     dequantised = {n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     readers = tensor_readers(model)
-    fused: dict[str, NodeProto] = {}  # the output of the multiplication -> the node that replaces it
-    removed: set[str] = set()
+    removed = []
     for node in model.graph.node:
         behind = readers.get(node.output[0], [])
         if node.op_type != "Sigmoid" or [n.op_type for n in behind] != ["Mul"]:
             continue
         (x,), (product,) = node.input, behind
         if x in dequantised and sorted(product.input) == sorted((x, node.output[0])):
-            silu = helper.make_node("QuickGelu", [x], product.output, product.name, domain=_MICROSOFT, alpha=1.0)
-            silu.metadata_props.extend(product.metadata_props)
-            fused[product.output[0]] = silu
-            removed.add(node.output[0])
-    if fused:
-        nodes = [fused.get(n.output[0], n) for n in model.graph.node if n.output[0] not in removed]
-        del model.graph.node[:]
-        model.graph.node.extend(nodes)
-        model.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
-    return len(fused)
+            product.op_type, product.domain = "QuickGelu", "com.microsoft"
+            product.input[:] = [x]
+            product.attribute.append(helper.make_attribute("alpha", 1.0))
+            removed.append(node)
+    for node in removed:
+        model.graph.node.remove(node)
+    if removed:
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return len(removed)
 
 
 def integer_kernels(path: Path) -> dict[str, int]:
     """How many nodes of each of ``INTEGER_KERNELS`` ONNX Runtime's CPU has in the file ``path`` after optimising it.
 
-    An operator between pairs whose pattern it does not know runs in float32, slower than without them.
-
     Raises:
-        MachineError: there are fewer than the file has quantised convolutions and matrix products.
+        MachineError: they are fewer than the quantised operators. The others would run in float32, slower than before.
     """
     expected = len(quantised_nodes(onnx.load(str(path))))
     options = onnxruntime.SessionOptions()
@@ -326,9 +292,6 @@ def integer_kernels(path: Path) -> dict[str, int]:
         types = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
     kernels = {kind: types[kind] for kind in INTEGER_KERNELS if types[kind]}
     if sum(kernels.values()) < expected:
-        raise MachineError(
-            f"ONNX Runtime {onnxruntime.__version__} computes {sum(kernels.values())} of the {expected} quantised "
-            f"operators of {path} in integers",
-            "update onnxruntime, or export for the target cpu",
-        )
+        problem = f"ONNX Runtime computes {sum(kernels.values())} of the {expected} quantised operators of {path} in "
+        raise MachineError(f"{problem}integers", "update onnxruntime, or export for the target cpu")
     return kernels

@@ -1,8 +1,7 @@
 """From a histogram of |x| to a range, and from a range to the scale of symmetric INT8.
 
 Symmetric means zero point 0 and values q in [-127, 127] for x = q · scale, which is TensorRT's rule. A range is the
-largest magnitude that is represented; what is beyond it is clipped. Exact zeros count in percentiles alone, since every
-scale represents them.
+largest magnitude that is represented; what is beyond it is clipped. Zeros count in percentiles alone.
 """
 
 from __future__ import annotations
@@ -19,11 +18,6 @@ SHARE = 0.9999  # of the values, for ``percentile``
 _TRIED = 512  # ranges that a search tries over the whole histogram
 
 
-def minmax(histogram: Histogram) -> float:
-    """The largest magnitude that was seen: nothing is clipped."""
-    return histogram.maximum
-
-
 def percentile(histogram: Histogram, share: float = SHARE) -> float:
     """The smallest upper edge of a bin below which at least ``share`` (0 to 1) of all values lie, zeros among them."""
     below = np.cumsum(histogram.counts) + histogram.zeros
@@ -36,16 +30,14 @@ def entropy(histogram: Histogram, levels: int = LARGEST + 1) -> float:
 
     The search of TensorRT's entropy calibrator (S. Migacz, "8-bit inference with TensorRT", GTC 2017): the reference P
     is the bins inside the range, all that is clipped added to the last; Q is the same bins without the clipped,
-    merged into ``levels`` and spread again over those of them that are not empty. A range whose last bin is empty
-    but for the clipped is passed over, its divergence being infinite. No range below a sixteenth of the maximum is
-    tried, as there, where 128 of 2048 bins are the least.
+    merged into ``levels`` and spread again over those of them that are not empty. As there, no range below a sixteenth
+    of the maximum is tried.
     """
-    used = _used(histogram)
-    counts = histogram.counts[:used].astype(np.float64)
+    counts = np.trim_zeros(histogram.counts, "b").astype(np.float64)
 
     def divergence(bins: int) -> float:
         inside, clipped = counts[:bins], counts[bins:].sum()
-        if inside[-1] == 0 and clipped:
+        if inside[-1] == 0 and clipped:  # then Q is 0 where P is not
             return np.inf
         reference = inside.copy()
         reference[-1] += clipped
@@ -56,28 +48,24 @@ def entropy(histogram: Histogram, levels: int = LARGEST + 1) -> float:
         p, q = reference[seen] / reference.sum(), spread[seen] / spread.sum()
         return float((p * np.log(p / q)).sum())
 
-    return _best_range(histogram, max(levels, used // 16), divergence)
+    return _best_range(histogram, max(levels, len(counts) // 16), divergence)
 
 
 def mean_squared_error(histogram: Histogram) -> float:
-    """The range with the least mean squared error of rounding and clipping, each bin taken at its centre.
-
-    Ranges narrower than ``LARGEST`` bins are not tried: the histogram cannot see what rounding does inside them.
-    """
-    used = _used(histogram)
-    counts = histogram.counts[:used].astype(np.float64)
-    centres = (np.arange(used) + 0.5) * histogram.width
+    """The range with the least mean squared error of rounding and clipping, each bin taken at its centre."""
+    counts = np.trim_zeros(histogram.counts, "b").astype(np.float64)
+    centres = (np.arange(len(counts)) + 0.5) * histogram.width
 
     def error(bins: int) -> float:
         scale = min(bins * histogram.width, histogram.maximum) / LARGEST
         quantised = np.minimum(np.rint(centres / scale), LARGEST) * scale
         return float((counts * (centres - quantised) ** 2).sum())
 
-    return _best_range(histogram, LARGEST, error)
+    return _best_range(histogram, LARGEST, error)  # what rounding does inside a bin, no histogram can see
 
 
 METHODS: dict[str, Callable[[Histogram], float]] = {
-    "minmax": minmax,
+    "minmax": lambda histogram: histogram.maximum,
     "percentile": percentile,
     "entropy": entropy,
     "mse": mean_squared_error,
@@ -93,21 +81,14 @@ def activation_scale(name: str, histogram: Histogram, method: str) -> float:
     limit = METHODS[method](histogram)
     scale = float(np.float32(limit / LARGEST))
     if not (np.isfinite(scale) and scale > 0):
-        raise UsageError(
-            f"the range of activation {name} is {limit:g}, which has no scale",
-            "leave its block out of the recipe, or calibrate on other pictures",
-        )
+        remedy = "leave its block out of the recipe, or calibrate on other pictures"
+        raise UsageError(f"the range of activation {name} is {limit:g}, which has no scale", remedy)
     return scale
-
-
-def _used(histogram: Histogram) -> int:
-    """The number of bins up to the last that is not empty."""
-    return int(np.flatnonzero(histogram.counts)[-1]) + 1 if histogram.counts.any() else 0
 
 
 def _best_range(histogram: Histogram, least: int, cost: Callable[[int], float]) -> float:
     """The range of ``least`` bins or more, all used ones among them, at which ``cost(bins)`` is smallest."""
-    used = _used(histogram)
+    used = len(np.trim_zeros(histogram.counts, "b"))
     best, lowest = histogram.maximum, np.inf
     if used > least:
         for bins in (*range(least, used, max(1, len(histogram.counts) // _TRIED)), used):

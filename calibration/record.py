@@ -1,7 +1,7 @@
 """Records statistics of the denoiser's activations while the product's own pipeline fills pictures.
 
-Every call of every trajectory is recorded as ``run`` would execute it: preprocessing, starts, guidance and sampler are
-the pipeline's, and only the denoiser's graph is replaced by one that returns its activations as well.
+Every call is recorded as ``run`` would execute it; only the denoiser's graph is replaced by one that returns its
+activations as well.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ def record(
         MachineError: ONNX Runtime or memory is missing, or the cache cannot be written.
         BundleError: an activation is not finite (the message names it), or a file is damaged.
     """
-    settings |= {
-        "guidance": choose_guidance(settings["guidance"], bundle.distilled_guidance).scale,
-        "start": bundle.defaults["start"],
-    }
+    settings["guidance"] = choose_guidance(settings["guidance"], bundle.distilled_guidance).scale
+    settings["start"] = bundle.defaults["start"]
     facts: dict[str, Any] = {
         "model": {component.file: bundle.files[component.file]["sha256"] for component in bundle.components.values()},
         "pictures": f"{len(pictures)}:{pictures.fingerprint()}",
@@ -62,18 +60,15 @@ def record(
         **settings,
     }
     model = inlined(onnx.load(str(bundle.component_path(DENOISER))))
-    axes = activation_axes(model, target)
-    statistics = Statistics(facts, {name: TensorStatistics(axis) for name, axis in axes.items()})
-    if (cached := cache.get(_RESULT, facts)) is not None:
-        statistics.pictures = cached["pictures"]
-        statistics.tensors = {name: TensorStatistics.from_dict(t) for name, t in cached["tensors"].items()}
-    number = len(pictures)
-    if statistics.pictures == number:
+    empty = {name: TensorStatistics(axis).to_dict() for name, axis in activation_axes(model, target).items()}
+    cached = cache.get(_RESULT, facts) or {"pictures": 0, "tensors": empty}
+    tensors = {name: TensorStatistics.from_dict(content) for name, content in cached["tensors"].items()}
+    statistics, number = Statistics(facts, tensors), len(pictures)
+    if cached["pictures"] == number:
         return statistics
-    recording = RecordingRuntime(bundle.components[DENOISER], model, statistics)
-    runtime = CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})
-    with Inpainter(bundle, runtime) as inpainter:
-        for i in range(statistics.pictures, number):
+    recording = RecordingRuntime(bundle.components[DENOISER], model, tensors)
+    with Inpainter(bundle, CombinedRuntime(recording, ort_runtime(bundle, *AUTOENCODER), {})) as inpainter:
+        for i in range(cached["pictures"], number):
 
             def report(step: Step, i: int = i) -> None:
                 what = f"record {pictures.name(i)}, {i + 1} of {number}"
@@ -81,9 +76,8 @@ def record(
 
             picture, hole = picture_and_hole(pictures, i, bundle.resolution, settings["seed"])
             inpainter.inpaint(picture, hole, on_step=report, **{**settings, "seed": settings["seed"] + i})
-            statistics.pictures = i + 1
-            tensors = {name: tensor.to_dict() for name, tensor in statistics.tensors.items()}
-            cache.put(_RESULT, facts, {"pictures": statistics.pictures, "tensors": tensors})
+            contents = {name: tensor.to_dict() for name, tensor in tensors.items()}
+            cache.put(_RESULT, facts, {"pictures": i + 1, "tensors": contents})
     return statistics
 
 
@@ -95,46 +89,41 @@ def activation_axes(model: ModelProto, target: str) -> dict[str, int | None]:
     """
     constant = constant_tensors(model.graph)
     axes: dict[str, set[int | None]] = {}
-    for node in model.graph.node:
-        if node.op_type not in PRODUCTS:
-            continue
+    operators = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    for node in operators:
         first, second = node.input[:2]
-        if first not in constant:
-            axes.setdefault(first, set()).add(summed_axis(node) if second in constant else None)
-        if second not in constant:
-            axes.setdefault(second, set()).add(None)
-    operators = {node.name for node in model.graph.node if node.op_type in PRODUCTS}
-    for name in rounded_outputs(model, operators, target):
+        for name, axis in ((first, summed_axis(node) if second in constant else None), (second, None)):
+            if name not in constant:
+                axes.setdefault(name, set()).add(axis)
+    for name in rounded_outputs(model, [node.name for node in operators], target):
         axes.setdefault(name, set()).add(None)
-    return {name: candidates.pop() if len(candidates) == 1 else None for name, candidates in axes.items()}
+    return {name: found.pop() if len(found) == 1 else None for name, found in axes.items()}
 
 
 class RecordingRuntime(Runtime):
-    """The denoiser ``model`` of a bundle in ONNX Runtime on the CPU; its activations are added to ``statistics``.
+    """The denoiser ``model`` of a bundle in ONNX Runtime on the CPU; its activations are added to ``tensors``.
 
     A call returns all activations at once: at the published size they have 3.1 GiB, and the process 6.5 GiB.
     """
 
-    def __init__(self, component: Component, model: ModelProto, statistics: Statistics) -> None:
+    def __init__(self, component: Component, model: ModelProto, tensors: dict[str, TensorStatistics]) -> None:
         super().__init__({DENOISER: component})
-        self._model, self._tensors = model, statistics.tensors
+        self._tensors = tensors
         self._session: Any = None
+        present = {value.name for value in (*model.graph.input, *model.graph.output)}
+        added = [name for name in self._tensors if name not in present]
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in added)
+        self._model = model.SerializeToString()
 
     @property
     def info(self) -> dict[str, Any]:
         return {"name": "onnxruntime"}
 
     def activate(self) -> None:
-        model = ModelProto()
-        model.CopyFrom(self._model)
-        present = {value.name for value in (*model.graph.input, *model.graph.output)}
-        added = [name for name in self._tensors if name not in present]
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in added)
         options = quiet_options(onnxruntime, available_cores())
         options.enable_cpu_mem_arena = False  # it would keep room for the outputs, which are copied
-        contents, providers = model.SerializeToString(), ["CPUExecutionProvider"]
         with _explained():
-            self._session = onnxruntime.InferenceSession(contents, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
 
     def deactivate(self) -> None:
         self._session = None
@@ -145,11 +134,8 @@ class RecordingRuntime(Runtime):
             values = feeds | dict(zip(names, self._session.run(names, feeds), strict=True))
         for name, tensor in self._tensors.items():
             if not np.isfinite(values[name]).all():
-                raise BundleError(
-                    f"activation {name} of the denoiser is not finite: its weights are damaged or its precision "
-                    "overflows",
-                    "calibrate a float32 bundle, or export it again",
-                )
+                problem = f"activation {name} of the denoiser is not finite, its weights are damaged"
+                raise BundleError(problem, "download or export the bundle again")
             tensor.update(values[name])
         return {name: values[name] for name in outputs}
 
@@ -160,7 +146,5 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise MachineError(
-            f"the denoiser cannot be recorded in onnxruntime ({first_line(error)})",
-            "close other programs if memory is short, or export the bundle again",
-        ) from error
+        remedy = "close other programs if memory is short, or export the bundle again"
+        raise MachineError(f"the denoiser cannot be recorded ({first_line(error)})", remedy) from error

@@ -7,59 +7,52 @@ up only roughly, hence the second measurement.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
 
-from ..bundle.bundle import Bundle
 from ..errors import QualityError
 from ..progress import Progress, no_progress
 from ..spec import DENOISER
 from ..system.files import scratch_directory
 from ..system.fingerprint import ResultCache
-from .blocks import Block, Recipe
-from .evaluate import CandidateEvaluator, Case, CaseMetrics, mean_hole_psnr_db
+from .blocks import Recipe
+from .evaluate import CandidateEvaluator, Metrics, mean_hole_psnr_db
 from .quantise import Quantiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
 SEARCH_STEPS = 5  # of the trajectories that tell a block's sensitivity
 SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
 PLAIN, SMOOTHED = "psnr_db", "smoothed_psnr_db"
+Evaluators = Callable[[int], CandidateEvaluator]  # by the steps of a trajectory
 
 
-def smoothing_helps(row: dict[str, float]) -> bool:
-    """Whether smoothing pays before a block with this sensitivity."""
-    return row.get(SMOOTHED, -1.0) >= row[PLAIN] + SMOOTHING_GAIN_DB
+def smoothing_helps(sensitivity: dict[str, float]) -> bool:
+    """Whether smoothing pays before a block of this sensitivity."""
+    return sensitivity.get(SMOOTHED, -1.0) >= sensitivity[PLAIN] + SMOOTHING_GAIN_DB
 
 
-def best_psnr_db(row: dict[str, float]) -> float:
-    """The PSNR of a block with this sensitivity, smoothed if that helps."""
-    return row[SMOOTHED] if smoothing_helps(row) else row[PLAIN]
+def best_psnr_db(sensitivity: dict[str, float]) -> float:
+    """The PSNR with a block of this sensitivity quantised, smoothed if that helps."""
+    return sensitivity[SMOOTHED if smoothing_helps(sensitivity) else PLAIN]
 
 
 class Search:
-    """Looks for the best recipe of ``quantiser`` on trajectories of ``steps`` and ``guidance``.
+    """Looks for the best recipe of ``quantiser``, which whole trajectories of ``steps`` decide.
 
-    Attributes:
-        sensitivity: by block that was measured, ``psnr_db`` in the hole with the block alone quantised, and
-            ``smoothed_psnr_db`` with its norm's outliers migrated, if it has such a norm.
+    ``sensitivity`` has, for each block that was measured, ``psnr_db`` in the hole with the block alone quantised, and
+    ``smoothed_psnr_db`` with outliers migrated as well, where that can be done.
     """
 
     def __init__(
-        self,
-        reference: Bundle,
-        quantiser: Quantiser,
-        cases: Sequence[Case],
-        cache: ResultCache,
-        progress: Progress,
-        steps: int,
-        guidance: float | None,
+        self, quantiser: Quantiser, evaluator: Evaluators, cache: ResultCache, progress: Progress, steps: int
     ) -> None:
         self.quantiser, self.cache, self.progress, self.steps = quantiser, cache, progress, steps
         self.sensitivity: dict[str, dict[str, float]] = {}
-        self._evaluator = lambda steps: CandidateEvaluator(reference, cases, steps, guidance)
-        self._facts: dict[str, Any] = {"recording": quantiser.facts, "steps": SEARCH_STEPS, "cases": len(cases)}
+        self._evaluator = evaluator
+        self._facts: dict[str, Any] = {"recording": quantiser.facts, "steps": SEARCH_STEPS}
 
     def measure(self, names: Sequence[str]) -> None:
         """Measure the sensitivity of each block of ``names``, kept block by block: an interrupted search goes on."""
@@ -87,22 +80,20 @@ class Search:
         self.measure([block.name for block in self.quantiser.blocks])
         least = min_psnr_db + MARGIN_DB
         alone = {block.name: best_psnr_db(self.sensitivity[block.name]) for block in self.quantiser.candidates}
-
-        def error_per_mac(block: Block) -> float:
-            return float(10 ** (-alone[block.name] / 10) / block.macs)
-
         passing = [block for block in self.quantiser.candidates if alone[block.name] >= least]
-        order = [block.name for block in sorted(passing, key=error_per_mac)]
+        order = [b.name for b in sorted(passing, key=lambda block: 10 ** (-alone[block.name] / 10) / block.macs)]
         tried: dict[int, float] = {}  # number of blocks -> PSNR of the worst case
         evaluator = self._evaluator(self.steps)
 
-        def passes(number: int) -> bool:
+        def fails(number: int) -> bool:
             what = f"recipe {len(tried) + 1}, {number} of {len(order)} blocks"
             metrics = self._try(evaluator, self._recipe(order[:number]), what, self.progress)
-            tried[number] = min(m.hole_psnr_db for m in metrics)
-            return tried[number] >= least
+            tried[number] = min(m["hole_psnr_db"] for m in metrics)
+            return not tried[number] >= least
 
-        number = _largest_passing(len(order), passes)
+        number = len(order)
+        if number and fails(number):
+            number = bisect_left(range(1, number), True, key=fails)  # the fewer the blocks, the smaller the errors
         if number == 0:
             alone = {order[0]: tried[1]} if order else alone
             best = max(alone, key=alone.__getitem__, default=None)
@@ -118,19 +109,8 @@ class Search:
         smoothed = tuple(name for name in chosen if smoothing_helps(self.sensitivity[name]))
         return Recipe({block.name: block.name in chosen for block in self.quantiser.blocks}, smoothed)
 
-    def _try(self, evaluator: CandidateEvaluator, recipe: Recipe, what: str, progress: Progress) -> list[CaseMetrics]:
+    def _try(self, evaluator: CandidateEvaluator, recipe: Recipe, what: str, progress: Progress) -> list[Metrics]:
         """The metrics of a recipe's denoiser, which lies beside the cache for as long as it is tried."""
         with scratch_directory(self.cache.folder) as folder:
             onnx.save(self.quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
-            return evaluator.evaluate_denoiser(folder, what, progress)
-
-
-def _largest_passing(largest: int, passes: Callable[[int], bool]) -> int:
-    """The largest number that passes, if every smaller one passes too; ``largest`` is tried first."""
-    if largest and passes(largest):
-        return largest
-    low, high = 0, largest  # low passes, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if passes(middle) else (low, middle)
-    return low
+            return evaluator.evaluate(folder, what, progress)

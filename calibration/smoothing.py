@@ -1,15 +1,15 @@
 """SmoothQuant in a graph: outliers of activations are moved into the weights, where each channel has its own scale.
 
 X · W = (X / s) · (s W) for a factor s of each input channel. The division goes into the gain and bias of the layer norm
-that makes X, the multiplication into the weights of the convolutions and matrix products that read it, so nothing is
-computed that was not before, and the float32 result stays the same but for rounding. A norm takes part if only such
-operators with constant weights read it, directly or through nodes that merely move data.
+that gives X, the multiplication into the weights of the operators that read it, so that the float32 result stays the
+same but for rounding. A norm takes part if only convolutions and matrix products with constant weights read it,
+directly or through nodes that merely move data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,12 @@ _MOVING = ("Transpose", "Reshape", "Cast")
 _WEIGHT_AXIS = {"MatMul": 0, "Conv": 1}  # the axis of an operator's weights that counts input channels
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm, the operators of ``block`` that read it, and the tensors by which they do."""
+class Norm(NamedTuple):
+    """A layer norm and the operators of ``block`` that read it."""
 
     node: NodeProto
     block: str
-    readers: tuple[NodeProto, ...]
-    tensors: tuple[str, ...]
+    readers: list[NodeProto]
 
 
 def norms(model: ModelProto) -> list[Norm]:
@@ -40,16 +38,15 @@ def norms(model: ModelProto) -> list[Norm]:
     readers = tensor_readers(model)
     result = []
     for node in model.graph.node:
-        if node.op_type != "LayerNormalization" or not weights.keys() >= {*node.input[1:3]}:
+        if node.op_type != "LayerNormalization":
             continue
         operators = _operators_behind(node.output[0], readers)
-        gain = weights[node.input[1]]
-        if operators is None or not all(_matches(n, weights.get(n.input[1]), gain) for n in operators):
-            continue
-        names = {block_of(n) for n in operators}
         changed = [*node.input[1:3], *(n.input[1] for n in operators)]
-        if len(names) == 1 and all(len(readers[name]) == 1 for name in changed):
-            result.append(Norm(node, names.pop(), tuple(operators), tuple({n.input[0]: None for n in operators})))
+        if not all(name in weights and len(readers[name]) == 1 for name in changed):
+            continue
+        gain, names = weights[node.input[1]], {block_of(n) for n in operators}
+        if len(names) == 1 and all(_matches(n, weights[n.input[1]], gain) for n in operators):
+            result.append(Norm(node, names.pop(), operators))
     return result
 
 
@@ -72,13 +69,14 @@ def smooth(
         axes = [_WEIGHT_AXIS[n.op_type] for n in norm.readers]
         others = [tuple(i for i in range(w.ndim) if i != axis) for w, axis in zip(arrays, axes, strict=True)]
         reach = np.max([np.abs(w).max(rest) for w, rest in zip(arrays, others, strict=True)], axis=0)
-        largest = channels[norm.tensors[0]]
-        factors = migration_factors(norm.tensors[0], largest, reach)
+        tensors = list(dict.fromkeys(n.input[0] for n in norm.readers))
+        largest = channels[tensors[0]]
+        factors = migration_factors(tensors[0], largest, reach)
         for name in norm.node.input[1:3]:
             _replace(weights[name], numpy_helper.to_array(weights[name]) / factors)
         for node, values, rest in zip(norm.readers, arrays, others, strict=True):
             _replace(weights[node.input[1]], values * np.expand_dims(factors, rest))
-        scales.update(dict.fromkeys(norm.tensors, float((largest / factors).max()) / LARGEST))
+        scales.update(dict.fromkeys(tensors, float((largest / factors).max()) / LARGEST))
     return scales
 
 
@@ -91,9 +89,8 @@ def migration_factors(name: str, activations: npt.ArrayLike, weights: npt.ArrayL
     """
     x, w = np.asarray(activations, np.float64), np.asarray(weights, np.float64)
     if not (np.isfinite(x).all() and np.isfinite(w).all()):
-        raise UsageError(
-            f"a channel of activation {name} or of its weight is not finite", "take its block out of the recipe"
-        )
+        problem = f"a channel of activation {name} or of its weight is not finite"
+        raise UsageError(problem, "take its block out of the recipe")
     alive = (x > 0) & (w > 0)
     factors = np.where(alive, x, 1) ** ALPHA / np.where(alive, w, 1) ** (1 - ALPHA)
     return factors.astype(np.float32)
@@ -108,24 +105,21 @@ def tensor_readers(model: ModelProto) -> dict[str, list[NodeProto]]:
     return readers
 
 
-def _operators_behind(tensor: str, readers: Mapping[str, list[NodeProto]]) -> list[NodeProto] | None:
-    """The convolutions and matrix products that read ``tensor``; None if there are none, or if others read it too."""
+def _operators_behind(tensor: str, readers: Mapping[str, list[NodeProto]]) -> list[NodeProto]:
+    """The convolutions and matrix products that read ``tensor``; none if anything else reads it too."""
     operators: list[NodeProto] = []
     for node in readers.get(tensor, []):
-        if node.op_type in _WEIGHT_AXIS:
-            operators.append(node)
-        elif node.op_type in _MOVING and (behind := _operators_behind(node.output[0], readers)):
-            operators += behind
-        else:
-            return None
-    return operators or None
+        behind = _operators_behind(node.output[0], readers) if node.op_type in _MOVING else []
+        if not behind and node.op_type not in _WEIGHT_AXIS:
+            return []
+        operators += behind or [node]
+    return operators
 
 
-def _matches(node: NodeProto, weight: TensorProto | None, gain: TensorProto) -> bool:
-    """Whether the weight is a constant with one row for each value of the gain: a grouped convolution has fewer."""
-    if weight is None or (node.op_type == "MatMul" and len(weight.dims) != 2):
-        return False
-    return [weight.dims[_WEIGHT_AXIS[node.op_type]]] == list(gain.dims)
+def _matches(node: NodeProto, weight: TensorProto, gain: TensorProto) -> bool:
+    """Whether the weight has one row for each value of the gain: that of a grouped convolution has fewer."""
+    matrix = node.op_type == "Conv" or len(weight.dims) == 2
+    return matrix and [weight.dims[_WEIGHT_AXIS[node.op_type]]] == list(gain.dims)
 
 
 def _replace(tensor: TensorProto, values: np.ndarray) -> None:

@@ -1,7 +1,4 @@
-"""What a recording keeps of each activation: a histogram of its magnitudes and the largest of each channel.
-
-The activations themselves are never kept, so that memory does not grow with the number of pictures.
-"""
+"""What a recording keeps of each activation: a histogram of its magnitudes and the largest of each channel."""
 
 from __future__ import annotations
 
@@ -18,27 +15,18 @@ _CHUNK = 1 << 20  # values counted at a time, so that temporary arrays stay at a
 
 
 class Histogram:
-    """Counts of magnitudes in equal bins over [0, ``limit``), with exact zeros counted apart.
+    """Counts of magnitudes in ``bins`` (a power of two) equal bins over [0, ``limit``), exact zeros apart.
 
-    The limit is a power of two and grows with the data by doubling, when neighbouring bins are merged in pairs. The
-    bins' width is a power of two as well, so that a value's bin is exact in float32, and what was counted before a
-    doubling lies where it would lie after it: the order of the data changes nothing.
-
-    Zeros are apart because every symmetric scale represents them exactly: in a bin they would pass for small values,
-    and after a ReLU they are the majority.
-
-    Attributes:
-        counts: int64 (bins,), magnitudes above zero.
-        limit: the upper end of the last bin; 0 while nothing but zeros was seen.
-        zeros: how many values were exactly zero.
-        maximum: the largest magnitude.
+    The limit is a power of two and grows by doubling, when neighbouring bins are merged in pairs. So a value's bin is
+    exact in float32, and the order of the data changes nothing. Zeros are apart because every symmetric scale
+    represents them: in a bin they would pass for small values, and after a ReLU they are the majority.
     """
 
     def __init__(self, bins: int = BINS) -> None:
-        self.counts: npt.NDArray[np.int64] = np.zeros(bins, np.int64)  # ``bins`` is a power of two
-        self.limit = 0.0
+        self.counts: npt.NDArray[np.int64] = np.zeros(bins, np.int64)
+        self.limit = 0.0  # 0 while nothing but zeros was seen
         self.zeros = 0
-        self.maximum = 0.0
+        self.maximum = 0.0  # the largest magnitude
 
     @property
     def width(self) -> float:
@@ -58,20 +46,16 @@ class Histogram:
             return
         largest = float(magnitudes.max())
         self.maximum = max(self.maximum, largest)
-        self._grow(largest)
-        bins = len(self.counts)
-        index = (magnitudes * np.float32(bins / self.limit)).astype(np.int32)
-        self.counts += np.bincount(index, minlength=bins)
-        self.counts[0] -= zeros
-
-    def _grow(self, value: float) -> None:
-        """Make the limit the smallest power of two above ``value``, unless it is larger already."""
-        needed = max(math.ldexp(1.0, math.frexp(value)[1]), _SMALLEST_LIMIT)
+        needed = max(math.ldexp(1.0, math.frexp(largest)[1]), _SMALLEST_LIMIT)
         self.limit = self.limit or needed
         while self.limit < needed:
             pairs = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.concatenate([pairs, np.zeros_like(pairs)])
             self.limit *= 2
+        bins = len(self.counts)
+        index = (magnitudes * np.float32(bins / self.limit)).astype(np.int32)
+        self.counts += np.bincount(index, minlength=bins)
+        self.counts[0] -= zeros
 
 
 class TensorStatistics:
@@ -114,11 +98,8 @@ class TensorStatistics:
 
 @dataclass
 class Statistics:
-    """A recording of so many ``pictures``; ``facts`` are what it was recorded from and how, in plain JSON.
-
-    ``tensors`` maps the names of tensors in the denoiser with its local functions inlined.
-    """
+    """A recording: ``facts`` are what it was made from and how, in plain JSON; ``tensors`` has the statistics by the
+    names of tensors in the denoiser with its local functions inlined."""
 
     facts: dict[str, Any]
     tensors: dict[str, TensorStatistics]
-    pictures: int = 0

@@ -110,11 +110,11 @@ def test_unknown_shapes_are_refused() -> None:
 def test_what_has_no_name_or_module_path_is_refused() -> None:
     model = tiled_model()
     model.graph.node[0].name = ""
-    with pytest.raises(BundleError, match=r"node 'y' \(LocalLambda\) has no name"):
+    with pytest.raises(BundleError, match=r"node 'y' \(LocalLambda\) lacks its name or its module's path"):
         inlined(model, frozenset())
     model.graph.node[0].name = "call"
     del model.graph.node[0].metadata_props[:]
-    with pytest.raises(BundleError, match=r"node 'call' \(LocalLambda\) has no module path: export the bundle again"):
+    with pytest.raises(BundleError, match=r"node 'call' \(LocalLambda\) lacks its name or its module's path: export"):
         inlined(model, frozenset())
 
 
@@ -148,7 +148,7 @@ def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:
 
 def test_a_recipe_for_another_model_is_refused() -> None:
     recipe = Recipe({"conv_9": False, "a": True, "b": True, "c": True, "d": True}, ("e",))
-    with pytest.raises(UsageError, match=r"names blocks that the model does not have: conv_9, a, b and 2 more: remove"):
+    with pytest.raises(UsageError, match="names blocks that the model does not have: a, b, c: remove"):
         recipe.check(["d"])
-    with pytest.raises(UsageError, match="does not have: e: remove"):
+    with pytest.raises(UsageError, match="names blocks that the model does not have: e: remove"):
         recipe.check(recipe.quantised)

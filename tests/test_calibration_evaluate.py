@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from moebius_edge.calibration.evaluate import (
     WARM_UPS,
     CandidateEvaluator,
     Case,
-    CaseMetrics,
     CombinedRuntime,
     fastest_device,
     make_cases,
@@ -52,7 +51,7 @@ def toy(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def evaluator(toy: Bundle) -> CandidateEvaluator:
-    return CandidateEvaluator(toy, CASES, STEPS, GUIDANCE)
+    return CandidateEvaluator(toy, CASES, GUIDANCE, STEPS)
 
 
 def scaled(toy: Bundle, folder: Path, factor: float, component: str = "denoiser") -> Path:
@@ -82,12 +81,14 @@ def picture(case: Case, factor: float) -> np.ndarray:
 
 def test_the_references_own_denoiser_is_the_same(toy: Bundle, evaluator: CandidateEvaluator) -> None:
     progress: list[tuple[str, int, int]] = []
-    metrics = evaluator.evaluate_denoiser(toy.path, "itself", lambda *update: progress.append(update))
-    assert [m.name for m in metrics] == ["scene 1", "scene 2"]
+    metrics = evaluator.evaluate(toy.path, "itself", lambda *update: progress.append(update))
+    assert [m["name"] for m in metrics] == ["scene 1", "scene 2"]
     for m in metrics:
-        assert (m.hole_psnr_db, m.psnr_db, m.hole_ssim, m.ssim) == (200.0, 200.0, 1.0, 1.0)
-        assert m.latent_rms_drift == [0.0] * CALLS
+        assert (m["hole_psnr_db"], m["psnr_db"], m["hole_ssim"], m["ssim"]) == (200.0, 200.0, 1.0, 1.0)
+        assert m["latent_rms_drift"] == [0.0] * CALLS
     assert mean_hole_psnr_db(metrics) == 200.0
+    squared = [{"hole_psnr_db": psnr_db} for psnr_db in (30.0, 40.0)]
+    assert mean_hole_psnr_db(squared) == round(-10 * math.log10((1e-3 + 1e-4) / 2), 2) == 32.6
     assert progress[: 2 * CALLS] == [("itself: float32", i + 1, 2 * CALLS) for i in range(2 * CALLS)]
     assert progress[2 * CALLS :] == [("itself", i + 1, 2 * CALLS) for i in range(2 * CALLS)]
 
@@ -96,13 +97,13 @@ def test_the_references_own_denoiser_is_the_same(toy: Bundle, evaluator: Candida
 def test_metrics_are_those_of_a_numpy_sampler(
     toy: Bundle, evaluator: CandidateEvaluator, tmp_path: Path, factor: float
 ) -> None:
-    metrics = evaluator.evaluate_denoiser(scaled(toy, tmp_path / "scaled", factor), "scaled", no_progress)
+    metrics = evaluator.evaluate(scaled(toy, tmp_path / "scaled", factor), "scaled", no_progress)
     for case, m in zip(CASES, metrics, strict=True):
         error = (picture(case, factor).astype(np.float64) - picture(case, 1.0)) ** 2
         expected = [10 * math.log10(4 / e) for e in (error[..., case[1][1]].mean(), error.mean())]
-        assert [m.hole_psnr_db, m.psnr_db] == pytest.approx(expected, abs=0.008)
+        assert [m["hole_psnr_db"], m["psnr_db"]] == pytest.approx(expected, abs=0.008)
         assert abs(expected[0] - expected[1]) > 0.02, "the hole is not the picture"
-        assert m.hole_ssim < 1 and m.latent_rms_drift[-1] > 0
+        assert m["hole_ssim"] < 1 and m["latent_rms_drift"][-1] > 0
 
 
 def test_a_runtime_of_another_bundle_is_measured_whole(
@@ -114,13 +115,8 @@ def test_a_runtime_of_another_bundle_is_measured_whole(
         (first, _) = evaluator.evaluate(runtime, "other", no_progress)
     reference = picture(CASES[0], 1.0)
     error = ((reference / 2 - reference)[..., CASES[0][1][1]] ** 2).mean()
-    assert first.latent_rms_drift[-1] == 0.0
-    assert first.hole_psnr_db == pytest.approx(10 * math.log10(4 / error), abs=0.5)  # but for what decode clips
-
-
-def test_the_mean_is_that_of_the_squared_errors() -> None:
-    metrics = [CaseMetrics(str(p), p, 1.0, 1.0, 1.0, []) for p in (30.0, 40.0)]
-    assert mean_hole_psnr_db(metrics) == round(-10 * math.log10((1e-3 + 1e-4) / 2), 2) == 32.6
+    assert first["latent_rms_drift"][-1] == 0.0
+    assert first["hole_psnr_db"] == pytest.approx(10 * math.log10(4 / error), abs=0.5)  # but for what decode clips
 
 
 def test_each_picture_is_encoded_once_and_the_reference_sampled_once(
@@ -135,7 +131,7 @@ def test_each_picture_is_encoded_once_and_the_reference_sampled_once(
 
     monkeypatch.setattr(Runtime, "run", counting)
     for number in (1, 2):
-        evaluator.evaluate_denoiser(scaled(toy, tmp_path / f"{number}", 1 + number / 100), "scaled", no_progress)
+        evaluator.evaluate(scaled(toy, tmp_path / f"{number}", 1 + number / 100), "scaled", no_progress)
         # The picture and the picture without its hole, of two cases; reference and candidates sample and decode.
         assert calls["vae_encoder"] == 4
         assert calls["denoiser"] == 2 * CALLS * (1 + number) and calls["vae_decoder"] == 2 * (1 + number)
@@ -144,14 +140,14 @@ def test_each_picture_is_encoded_once_and_the_reference_sampled_once(
 def test_what_is_not_finite_is_named(evaluator: CandidateEvaluator, tmp_path: Path) -> None:
     damaged = make_toy_bundle(tmp_path / "damaged", nan_in="denoiser")
     with pytest.raises(BundleError, match=r"denoiser"):
-        evaluator.evaluate_denoiser(damaged, "damaged", no_progress)
+        evaluator.evaluate(damaged, "damaged", no_progress)
 
 
 def test_distilled_guidance_runs_the_conditional_branch_alone(tmp_path: Path) -> None:
     """The other branch of this toy is NaN."""
     bundle = Bundle.load(make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.0))
-    evaluator = CandidateEvaluator(bundle, CASES[:1], STEPS, None)
-    assert evaluator.evaluate_denoiser(bundle.path, "itself", no_progress)[0].hole_psnr_db == 200.0
+    evaluator = CandidateEvaluator(bundle, CASES[:1], None, STEPS)
+    assert evaluator.evaluate(bundle.path, "itself", no_progress)[0]["hole_psnr_db"] == 200.0
 
 
 # --- cases -----------------------------------------------------------------------------------------------
@@ -246,7 +242,7 @@ def test_on_a_gpu_it_is_beside_fp16_that_is_gone_afterwards(toy: Bundle, monkeyp
 
     monkeypatch.setattr(evaluate_module, "create_runtime", on_the_cpu)
     monkeypatch.setattr(evaluate_module, "fastest_device", lambda target: "cuda")
-    speed: Mapping[str, Any] = measure_speed(toy, toy, "tensorrt", no_progress)
+    speed = measure_speed(toy, toy, "tensorrt", no_progress)
     assert (speed["other"], speed["device"]) == ("float16", "cuda") and speed["speedup"] > 0
     assert [bundle.path.exists() for bundle in opened] == [True, False]
 

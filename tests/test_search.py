@@ -14,9 +14,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration.blocks import Block, Recipe
-from moebius_edge.calibration.evaluate import CaseMetrics
+from moebius_edge.calibration.evaluate import Metrics
 from moebius_edge.calibration.search import MARGIN_DB, SEARCH_STEPS, Search, best_psnr_db, smoothing_helps
 from moebius_edge.errors import QualityError
 from moebius_edge.progress import Progress, no_progress
@@ -47,6 +46,7 @@ class Fake:
     stop_at: int = -1
     facts: dict[str, Any] = field(default_factory=lambda: {"ranges": "mse"})
     tried: list[tuple[frozenset[str], tuple[str, ...]]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # of the evaluators that were made
 
     def __post_init__(self) -> None:
         self.blocks = [Block(p.name, (p.name,), frozenset(), p.macs) for p in self.parts]
@@ -61,7 +61,7 @@ class Fake:
         decibels = [p.smoothed_db if p.name in smoothed else p.db for p in self.parts if p.name in chosen]
         return sum(4 / 10 ** (db / 10) for db in decibels if db is not None)
 
-    def evaluate_denoiser(self, folder: Path, what: str, progress: Progress) -> list[CaseMetrics]:
+    def evaluate(self, folder: Path, what: str, progress: Progress) -> list[Metrics]:
         if len(self.tried) == self.stop_at:
             raise KeyboardInterrupt
         document = json.loads(onnx.load(folder / "denoiser.onnx").graph.doc_string)
@@ -70,25 +70,15 @@ class Fake:
         progress(what, 1, 2)
         error = self.error(recipe.chosen, recipe.smoothed)
         decibels = [10 * math.log10(4 / (error * harder)) if error else 200.0 for harder in CASES]
-        return [CaseMetrics(f"case {i}", round(db, 2), 1, 1, 1, []) for i, db in enumerate(decibels)]
-
-
-@pytest.fixture(autouse=True)
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps of each evaluator that was made; the reference is the fake."""
-    made: list[int] = []
-
-    def evaluator(reference: Any, cases: Any, steps: int, guidance: float | None) -> Any:
-        made.append(steps)
-        return reference
-
-    monkeypatch.setattr(search_module, "CandidateEvaluator", evaluator)
-    return made
+        return [{"hole_psnr_db": round(db, 2)} for db in decibels]
 
 
 def search_of(fake: Fake, folder: Path, progress: Progress = no_progress) -> Search:
-    reference: Any = fake
-    return Search(reference, reference, [("a", ()), ("b", ())], ResultCache(folder), progress, 20, None)  # type: ignore[list-item]
+    def evaluator(steps: int) -> Any:
+        fake.steps.append(steps)
+        return fake
+
+    return Search(fake, evaluator, ResultCache(folder), progress, 20)  # type: ignore[arg-type]
 
 
 def measured(fake: Fake, folder: Path, progress: Progress = no_progress) -> dict[str, dict[str, float]]:
@@ -108,7 +98,7 @@ def choose(fake: Fake, floor: float, folder: Path) -> Recipe:
 THREE = [Part("a", 100, 50.0), Part("b", 100, 40.0, 44.0), Part("c", 100, 30.0, 30.2)]
 
 
-def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Path, steps: list[int]) -> None:
+def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Path) -> None:
     fake, progress = Fake(THREE), list[tuple[str, int, int]]()
     sensitivity = measured(fake, tmp_path / "cache", lambda *update: progress.append(update))
     mean = 10 * math.log10((1 + 1.5) / 2)
@@ -120,7 +110,7 @@ def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Pat
     assert fake.tried == [(name, ()) for name in alone[:3]] + [(name, tuple(name)) for name in alone[3:]]
     assert [done for _, done, _ in progress] == [0, 1, 2, 3, 4] and {total for *_, total in progress} == {5}
     assert progress[0][0] == "sensitivity of a" and progress[3][0] == "sensitivity of b, smoothed"
-    assert steps == [SEARCH_STEPS]
+    assert fake.steps == [SEARCH_STEPS]
     assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the candidates are gone"
 
 
@@ -175,7 +165,7 @@ EXACT = {
 
 @pytest.mark.parametrize("floor", [30.0, 33.0, 36.5])
 @pytest.mark.parametrize("name", EXACT)
-def test_the_recipe_is_the_best_there_is(tmp_path: Path, steps: list[int], name: str, floor: float) -> None:
+def test_the_recipe_is_the_best_there_is(tmp_path: Path, name: str, floor: float) -> None:
     fake = Fake(EXACT[name])
     recipe = choose(fake, floor, tmp_path)
     helped = [p.name for p in fake.parts if p.smoothed_db is not None and p.smoothed_db > p.db + 1]
@@ -184,7 +174,7 @@ def test_the_recipe_is_the_best_there_is(tmp_path: Path, steps: list[int], name:
     assert set(recipe.smoothed) == recipe.chosen & set(helped)
     assert recipe.quantised.keys() == {p.name for p in fake.parts}, "a person may switch any block"
     assert len(fake.tried) <= 2 + math.ceil(math.log2(len(fake.blocks)))
-    assert steps[-1] == 20, "whole trajectories decide"
+    assert fake.steps[-1] == 20, "whole trajectories decide"
 
 
 def test_all_at_once_is_tried_first(tmp_path: Path) -> None:

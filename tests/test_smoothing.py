@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from moebius_edge.calibration.quantise import quantise_weight
 from moebius_edge.calibration.smoothing import migration_factors, norms, smooth
 from moebius_edge.errors import UsageError
 
@@ -92,7 +91,7 @@ def test_the_result_stays_and_the_scale_covers_what_was_migrated(case: str) -> N
     nodes, outputs, block, tensor, axis = CASES[case]
     model = graph(nodes, outputs)
     (found,) = norms(model)
-    assert (found.block, found.tensors, len(found.readers)) == (block, (tensor,), len(outputs))
+    assert (found.block, {n.input[0] for n in found.readers}, len(found.readers)) == (block, {tensor}, len(outputs))
     before, (activation,) = run(model, *outputs), run(model, tensor)
     largest = np.abs(activation).max(tuple(a for a in range(activation.ndim) if a != axis))
 
@@ -124,13 +123,6 @@ def test_two_tensors_of_one_norm_get_one_scale() -> None:
     largest = np.abs(activation).max((0, 1))
     scales = smooth(model, frozenset([ATTENTION]), dict.fromkeys(("normed", "again"), largest))
     assert set(scales) == {"normed", "again"} and len(set(scales.values())) == 1
-
-
-def test_a_block_that_is_not_chosen_is_left_alone() -> None:
-    model = graph([NORM, *LINEAR], ["q", "k"])
-    before = model.SerializeToString()
-    assert smooth(model, frozenset([FEED_FORWARD]), {}) == {}
-    assert model.SerializeToString() == before
 
 
 def test_a_norm_without_bias_takes_part() -> None:
@@ -165,6 +157,12 @@ def test_what_cannot_take_part_is_left_alone(case: str) -> None:
     assert model.SerializeToString() == before
 
 
+def test_a_block_that_is_not_chosen_is_left_alone() -> None:
+    model = graph([NORM, *LINEAR], ["q", "k"])
+    before = model.SerializeToString()
+    assert smooth(model, frozenset([FEED_FORWARD]), {}) == {} and model.SerializeToString() == before
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     model = graph([NORM, *LINEAR], ["q", "k"], {"wk": np.nan})
     with pytest.raises(UsageError, match="a channel of activation normed or of its weight is not finite"):
@@ -181,17 +179,3 @@ def test_factors_are_the_papers_and_a_dead_channel_stays_as_it_is() -> None:
     np.testing.assert_allclose(migration_factors("x", x, w), expected, rtol=1e-6)
     assert migration_factors("x", [0, 2, 8], [3, 0, 2]).tolist() == [1, 1, 2]
 
-
-def test_the_product_stays_and_its_quantisation_improves() -> None:
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal((64, 16))
-    x[:, 3] *= 40  # an outlier
-    w = rng.standard_normal((16, 8))
-    s = migration_factors("x", np.abs(x).max(0), np.abs(w).max(1)).astype(np.float64)
-    np.testing.assert_allclose((x / s) @ (s[:, None] * w), x @ w, atol=1e-9)
-
-    def error(a: np.ndarray, b: np.ndarray) -> float:
-        step, (integers, steps) = np.abs(a).max() / 127, quantise_weight(b, 1, "w")
-        return float(np.abs((np.rint(a / step) * step) @ (integers * steps) - x @ w).mean())
-
-    assert error(x / s, s[:, None] * w) < 0.5 * error(x, w)

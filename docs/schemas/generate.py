@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from moebius_edge.bundle.manifest import BundleDocument
+from moebius_edge.calibration.blocks import Recipe as Int8Recipe
 from moebius_edge.report.results import ResultsDocument
 from moebius_edge.runtimes.engine_files import Engine
 
@@ -22,6 +23,7 @@ DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "bundle": (BundleDocument, ()),
     "engine": (Engine, ("path",)),
     "results": (ResultsDocument, ()),
+    "int8-recipe": (Int8Recipe, ()),
 }
 
 

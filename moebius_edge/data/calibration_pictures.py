@@ -1,8 +1,4 @@
-"""The user's photographs for calibration, parted into those that are recorded and those that INT8 is judged by.
-
-A picture with a mask of its own goes through the pipeline as it is. One without is cut square at the centre and
-scaled to the model's size, and a hole is drawn, of each of three sizes in turn.
-"""
+"""The user's photographs for calibration, parted into those that are recorded and those that INT8 is judged by."""
 
 from __future__ import annotations
 
@@ -32,10 +28,7 @@ _ATTEMPTS = 1000  # of which about one in ten succeeds
 def open_calibration(source: str, masks: str | None = None) -> tuple[Pictures, Pictures, list[str]]:
     """The pictures to record, those held out (every fifth, at most ``HELD_OUT_CASES``), and notes for the user.
 
-    Args:
-        source: a folder, a ``.jsonl`` list or ``.tar`` shards, as for training. In a folder ``a_mask.png`` is the mask
-            of ``a.jpg`` beside it, as for ``run``.
-        masks: a folder with masks for the pictures of the folder ``source``.
+    ``source`` and ``masks`` are as for ``open_pictures``; besides, ``a_mask.png`` is the mask of ``a.jpg`` beside it.
 
     Raises:
         UsageError: there are too few pictures, or as ``open_pictures``.
@@ -46,10 +39,8 @@ def open_calibration(source: str, masks: str | None = None) -> tuple[Pictures, P
         pictures = _with_neighbouring_masks(pictures)
     number = len(pictures)
     if number < _FOLD:
-        raise UsageError(
-            f"too few calibration pictures, {number}",
-            f"give at least {_FOLD}, better {ADVISED} or more; one in {_FOLD} is held out to judge by",
-        )
+        remedy = f"give at least {_FOLD}, better {ADVISED} or more; one in {_FOLD} is held out to judge by"
+        raise UsageError(f"too few calibration pictures, {number}", remedy)
     notes = []
     if number < ADVISED:
         notes.append(f"{number} calibration pictures are few: ranges may be too narrow for others, give {ADVISED}")
@@ -61,7 +52,10 @@ def open_calibration(source: str, masks: str | None = None) -> tuple[Pictures, P
 
 
 def picture_and_hole(pictures: Pictures, i: int, resolution: int, seed: int) -> tuple[np.ndarray, Mask]:
-    """Picture ``i``, uint8 (H, W, 3), and where to fill it, bool (H, W). Raises as ``Pictures.read``."""
+    """Picture ``i``, uint8 (H, W, 3), and where to fill it, bool (H, W). Raises as ``Pictures.read``.
+
+    One without a mask of its own is cut square and scaled, and a hole is drawn.
+    """
     pixels, hole = pictures.read(i)
     if hole is not None:
         return pixels, hole
@@ -69,10 +63,9 @@ def picture_and_hole(pictures: Pictures, i: int, resolution: int, seed: int) -> 
 
 
 def draw_hole(seed: int, number: int, resolution: int) -> Mask:
-    """The hole of picture ``number``: bool (resolution, resolution), True where to fill; sizes take turns.
+    """The hole of picture ``number``, bool (resolution, resolution): strokes and boxes as for training.
 
-    Strokes and boxes as for training. What counts as a hole's size is its share of the latent grid, as the network
-    sees it, on which thin strokes are wider.
+    Small, medium and large ones take turns, by their share of the latent grid, as the network sees them.
     """
     rng = np.random.default_rng([seed, number])
     size = number % len(MASK_SIZES)
@@ -83,7 +76,7 @@ def draw_hole(seed: int, number: int, resolution: int) -> Mask:
         share = latent_mask(hole, resolution // LATENT_DOWNSCALE).mean()
         if least < share <= min(MASK_SIZES[size], _LARGEST_HOLE):
             return hole
-    raise RuntimeError(f"no hole of more than {least:.0%} was drawn in {_ATTEMPTS} attempts at {resolution} pixels")
+    raise RuntimeError(f"no hole of more than {least:.0%} was drawn in {_ATTEMPTS} attempts")
 
 
 def square(pixels: np.ndarray, resolution: int) -> np.ndarray:

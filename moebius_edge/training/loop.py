@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from ..errors import BundleError, MachineError, MoebiusError, UsageError
 from ..system.files import atomic_write
 from ..system.fingerprint import first_difference
 
+_PR_SET_PDEATHSIG = 1  # of the system call prctl
 _PREFETCH = 8  # batches that each process draws ahead: a slow picture then holds nobody up
 
 Arrays = tuple[np.ndarray, ...]
@@ -94,6 +97,8 @@ def _begin_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process, and the first one ends the others
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # end with the parent, even where that is killed and this process waits to write
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cv2.setNumThreads(0)
     os.nice(5)
 

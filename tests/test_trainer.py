@@ -227,22 +227,22 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(tea
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path: Path) -> None:
-    """All loss terms with their adaptive weights; batch norms by their running statistics, two micro-batches each.
+    """All loss terms with their adaptive weights; batch norms by their running statistics.
 
     In double precision: in single, AdamW makes whole steps of gradients that are zero but for rounding.
     """
-    recipe = {"optimiser": {"batch_norm": "running", "steps": 2, "batch": 8}}
+    recipe = {"optimiser": {"batch_norm": "running", "steps": 2}}
     call = {"teacher": str(teacher), "recipe": recipe, "double": True}
     alone, two = tmp_path / "alone", tmp_path / "two"
     assert start({**call, "output": str(alone)}).wait() == 0
     script = Path(__file__).with_name("training_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command.append(json.dumps({**call, "output": str(two), "options": {"micro_batch": 2}}))
+    command.append(json.dumps({**call, "output": str(two)}))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, env=variables)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     records = [json.loads((path / "train.json").read_text()) for path in (alone, two)]
-    assert [(r["processes"], r["micro_batch"]) for r in records] == [(1, 8), (2, 2)]
+    assert [(r["processes"], r["micro_batch"]) for r in records] == [(1, 4), (2, 2)]
     figures = [record["result"]["last_figures"] for record in records]
     for name in ("loss", "task", "fine", "coarse", "perceptual", "w_out", "w_perceptual", "w_cross"):
         assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-5), name

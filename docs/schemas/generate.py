@@ -1,4 +1,4 @@
-"""Write the JSON Schemas of ``bundle.json`` and ``engine.json`` beside this file, or to the folder that is named.
+"""Write the JSON Schemas of ``bundle.json``, ``engine.json`` and a training's recipe beside this file, or to the folder that is named.
 
     python docs/schemas/generate.py [FOLDER]
 
@@ -14,13 +14,15 @@ from pydantic import TypeAdapter
 
 from moebius_edge.bundle.manifest import BundleDocument
 from moebius_edge.runtimes.engine_files import Engine
+from moebius_edge.training.recipe import Recipe
 
 
 def main(folder: Path) -> None:
     engine = TypeAdapter(Engine).json_schema()
     del engine["properties"]["path"]  # where it lies is not in the file
     engine["required"].remove("path")
-    for name, schema in (("bundle", TypeAdapter(BundleDocument).json_schema()), ("engine", engine)):
+    recipe = TypeAdapter(Recipe).json_schema()
+    for name, schema in (("bundle", TypeAdapter(BundleDocument).json_schema()), ("engine", engine), ("recipe", recipe)):
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"{name}.json"}
         (folder / f"{name}.schema.json").write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
 

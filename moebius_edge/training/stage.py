@@ -54,6 +54,7 @@ def train(
     progress: Progress = no_progress,
 ) -> Path:
     """Train a stage from what a user names, and return the file of the averaged weights. Raises as ``train_stage``."""
+    make_accelerator(options.device)  # what it refuses is said before anything is made
     check_output_dir(output, recipe, resume)
     opened = open_inputs(recipe, inputs, output, options.device, progress)
     try:

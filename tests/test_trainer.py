@@ -98,7 +98,7 @@ def test_adaptive_weights_that_overflow_at_a_loss_scale_lower_it(tmp_path: Path)
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), ours.network.parameters(), strict=True))
     last = list(steps)[-1]
     assert np.isfinite(list(last.values())).all() and last["w_out"] > 0
-    assert not same(before, ours.network) and not list(tmp_path.glob("diagnostics*"))
+    assert not same(before, ours.network)
 
 
 def test_adaptive_weights_that_are_not_finite_at_any_scale_stop_the_run(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000005.pt", "step-000000006.pt"]
 
 
-def test_a_loss_that_is_not_finite_stops_with_diagnostics_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     ours = trainer(TASK, tmp_path)
 
     class Broken(FlatLatents):
@@ -164,12 +164,9 @@ def test_a_loss_that_is_not_finite_stops_with_diagnostics_and_keeps_the_checkpoi
             return drawn
 
     ours.source = Broken()  # type: ignore[assignment]
-    with pytest.raises(BundleError, match=r"the loss is nan at step 3 \(task; .*diagnostics-step-3.json says more\)"):
+    with pytest.raises(BundleError, match=r"the loss is nan at step 3 \(task; .* not finite of samples \[1\]\): lower"):
         list(ours.run())
     assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000002.pt"]
-    told = json.loads((tmp_path / "diagnostics-step-3.json").read_text())
-    assert told["clean_is_finite"] == [True, False, True, True] and told["weights_are_finite"]
-    assert told["first_sample"] == 12 and len(told["timesteps"]) == 4
     resumed = trainer(TASK, tmp_path)
     assert resumed.resume() and len(list(resumed.run())) == 4
 

@@ -22,8 +22,6 @@ import torch
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.training.loop import (
     atomic_save,
-    check_finite,
-    cosine,
     draw_batches,
     load_state,
     make_folder,
@@ -182,18 +180,6 @@ def test_a_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
 
 def test_recipes_are_compared_as_json() -> None:
     assert plain({"a": (1, (2, 3)), "b": 0.1}) == {"a": [1, [2, 3]], "b": 0.1}
-
-
-def test_only_finite_values_pass() -> None:
-    check_finite(torch.tensor(3.0), "the loss", 1)
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(BundleError, match=rf"the loss is {value} at step 9: lower the recipe's learning rate"):
-            check_finite(torch.tensor(value), "the loss", 9)
-
-
-def test_the_cosine_falls_from_one_to_its_floor() -> None:
-    assert cosine(0, 0.1) == 1 and cosine(1, 0.1) == pytest.approx(0.1)
-    assert cosine(0.5, 0.1) == pytest.approx(0.55) and cosine(0.25, 0) == pytest.approx((1 + 0.5**0.5) / 2)
 
 
 def test_the_average_moves_by_its_decay_and_copies_buffers() -> None:

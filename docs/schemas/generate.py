@@ -1,4 +1,6 @@
-"""Write the JSON Schemas of ``bundle.json``, ``engine.json`` and a training's recipe beside this file, or to the folder that is named.
+"""Write the JSON Schemas of ``bundle.json``, ``engine.json`` and a training's recipe beside this file.
+
+A folder that is named takes their place:
 
     python docs/schemas/generate.py [FOLDER]
 

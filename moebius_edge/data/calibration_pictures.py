@@ -131,9 +131,7 @@ def draw_hole(seed: int, number: int, resolution: int) -> Mask:
     raise RuntimeError(f"no hole of more than {least:.0%} was drawn in {_ATTEMPTS} attempts at {resolution} pixels")
 
 
-def picture_and_hole(
-    pictures: CalibrationPictures, i: int, resolution: int, seed: int
-) -> tuple[np.ndarray, Mask]:
+def picture_and_hole(pictures: CalibrationPictures, i: int, resolution: int, seed: int) -> tuple[np.ndarray, Mask]:
     """Picture ``i``, uint8 (H, W, 3), and where to fill it, bool (H, W). Raises as ``Pictures.read``."""
     pixels, hole = pictures.read(i)
     if hole is not None:

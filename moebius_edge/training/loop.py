@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -169,19 +168,6 @@ def save_checkpoint(output: Path, recipe: dict[str, Any], step: int, keep: int, 
     for old in checkpoint_files(output)[:-keep]:
         with suppress(OSError):  # a file too many does no harm
             old.unlink()
-
-
-def check_finite(value: torch.Tensor, what: str, step: int) -> None:
-    """Stop a run before it spoils its weights. Raises BundleError if the scalar ``value`` is not finite."""
-    if not torch.isfinite(value):
-        raise BundleError(
-            f"{what} is {value.item()} at step {step}: lower the recipe's learning rate; what was saved before is kept"
-        )
-
-
-def cosine(share: float, floor: float) -> float:
-    """1 at the start, ``floor`` at the end, half a cosine between."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def _objective(recipe: Recipe, inputs: StageInputs, network: Any, accelerator: A
         if inputs.teacher is not None:
             raise UsageError(
                 "--teacher plays no part in losses.terms ['task']: leave it out, or distil from it by "
-                "--set 'losses.terms=[\"coarse\", \"fine\", \"task\", \"perceptual\"]'"
+                '--set \'losses.terms=["coarse", "fine", "task", "perceptual"]\''
             )
         return Task(losses, recipe.student.num_prompts, precision)
     if inputs.teacher is None:

@@ -324,12 +324,3 @@ def test_latents_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"latents that are not finite in float16: its weights are damaged"):
         encode_latents(small_vae(0, 1e9), Drawn(), tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
-
-
-def test_an_error_of_the_source_arrives_as_it_is(vae: AutoencoderKL, tmp_path: Path) -> None:
-    class Empty(Drawn):
-        def sample_masks(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-            raise UsageError("none of the 3 pictures of x can be read")
-
-    with pytest.raises(UsageError, match="^none of the 3 pictures of x can be read$"):
-        encode_latents(vae, Empty(), tmp_path, 2)

@@ -25,7 +25,6 @@ from moebius_edge.training.loop import (
     draw_batches,
     load_state,
     make_folder,
-    plain,
     save_state,
     update_average,
 )
@@ -54,11 +53,6 @@ def test_batches_hold_the_samples_of_their_numbers_in_order(workers: int) -> Non
 def test_batches_come_to_an_end_with_their_numbers() -> None:
     batches = list(draw_batches(draw, [range(3), range(9, 11)], workers=2))
     assert [numbers.tolist() for _, numbers in batches] == [[0, 1, 2], [9, 10]]
-
-
-def test_several_processes_draw() -> None:
-    with closing(draw_batches(lambda number: (np.array(os.getpid()),), endless(1), workers=3)) as batches:
-        assert len({int(next(batches)[0][0]) for _ in range(6)}) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -176,10 +170,6 @@ def test_a_damaged_state_is_refused(damage: str, tmp_path: Path) -> None:
         torch.save({"done": 7} if damage == "no recipe" else [1], path)
     with pytest.raises(BundleError, match=r"state.pt is damaged: remove it, and the same command starts"):
         load_state(path, RECIPE, "cpu")
-
-
-def test_recipes_are_compared_as_json() -> None:
-    assert plain({"a": (1, (2, 3)), "b": 0.1}) == {"a": [1, [2, 3]], "b": 0.1}
 
 
 def test_the_average_moves_by_its_decay_and_copies_buffers() -> None:

@@ -22,11 +22,10 @@ from examples.train_tiny.photographs import border_mean, held_out_cases
 from moebius_edge.export.source import open_vae
 from moebius_edge.imaging.classical import telea
 from moebius_edge.model import build_student, load_checkpoint
-from moebius_edge.training.inputs import StageInputs
 from moebius_edge.training.latents import LatentCache
 from moebius_edge.training.loop import atomic_save
 from moebius_edge.training.recipe import RunOptions, preset_recipe
-from moebius_edge.training.stage import train_stage
+from moebius_edge.training.stage import StageInputs, train_stage
 
 ROWS: dict[str, tuple[str, ...]] = {
     "task alone, no teacher": ("task",),

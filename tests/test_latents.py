@@ -17,9 +17,8 @@ from training_toys import small_vae
 from moebius_edge.data.samples import Unreadable
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.imaging.masks import latent_mask
-from moebius_edge.training import encoding
-from moebius_edge.training.encoding import encode_batch, encode_latents, vae_hash
-from moebius_edge.training.latents import ARRAYS, LatentCache, Rows
+from moebius_edge.training import latents
+from moebius_edge.training.latents import ARRAYS, LatentCache, Rows, encode_batch, encode_latents, vae_hash
 
 torch.set_num_threads(1)
 
@@ -228,7 +227,7 @@ def test_an_encoding_cut_short_goes_on_to_the_same_result(
     vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
     encode_latents(vae, Drawn(), tmp_path / "whole", 8, shard_size=3)
-    write = encoding._write_shard
+    write = latents._write_shard
 
     def stopping(folder: Path, columns: Any) -> None:
         if int(folder.name) == written:
@@ -236,7 +235,7 @@ def test_an_encoding_cut_short_goes_on_to_the_same_result(
         write(folder, columns)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(encoding, "_write_shard", stopping)
+        patch.setattr(latents, "_write_shard", stopping)
         encode_latents(vae, Drawn(), tmp_path / "cut", 8, shard_size=3)
     left = contents(tmp_path / "cut")
     assert sum(name.endswith("clean.npy") for name in left) == written
@@ -258,8 +257,8 @@ def test_a_shard_that_was_lost_is_made_again_and_no_other(
         (tmp_path / "000001" / f"{name}.npy").unlink()
     (tmp_path / "000001").rmdir()
     drawn: list[int] = []
-    encode = encoding.encode_batch
-    monkeypatch.setattr(encoding, "encode_batch", lambda *given: drawn.append(len(given[1])) or encode(*given))
+    encode = latents.encode_batch
+    monkeypatch.setattr(latents, "encode_batch", lambda *given: drawn.append(len(given[1])) or encode(*given))
     encode_latents(vae, Drawn(), tmp_path, 8, shard_size=3)
     assert sum(drawn) == 3 and contents(tmp_path) == before
     encode_latents(vae, Drawn(), tmp_path, 8, shard_size=3)

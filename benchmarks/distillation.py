@@ -1,6 +1,6 @@
 """The distillation's ablation, at the scale of a few minutes a run: which loss terms help, over several seeds.
 
-    python benchmarks/distillation.py --teacher TEACHER.safetensors --latents FOLDER --vae DIR --output DIR
+    python -m benchmarks.distillation --teacher TEACHER.safetensors --latents FOLDER --vae DIR --output DIR
 
 Every row and seed trains a fresh student at a small latent grid on the same cached latents, and fills held-out
 photographs from pure noise. An interrupted ablation goes on where it was. Prints the table of docs/distillation.md
@@ -17,17 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from examples.train_tiny.evaluate import figures, fill
+from examples.train_tiny.photographs import border_mean, held_out_cases
+from moebius_edge.export.source import open_vae
 from moebius_edge.imaging.classical import telea
 from moebius_edge.model import build_student, load_checkpoint
-from moebius_edge.training.autoencoder import load_autoencoder
-from moebius_edge.training.evaluate import border_mean, figures, fill, held_out_cases
-from moebius_edge.training.latent_sources import CachedLatents
 from moebius_edge.training.latents import LatentCache
 from moebius_edge.training.loop import atomic_save
-from moebius_edge.training.material import Material
-from moebius_edge.training.recipe import RunOptions
-from moebius_edge.training.stage import train_stage
-from moebius_edge.training.tiny import TinyRecipe
+from moebius_edge.training.recipe import RunOptions, preset_recipe
+from moebius_edge.training.stage import StageInputs, train_stage
 
 ROWS: dict[str, tuple[str, ...]] = {
     "task alone, no teacher": ("task",),
@@ -53,25 +51,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    vae = load_autoencoder(options.vae)
+    vae = open_vae(options.vae)
     cases = held_out_cases(8, 8 * options.side, EVALUATION_SEED)
-    cache = LatentCache.open(options.latents)
+    cache = LatentCache.open(options.latents, options.side)
     results: dict[str, dict[str, dict[str, float]]] = {
         "border mean": {"-": figures([border_mean(c.image, c.mask) for c in cases], cases)},
         "Telea": {"-": figures([telea(c.image, c.mask) for c in cases], cases)},
     }
-    base = TinyRecipe().student
+    base = preset_recipe("tiny", "student")
     student = replace(base.student, latent_size=options.side)
     optimiser = replace(base.optimiser, steps=options.steps, ema_decay=0.98)
     for seed in options.seeds:  # seeds outside, so that an early stop leaves whole tables
         for number, (row, terms) in enumerate(ROWS.items()):
             losses = replace(base.losses, terms=terms, distance="teacher")
             recipe = replace(base, seed=seed, student=student, optimiser=optimiser, losses=losses)
-            material = Material(
-                CachedLatents(cache, options.side), {"latents": str(options.latents)}, teacher=options.teacher
-            )
+            teacher = None if terms == ("task",) else options.teacher
+            inputs = StageInputs(cache, {"latents": str(options.latents)}, teacher)
             folder = options.output / f"seed-{seed}-row-{number}"
-            weights = train_stage(recipe, material, folder, RunOptions(device="cpu"), resume=True)
+            weights = train_stage(recipe, inputs, folder, RunOptions(device="cpu"), resume=True)
             trained = build_student(student)
             load_checkpoint(trained, weights)
             results.setdefault(row, {})[str(seed)] = figures(fill(trained.eval(), vae, cases), cases)

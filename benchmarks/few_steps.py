@@ -1,6 +1,6 @@
 """Fewer and cheaper steps against 20 of DDIM: quality on held-out photographs, and time, all in one run.
 
-    taskset -c 1 python benchmarks/few_steps.py tiny --results few_steps.jsonl --json few_steps.json
+    taskset -c 1 python -m benchmarks.few_steps tiny --results few_steps.jsonl --json few_steps.json
 
 Three ways to do less: a schedule of fewer steps (DDIM, DPM-Solver++(2M)); guidance on an interval of the trajectory
 alone (Kynkäänniemi et al., arXiv 2404.07724); and reuse of deep features from call to call (DeepCache). Each
@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from examples.train_tiny.photographs import Case, held_out_cases
 from moebius_edge.bundle.bundle import Bundle
+from moebius_edge.metrics.quality import hole_psnr_db, texture_ratio
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
 from moebius_edge.spec import DENOISER, SHALLOW
-from moebius_edge.training.evaluate import Case, held_out_cases, hole_psnr_db, texture_ratio
 
 PSNR_LIMIT_DB, TEXTURE_LIMIT = 0.5, 0.05
 STEPS = (4, 6, 8, 10, 15, 20)
@@ -128,8 +129,8 @@ def measure(
 def compared(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, Any]:
     """A setting's figures over all cases, beside those of the reference on the same cases.
 
-    PSNR is a mean and texture a median, as in ``training.evaluate``. Time, and texture once more, are the median of
-    each case's own ratio to the reference: of few cases the median texture depends on which case lies in the middle.
+    PSNR is a mean and texture a median. Time, and texture once more, are the median of each
+    case's own ratio to the reference: of few cases the median texture depends on which case lies in the middle.
     """
 
     def ratio(key: str) -> float:
@@ -173,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--per-photograph", type=int, default=8, help="cases a held-out photograph; there are four")
-    parser.add_argument("--seed", type=int, default=0, help="which cases: see training.evaluate.held_out_cases")
+    parser.add_argument("--seed", type=int, default=0, help="which cases: see held_out_cases")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="settings whose label holds one of these")
     parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="JSON lines, added to; resumes")

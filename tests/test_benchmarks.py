@@ -16,8 +16,8 @@ SMALL = ("--channels", "32", "64", "--latent-size", "16", "--threads", "1", "--r
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    command = [sys.executable, "-m", f"benchmarks.{script.removesuffix('.py')}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

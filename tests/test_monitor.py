@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_toys import STUDENT
+from training_toys import STUDENT, small_vae
 
 from moebius_edge.errors import MachineError
 from moebius_edge.model import build_student
-from moebius_edge.training.autoencoder import AutoencoderRecipe, build_autoencoder
 from moebius_edge.training.monitor import Monitor, SampleGrid
 
 torch.set_num_threads(1)
@@ -30,7 +29,8 @@ def test_scalars_are_running_means_in_groups(tmp_path: Path) -> None:
         for step in (1, 2):
             monitor.add({"step": step, "loss": 2.0 * step, "w_out": 1.0, "learning_rate": 0.1 * step})
             monitor.write(step)
-        assert monitor.shown() == {"step": 2, "loss": 3.0, "w_out": 1.0}
+        assert monitor.means() == {"step": 2, "loss": 3.0, "w_out": 1.0, "learning_rate": 0.2}
+        assert monitor.line() == "loss 3"
     found = scalars(tmp_path)
     assert found["losses/loss"] == [(1, 2.0), (2, 3.0)] and found["weights/w_out"][-1] == (2, 1.0)
     assert found["run/learning_rate"][-1] == (2, pytest.approx(0.2))  # as it is, no mean
@@ -46,8 +46,7 @@ def test_a_resumed_run_purges_what_came_after_its_checkpoint(tmp_path: Path) -> 
 
 
 def test_a_grid_shows_picture_hole_and_fill(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    vae = build_autoencoder(AutoencoderRecipe(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)).eval()
+    vae = small_vae()
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, 2:4, 2:4] = 1
     clean = torch.randn(2, 4, 8, 8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moebius_edge.sampling.scheduler import DDIM
-from moebius_edge.training.noising import Noising, draw_noise, prompt_ids, timestep_at
+from moebius_edge.training.noising import Noising, draw_noise, timestep_at
 from moebius_edge.training.recipe import NoiseRecipe
 
 UNIFORM = NoiseRecipe(timesteps="uniform")
@@ -55,7 +55,3 @@ def test_the_forward_process_is_the_sampler_s() -> None:
         np.testing.assert_allclose(batch.noisy[i].numpy(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(batch.sample, torch.cat([batch.noisy, mask, masked], 1))
     assert batch.alpha_bar.dtype == torch.float32
-
-
-def test_prompts_of_the_two_branches() -> None:
-    assert prompt_ids(3, torch.tensor([0, 1])).tolist() == [[0, 1, 2], [3, 4, 5]]

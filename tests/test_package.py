@@ -32,7 +32,7 @@ def sources() -> Iterator[tuple[Path, str]]:
         prefix = "" if folder == "moebius_edge" else "moebius_edge/"
         for path in sorted((ROOT / folder).rglob("*")):
             inside = path.relative_to(ROOT)
-            is_data = not {"assets", "page"}.isdisjoint(inside.parts)
+            is_data = not {"assets", "page"}.isdisjoint(inside.parts) or path.name == "presets.toml"
             is_content = path.suffix == ".py" or path.name == "py.typed" or is_data
             if path.is_file() and is_content and "__pycache__" not in inside.parts:
                 yield path, prefix + inside.as_posix()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moebius_edge.errors import MachineError, UsageError
+from moebius_edge.errors import MachineError
 from moebius_edge.model import Teacher, TeacherConfig, build_teacher
 from moebius_edge.training.perceptual import (
     ELATENTLPIPS_FILES,
@@ -57,14 +57,6 @@ def test_unit_distance_by_hand() -> None:
     assert unit_distance(-references, references).item() == pytest.approx(4)
 
 
-def test_unit_distance_survives_empty_features_and_half_precision() -> None:
-    features = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    unit_distance(features, torch.ones(1, 4, 2, 2)).backward()
-    assert features.grad is not None and bool(features.grad.isfinite().all())
-    large = torch.full((1, 1280, 2, 2), 100.0, dtype=torch.float16)  # its square is beyond float16
-    assert unit_distance(large, large).item() == 0
-
-
 def test_the_teachers_distance_is_that_of_its_down_and_mid_blocks(teacher: Teacher) -> None:
     predicted, clean, mask, masked = latents()
     distance = TeacherFeatures(teacher, timestep=17)
@@ -91,19 +83,6 @@ def test_gradients_reach_the_predicted_latent_alone(teacher: Teacher) -> None:
     assert inputs[0].grad is not None and float(inputs[0].grad.abs().min()) > 0
     assert inputs[1].grad is None
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-
-
-def test_descending_brings_the_latents_together(teacher: Teacher) -> None:
-    predicted, clean, mask, masked = latents()
-    distance = TeacherFeatures(teacher)
-    predicted.requires_grad_()
-    optimiser = torch.optim.Adam([predicted], lr=0.1)
-    before = (predicted - clean).square().mean().item()
-    for _ in range(20):
-        optimiser.zero_grad()
-        distance(predicted, clean, mask, masked).backward()
-        optimiser.step()
-    assert (predicted - clean).square().mean().item() < 0.5 * before
 
 
 def test_the_teachers_distance_in_half_precision(teacher: Teacher) -> None:
@@ -202,15 +181,9 @@ def test_asked_for_without_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (
-            ImportError("No module named 'torchvision'"),
-            r"cannot be imported \(No module named 'torchvision'\); run: pip",
-        ),
-        (
-            RuntimeError("Ninja is required\nmore"),
-            r"does not work on cpu \(Ninja is required\); delete ckpt and run: p",
-        ),
-        (EOFError(), r"does not work on cpu \(EOFError\); .* or choose the distance teacher"),
+        (ImportError("no torchvision"), r"does not work on cpu \(no torchvision\): .* install it again"),
+        (RuntimeError("Ninja is required\nmore"), r"does not work on cpu \(Ninja is required\): delete ckpt and run p"),
+        (EOFError(), r"does not work on cpu \(EOFError\): .* or choose the distance teacher"),
     ],
 )
 def test_auto_hides_no_failure_of_what_is_there(
@@ -224,8 +197,3 @@ def test_auto_hides_no_failure_of_what_is_there(
     monkeypatch.setattr(package, "ELatentLPIPS", fail)
     with pytest.raises(MachineError, match=text):
         choose_distance("auto", teacher)
-
-
-def test_another_name_is_refused(teacher: Teacher) -> None:
-    with pytest.raises(UsageError, match="no latent distance 'lpips': choose auto, teacher or elatentlpips"):
-        choose_distance("lpips", teacher)

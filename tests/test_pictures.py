@@ -116,12 +116,3 @@ def test_a_fingerprint_is_of_names_sizes_and_order_wherever_the_files_lie(tmp_pa
     (tmp_path / "a").unlink()
     others.append(of([a, b], [None, None]))
     assert len({ours, *others}) == 1 + len(others)
-
-
-def test_pictures_say_how_many_they_are() -> None:
-    a = Place("a", "a")
-    pictures = Pictures("there", [a, a, a], [None, a, None])
-    assert (len(pictures), pictures.given_masks, pictures.name(1)) == (3, 1, "a")
-    assert str(pictures) == "3 pictures of there, 1 with a mask of their own"
-    with pytest.raises(ValueError, match="1 pictures and 0 masks"):
-        Pictures("x", [a], [])

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 
+from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.errors import UsageError
+from moebius_edge.model import StudentConfig
 from moebius_edge.toml import read_toml
-from moebius_edge.training.recipe import Recipe, RunOptions, parse_setting, recipe_toml, with_values
-from moebius_edge.training.tiny import stage_recipe
+from moebius_edge.training.recipe import PRESETS, Inputs, Recipe, parse_setting, preset_recipe, with_values
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), *map(stage_recipe, ("teacher", "student", "guidance"))])
-def test_a_recipe_comes_back_from_its_toml(recipe: Recipe, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(recipe_toml(recipe), "utf-8")
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stage", ["teacher", "student", "guidance", "int8"])
+def test_the_recipe_of_a_preset_comes_back_from_its_toml(preset: str, stage: str, tmp_path: Path) -> None:
+    recipe, path = preset_recipe(preset, stage), tmp_path / "recipe.toml"
+    assert recipe.stage == stage and recipe.resolution == {"moebius": 512, "tiny": 256}[preset]
+    path.write_text(tomli_w.dumps(asdict(recipe)), "utf-8")
     assert with_values(Recipe(), read_toml(path)) == recipe
+
+
+def test_the_tiny_preset_has_the_bundled_model_s_shape_and_autoencoder() -> None:
+    checkpoint = ASSETS / "tiny" / "checkpoint"
+    shape = StudentConfig.from_dict(json.loads((checkpoint / "student.json").read_text()))
+    assert preset_recipe("tiny", "student").student == shape
+    assert Inputs("photos").with_bundled("student") == Inputs("photos", vae=checkpoint / "vae")
+    assert Inputs("photos").with_bundled("int8").student == checkpoint / "student.safetensors"
+    own = Inputs(student=Path("other.safetensors"))
+    assert own.with_bundled("int8") == own  # an autoencoder that is not its own would be wrong
 
 
 def test_the_default_is_the_paper_s() -> None:
@@ -52,16 +67,18 @@ def test_a_flag_changes_one_value_and_a_whole_number_may_stand_for_a_float() -> 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("optimiser.stepz=1", r"the recipe has no optimiser.stepz: it has optimiser.steps"),
-        ("optimiser=1", r"optimiser is 1: it is a section, such as \[optimiser\]"),
-        ("optimiser.steps=many", r"optimiser.steps is 'many': give a whole number, such as 100000"),
-        ("optimiser.steps=true", r"optimiser.steps is True: give a whole number"),
-        ("optimiser.steps=0", r"optimiser.steps is 0: give 1 or more"),
-        ("optimiser.learning_rate=nan", r"optimiser.learning_rate is nan: give a number above 0"),
-        ("optimiser.precision=int4", r"optimiser.precision is 'int4': use fp32, bf16, fp16"),
-        ("losses.terms=[]", r"losses.terms and data.masks need at least one name"),
-        ("losses.terms=['tusk']", r"losses.terms is 'tusk': use coarse, fine, task, perceptual"),
-        ("data.coverage=[0.9,0.1]", r"data.coverage\[0\] is 0.9: give a number from 0.0 to 0.1"),
+        ("optimiser.stepz=1", r"recipe: optimiser.stepz is an unknown field: docs/schemas/recipe.schema.json lists"),
+        ("optimiser=1", r"recipe: optimiser is 1, expected an object"),
+        ("optimiser.steps=many", r"optimiser.steps is 'many', expected a valid integer"),
+        ("optimiser.steps=true", r"optimiser.steps is True, expected a valid integer"),
+        ("optimiser.steps=0", r"optimiser.steps is 0, expected greater than or equal to 1"),
+        ("optimiser.learning_rate=nan", r"optimiser.learning_rate is nan, expected"),
+        ("optimiser.precision=int4", r"optimiser.precision is 'int4', expected 'fp32', 'bf16' or 'fp16'"),
+        ("losses.terms=[]", r"losses.terms is \[\], expected to have at least 1 item"),
+        ("losses.terms=['tusk']", r"losses.terms.0 is 'tusk', expected 'coarse', 'fine', 'task' or 'perceptual'"),
+        ("data.coverage=[2,0.1]", r"data.coverage.0 is 2, expected less than or equal to 1"),
+        ("int8.ranges=best", r"int8.ranges is 'best', expected 'minmax', 'percentile', 'entropy' or 'mse'"),
+        ("int8.blocks=[1]", r"int8.blocks.0 is 1, expected a valid string"),
         ("student.num_heads=7", r"320 channels do not divide into 7 heads"),
         ("steps", r"--set 'steps' sets nothing: write section.name=value"),
     ],
@@ -71,13 +88,14 @@ def test_mistakes_are_named(setting: str, message: str) -> None:
         with_values(Recipe(), parse_setting(setting))
 
 
-def test_guidance_of_one_is_nothing_to_distil() -> None:
-    with pytest.raises(UsageError, match=r"losses.guidance is 1.0: there is nothing to distil"):
-        Recipe(stage="guidance", losses=replace(Recipe().losses, guidance=1.0))
-
-
-@pytest.mark.parametrize(("name", "value"), [("micro_batch", -1), ("save_every", 0), ("keep", 0), ("device", "tpu")])
-def test_options_out_of_range(name: str, value: object) -> None:
-    with pytest.raises(UsageError, match=f"{name} is {value!r}"):
-        replace(RunOptions(), **{name: value})  # type: ignore[arg-type]
-    assert asdict(RunOptions())["keep"] == 3
+@pytest.mark.parametrize(
+    ("stage", "setting", "message"),
+    [
+        ("guidance", "losses.guidance=1.0", r"losses.guidance is 1.0: there is nothing to distil"),
+        ("int8", "optimiser.batch_norm=batch", r"optimiser.batch_norm is 'batch': stage int8 trains what export folds"),
+        ("int8", "optimiser.precision=bf16", r"optimiser.precision is 'bf16', too coarse to tell INT8 steps: use fp32"),
+    ],
+)
+def test_values_that_do_not_suit_the_stage_are_refused(stage: str, setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        with_values(preset_recipe("moebius", stage), parse_setting(setting))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -10,13 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moebius_edge.data.masks import draw_mask, sample_mask
 from moebius_edge.data.pictures import Pictures, Place
-from moebius_edge.data.samples import MaskedPictures, Transform, _crop
+from moebius_edge.data.samples import MaskedPictures, Transform, Unreadable, _crop
 from moebius_edge.errors import UsageError
 from moebius_edge.imaging.pictures import Picture, write_picture
-from moebius_edge.training.loop import NumberedLoader, plain
+from moebius_edge.training.loop import draw_batches, plain
 
 SMALL = Transform(resolution=16)
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
 class InMemory(Pictures):
@@ -41,22 +47,22 @@ def flat(*values: int | None) -> InMemory:
 
 
 def drawn(samples: MaskedPictures, indices: Sequence[int]) -> list[int]:
-    return [int(samples.sample(i).image[0, 0, 0]) for i in indices]
+    return [int(samples.sample_masks(i, 1)[0][0, 0, 0]) for i in indices]
 
 
 def test_a_sample_is_a_function_of_seed_and_number_alone() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (5, 40, 60, 3)).astype(np.uint8)
-    whole = [MaskedPictures(InMemory(noise), SMALL, 3).sample(i) for i in range(12)]
+    whole = [MaskedPictures(InMemory(noise), SMALL, 3).sample_masks(i, 1) for i in range(12)]
     samples = MaskedPictures(InMemory(noise), SMALL, 3)
     for i in (11, 0, 7, 6, 7):
-        image, mask = samples.sample(i)
-        assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((16, 16, 3), np.uint8, (16, 16), bool)
+        image, masks = samples.sample_masks(i, 1)
+        assert (image.shape, image.dtype, masks.shape, masks.dtype) == ((16, 16, 3), np.uint8, (1, 16, 16), bool)
         assert image.flags.c_contiguous
-        np.testing.assert_array_equal(image, whole[i].image)
-        np.testing.assert_array_equal(mask, whole[i].mask)
-    assert len({s.image.tobytes() for s in whole}) == len({s.mask.tobytes() for s in whole}) == 12
+        np.testing.assert_array_equal(image, whole[i][0])
+        np.testing.assert_array_equal(masks, whole[i][1])
+    assert len({image.tobytes() for image, _ in whole}) == len({masks.tobytes() for _, masks in whole}) == 12
     other = MaskedPictures(InMemory(noise), SMALL, 4)
-    assert all(not np.array_equal(other.sample(i).image, whole[i].image) for i in range(12))
+    assert all(not np.array_equal(other.sample_masks(i, 1)[0], whole[i][0]) for i in range(12))
 
 
 def test_every_epoch_sees_every_picture_once_in_an_order_of_its_own() -> None:
@@ -85,17 +91,18 @@ def test_a_picture_that_cannot_be_read_gives_its_place_to_the_next_and_is_listed
 
 def test_what_loading_processes_pass_over_is_known_outside_of_them() -> None:
     samples = MaskedPictures(flat(0, None, 2, None, 4), SMALL, 0)
-    with closing(iter(NumberedLoader(samples.sample, 5, workers=2))) as batches:
+    numbers = [range(5), range(5, 10)]
+    with closing(draw_batches(lambda number: samples.sample_masks(number, 1), numbers, workers=2)) as batches:
         images, masks = next(batches)
         next(batches)
-    assert (images.shape, masks.shape, masks.dtype) == ((5, 16, 16, 3), (5, 16, 16), bool)
+    assert (images.shape, masks.shape, masks.dtype) == ((5, 16, 16, 3), (5, 1, 16, 16), bool)
     assert images[:, 0, 0, 0].tolist() == drawn(samples, range(5))
     assert samples.unreadable.entries() == {"1": "picture 1 is damaged", "3": "picture 3 is damaged"}
 
 
 def test_pictures_none_of_which_can_be_read_are_an_error() -> None:
     with pytest.raises(UsageError, match=r"none of the 4 pictures of memory can be read: picture . is damaged; pic"):
-        MaskedPictures(flat(None, None, None, None), SMALL, 0).sample(0)
+        MaskedPictures(flat(None, None, None, None), SMALL, 0).sample_masks(0, 1)
     assert drawn(MaskedPictures(flat(None, None, 7, None), SMALL, 0), range(8)) == [7] * 8
 
 
@@ -111,7 +118,7 @@ def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
     mask = Place("mask.png", str(tmp_path / "mask.png"))
     samples = MaskedPictures(Pictures("here", places, [None, None, None, mask]), SMALL, 0)
     for i in range(4):
-        samples.sample(i)
+        samples.sample_masks(i, 1)
     found = samples.unreadable.entries()
     assert found.keys() == {"cut.png", "gone.png", "other.png"}
     assert "damaged" in found["cut.png"] and "there is no picture" in found["gone.png"]
@@ -124,7 +131,7 @@ def test_crops_are_squares_of_the_picture_at_scales_within_the_range() -> None:
     image = np.stack([y, x, 0 * x], -1)
     sides, corners = [], []
     transform, tall = Transform(resolution=32, min_scale=0.4), Transform(resolution=40, min_scale=0.1)
-    for i in range(300):
+    for i in range(150):
         crop, _ = _crop(np.random.default_rng(i), image, None, transform)
         height, width = (float(crop[-1, -1, c]) - float(crop[0, 0, c]) for c in (0, 1))
         assert height == pytest.approx(width, abs=3)
@@ -147,9 +154,9 @@ def test_half_of_the_samples_are_mirrored_with_their_masks_or_none() -> None:
     shares = {}
     for flip in (True, False):
         samples = MaskedPictures(InMemory([image], [hole]), Transform(resolution=16, min_scale=1, flip=flip), 0)
-        pairs = [samples.sample(i) for i in range(200)]
-        assert all(np.array_equal(s.image[..., 0] == 255, s.mask) for s in pairs)
-        shares[flip] = np.mean([not s.mask[0, 0] for s in pairs])
+        pairs = [samples.sample_masks(i, 1) for i in range(200)]
+        assert all(np.array_equal(image[..., 0] == 255, masks[0]) for image, masks in pairs)
+        shares[flip] = np.mean([not masks[0, 0, 0] for _, masks in pairs])
     assert shares[False] == 0 and 0.4 < shares[True] < 0.6
 
 
@@ -158,9 +165,9 @@ def test_drawn_masks_are_of_the_presets_and_the_range_asked_for() -> None:
     samples = MaskedPictures(flat(1, 2, 3), transform, 0)
     image, masks = samples.sample_masks(4, 3)
     assert masks.shape == (3, 32, 32) and len({m.tobytes() for m in masks}) == 3
-    np.testing.assert_array_equal(samples.sample(4).mask, masks[0])
-    np.testing.assert_array_equal(samples.sample(4).image, image)
-    shares = [samples.sample(i).mask.mean() for i in range(60)]
+    np.testing.assert_array_equal(samples.sample_masks(4, 1)[1][0], masks[0])
+    np.testing.assert_array_equal(samples.sample_masks(4, 1)[0], image)
+    shares = [samples.sample_masks(i, 1)[1].mean() for i in range(60)]
     assert min(shares) >= 0.1 and max(shares) <= 0.2
 
 
@@ -211,23 +218,51 @@ def test_identities_differ_with_whatever_decides_a_sample() -> None:
     assert ours not in others
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"resolution": 100}, r"resolution is 100: give a multiple of 8"),
-        ({"resolution": 0}, r"resolution is 0: give a multiple of 8"),
-        ({"min_scale": 0}, r"min_scale is 0: give a share above 0 and at most 1"),
-        ({"min_scale": 1.1}, r"min_scale is 1.1: give a share"),
-        ({"presets": ("huge",)}, r"mask presets are \['huge'\]: give some of thin, medium, thick, box"),
-        ({"presets": ()}, r"mask presets are \[\]: give some of"),
-        ({"coverage": (0.5, 0.2)}, r"coverage is 0.5 to 0.2: give two rising shares between 0 and 1"),
-        ({"coverage": (0.0, 0.2)}, r"coverage is 0.0 to 0.2: give two rising shares"),
-        (
-            {"presets": ("thin",), "coverage": (0.8, 0.9)},
-            r"coverage is 0.8 to 0.9, which 0 of 200 masks of the presets thin have: widen the range",
-        ),
-    ],
-)
-def test_transforms_without_sense_are_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Transform(**change)  # type: ignore[arg-type]
+def test_wider_presets_cover_more() -> None:
+    thin, medium, thick = (
+        np.mean([draw_mask(rng(i), 64, preset).mean() for i in range(60)]) for preset in ("thin", "medium", "thick")
+    )
+    assert 0 < thin < 0.6 * medium < 0.6 * thick
+
+
+def test_a_range_that_no_preset_reaches_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"none of 5 masks of the presets thin covers 0.95 to 1.0 of the picture: wid"):
+        sample_mask(rng(0), 64, (0.95, 1.0), ("thin",), attempts=5)
+
+
+def test_what_several_processes_note_is_listed_once() -> None:
+    listed = Unreadable()
+    listed.add("a", "first")
+
+    def note(number: int) -> None:
+        for i in range(200):
+            listed.add(f"{i}", f"by {number}" * 50)
+
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=note, args=(i,)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    listed.add("a", "again")
+    assert len(listed.entries()) == 201 and listed.entries()["a"] == "first"
+
+
+def test_a_later_run_adds_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "unreadable.txt"
+    assert Unreadable().write(path) == 0 and not path.exists()
+    for names, total in ((("b", "a"), 2), (("a", "c"), 3)):
+        listed = Unreadable()
+        for name in names:
+            listed.add(name, f"is damaged\nin {len(names)} places")
+        assert listed.write(path) == total
+    reason = r"is damaged\nin 2 places"
+    assert path.read_text() == f"a\t{reason}\nb\t{reason}\nc\t{reason}\n"
+
+
+def test_any_name_of_a_file_takes_one_line(tmp_path: Path) -> None:
+    listed = Unreadable()
+    for name in ("tab\tline\nend", "\udcff.png", "ä 日.png"):
+        listed.add(name, "x")
+    assert listed.write(tmp_path / "u.txt") == 3 == listed.write(tmp_path / "u.txt")
+    assert (tmp_path / "u.txt").read_bytes() == b"tab\\tline\\nend\tx\n" + "ä 日.png\tx\n".encode() + b"\xff.png\tx\n"

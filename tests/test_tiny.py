@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from examples.train_tiny.photographs import border_mean, held_out_cases
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
 from moebius_edge.metrics.fidelity import hole_psnr_db
@@ -17,7 +18,6 @@ from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
-from moebius_edge.training.evaluate import border_mean, held_out_cases, texture_ratio
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -98,16 +98,3 @@ def test_the_bundled_checkpoint_exports_again(tmp_path: Path) -> None:
     from moebius_edge.export import export_bundle
 
     assert export_bundle("tiny", None, tmp_path / "again").gate["psnr_db"] >= 60
-
-
-def test_int8_starts_from_the_bundled_student_unless_one_is_named() -> None:
-    from moebius_edge.training.recipe import Inputs
-    from moebius_edge.training.tiny import stage_recipe, with_bundled
-
-    checkpoint = ASSETS / "tiny" / "checkpoint"
-    found = with_bundled(Inputs(images="photos"))
-    assert found == Inputs("photos", student=checkpoint / "student.safetensors", vae=checkpoint / "vae")
-    assert found.student is not None and found.student.is_file()
-    own = Inputs(student=Path("other.safetensors"))
-    assert with_bundled(own) == own  # an autoencoder that is not its own would be wrong
-    assert stage_recipe("int8").optimiser.batch_norm == "running"

@@ -1,15 +1,35 @@
-"""The example that trains the demonstration model: its data, its metrics, and that a training resumes exactly."""
+"""The example that trains the demonstration model: its data, losses and figures, and that it resumes exactly."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from pictures import noise, square
+from torch import nn
+from torch.nn import functional as F
+from training_toys import STUDENT, small_vae
 
-from examples.train_tiny import autoencoder, data, denoiser, metrics, objects, sharpen, training
+from examples.train_tiny import autoencoder, data, denoiser, evaluate, metrics, objects, sharpen, training
+from examples.train_tiny.evaluate import figures, fill
+from examples.train_tiny.losses import (
+    Adversary,
+    balance,
+    mean_colours,
+    pattern_loss,
+    pyramid_l1,
+    texture_loss,
+)
+from examples.train_tiny.photographs import HELD_OUT, Case, border_mean, held_out_cases
+from examples.train_tiny.scenes import draw_scene
 from moebius_edge.errors import UsageError
+from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.model import build_student
 
 SMALL = ["--set", "block_out_channels=[8,8,8,8]", "--set", "validation=1", "--pixels", "8192", "--sides", "64", "32"]
 
@@ -134,7 +154,6 @@ def test_only_holes_of_the_foreground_branch_hold_an_object(photos: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_an_interrupted_denoiser_continues_exactly(photos: Path, tmp_path: Path) -> None:
     vae = autoencoder.build_autoencoder(autoencoder.Recipe(block_out_channels=(8, 8, 8, 8)))
     vae.save_pretrained(tmp_path / "vae")
@@ -152,3 +171,154 @@ def test_an_interrupted_denoiser_continues_exactly(photos: Path, tmp_path: Path)
         (tmp_path / "whole" / "checkpoints" / "step-000000001.pt").read_bytes()
     )
     assert run("parts", 2) == whole
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_pyramid_loss_of_a_shift_counts_pixels_and_the_coarsest_level() -> None:
+    a = image(1, 3, 16, 16)
+    assert pyramid_l1(a + 0.5, a).item() == pytest.approx(0.5 + 2 * 0.5, abs=1e-5)  # a constant has no bands
+
+
+def test_the_pyramid_loss_of_a_checkerboard_counts_the_finest_band_twice() -> None:
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)[None, None].expand(1, 3, 16, 16)
+    assert pyramid_l1(board, torch.zeros_like(board)).item() == pytest.approx(1 + 1)
+
+
+def test_texture_is_compared_by_its_amount_not_its_place() -> None:
+    a = image(1, 3, 64, 64)
+    assert texture_loss(a, a).item() == 0
+    moved, blurred = torch.roll(a, (8, 8), (2, 3)), nn.functional.avg_pool2d(a, 3, 1, 1)
+    assert texture_loss(moved, a).item() < 0.2 * texture_loss(blurred, a).item()
+    assert texture_loss(torch.zeros_like(a), a).item() > texture_loss(a / 2, a).item()
+    # Half the contrast is a quarter of the energy at both bands, each of which counts half its logarithm.
+    assert texture_loss(a / 2, a, floor=1e-9).item() == pytest.approx(2 * math.log(2), rel=1e-3)
+
+
+def test_only_what_repeats_from_cell_to_cell_is_a_pattern() -> None:
+    truth = image(1, 3, 64, 64)
+    cell = image(1, 3, 8, 8, seed=1)
+    cell = cell - cell.mean((2, 3), keepdim=True)
+    mesh = cell.repeat(1, 1, 8, 8)
+    assert pattern_loss(truth + mesh, truth).item() == pytest.approx(cell.abs().mean().item(), rel=1e-4)
+    assert pattern_loss(truth + 0.3, truth).item() < 1e-6  # a shift of the colours repeats nothing
+    other = image(1, 3, 64, 64, seed=2)
+    assert pattern_loss(truth + other, truth).item() < 0.4 * other.abs().mean().item()
+
+
+def test_mean_colours_are_those_of_8x8_blocks() -> None:
+    picture = torch.zeros(1, 3, 8, 16)
+    picture[..., :8] = torch.tensor([0.3, 0.6, -0.3])[:, None, None]
+    picture[0, 0, :4, 8:] = 1  # half a block of red
+    found = mean_colours(picture)
+    assert found.shape == (1, 3, 1, 2)
+    assert found[0, :, 0, 0].tolist() == pytest.approx([0.4, 1.8, 2.4], abs=1e-5)
+    assert found[0, :, 0, 1].tolist() == pytest.approx([1 / 3, 1.5, -1.0], abs=1e-5)
+
+
+def test_balanced_gradients_are_equally_long() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    first, second = (weight**2).sum(), 0.01 * weight.sum()
+    factor = balance(first, second, weight)
+    assert not factor.requires_grad
+    assert factor.item() == pytest.approx(10 / (0.01 * 2**0.5), rel=1e-3)
+    assert balance(first, 0 * weight.sum(), weight, limit=50.0).item() == 50.0
+
+
+def test_the_discriminator_learns_to_tell_blur_and_judging_teaches_it_nothing() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(2e-3, "cpu")
+    weights = [p.detach().clone() for p in adversary.network.parameters()]
+    blurred = F.avg_pool2d(torch.randn(2, 3, 64, 64), 5, 1, 2).requires_grad_()
+    adversary.judge(blurred).backward()
+    assert blurred.grad is not None and blurred.grad.abs().max() > 0
+    assert all(p.grad is None for p in adversary.network.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, adversary.network.parameters(), strict=True))
+    blurs = [F.avg_pool2d(torch.randn(4, 3, 64, 64), 5, 1, 2) for _ in range(40)]
+    losses = [adversary.learn(torch.randn(4, 3, 64, 64), blur) for blur in blurs]
+    assert losses[0] > 1.5 and losses[-1] < 0.6
+    sharp = torch.randn(2, 3, 64, 64)
+    assert adversary.judge(sharp) < adversary.judge(F.avg_pool2d(sharp, 5, 1, 2))
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_scenes_are_pictures_that_repeat_and_vary(size: int) -> None:
+    scenes = [draw_scene(np.random.default_rng(i), size) for i in range(6)]
+    assert all(s.shape == (size, size, 3) and s.dtype == np.uint8 for s in scenes)
+    assert np.array_equal(scenes[0], draw_scene(np.random.default_rng(0), size))
+    assert len({s.tobytes() for s in scenes}) == 6
+    assert np.mean([s.std() for s in scenes]) > 15  # neither black nor all clipped
+
+
+def test_the_border_mean_is_that_of_the_ring() -> None:
+    mask = square()
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[12:52, 12:52] = (10, 20, 30)  # the ring of eight pixels
+    picture[12:52, 12:32] = (30, 20, 10)  # half of it
+    picture[mask] = 255
+    filled = border_mean(picture, mask)
+    assert (filled[mask] == 20).all()
+    assert np.array_equal(filled[~mask], picture[~mask]) and (picture[mask] == 255).all()
+
+
+def test_held_out_cases_repeat() -> None:
+    first, second, other = held_out_cases(2, 64), held_out_cases(2, 64), held_out_cases(2, 64, seed=1)
+    assert [c.name for c in first] == [f"{name}-{i}" for name in HELD_OUT for i in range(2)]
+    for a, b, c in zip(first, second, other, strict=True):
+        assert np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask)
+        assert a.image.shape == (64, 64, 3) and a.image.dtype == np.uint8 and a.mask.dtype == bool
+        assert 0.1 <= a.mask.mean() <= 0.4 and not np.array_equal(a.mask, c.mask)
+
+
+def test_figures_of_a_perfect_and_of_a_flat_fill() -> None:
+    cases = [Case("a", noise(), square()), Case("b", noise()[::-1].copy(), square(low=24, high=50))]
+    perfect = figures([c.image for c in cases], cases)
+    assert perfect["hole_psnr_db"] > 100 and perfect["hole_ssim"] == pytest.approx(1)
+    assert perfect["perceptual_distance"] == 0 and perfect["texture_ratio"] == pytest.approx(1, abs=0.2)
+    flat = figures([border_mean(c.image, c.mask) for c in cases], cases)
+    expected = np.mean([hole_psnr_db(border_mean(c.image, c.mask), c.image, c.mask) for c in cases])
+    assert flat["hole_psnr_db"] == pytest.approx(expected)
+    assert flat["hole_ssim"] < 0.7 and flat["perceptual_distance"] > 0.1 and flat["texture_ratio"] < 0.01
+
+
+def test_a_network_fills_the_hole_from_noise_and_sees_nothing_of_it() -> None:
+    vae, student = small_vae(), build_student(STUDENT)
+    case = Case("a", noise(), square())
+    other = Case("a", np.where(case.mask[..., None], np.uint8(7), case.image), case.mask)
+    first, second = (fill(student, vae, [c], steps=2)[0] for c in (case, other))
+    assert np.array_equal(first[~case.mask], case.image[~case.mask])
+    assert not np.array_equal(first[case.mask], case.image[case.mask])
+    assert np.array_equal(first, second)
+
+
+class FakeInpainter:
+    """Answers with the truth for one start and with black for the others."""
+
+    bundle = SimpleNamespace(defaults={"steps": 20, "start": "prefill"})
+
+    def __init__(self, bundle: str) -> None:
+        assert bundle == "some-bundle"
+
+    def __enter__(self) -> FakeInpainter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def inpaint(self, image: np.ndarray, mask: np.ndarray, *, start: str, seed: int = 0, steps: int = 20) -> object:
+        return SimpleNamespace(image=image if start == "image" else np.zeros_like(image))
+
+
+def test_every_start_and_baseline_has_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case(f"case-{i}", np.roll(noise(96), i, 0), square(96, 32, 64)) for i in range(2)]
+    monkeypatch.setattr(evaluate, "held_out_cases", lambda: cases)
+    monkeypatch.setattr(evaluate, "Inpainter", FakeInpainter)
+    sheet = tmp_path / "sheet.png"
+    results = evaluate.evaluate_bundle("some-bundle", sheet)
+    assert list(results) == ["border mean", "Telea", "defaults", "noise", "image"]
+    assert results["image"]["hole_psnr_db"] > 100 > results["border mean"]["hole_psnr_db"] > 5
+    assert results["noise"]["hole_psnr_db"] < results["border mean"]["hole_psnr_db"]
+    picture = cv2.imread(str(sheet))
+    assert picture is not None and picture.shape == (2 * 96, 7 * 96, 3)

@@ -11,9 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from moebius_edge.model import StudentConfig, TeacherConfig
-from moebius_edge.training.inputs import StageInputs
 from moebius_edge.training.recipe import LossRecipe, OptimiserRecipe, Recipe, RunOptions
-from moebius_edge.training.stage import train_stage
+from moebius_edge.training.stage import StageInputs, train_stage
 
 STUDENT = StudentConfig(
     block_out_channels=(32, 32, 32),

@@ -17,6 +17,7 @@ from moebius_edge.bundle.manifest import BundleDocument
 from moebius_edge.calibration.blocks import Recipe as Int8Recipe
 from moebius_edge.report.results import ResultsDocument
 from moebius_edge.runtimes.engine_files import Engine
+from moebius_edge.training.recipe import Recipe
 
 # The name of a document -> its type, and the fields that are not in the file. A new document is one line here.
 DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -24,6 +25,7 @@ DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "engine": (Engine, ("path",)),
     "results": (ResultsDocument, ()),
     "int8-recipe": (Int8Recipe, ()),
+    "recipe": (Recipe, ()),
 }
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from moebius_edge.export.source import open_vae
 from moebius_edge.model import build_student
 from moebius_edge.system.files import atomic_write
-from moebius_edge.training.encoding import encode_batch
+from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
 from moebius_edge.training.networks import identity_start
 from moebius_edge.training.objectives import Task

@@ -18,9 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from moebius_edge.errors import UsageError
+from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.system.files import atomic_directory
-from moebius_edge.training.loop import check_finite, load_state, save_state, update_average
+from moebius_edge.training.loop import load_state, save_state, update_average
 from moebius_edge.training.optimiser import MuonAdamW
 
 from .data import PictureMixture, list_photographs, open_cache, split_validation, to_network, validation_pictures
@@ -134,6 +134,12 @@ class Training:
         self.step, self.drawn, self.decay_start, self.decay_steps = saved["counters"]
         torch.set_rng_state(saved["generator"].cpu())
         return True
+
+
+def check_finite(value: Tensor, what: str, step: int) -> None:
+    """Stop a run before it spoils its weights. Raises BundleError if the scalar ``value`` is not finite."""
+    if not torch.isfinite(value):
+        raise BundleError(f"{what} is {value.item()} at step {step}: lower the learning rate; what was saved is kept")
 
 
 @torch.no_grad()

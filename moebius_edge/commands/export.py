@@ -179,9 +179,12 @@ def _quantise(
         kept = f" but {folder}: the same command goes on with it" if folder.is_dir() else ""
         return f"interrupted, nothing written{kept}"
 
-    with console.progress() as on_progress, console.interruption(interrupted):
-        with float32_bundle(source, output, bundle_options, on_progress) as reference:
-            return quantise_bundle(reference, output, options, on_progress)
+    with (
+        console.progress() as on_progress,
+        console.interruption(interrupted),
+        float32_bundle(source, output, bundle_options, on_progress) as reference,
+    ):
+        return quantise_bundle(reference, output, options, on_progress)
 
 
 def _build(bundle: Bundle, options: EngineOptions) -> Built:

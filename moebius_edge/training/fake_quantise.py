@@ -147,7 +147,7 @@ class Simulation:
 
     @torch.no_grad()
     def calibrate(self, passes: Iterable[Callable[[], object]], method: str) -> None:
-        """Fixes the activations' scales by ``method`` of ``calibration.ranges`` over ``passes``, each a forward pass.
+        """Fix the activations' scales by ``method`` of ``calibration.ranges`` over ``passes``, each a forward pass.
 
         Raises:
             UsageError: a range is zero. BundleError: an activation is not finite. Both name it.
@@ -168,7 +168,7 @@ class Simulation:
 
 
 def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
-    """Replaces, in place, the products of ``blocks`` by rounded ones; parameters and their names stay as they are.
+    """Replace, in place, the products of ``blocks`` by rounded ones; parameters and their names stay as they are.
 
     Raises UsageError for a block that the student does not have, or if none of them can be simulated.
     """
@@ -182,17 +182,16 @@ def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
             continue
         parent, name = network.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         plain = cast(nn.Conv2d, getattr(parent, name))
-        made: Rounded
         if isinstance(parent, Upsample):
-            made = RoundedUpsample(plain, path)
+            product: Rounded = RoundedUpsample(plain, path)
         elif isinstance(parent, SpatialTransformer) and name == "proj_in":
             norm = Unscaled(parent.norm)
             parent.add_module("norm", norm)
-            made = RoundedProjection(plain, path, norm)
+            product = RoundedProjection(plain, path, norm)
         else:  # export has the Mix-FFN's value and gate apart
-            made = Rounded(plain, path, parts=2 if path.endswith(".ff.depth_conv.conv") else 1)
-        parent.add_module(name, made)
-        products.append(made)
+            product = Rounded(plain, path, parts=2 if path.endswith(".ff.depth_conv.conv") else 1)
+        parent.add_module(name, product)
+        products.append(product)
     left = sorted(chosen - {block for _, block in places})
     if not products:
         raise UsageError(
@@ -215,19 +214,16 @@ def read_blocks(path: Path, config: StudentConfig) -> tuple[str, ...]:
 
 def _products(network: nn.Module) -> Iterator[tuple[str, str]]:
     """The path of every product that can be simulated, and the name of its block."""
-    for path, module in network.named_modules():
+    modules = dict(network.named_modules())
+    for path, module in modules.items():
         for name, ending in _PRODUCTS.get(type(module), {}).items():
-            if _present(module, name):
+            if f"{path}.{name}" in modules:
                 yield f"{path}.{name}", _block(path) + ending
 
 
 def _block_names(network: nn.Module) -> list[str]:
     operators = [p for p, m in network.named_modules() if isinstance(m, (LocalLambda, InteractiveLambda))]
     return [*(block for _, block in _products(network)), *(_block(path) + _ALSO for path in operators)]
-
-
-def _present(module: nn.Module, name: str) -> bool:
-    return module.get_submodule(name.rpartition(".")[0])._modules.get(name.rpartition(".")[2]) is not None
 
 
 def _block(path: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
-import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..errors import BundleError, MachineError, MoebiusError, UsageError
 from ..system.files import atomic_write
 from ..system.fingerprint import first_difference
 
+_PR_SET_PDEATHSIG = 1  # of the system call prctl
 _PREFETCH = 8  # batches that each process draws ahead: a slow picture then holds nobody up
 
 Arrays = tuple[np.ndarray, ...]
@@ -94,6 +96,8 @@ def _begin_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process, and the first one ends the others
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # end with the parent, even where that is killed and this process waits to write
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cv2.setNumThreads(0)
     os.nice(5)
 
@@ -164,19 +168,6 @@ def save_checkpoint(output: Path, recipe: dict[str, Any], step: int, keep: int, 
     for old in checkpoint_files(output)[:-keep]:
         with suppress(OSError):  # a file too many does no harm
             old.unlink()
-
-
-def check_finite(value: torch.Tensor, what: str, step: int) -> None:
-    """Stop a run before it spoils its weights. Raises BundleError if the scalar ``value`` is not finite."""
-    if not torch.isfinite(value):
-        raise BundleError(
-            f"{what} is {value.item()} at step {step}: lower the recipe's learning rate; what was saved before is kept"
-        )
-
-
-def cosine(share: float, floor: float) -> float:
-    """1 at the start, ``floor`` at the end, half a cosine between."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @torch.no_grad()

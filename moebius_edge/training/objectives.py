@@ -1,14 +1,15 @@
 """What a step minimises: the task alone, the paper's distillation, guidance distilled into one call, or INT8's error.
 
-An objective is called with the network being trained (perhaps wrapped for several processes) and a batch, and returns
-the total loss and the figures to show. Its teacher or frozen copy is never updated.
+An objective is called with the network being trained (perhaps wrapped for several processes), a batch, and what its
+caller multiplies the total with before the backward pass (fp16's loss scaling). It returns the total loss, a scalar,
+and detached scalars to show, by name. Its teacher or frozen copy is never updated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +24,8 @@ from .perceptual import LatentDistance
 from .recipe import LossRecipe
 
 Figures = dict[str, Tensor]
+Objective = Callable[[nn.Module, Batch, float], tuple[Tensor, Figures]]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Objective(Protocol):
-    """``objective(model, batch, scale)`` -> the total loss, a scalar, and detached scalars by name.
-
-    ``scale`` is what the caller multiplies the total with before its backward pass (fp16's loss scaling).
-    """
-
-    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]: ...
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -107,9 +100,7 @@ class Distillation:
             if "fine" in self._terms:
                 losses["fine"] = noise_loss(ours.noise, theirs.noise, weight)
             if "coarse" in self._terms:
-                losses["coarse"] = coarse_loss(
-                    self._student.coarse_feature(ours), self._teacher.coarse_feature(theirs)
-                )
+                losses["coarse"] = coarse_loss(self._student.coarse_feature(ours), self._teacher.coarse_feature(theirs))
         if self.distance is not None:
             clean = predicted_clean(batch.noisy, ours.noise, batch.alpha_bar)
             with autocast(batch.sample.device, self._precision):

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,16 +24,6 @@ TEACHER_TIMESTEP = 10  # ᾱ = 0.99: the teacher expects next to no noise, so th
 ELATENTLPIPS_FILES = (Path("ckpt/sdxl_latent_vgg16.pth.tar"), Path("ckpt/sdxl_latest_vgg16_tuned.pth"))
 _INSTALL = 'pip install elatentlpips "setuptools<81"'  # it imports pkg_resources, which later ones lack
 _FETCH = "python -c \"import elatentlpips; elatentlpips.ELatentLPIPS(encoder='sdxl')\""
-
-
-class LatentDistance(Protocol):
-    """A mean distance over the batch; gradients reach ``predicted`` alone. ``name`` is ``choose_distance``'s."""
-
-    name: str
-
-    def __call__(self, predicted: Tensor, clean: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
-        """Scaled latents (N, 4, h, w), mask (N, 1, h, w) and masked image's latent (N, 4, h, w) -> a scalar."""
-        ...
 
 
 class TeacherFeatures:
@@ -52,7 +41,10 @@ class TeacherFeatures:
         self.timestep = timestep
 
     def __call__(self, predicted: Tensor, clean: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
-        """See ``LatentDistance``. Raises UsageError for a latent size that the teacher cannot halve."""
+        """Scaled latents (N, 4, h, w), mask (N, 1, h, w) and masked image's latent (N, 4, h, w) -> the batch's mean.
+
+        Gradients reach ``predicted`` alone. Raises UsageError for a latent size that the teacher cannot halve.
+        """
         with torch.no_grad():
             references = self._features(clean, mask, masked)
         features = self._features(predicted, mask, masked)
@@ -80,9 +72,9 @@ def unit_distance(features: Tensor, references: Tensor) -> Tensor:
 class ELatentLPIPS:
     """E-LatentLPIPS (arXiv 2405.05967) for SDXL's latents, whose scale is ours, with augmentation ``bg``, in float32.
 
-    Every call draws an augmentation from PyTorch's global generator of the latents' device, so a run repeats only if
-    that is seeded. On CUDA the package compiles its resampling with nvcc when first called, so a first call is made
-    here. Nothing is downloaded. Raises MachineError when the package or its weights are not there, or do not work.
+    Every call draws an augmentation from PyTorch's global generator. On CUDA the package compiles its resampling when
+    first called, so a first call is made here. Nothing is downloaded. Raises MachineError when the package or its
+    weights are not there, or do not work.
     """
 
     name = "elatentlpips"
@@ -106,7 +98,7 @@ class ELatentLPIPS:
             ) from error
 
     def __call__(self, predicted: Tensor, clean: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
-        """See ``LatentDistance``; mask and masked image play no part."""
+        """As ``TeacherFeatures``; mask and masked image play no part."""
         with torch.autocast(predicted.device.type, enabled=False):
             # normalize would multiply by 0.13025, which scaled latents have behind them.
             distance: Tensor = self.network(predicted.float(), clean.detach().float(), normalize=False)
@@ -119,6 +111,9 @@ def missing_elatentlpips() -> str:
         return f"the package elatentlpips is not installed; run: {_INSTALL}"
     absent = [str(path) for path in ELATENTLPIPS_FILES if not path.is_file()]
     return f"{Path.cwd()} lacks elatentlpips' weights {', '.join(absent)}; run there: {_FETCH}" if absent else ""
+
+
+LatentDistance = TeacherFeatures | ELatentLPIPS
 
 
 def choose_distance(name: str, teacher: Teacher) -> LatentDistance:

@@ -26,19 +26,21 @@ Term = Literal["coarse", "fine", "task", "perceptual"]
 MaskPreset = Literal["thin", "medium", "thick", "box"]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-_STRICT = ConfigDict(extra="forbid")  # a misspelt name is an error
+
+
+class _Strict:
+    """A misspelt name is an error."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class DataRecipe:
+class DataRecipe(_Strict):
     """``pictures`` pictures are encoded once, with ``masks_per_picture`` masks each; 0 stands for all there are.
 
-    Without ``cache`` every sample is encoded anew, with another crop and mask each time: slower, and nothing lies on
-    the disk. ``coverage``: the least and the largest share of a picture that a drawn mask covers. ``min_scale``: the
-    side of a crop is at least this share of the picture's shorter side.
+    Without ``cache`` every sample is encoded anew, with another crop and mask each time. For ``min_scale``, ``flip``,
+    ``masks`` and ``coverage`` see ``data.samples.Transform``.
     """
-
-    __pydantic_config__ = _STRICT
 
     cache: Flag = True
     pictures: Count = 0
@@ -50,14 +52,8 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
-class NoiseRecipe:
-    """``timesteps`` are ``logit-normal`` (Esser et al., arXiv 2403.03206, section 3.1) or ``uniform``.
-
-    A batch takes one timestep of each equal share of the distribution. ``prompt_dropout``: the share of samples that
-    train the unconditional branch.
-    """
-
-    __pydantic_config__ = _STRICT
+class NoiseRecipe(_Strict):
+    """``timesteps``: Esser et al., arXiv 2403.03206, section 3.1. ``prompt_dropout``: unconditional share."""
 
     timesteps: Literal["logit-normal", "uniform"] = "logit-normal"
     logit_mean: Number = 0.0
@@ -67,7 +63,7 @@ class NoiseRecipe:
 
 
 @dataclass(frozen=True)
-class LossRecipe:
+class LossRecipe(_Strict):
     """The ``terms`` that enter the total, and the paper's fixed coefficients: see ``losses.total_loss``.
 
     ``distance`` chooses the perceptual term. ``hole_weight`` multiplies the squared noise error in the hole.
@@ -75,8 +71,6 @@ class LossRecipe:
     (Salimans and Ho, arXiv 2202.00512, section 4); 0 weighs all timesteps alike. ``guidance`` is the guidance that
     stage ``guidance`` distils.
     """
-
-    __pydantic_config__ = _STRICT
 
     terms: Annotated[tuple[Term, ...], Field(min_length=1)] = ("coarse", "fine", "task", "perceptual")
     distillation: Number = 0.01
@@ -89,15 +83,12 @@ class LossRecipe:
 
 
 @dataclass(frozen=True)
-class OptimiserRecipe:
+class OptimiserRecipe(_Strict):
     """A step sees ``batch`` samples, over all processes and micro-batches together.
 
-    The learning rate rises over ``warmup`` steps and falls by half a cosine to ``final_rate`` of itself.
-    ``batch_norm``: ``batch`` normalises by the batch's statistics, ``running`` by the stored ones, which do not change.
-    ``identity_start``: the lambda blocks of a fresh network start as the identity, see ``networks.identity_start``.
+    The learning rate rises over ``warmup`` steps and falls by half a cosine to ``final_rate`` of itself. With
+    ``batch_norm`` ``running`` the stored statistics are used and stay. ``identity_start``: see ``networks``.
     """
-
-    __pydantic_config__ = _STRICT
 
     steps: Positive = 100_000
     batch: Positive = 16
@@ -113,13 +104,8 @@ class OptimiserRecipe:
 
 
 @dataclass(frozen=True)
-class Int8Recipe:
-    """Of stage ``int8``: the ``blocks`` that are rounded, by the names of ``calibration.blocks``.
-
-    The method ``ranges`` chooses the ranges of their inputs from ``range_batches`` batches, before the first step.
-    """
-
-    __pydantic_config__ = _STRICT
+class Int8Recipe(_Strict):
+    """The ``blocks`` that stage ``int8`` rounds; ``ranges`` finds their ranges on ``range_batches`` batches."""
 
     blocks: tuple[str, ...] = ()
     ranges: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
@@ -127,10 +113,8 @@ class Int8Recipe:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Strict):
     """All of one stage. Raises UsageError for values that do not suit the stage."""
-
-    __pydantic_config__ = _STRICT
 
     stage: Literal["teacher", "student", "guidance", "int8"] = "student"
     seed: Count = 0

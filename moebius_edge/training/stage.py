@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from safetensors.torch import save
 from torch import nn
 
 from .. import __version__
+from ..data.samples import MaskedPictures, Transform
+from ..data.sources import open_pictures
 from ..errors import BundleError, MachineError, UsageError
+from ..export.source import open_vae
 from ..export.weights_metadata import find_guidance, guidance_metadata
 from ..model import build_student, build_teacher
 from ..progress import Progress, no_progress
@@ -30,7 +33,7 @@ from ..system.files import atomic_write, sha256_file
 from ..system.fingerprint import first_difference
 from ..system.machine import machine_info, package_version
 from .fake_quantise import simulate
-from .inputs import StageInputs, open_inputs
+from .latents import INDEX, UNREADABLE, EncodedPictures, LatentCache, Source, encode_latents, read_index, vae_hash
 from .loop import atomic_save, checkpoint_files, make_folder, plain
 from .monitor import Monitor, SampleGrid
 from .networks import identity_start, load_student, load_teacher
@@ -45,6 +48,72 @@ _SAMPLES = 4  # fills in a grid
 _LONGEST_SILENCE_S = 10.0  # where a step takes a minute, ``log_every`` steps would be too many to wait for
 
 
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage works on. ``source`` gives samples, ``origin`` says for the record where they come from.
+
+    ``teacher`` and ``student`` are checkpoint files. Stages ``guidance`` and ``int8`` start from the student's; stages
+    ``student`` and ``teacher`` start from their own if it is given, else afresh. ``vae`` is the autoencoder that
+    samples are shown with, None for no pictures. ``pictures`` lists what could not be read, where any were read.
+    """
+
+    source: Source
+    origin: dict[str, Any]
+    teacher: Path | None = None
+    student: Path | None = None
+    vae: Any = None
+    pictures: MaskedPictures | None = None
+
+    def write_unreadable(self, output: Path) -> int:
+        """List the pictures that could not be read in ``output``; return how many there are."""
+        return 0 if self.pictures is None else self.pictures.unreadable.write(output / UNREADABLE)
+
+
+def open_inputs(
+    recipe: Recipe, inputs: Inputs, output: Path, device: str, progress: Progress = no_progress
+) -> StageInputs:
+    """What the user names, opened; pictures are encoded where the recipe caches latents.
+
+    They are encoded into ``inputs.latents``, by default ``output/latents``, by the first process while the others wait;
+    a folder of latents that is named without pictures is read as it is.
+
+    Raises:
+        UsageError: pictures, latents or the autoencoder are not named, or do not suit. MachineError: something named
+            is not there. As ``open_pictures`` and ``encode_latents``, too.
+    """
+    for path in (inputs.teacher, inputs.student):
+        if path is not None and not path.is_file():
+            raise MachineError(f"there is no checkpoint {path}: name a file of weights")
+    accelerator, side = make_accelerator(device), recipe.student.latent_size
+    vae = None if inputs.vae is None else open_vae(inputs.vae).to(accelerator.device)
+    files: dict[str, Any] = {"teacher": inputs.teacher, "student": inputs.student, "vae": vae}
+    folder = inputs.latents or output / "latents"
+    if not inputs.images and (folder / INDEX).is_file():
+        return StageInputs(LatentCache.open(folder, side), _origin(folder), **files)
+    if not inputs.images:
+        raise UsageError("there is nothing to train on: add --images SOURCE, or --latents DIR with encoded pictures")
+    if vae is None:
+        raise UsageError("pictures are encoded before a network sees them: add --vae DIR, a diffusers VAE folder")
+    pictures = open_pictures(inputs.images, inputs.masks or None)
+    data = recipe.data
+    transform = Transform(recipe.resolution, data.min_scale, data.flip, data.masks, data.coverage)
+    samples = MaskedPictures(pictures, transform, recipe.seed)
+    origin: dict[str, Any] = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures)}
+    if not data.cache:
+        origin["made_from"] = plain({**samples.identity(), "vae": vae_hash(vae)})
+        return StageInputs(EncodedPictures(vae, samples), origin, **files, pictures=samples)
+    with accelerator.main_process_first():
+        count = data.pictures or len(pictures)
+        encode_latents(vae, samples, folder, count, data.masks_per_picture, progress=progress)
+    source = LatentCache.open(folder, side)
+    return StageInputs(source, origin | _origin(folder), **files, pictures=samples)
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Where latents lie, and what they were made from: the autoencoder's hash, the transform, the pictures."""
+    return {"latents": str(folder), "made_from": read_index(folder)}
+
+
 def train(
     recipe: Recipe,
     inputs: Inputs,
@@ -54,6 +123,7 @@ def train(
     progress: Progress = no_progress,
 ) -> Path:
     """Train a stage from what a user names, and return the file of the averaged weights. Raises as ``train_stage``."""
+    make_accelerator(options.device)  # what it refuses is said before anything is made
     check_output_dir(output, recipe, resume)
     opened = open_inputs(recipe, inputs, output, options.device, progress)
     try:
@@ -169,7 +239,7 @@ def _objective(recipe: Recipe, inputs: StageInputs, network: Any, accelerator: A
         if inputs.teacher is not None:
             raise UsageError(
                 "--teacher plays no part in losses.terms ['task']: leave it out, or distil from it by "
-                "--set 'losses.terms=[\"coarse\", \"fine\", \"task\", \"perceptual\"]'"
+                '--set \'losses.terms=["coarse", "fine", "task", "perceptual"]\''
             )
         return Task(losses, recipe.student.num_prompts, precision)
     if inputs.teacher is None:

@@ -27,9 +27,7 @@ from ..errors import BundleError, MachineError, UsageError
 from .latents import Source
 from .loop import (
     Arrays,
-    atomic_save,
     checkpoint_files,
-    cosine,
     draw_batches,
     load_state,
     lost_processes_named,
@@ -137,13 +135,14 @@ class Trainer:
     def step(self, micro_batches: list[Arrays]) -> dict[str, float]:
         """One optimiser step; its losses, weights, gradient norm and learning rate, averaged over the processes.
 
-        Raises BundleError when a loss is not finite, and writes the step's diagnostics beside the checkpoints.
+        Raises BundleError when a loss is not finite.
         """
         recipe = self.recipe.optimiser
         set_training(self.network, recipe.batch_norm == "running")
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.done)  # for perceptual distances that augment
+        half_cosine = 0.5 * (1 + math.cos(math.pi * (self.done / recipe.steps)))  # 1 at the start, 0 at the end
         rate = recipe.learning_rate * min(1.0, (self.done + 1) / max(recipe.warmup, 1))
-        rate *= cosine(self.done / recipe.steps, recipe.final_rate)
+        rate *= recipe.final_rate + (1 - recipe.final_rate) * half_cosine
         self.optimiser.set_learning_rate(rate)
         sums: Figures = {}
         for number, drawn in enumerate(micro_batches, start=1):
@@ -192,24 +191,14 @@ class Trainer:
         return self.scaler.is_enabled() and scale >= 1 and losses and not all(finite.values())
 
     def _check(self, value: Tensor, figures: Figures, batch: Batch) -> None:
-        """Stop where ``value`` is not finite, and leave a file that says what is known of the step."""
+        """Raise BundleError where ``value`` is not finite."""
         if torch.isfinite(value):
             return
-        path = self.output / f"diagnostics-step-{self.done}.json"
-        diagnostics = {
-            "step": self.done,
-            "first_sample": self.done * self.recipe.optimiser.batch,
-            "process": self.accelerator.process_index,
-            "figures": {name: str(v.item()) for name, v in figures.items()},  # JSON has no NaN
-            "timesteps": batch.timestep.tolist(),
-            "clean_is_finite": batch.clean.isfinite().flatten(1).all(1).tolist(),
-            "weights_are_finite": all(bool(p.isfinite().all()) for p in self.network.parameters()),
-        }
-        atomic_save(diagnostics, path)
         bad = ", ".join(n for n, v in figures.items() if not torch.isfinite(v)) or "total"
+        samples = batch.clean.isfinite().flatten(1).all(1).logical_not().nonzero().flatten().tolist()
         raise BundleError(
-            f"the loss is {value.item()} at step {self.done} ({bad}; {path} says more): lower optimiser.learning_rate; "
-            "the last checkpoint is kept, and --resume starts from it"
+            f"the loss is {value.item()} at step {self.done} ({bad}; timesteps {batch.timestep.tolist()}, latents not "
+            f"finite of samples {samples}): lower optimiser.learning_rate; --resume starts from the last checkpoint"
         )
 
     def settle_batch_norms(self, batches: int = 60) -> None:

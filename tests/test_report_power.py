@@ -145,13 +145,14 @@ def test_a_cpu_is_measured_by_its_counters(root: Path, monkeypatch: pytest.Monke
     assert 4 < found["joules"] <= 5, "read a moment before and after the block"
     path = root / "sys/class/powercap/intel-rapl:0/energy_uj"
     path.write_text("none\n")
-    assert f"rapl: {path} cannot be read" in open_meter("cpu", root).reason
+    assert f"rapl: {path} holds no number" in open_meter("cpu", root).reason
 
     def refuse(self: Path, *options: Any, **more: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert open_meter("cpu", root).reason == f"rapl: {path} is root's: run `sudo chmod a+r {path}`"
+    reason = f"rapl: {path} cannot be read (Permission denied): run `sudo chmod a+r {path}`"
+    assert open_meter("cpu", root).reason == reason
 
 
 def test_a_machine_without_any_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

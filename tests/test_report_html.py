@@ -129,7 +129,9 @@ def test_charts_are_drawn_for_both_schemes(text: str) -> None:
     assert ["#1b1f23" in ET.tostring(svg, "unicode") for svg in light] == [True] * len(light)
     assert ["#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark] == [True] * len(dark)
     drift = next(svg for svg in light if "sampling step" in words(svg))
-    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in words(drift)) and "0.001" in words(drift)
+    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in words(drift)) and "0.001" in words(
+        drift
+    )
     assert "Equal to the reference at every step, so not drawn: " in text
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..bundle.bundle import ASSETS, Bundle
-from ..documents import Count, Number, Positive, first_problem
+from ..documents import Count, Number, Positive
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.classical import navier_stokes, telea
 from ..imaging.masks import Mask
@@ -33,7 +33,7 @@ CLASSICAL: dict[str, tuple[str, Callable[[np.ndarray, Mask], np.ndarray]]] = {
 
 def _two_values(span: tuple[float, float]) -> tuple[float, float]:
     if span[0] == span[1]:
-        raise ValueError(f"a range is {list(span)}: give two different numbers, such as [0, 1]")
+        raise ValueError("give two different numbers, such as [0, 1]")
     return span
 
 
@@ -77,8 +77,11 @@ def read_description(path: Path) -> OnnxDescription:
     try:
         description = OnnxDescription.model_validate(read_toml(path))
     except ValidationError as error:
-        keys = ", ".join(OnnxDescription.model_fields)
-        raise UsageError(f"{path}: {first_problem(error)[1]}", f"the keys are {keys}") from None
+        problem, keys = error.errors()[0], ", ".join(OnnxDescription.model_fields)
+        key = ".".join(map(str, problem["loc"]))
+        raise UsageError(
+            f"{path}: {key} is {problem['input']!r:.60}: {problem['msg']}", f"the keys are {keys}"
+        ) from None
     description = description.model_copy(update={"model": path.parent / description.model})
     if not description.model.is_file():
         raise MachineError(f"{path} names the model {description.model}, which is missing: check its path")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from ..documents import Count, Flag, JsonObject, Number, first_problem, read_document
+from ..documents import Count, Flag, JsonObject, Number, read_document
 from ..errors import UsageError
 from ..system.files import atomic_write, safe_join
 from ..system.fingerprint import first_difference
@@ -166,7 +166,7 @@ def save(results: Results, folder: str | os.PathLike[str]) -> Path:
     try:
         ResultsDocument.model_validate(results)
     except ValidationError as error:
-        raise ValueError(f"these are no results: {first_problem(error)[1]}") from None
+        raise ValueError(f"these are no results: {error}") from None
     path = Path(folder) / RESULTS_FILE
     with atomic_write(path) as temporary:
         temporary.write_text(json_text(results, indent=1, ensure_ascii=False), encoding="utf-8")

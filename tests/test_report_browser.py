@@ -92,12 +92,6 @@ def test_sorting_by_keyboard(opened: Browser) -> None:
     assert opened.evaluate("document.querySelectorAll('#comparison [aria-sort]').length") == 1
 
 
-def test_sorting_by_text(opened: Browser) -> None:
-    sort_by(opened, "Standing")
-    standings = opened.evaluate(f"{ROWS}.map(r => r.cells[2].textContent)")
-    assert standings == sorted(standings) and standings[0] == "baseline" and standings[-1] == "recommended"
-
-
 def test_filters(opened: Browser) -> None:
     fill(opened, "text", "TensorRT board", "input")
     assert sorted(numbers(opened)) == [12, 13]
@@ -115,14 +109,6 @@ def test_filters(opened: Browser) -> None:
     fill(opened, "group", "", "change")
     fill(opened, "status", "", "change")
     assert len(numbers(opened)) == 14
-
-
-def test_sorting_keeps_the_filter(opened: Browser) -> None:
-    fill(opened, "status", "ok", "change")
-    before = numbers(opened)
-    sort_by(opened, "Median")
-    after = numbers(opened)
-    assert sorted(after) == sorted(before) and after != before and len(after) == 10
 
 
 def test_pictures_switch_to_differences(opened: Browser) -> None:

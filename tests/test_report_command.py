@@ -187,7 +187,9 @@ def test_two_machines_are_merged(toy: Path, tmp_path: Path, capsys: Captured) ->
     assert (tmp_path / "again" / "report.html").is_file(), "the page of what another machine measured"
     capsys.readouterr()
     other = renamed(tmp_path / "out", "other", {"runs": 9})
-    refused(capsys, 2, "runs is 1 there, 9 here", "report", "merge", str(first), str(other), "--output", str(tmp_path / "x"))
+    refused(
+        capsys, 2, "runs is 1 there, 9 here", "report", "merge", str(first), str(other), "--output", str(tmp_path / "x")
+    )
     refused(capsys, 2, "merge needs a results.json or more", "report", "merge", "--output", both)
     message = f"the output {first.parent} is one of the reports"
     refused(capsys, 2, message, "report", "merge", str(first), str(second), "--output", str(first.parent))

@@ -6,13 +6,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moebius_edge.errors import MachineError
-from moebius_edge.report.power import Meter, RaplSource, integrate, open_meter
+from moebius_edge.report.power import Meter, NvmlSource, RaplSource, integrate, open_meter
 from moebius_edge.system.nvml import GpuReading
 
 
@@ -145,13 +144,14 @@ def test_a_cpu_is_measured_by_its_counters(root: Path, monkeypatch: pytest.Monke
     assert 4 < found["joules"] <= 5, "read a moment before and after the block"
     path = root / "sys/class/powercap/intel-rapl:0/energy_uj"
     path.write_text("none\n")
-    assert f"rapl: {path} cannot be read" in open_meter("cpu", root).reason
+    assert f"rapl: {path} holds no number" in open_meter("cpu", root).reason
 
     def refuse(self: Path, *options: Any, **more: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert open_meter("cpu", root).reason == f"rapl: {path} is root's: run `sudo chmod a+r {path}`"
+    reason = f"rapl: {path} cannot be read (Permission denied): run `sudo chmod a+r {path}`"
+    assert open_meter("cpu", root).reason == reason
 
 
 def test_a_machine_without_any_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,45 +164,19 @@ def test_a_machine_without_any_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
-class NVMLError(Exception):
-    pass
-
-
-def nvml(**changes: Any) -> Any:
-    """``pynvml`` of one GPU that takes 200 W and counts 40 J between two readings."""
-    counter = iter(range(5_000_000, 9_000_000, 40_000))
-    functions: dict[str, Any] = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 350_000,
-        "nvmlDeviceGetTotalEnergyConsumption": lambda gpu: next(counter),
-        "nvmlDeviceGetPowerUsage": lambda gpu: 200_000,
-        "nvmlDeviceGetClockInfo": lambda gpu, kind: {1: 1755, 2: 2619}[kind],
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: 0x04 | 0x40,
-        "nvmlDeviceGetTemperature": lambda gpu, sensor: 61,
-    }
-    constants = {"NVML_CLOCK_SM": 1, "NVML_CLOCK_MEM": 2, "NVML_TEMPERATURE_GPU": 0, "NVMLError": NVMLError}
-    return SimpleNamespace(**{**functions, **constants, **changes})
-
-
 def test_a_gpu_is_measured_by_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    class Monitor(Known):
+        """Of a GPU that takes 200 W and counts 40 J between two readings."""
+
+        power_limit_watts = 350.0
+
+        def __init__(self) -> None:
+            super().__init__(*(Reading(200.0, 40.0 * n) for n in range(1, 9)))
+
+    monkeypatch.setattr("moebius_edge.report.power.NvmlSource", Monitor)
     with open_meter("cuda", tmp_path, period_s=10) as meter:
         pass
     found = meter.energy()
-    assert found["source"] == "nvml" and "not the host" in found["covers"] and found["samples"] == 2
-    assert 0 < found["joules"] <= 40 and found["max_watts"] == 200 and found["power_limit_watts"] == 350
-    assert found["clocks"] == {"gpu_mhz": 1755, "memory_mhz": 2619} and found["max_temperature_c"] == 61
-    assert found["throttle_reasons"] == ["power cap", "thermal slowdown (hardware)"]
-
-    def refuse(gpu: int) -> int:
-        raise NVMLError("Not Supported")
-
-    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetTotalEnergyConsumption=refuse))
-    with open_meter("cuda", tmp_path, period_s=0.01) as meter:
-        time.sleep(0.05)
-    assert meter.energy()["mean_watts"] == pytest.approx(200), "before Volta there is no counter"
-    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetCount=lambda: 2))
-    assert "2 GPUs are here, and which one computes is not known" in open_meter("cuda", tmp_path).reason
+    assert (found["source"], found["samples"], found["power_limit_watts"]) == ("nvml", 2, 350)
+    assert 0 < found["joules"] <= 40 and found["max_watts"] == 200
+    assert "not the host" in NvmlSource.covers

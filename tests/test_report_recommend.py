@@ -72,13 +72,8 @@ def test_without_a_budget_the_fastest_within_a_decibel_of_the_best() -> None:
 def test_limits(limits: dict[str, float], chosen: str) -> None:
     found = one(FOUR, **limits)
     assert found.chosen is not None and found.chosen["id"] == chosen
-    assert "Of those within the limits it is" in " ".join(found.sentences)
-
-
-def test_a_floor_alone_decides_and_is_named() -> None:
-    found = one(FOUR, min_psnr_db=25)
-    assert reasons(found)["fast"] == "24.0 dB in the hole is under 25 dB"
-    assert found.sentences[2] == "Of those within the limits it is the fastest."
+    if "min_psnr_db" in limits:
+        assert found.sentences[2] == "Of those within the limits it is the fastest."
 
 
 def test_where_nothing_fits_the_nearest_is_named_with_what_it_misses() -> None:
@@ -92,14 +87,10 @@ def test_where_nothing_fits_the_nearest_is_named_with_what_it_misses() -> None:
     assert reasons(found)["fast"] == "24.0 dB in the hole is under 27 dB"
 
 
-def test_several_limits_are_missed_at_once() -> None:
+def test_several_limits_may_be_missed_and_a_zero_is_a_limit() -> None:
     found = one(FOUR[:1], max_latency_ms=500, max_memory_bytes=100e6)
     assert "1000 ms is over 500 ms; 400 MB of memory is over 100 MB" in found.sentences[1]
-
-
-def test_a_zero_is_a_limit() -> None:
-    found = one(FOUR, max_latency_ms=0, max_memory_bytes=0)
-    assert found.chosen is None and "Nearest comes" in found.sentences[1]
+    assert one(FOUR, max_latency_ms=0, max_memory_bytes=0).chosen is None
 
 
 def test_memory_that_was_not_measured_fits_no_limit_on_it() -> None:
@@ -109,19 +100,6 @@ def test_memory_that_was_not_measured_fits_no_limit_on_it() -> None:
     assert reasons(found)["unknown"] == "its memory was not measured"
     free = one([unknown, *FOUR])
     assert free.chosen is not None and free.chosen["id"] == "unknown"
-
-
-def test_memory_counts_the_device_too() -> None:
-    both = configuration("both", latency=10, truth=30.0, memory=200e6)
-    both["memory"]["peak_device_bytes"] = 200_000_000
-    assert one([both], max_memory_bytes=399e6).chosen is None
-    assert one([both], max_memory_bytes=400e6).chosen is not None
-
-
-def test_the_best_itself() -> None:
-    found = one([FOUR[0], FOUR[2]])
-    assert found.chosen is not None and found.chosen["id"] == "slow"
-    assert found.sentences[-1] == "It is the most accurate, and none within 1 dB of it is faster."
 
 
 def test_ties_go_to_accuracy_then_memory_then_name() -> None:
@@ -206,10 +184,6 @@ def test_no_accuracy_at_all() -> None:
 def test_baselines_stand_beside() -> None:
     telea = configuration("telea", latency=5, truth=25.0)
     telea["settings"] = None
-    found = one([telea, *FOUR])
-    assert found.sentences[-1] == (
-        "Beside it, not ranked: the best baseline, telea, reaches 25.0 dB in the hole in 5 ms."
-    )
     assert standings(report_of([telea, *FOUR])) == {
         "telea": "baseline",
         "slow": "frontier",

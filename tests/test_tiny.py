@@ -13,7 +13,7 @@ import pytest
 from examples.train_tiny.photographs import border_mean, held_out_cases
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
-from moebius_edge.metrics.fidelity import hole_psnr_db
+from moebius_edge.metrics.fidelity import hole_psnr_db, texture_ratio
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.runtimes.base import Arrays

@@ -15,7 +15,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,21 +140,17 @@ class Perceptual:
     def add(self, result: np.ndarray, truth: np.ndarray) -> None:
         """uint8 RGB (H, W, 3) both."""
         for name in PERCEPTUAL:
-            self._try(name, partial(self._update, name, result, truth))
+            self._try(name, self._update, result, truth)
 
     def result(self) -> dict[str, Any]:
-        # FID needs two pictures.
-        values = {name: self._try(name, partial(self._compute, name)) for name in PERCEPTUAL}
+        values = {name: self._try(name, lambda name: float(self._metrics[name].compute())) for name in PERCEPTUAL}
         return values | {f"{name}_reason": self._reasons[name] or None for name in PERCEPTUAL}
 
-    def _compute(self, name: str) -> float:
-        return float(self._metrics[name].compute())
-
-    def _try(self, name: str, action: Callable[[], Any]) -> Any:
+    def _try(self, name: str, action: Callable[..., Any], *pictures: np.ndarray) -> Any:
         """What ``action`` returns; None where the metric cannot be had, or fails, which is its reason from then on."""
         try:
-            return None if self._reasons[name] else action()
-        except Exception as error:  # another version's interface, or a picture too small for the network
+            return None if self._reasons[name] else action(name, *pictures)
+        except Exception as error:  # another version's interface, a picture too small, or FID of one picture
             self._reasons[name] = f"torchmetrics failed: {' '.join(str(error).split()):.200}"
             return None
 

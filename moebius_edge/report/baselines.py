@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..bundle.bundle import ASSETS, Bundle
-from ..documents import Count, Number, Positive, first_problem
+from ..documents import Count, Number, Positive
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.classical import navier_stokes, telea
 from ..imaging.masks import Mask
@@ -33,7 +33,7 @@ CLASSICAL: dict[str, tuple[str, Callable[[np.ndarray, Mask], np.ndarray]]] = {
 
 def _two_values(span: tuple[float, float]) -> tuple[float, float]:
     if span[0] == span[1]:
-        raise ValueError(f"a range is {list(span)}: give two different numbers, such as [0, 1]")
+        raise ValueError("give two different numbers, such as [0, 1]")
     return span
 
 
@@ -77,8 +77,11 @@ def read_description(path: Path) -> OnnxDescription:
     try:
         description = OnnxDescription.model_validate(read_toml(path))
     except ValidationError as error:
-        keys = ", ".join(OnnxDescription.model_fields)
-        raise UsageError(f"{path}: {first_problem(error)[1]}", f"the keys are {keys}") from None
+        problem, keys = error.errors()[0], ", ".join(OnnxDescription.model_fields)
+        key = ".".join(map(str, problem["loc"]))
+        raise UsageError(
+            f"{path}: {key} is {problem['input']!r:.60}: {problem['msg']}", f"the keys are {keys}"
+        ) from None
     description = description.model_copy(update={"model": path.parent / description.model})
     if not description.model.is_file():
         raise MachineError(f"{path} names the model {description.model}, which is missing: check its path")
@@ -99,30 +102,28 @@ class OnnxBaseline:
     def __init__(self, description: OnnxDescription) -> None:
         from ..runtimes.providers import PROVIDERS, absence, first_line, import_onnxruntime, quiet_options
 
-        ort, device = import_onnxruntime(), description.device
+        ort, device, model = import_onnxruntime(), description.device, description.model
         if device not in PROVIDERS:
             raise UsageError(f"a baseline has no device {device!r}: choose one of {', '.join(PROVIDERS)}")
         if problem := absence(ort, device):
             raise MachineError(problem)
         options = quiet_options(ort, available_cores())  # as many threads as a bundle gets
-        try:
-            with utf8_path(description.model) as name:
-                session = ort.InferenceSession(
-                    name, options, providers=list(PROVIDERS[device].chain), enable_fallback=0
-                )
-        except MachineError:
-            raise
-        except Exception as error:  # onnxruntime raises a class of its own for every cause
-            raise BundleError(f"cannot load {description.model}: {first_line(error)}: copy it again") from error
+        chain = list(PROVIDERS[device].chain)
+        with utf8_path(model) as name:
+            try:
+                session = ort.InferenceSession(name, options, providers=chain, enable_fallback=0)
+            except Exception as error:  # onnxruntime raises a class of its own for every cause
+                raise BundleError(f"cannot load {model}: {first_line(error)}: copy it again") from error
         inputs = {node.name: node for node in session.get_inputs()}
         outputs = [node.name for node in session.get_outputs()]
         if set(inputs) != {description.image, description.mask} or description.output not in outputs:
             raise BundleError(
-                f"{description.model} has the inputs {', '.join(inputs)} and outputs {', '.join(outputs)}: name "
+                f"{model} has the inputs {', '.join(inputs)} and outputs {', '.join(outputs)}: name "
                 f"them in its TOML file, which says {description.image}, {description.mask} and {description.output}"
             )
         self._session, self._description, self._first_line = session, description, first_line
-        self._types = {name: _dtype(node.type) for name, node in inputs.items()}
+        names = {name: node.type.removeprefix("tensor(").removesuffix(")") for name, node in inputs.items()}
+        self._types = {name: np.dtype({"float": "float32"}.get(kind, kind)) for name, kind in names.items()}
         self.info: dict[str, Any] = {"name": "onnxruntime", "version": ort.__version__, "device": device}
 
     def fill(self, image: np.ndarray, mask: Mask) -> np.ndarray:
@@ -147,8 +148,8 @@ class OnnxBaseline:
         """RGB (H, W, 3) in [0, 1] and its hole -> the model's output, the same."""
         d = self._description
         feeds = {
-            d.image: self._arranged(_spread(image, d.image_range), d.image),
-            d.mask: self._arranged(_spread(hole[..., None].astype(np.float32), d.mask_range), d.mask),
+            d.image: self._arranged(image, d.image_range, d.image),
+            d.mask: self._arranged(hole[..., None].astype(np.float32), d.mask_range, d.mask),
         }
         try:
             (output,) = self._session.run([d.output], feeds)
@@ -161,23 +162,14 @@ class OnnxBaseline:
         low, high = d.output_range
         return (picture.astype(np.float32) - np.float32(low)) / np.float32(high - low)
 
-    def _arranged(self, values: np.ndarray, name: str) -> np.ndarray:
-        """(H, W, C) in the layout and type of the input ``name``."""
+    def _arranged(self, values: np.ndarray, span: tuple[float, float], name: str) -> np.ndarray:
+        """(H, W, C) in [0, 1] in the range, layout and type of the input ``name``."""
+        low, high = np.float32(span[0]), np.float32(span[1])
+        ordered = low + values * (high - low)
+        ordered = ordered if self._description.layout == "nhwc" else ordered.transpose(2, 0, 1)
         dtype = self._types[name]
-        ordered = values if self._description.layout == "nhwc" else values.transpose(2, 0, 1)
         rounded = np.rint(ordered) if np.issubdtype(dtype, np.integer) else ordered
         return np.ascontiguousarray(rounded[None].astype(dtype))
-
-
-def _spread(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
-    low, high = np.float32(span[0]), np.float32(span[1])
-    return low + values * (high - low)
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type of what ONNX Runtime calls ``tensor(float)``."""
-    inner = name.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(inner, inner))
 
 
 def baseline_rows(names: Sequence[str], bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
@@ -195,23 +187,19 @@ def baseline_rows(names: Sequence[str], bundles: Sequence[Bundle], choices: Choi
             rows += _torch_rows(bundles, choices, "--baseline torch", {})
         elif name.endswith(".toml"):
             values = read_toml(Path(name))
-            rows += _torch_rows(bundles, choices, name, values) if "checkpoint" in values else [_described(name)]
+            rows += _torch_rows(bundles, choices, name, values) if "checkpoint" in values else [_described(Path(name))]
         else:
             known = ", ".join((*CLASSICAL, TORCH))
             raise UsageError(f"unknown baseline {name!r}: choose one of {known}, or name a .toml file")
     return rows
 
 
-def _described(name: str) -> Configuration:
-    description = read_description(Path(name))
-    return Configuration(
-        id=slug(description.title),
-        label=description.title,
-        kind="baseline",
-        source={"description": str(Path(name).resolve())},
-        runtime={"name": "onnxruntime", "version": None, "device": description.device},
-        depends={"model": sha256_file(description.model), "description": sha256_file(Path(name))},
-    )
+def _described(path: Path) -> Configuration:
+    description = read_description(path)
+    runtime = {"name": "onnxruntime", "version": None, "device": description.device}
+    hashes = {"model": sha256_file(description.model), "description": sha256_file(path)}
+    source, title = {"description": str(path.resolve())}, description.title
+    return Configuration(slug(title), title, "baseline", source, runtime, depends=hashes)
 
 
 def _torch_rows(

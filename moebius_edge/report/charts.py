@@ -87,9 +87,9 @@ def lines(
 
     def draw(axes: Any, colours: Sequence[str]) -> None:
         for index, (label, values) in enumerate(drawn.items()):
-            x, y = zip(*((x, y) for x, y in enumerate(values, start=1) if y > 0 or not log), strict=True)
+            points = {x: y for x, y in enumerate(values, start=1) if y > 0 or not log}
             style = {"color": colours[index % 7], "linestyle": _DASHES[index // 7 % 4], "marker": "."}
-            axes.plot(x, y, label=_shortened(label, 90), **style)
+            axes.plot(list(points), list(points.values()), label=_shortened(label, 90), **style)
         axes.set(xlabel=x_title, ylabel=y_title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if log:

@@ -123,27 +123,22 @@ def groups(results: Results, against: str | None) -> dict[Group, list[Configurat
     """The configurations by group; what samples comes first on each machine, the document's order is kept."""
     members: dict[Group, list[Configuration]] = {}
     by_id = {c["id"]: c for c in results["configurations"]}
-    for configuration in results["configurations"]:
-        reference = by_id.get(at(configuration, "accuracy.against_reference.reference"))
-        members.setdefault(_group_of(configuration, against, reference), []).append(configuration)
+    for c in results["configurations"]:
+        reference, settings, compared = at(c, "accuracy.against_reference.reference"), c["settings"], None
+        if settings is None:
+            members.setdefault(Group(c["machine"]), []).append(c)
+            continue
+        if against == REFERENCE:
+            interval, reused = settings["guidance_interval"], at(by_id.get(reference), "settings.cache_interval") or 1
+            compared = f"{counted(settings['steps_executed'], 'step')} executed"
+            compared += f", deep features every {reused} in all" if reused > 1 else ""
+            compared += f", guidance {settings['guidance']:g}"
+            compared += "" if interval is None else f" from t {interval[0]:g} to {interval[1]:g}"
+            compared += f", {settings['scheduler']}"
+        members.setdefault(Group(c["machine"], settings["start"], settings["seed"], compared), []).append(c)
     machines = list(dict.fromkeys(group.machine for group in members))
     order = sorted(members, key=lambda g: (machines.index(g.machine), g.start is None))
     return {group: members[group] for group in order}
-
-
-def _group_of(configuration: Configuration, against: str | None, reference: Configuration | None) -> Group:
-    settings, machine = configuration["settings"], configuration["machine"]
-    if settings is None:
-        return Group(machine)
-    compared = None
-    if against == REFERENCE:
-        interval, reused = settings["guidance_interval"], at(reference, "settings.cache_interval") or 1
-        compared = f"{counted(settings['steps_executed'], 'step')} executed"
-        compared += f", deep features every {reused} in all" if reused > 1 else ""
-        compared += f", guidance {settings['guidance']:g}"
-        compared += "" if interval is None else f" from t {interval[0]:g} to {interval[1]:g}"
-        compared += f", {settings['scheduler']}"
-    return Group(machine, settings["start"], settings["seed"], compared)
 
 
 def group_title(results: Results, group: Group) -> str:
@@ -156,17 +151,17 @@ def group_title(results: Results, group: Group) -> str:
 
 def unranked(configurations: Sequence[Configuration], against: str | None) -> dict[str, str]:
     """Why some configurations of one group cannot be ranked, by id: no figure, or one that is not like the others'."""
-    compared = [at(c, f"accuracy.against_{against}") or {} for c in configurations if is_ok(c)]
-    most = max((side.get("images", 0) for side in compared), default=0)
-    reference = next((side["reference"] for side in compared if "reference" in side), None)
+    sides = {c["id"]: at(c, f"accuracy.against_{against}") or {} for c in configurations}
+    most = max((side["images"] for side in sides.values() if side), default=0)
+    reference = next((side["reference"] for side in sides.values() if "reference" in side), None)
     reasons = {}
     for configuration in configurations:
-        side = at(configuration, f"accuracy.against_{against}")
+        side = sides[configuration["id"]]
         if not is_ok(configuration):
             reason = f"{configuration['status']}: {configuration['reason']}"
         elif latency_ms(configuration) is None:
             reason = "its latency was not measured"
-        elif against and side is None:
+        elif against and not side:
             reason = f"its hole was not measured against the {AGAINST[against]}"
         elif side and side["images"] < most:
             reason = f"measured on {side['images']} of {most} images"

@@ -18,7 +18,7 @@ from ..errors import MachineError, UsageError
 from ..pipeline.inpainter import STARTS, STRENGTH
 from ..pipeline.loop import check_cache_interval
 from ..pipeline.presets import PRESETS, preset_settings
-from ..runtimes import AUTO, RUNTIMES
+from ..runtimes import AUTO
 from ..runtimes.auto import CANDIDATES, select
 from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
@@ -76,23 +76,13 @@ class Choices:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-            "runtime": (self.runtimes, (*RUNTIMES, AUTO)),
-            "scheduler": (self.schedulers, tuple(SCHEDULERS)),
-            "start": (self.starts, STARTS),
-            "preset": (self.presets, tuple(PRESETS)),
-            "device": (self.devices, (*dict.fromkeys(c.device for c in CANDIDATES), AUTO)),
-        }
-        for name, (values, allowed) in known.items():
-            if wrong := [v for v in values if v not in allowed]:
-                raise UsageError(f"unknown {name} {wrong[0]!r}: choose one of {', '.join(allowed)}")
-        for name, numbers, low, high in (
-            ("steps", self.steps, 1, 1000),
-            ("cache interval", self.cache_intervals, 1, 1000),
-            ("seed", (self.seed,), 0, 2**64),
+        for name, values, allowed in (
+            ("scheduler", self.schedulers, SCHEDULERS),
+            ("start", self.starts, STARTS),
+            ("preset", self.presets, PRESETS),
         ):
-            if outside := [n for n in numbers if not low <= n <= high]:
-                raise UsageError(f"{name} is {outside[0]}: give a whole number from {low} to {high}")
+            if unknown := [value for value in values if value not in allowed]:
+                raise UsageError(f"unknown {name} {unknown[0]!r}: choose one of {', '.join(allowed)}")
 
     def settings(self, bundle: Bundle) -> Iterator[dict[str, Any]]:
         """Every combination for ``bundle``, with its own values where none were chosen, then every preset."""
@@ -156,25 +146,17 @@ def configuration(
     except UsageError as error:
         problem = ("gated", str(error))
     identity, label = _title(name, bundle, runtime, device, full)
-    return Configuration(
-        id=identity,
-        label=label,
-        kind=kind,
-        source={"bundle": str(bundle.path), "origin": bundle.source},
-        runtime={"name": runtime, "version": None, "device": device},
-        bundle={
-            "name": bundle.name,
-            "path": str(bundle.path),
-            "precision": bundle.precision,
-            "resolution": bundle.resolution,
-            "denoiser_sha256": bundle.files["denoiser.onnx"]["sha256"],
-            "bytes": sum(record["bytes"] for record in bundle.files.values()),
-            "engine_bytes": None,
-        },
-        settings=full,
-        depends={name: record["sha256"] for name, record in bundle.files.items()},
-        problem=problem,
-    )
+    hashes = {name: record["sha256"] for name, record in bundle.files.items()}
+    facts = {
+        **{key: getattr(bundle, key) for key in ("name", "precision", "resolution")},
+        "path": str(bundle.path),
+        "denoiser_sha256": hashes["denoiser.onnx"],
+        "bytes": sum(record["bytes"] for record in bundle.files.values()),
+        "engine_bytes": None,
+    }
+    source = {"bundle": str(bundle.path), "origin": bundle.source}
+    place = {"name": runtime, "version": None, "device": device}
+    return Configuration(identity, label, kind, source, place, facts, full, hashes, problem)
 
 
 def _title(name: str, bundle: Bundle, runtime: str, device: str, settings: Mapping[str, Any]) -> tuple[str, str]:

@@ -140,7 +140,7 @@ def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> li
 def _drifts(rows: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
     """A line for each configuration that is not equal to its reference."""
     differing = [c for c in rows if any(drift(c))]
-    equal = tables.ranges(sorted(numbers[c["id"]] for c in rows if drift(c) and not any(drift(c))))
+    equal = ", ".join(str(numbers[c["id"]]) for c in rows if drift(c) and not any(drift(c)))
     note = f"Equal to the reference at every step, so not drawn: {equal}." if equal else ""
     lines = dict(zip(_labels(differing, numbers), map(drift, differing), strict=True))
     title = "Difference to the reference's latent"

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import MachineError
 from ..system.jetson import Board
 from ..system.subprocess_job import end
-from .power import Reading
+from .power import Reading, read_number
 
 # Measured at the input: alone the whole. Orin Nano, Orin NX, Xavier NX, TX2; Thor's board; the first Nano.
 INPUTS = ("VDD_IN", "VIN", "POM_5V_IN")
@@ -140,7 +140,7 @@ class Ina3221Source(_Rails):
             raise MachineError("there are no rails under /sys/bus/i2c/drivers/ina3221")
 
     def read(self) -> Reading:
-        rails = {name: _number(v) * _number(a) / 1e6 for name, (v, a) in self._channels.items()}
+        rails = {name: read_number(v) * read_number(a) / 1e6 for name, (v, a) in self._channels.items()}
         return self.reading(rails, self._clocks, None)
 
 
@@ -148,12 +148,3 @@ def _text(path: Path) -> str:
     with suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace").strip()
     return ""
-
-
-def _number(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except OSError as error:
-        raise MachineError(f"{path} cannot be read ({error.strerror or error}): run `sudo chmod +r {path}`") from None
-    except ValueError:
-        raise MachineError(f"{path} holds no number") from None

@@ -138,13 +138,13 @@ class RaplSource:
         self._zones = [z for z in zones if z.name.count(":") == 1 and (z / "energy_uj").exists()]
         if not self._zones:
             raise MachineError(f"this machine offers no energy counter: there is no /{_RAPL}/intel-rapl:0")
-        self._last, self._total = {zone: _number(zone / "energy_uj") for zone in self._zones}, 0
+        self._last, self._total = {zone: read_number(zone / "energy_uj") for zone in self._zones}, 0
 
     def read(self) -> Reading:
         for zone in self._zones:
-            now = _number(zone / "energy_uj")
+            now = read_number(zone / "energy_uj")
             passed = now - self._last[zone]
-            self._total += passed if passed >= 0 else passed + _number(zone / "max_energy_range_uj")
+            self._total += passed if passed >= 0 else passed + read_number(zone / "max_energy_range_uj")
             self._last[zone] = now
         return Reading(None, self._total / 1e6)
 
@@ -152,13 +152,14 @@ class RaplSource:
         """Nothing is held."""
 
 
-def _number(path: Path) -> int:
+def read_number(path: Path) -> int:
+    """The whole number in a file of the kernel; kernels since 2020 let only root read some of them."""
     try:
         return int(path.read_text())
-    except PermissionError:  # kernels since 2020 let only root read them
-        raise MachineError(f"{path} is root's: run `sudo chmod a+r {path}`") from None
-    except (OSError, ValueError) as error:
-        raise MachineError(f"{path} cannot be read ({error})") from None
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read ({error.strerror}): run `sudo chmod a+r {path}`") from None
+    except ValueError:
+        raise MachineError(f"{path} holds no number") from None
 
 
 def open_meter(device: str, root: Path | None = None, period_s: float = PERIOD_S) -> Meter:
@@ -180,17 +181,15 @@ def open_meter(device: str, root: Path | None = None, period_s: float = PERIOD_S
         sources = {"rapl": lambda: RaplSource(root)}
     problems = []
     for name, make in sources.items():
+        source, problem = None, "it tells no power"
         try:
             source = make()
-        except MachineError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        try:
             reading = source.read()
             if reading.watts is not None or reading.joules is not None:
                 return Meter(name, source, period_s=period_s)
-            problems.append(f"{name}: it tells no power")
         except MachineError as error:
-            problems.append(f"{name}: {error}")
-        source.close()
+            problem = str(error)
+        if source is not None:
+            source.close()
+        problems.append(f"{name}: {problem}")
     return Meter(reason="; ".join(problems))

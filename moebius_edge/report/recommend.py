@@ -9,73 +9,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
-from .figures import (
-    AGAINST,
-    REFERENCE,
-    TRUTH,
-    Configuration,
-    Group,
-    Results,
-    against_of,
-    group_title,
-    groups,
-    hole_psnr_db,
-    is_ok,
-    latency_ms,
-    memory_bytes,
-    unranked,
-)
+from . import figures
+from .figures import AGAINST, Configuration, Results, hole_psnr_db, latency_ms, memory_bytes, unranked
 
 TOLERANCE_DB = 1.0
 PERFECT_DB = 40.0
 Limits = Mapping[str, Any]  # as in ``results.json``; the PSNR is the hole's, by ``figures.against_of``
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """What to take in one group.
+class Recommendation(NamedTuple):
+    """What to take in the group of this ``title``: the ``chosen`` configuration, None where none fits.
 
-    Attributes:
-        title: the group's.
-        chosen: the configuration to take, None where none fits.
-        sentences: the recommendation in words; where nothing fits they name the one that misses the limits least.
-        others: (configuration, why it is not the one), in the document's order.
+    Where nothing fits, the ``sentences`` name the one that misses the limits least. ``others`` are pairs of a
+    configuration and why it is not the one, in the document's order.
     """
 
     title: str
     chosen: Configuration | None
     sentences: list[str]
-    others: list[tuple[Configuration, str]] = field(default_factory=list)
+    others: list[tuple[Configuration, str]]
 
 
 def recommend(results: Results) -> list[Recommendation]:
     """One recommendation for each group that samples, in the order of ``figures.groups``."""
-    against = against_of(results)
-    by_group = groups(results, against)
+    against = figures.against_of(results)
     recommendations = []
-    for group, members in by_group.items():
+    for group, members in figures.groups(results, against).items():
         if group.start is not None:
             chosen, sentences, reasons = _choose(members, results["limits"], against)
-            sentences += _best_baseline(by_group.get(Group(group.machine), []), against)
             others = [(c, reasons[c["id"]]) for c in members if c["id"] in reasons]
-            recommendations.append(Recommendation(group_title(results, group), chosen, sentences, others))
+            recommendations.append(Recommendation(figures.group_title(results, group), chosen, sentences, others))
     return recommendations
 
 
 def ranking_note(results: Results) -> str:
     """What a reader must know of the ranking before believing it; empty where nothing."""
-    against = against_of(results)
-    if against == TRUTH and any(group.start == "image" for group in groups(results, None)):
+    against = figures.against_of(results)
+    if against == figures.TRUTH and any(group.start == "image" for group in figures.groups(results, None)):
         return (
             "Start image begins from the original with noise upon it, so its fills keep a trace of what is under the "
             "mask: they compare conversions well, but flatter the quality, and may flatter few steps more than many. "
             "They are never ranked with other starts."
         )
-    if against == REFERENCE:
+    if against == figures.REFERENCE:
         return (
             "Without ground truth only runs with the same settings are ranked together, with or without reuse of deep "
             "features: the reference says how well a conversion or reuse keeps the fill, not how good a fill is."
@@ -85,7 +64,7 @@ def ranking_note(results: Results) -> str:
 
 def basis(results: Results) -> str:
     """The limits, and what accuracy is measured against, in words."""
-    against = against_of(results)
+    against = figures.against_of(results)
     return f"Limits: {limits_text(results['limits'])}. Accuracy: " + (
         f"PSNR of the hole against the {AGAINST[against]}." if against else "not measured."
     )
@@ -93,11 +72,11 @@ def basis(results: Results) -> str:
 
 def standings(results: Results) -> dict[str, str]:
     """By id "recommended", "frontier" or "dominated" for what is ranked within its group, or "baseline"."""
-    against = against_of(results)
+    against = figures.against_of(results)
     standing: dict[str, str] = {}
-    for group, members in groups(results, against).items():
+    for group, members in figures.groups(results, against).items():
         if group.start is None:
-            standing |= {c["id"]: "baseline" for c in members if is_ok(c)}
+            standing |= {c["id"]: "baseline" for c in members if figures.is_ok(c)}
         else:
             out, best = unranked(members, against), frontier_ids(members, against)
             standing |= {c["id"]: "frontier" if c["id"] in best else "dominated" for c in members if c["id"] not in out}
@@ -210,16 +189,6 @@ def _praise(chosen: Configuration, best: Configuration, limits: Limits, against:
         accurate = f"The most accurate, {best['label']}, has {_db(best, against)} and takes {_ms(_latency(best))}"
         sentences.append(f"{accurate}, {times:.1f} times as long.")
     return sentences
-
-
-def _best_baseline(baselines: Sequence[Configuration], against: str | None) -> list[str]:
-    out = unranked(baselines, against)
-    ranked = [c for c in baselines if c["id"] not in out]
-    if against is None or not ranked:
-        return []
-    best = max(ranked, key=lambda c: _psnr(c, against))
-    figures = f"{_db(best, against)} in the hole in {_ms(_latency(best))}"
-    return [f"Beside it, not ranked: the best baseline, {best['label']}, reaches {figures}."]
 
 
 def _figures(configuration: Configuration, against: str | None) -> str:

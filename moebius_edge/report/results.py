@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from ..documents import Count, Flag, JsonObject, Number, first_problem, read_document
+from ..documents import Count, Flag, JsonObject, Number, read_document
 from ..errors import UsageError
 from ..system.files import atomic_write, safe_join
 from ..system.fingerprint import first_difference
@@ -45,14 +45,9 @@ def _object(title: str, fields: Mapping[Any, str], check: Callable[[Any], Any] |
     return create_model(title, __base__=_Fields, __validators__=validators, **types)
 
 
-def _each(kind: Any) -> Any:
-    """A list of ``kind``."""
-    return GenericAlias(list, (kind,))
-
-
-def _by_name(kind: Any) -> Any:
-    """An object of ``kind`` by names."""
-    return GenericAlias(dict, (str, kind))
+def _each(kind: Any, by_name: bool = False) -> Any:
+    """A list of ``kind``, or an object of it by names."""
+    return GenericAlias(dict, (str, kind)) if by_name else GenericAlias(list, (kind,))
 
 
 def _check_configuration(row: Any) -> Any:
@@ -82,13 +77,15 @@ _SETTINGS = _object(
     guidance_interval=tuple[Figure, Figure] | None,
 )
 _STAGE = _object("Stage", {Count: "count", Figure: "first_ms median_ms p95_ms p99_ms iqr_ms"})
-_LATENCY = _object("Latency", {Figure: "load_ms images_per_second", Count: "warmup runs"}, stages=_by_name(_STAGE))
+_LATENCY = _object(
+    "Latency", {Figure: "load_ms images_per_second", Count: "warmup runs"}, stages=_each(_STAGE, by_name=True)
+)
 _SUSTAINED = _object("Sustained", {Figure: "minutes cold_median_ms soaked_median_ms"}, by_minute_ms=_each(Figure))
 _MEMORY = _object("Memory", {Count | None: "peak_host_bytes peak_device_bytes", str | None: "reason"})
 _WORK = _object(
     "Work",
     {Figure | None: "multiplications_per_step share_of_peak", str | None: "reason"},
-    by_class=_by_name(_object("Multiplications", {Figure: "multiplications"})),
+    by_class=_each(_object("Multiplications", {Figure: "multiplications"}), by_name=True),
 )
 _ENERGY = _object(
     "Energy",
@@ -144,7 +141,7 @@ ResultsDocument = _object(
     {str: "created version"},
     _check_document,
     schema_version=Literal[SCHEMA_VERSION],
-    machines=_by_name(_MACHINE),
+    machines=_each(_MACHINE, by_name=True),
     inputs=_each(_INPUT),
     conditions=_object("Conditions", {Count: "seed warmup runs", str | None: "reference"}),
     limits=_object("Limits", {Figure | None: "max_latency_ms min_psnr_db max_memory_bytes"}),
@@ -159,11 +156,9 @@ def load(path: str | os.PathLike[str]) -> Results:
         MachineError: it is missing or cannot be read.
         UsageError: it is no JSON, of another schema version, or a field is missing or wrong; the message names it.
     """
-    file = Path(path)
-    file = file / RESULTS_FILE if file.is_dir() else file
-    remedy = "measure it again with `moebius-edge report`"
-    results: Results = read_document(file, ResultsDocument, UsageError, remedy).model_dump(mode="json")
-    return results
+    file = Path(path, RESULTS_FILE) if Path(path).is_dir() else Path(path)
+    document = read_document(file, ResultsDocument, UsageError, "measure it again with `moebius-edge report`")
+    return dict(document.model_dump(mode="json"))
 
 
 def save(results: Results, folder: str | os.PathLike[str]) -> Path:
@@ -171,7 +166,7 @@ def save(results: Results, folder: str | os.PathLike[str]) -> Path:
     try:
         ResultsDocument.model_validate(results)
     except ValidationError as error:
-        raise ValueError(f"these are no results: {first_problem(error)[1]}") from None
+        raise ValueError(f"these are no results: {error}") from None
     path = Path(folder) / RESULTS_FILE
     with atomic_write(path) as temporary:
         temporary.write_text(json_text(results, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -194,10 +189,8 @@ def merge(documents: Sequence[tuple[str, Results]]) -> Results:
         if not (there["reference"] and here["reference"]):
             del there["reference"], here["reference"]
         if there != here:
-            raise UsageError(
-                f"{first_name} and {name} cannot be compared: {first_difference(there, here)}",
-                "merge reports on the same images, masks, truths, seed, runs and reference",
-            )
+            problem = f"{first_name} and {name} cannot be compared: {first_difference(there, here)}"
+            raise UsageError(problem, "merge reports on the same images, masks, truths, seed, runs and reference")
         _add(merged, copy.deepcopy(document), name)
     merged["created"] = max(document["created"] for _, document in documents)
     return merged
@@ -217,31 +210,28 @@ def _measured_under(results: Results) -> dict[str, Any]:
 
 def _add(merged: Results, document: Results, name: str) -> None:
     """Take over the machines and configurations of ``document`` into ``merged``."""
-    new_machines: dict[str, str] = {}
+    machines: dict[str, str] = {}  # old id -> new id
     for identity, machine in document["machines"].items():
         new, number = identity, 2
         while new in merged["machines"] and merged["machines"][new]["info"] != machine["info"]:
             new, number = f"{identity}-{number}", number + 1
-        new_machines[identity] = new
+        machines[identity] = new
         merged["machines"].setdefault(new, machine)
     taken = {row["id"]: row["machine"] for row in merged["configurations"]}
-    new_ids: dict[str, str] = {}
+    ids: dict[str | None, str] = {}
     for row in document["configurations"]:
-        row["machine"] = new_machines[row["machine"]]
+        row["machine"] = machines[row["machine"]]
         if taken.get(row["id"]) == row["machine"]:
-            raise UsageError(
-                f"{name} holds {row['id']} of machine {row['machine']}, and so does one before it",
-                "merge each measurement once",
-            )
-        new_ids[row["id"]] = f"{row['id']}_{row['machine']}" if row["id"] in taken else row["id"]
+            problem = f"{name} holds {row['id']} of machine {row['machine']}, and so does one before it"
+            raise UsageError(problem, "merge each measurement once")
+        ids[row["id"]] = f"{row['id']}_{row['machine']}" if row["id"] in taken else row["id"]
     for row in document["configurations"]:
-        row["id"] = new_ids[row["id"]]
+        row["id"] = ids[row["id"]]
         if (against := row["accuracy"]["against_reference"]) is not None:
-            against["reference"] = new_ids.get(against["reference"], against["reference"])
+            against["reference"] = ids.get(against["reference"], against["reference"])
     merged["configurations"] += document["configurations"]
     reference = document["conditions"]["reference"]
-    if merged["conditions"]["reference"] is None and reference is not None:
-        merged["conditions"]["reference"] = new_ids.get(reference, reference)
+    merged["conditions"]["reference"] = merged["conditions"]["reference"] or ids.get(reference, reference)
 
 
 def shown_stem(name: str) -> str:
@@ -256,22 +246,20 @@ def copy_pictures(results: Results, sources: Sequence[tuple[Path, Results]], fol
     are missing are left out of ``results``.
     """
     missing: list[str] = []
-    rows = iter(results["configurations"])
-    for source, document in sources:
+    for source, _ in sources:
         for kind in ("inputs", "truth"):
             shared = source / PICTURES_FOLDER / kind
             if shared.is_dir():
                 shutil.copytree(shared, folder / PICTURES_FOLDER / kind, dirs_exist_ok=True)
-        for old in document["configurations"]:
-            row = next(rows)
-            for image, path in old["pictures"].items():
-                target = f"{PICTURES_FOLDER}/{row['id']}/{Path(path).name}"
-                try:
-                    picture = safe_join(source, path)
-                    (folder / target).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(picture, folder / target)
-                    row["pictures"][image] = target
-                except FileNotFoundError:
-                    missing.append(path)
-                    del row["pictures"][image]
+    old_rows = [(source, old) for source, document in sources for old in document["configurations"]]
+    for row, (source, old) in zip(results["configurations"], old_rows, strict=True):
+        for image, path in old["pictures"].items():
+            row["pictures"][image] = f"{PICTURES_FOLDER}/{row['id']}/{Path(path).name}"
+            try:
+                picture = safe_join(source, path)
+                (folder / row["pictures"][image]).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(picture, folder / row["pictures"][image])
+            except FileNotFoundError:
+                missing.append(path)
+                del row["pictures"][image]
     return missing

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
-from .figures import Configuration, Results, against_of, at, drift, groups, is_ok, latency_ms, memory_bytes, stage_ms
+from . import figures
+from .figures import Configuration, Results, at, drift, is_ok, latency_ms
 from .recommend import standings
 
 ABSENT = "\N{EN DASH}"
@@ -73,15 +74,15 @@ def in_order(results: Results) -> list[Configuration]:
     """Group by group, the fastest first, what has no figures last; ``derived`` has figures made from others."""
     standing = standings(results)
     rows = []
-    for number, members in enumerate(groups(results, against_of(results)).values()):
+    for number, members in enumerate(figures.groups(results, figures.against_of(results)).values()):
         for c in sorted(members, key=lambda c: (not is_ok(c), latency_ms(c) or 0.0)):
             steps, cold, soaked = drift(c), *(at(c, f"sustained.{name}_median_ms") for name in ("cold", "soaked"))
             derived = {
                 "group": number,
                 "standing": standing.get(c["id"]) or ("not ranked" if is_ok(c) else c["status"]),
                 "latency_ms": latency_ms(c),
-                "memory_bytes": memory_bytes(c),
-                "stage_ms": stage_ms(c),
+                "memory_bytes": figures.memory_bytes(c),
+                "stage_ms": figures.stage_ms(c),
                 "drift": {"first": steps[0], "largest": max(steps), "last": steps[-1]} if steps else None,
                 "soaked_change": 100 * (soaked / cold - 1) if cold and soaked is not None else None,
                 "throttled": {True: "yes", False: "no"}.get(at(c, "energy.throttled")),
@@ -140,20 +141,9 @@ def _shown(value: Any, digits: int, unit: str) -> str:
 
 def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """What is absent, why, and in which rows; rows that say the same are one entry."""
-    rows: dict[tuple[str, str], list[int]] = {}
+    rows: dict[tuple[str, str], list[str]] = {}
     for configuration in filter(is_ok, results["configurations"]):  # the others have one reason for everything
         for what, path in _REASONS:
             if reason := at(configuration, path):
-                rows.setdefault((what, reason), []).append(numbers[configuration["id"]])
-    return [(what, reason, ranges(numbers)) for (what, reason), numbers in rows.items()]
-
-
-def ranges(rows: Sequence[int]) -> str:
-    """Rising numbers with neighbours put together: 1 to 5, 8, 9."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][-1] + 1:
-            runs[-1].append(row)
-        else:
-            runs.append([row])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+                rows.setdefault((what, reason), []).append(str(numbers[configuration["id"]]))
+    return [(what, reason, ", ".join(places)) for (what, reason), places in rows.items()]

@@ -8,7 +8,6 @@ the seconds, the peak of the memory, and the message. The same seed makes the sa
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -28,31 +27,27 @@ from typing import Any
 
 SECONDS = 60  # of a case; a machine that does other things as well is slow
 BYTES = 2 << 30  # of address space above this process's own
-NUMBERS = (-1, 0, 1, 2, 3, 7, 255, 1000, 65536, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1)
+NUMBERS = (-1, 0, 1, 3, 7, 255, 65536, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1)
 
 
 def change_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Some bytes turned, set, copied, removed, doubled or replaced by a large number."""
-    made = bytearray(data)
-    kind = rng.choice(("flip", "set", "copy", "cut", "double", "zero", "number"))
+    """Some bytes turned, copied, removed, doubled or replaced by a large number."""
+    changed = bytearray(data)
+    kind = rng.choice(("flip", "copy", "cut", "double", "number"))
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        at, length = rng.randrange(len(made)), rng.choice((1, 4, 16, 64, 256))
+        at, length = rng.randrange(len(changed)), rng.choice((1, 4, 16, 64, 256))
         if kind == "flip":
-            made[at] ^= 1 << rng.randrange(8)
-        elif kind == "set":
-            made[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+            changed[at] ^= 1 << rng.randrange(8)
         elif kind == "copy":
-            source = rng.randrange(len(made))
-            made[at : at + length] = made[source : source + length]
+            source = rng.randrange(len(changed))
+            changed[at : at + length] = changed[source : source + length]
         elif kind == "cut":
-            return kind, bytes(made[: at + 1])
+            return kind, bytes(changed[: at + 1])
         elif kind == "double":
-            made[at:at] = made[at : at + length]
-        elif kind == "zero":
-            made[at : at + length] = bytes(len(made[at : at + length]))
+            changed[at:at] = changed[at : at + length]
         else:
-            made[at : at + 1] = rng.choice((b"\xff\xff\xff\xff\x0f", b"\xff" * 8, (1 << 40).to_bytes(8, "little")))
-    return kind, bytes(made)
+            changed[at : at + 1] = rng.choice((b"\xff\xff\xff\xff\x0f", b"\xff" * 8, (1 << 40).to_bytes(8, "little")))
+    return kind, bytes(changed)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------
@@ -61,20 +56,16 @@ def change_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
 def make_checkpoint(folder: Path, seed: int) -> tuple[str, Path]:
     rng = random.Random(seed)
     path = folder / f"{seed}{rng.choice(('.bin', '.pt', '.ckpt', '.safetensors'))}"
-    kind = rng.choice(("zip", "old", "safetensors", "pickle in the zip", "header", "object"))
+    kind = rng.choice(("zip", "old", "safetensors", "archive", "header", "object"))
     if kind == "object":
-        what, content = odd_object(rng)
         import torch
 
+        what, content = odd_object(rng)
         torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
         return f"{kind}: {what}", path
-    original = (
-        folder / f"{ {'pickle in the zip': 'zip', 'header': 'safetensors'}.get(kind, kind) }.weights"
-    ).read_bytes()
-    if kind == "pickle in the zip":
-        what, data = change_archive(original, rng)
-    elif kind == "header":
-        what, data = change_header(original, rng)
+    original = (folder / f"{ {'archive': 'zip', 'header': 'safetensors'}.get(kind, kind) }.weights").read_bytes()
+    if kind in ("archive", "header"):
+        what, data = (change_archive if kind == "archive" else change_header)(original, rng)
     else:  # the first bytes decide more than the weights behind them
         head = rng.choice((200, 4000, 100_000, len(original)))
         what, changed = change_bytes(original[:head], rng)
@@ -84,8 +75,7 @@ def make_checkpoint(folder: Path, seed: int) -> tuple[str, Path]:
 
 
 def change_archive(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A zip archive whose members are right again after a change in its pickle, in its members' sizes or their
-    packing."""
+    """A zip archive whose members are right again after a change in its pickle, in their sizes or packing."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     (name,) = (name for name in members if name.endswith("data.pkl"))
@@ -109,9 +99,7 @@ def change_operation(data: bytes, rng: random.Random) -> bytes:
     parts = [data[a:b] for a, b in zip(places, [*places[1:], len(data)], strict=True)]
     for _ in range(rng.choice((1, 1, 3, 20))):
         number = pickle.dumps(rng.choice(NUMBERS), 2)[2:-1]
-        parts[rng.randrange(1, len(parts))] = rng.choice(
-            (rng.choice(parts), number, number, b"}", b"]", b"R", b"2", b"N")
-        )
+        parts[rng.randrange(1, len(parts))] = rng.choice((rng.choice(parts), number, b"}", b"]", b"R", b"2", b"N"))
     return b"".join(parts)
 
 
@@ -125,7 +113,7 @@ def change_header(data: bytes, rng: random.Random) -> tuple[str, bytes]:
             values = header[name][what]
             values[rng.randrange(len(values))] = rng.choice((*NUMBERS, None, "1", 1.5, [1]))
         elif what == "dtype":
-            header[name]["dtype"] = rng.choice(("F64", "I8", "BOOL", "F8_E4M3", "X", None, 3, []))
+            header[name]["dtype"] = rng.choice(("F64", "I8", "F8_E4M3", "X", None, 3, []))
         elif what == "names":
             header[rng.choice(("x", "\n", "\x1b[31m", "a" * 10_000, "lora_up.weight"))] = header.pop(name)
         else:
@@ -141,11 +129,9 @@ def odd_object(rng: random.Random) -> tuple[str, Any]:
     cycle: dict[str, Any] = {}
     cycle["model"] = cycle
     deep: Any = {"state_dict": {}}
-    for _ in range(rng.choice((10, 300))):
-        deep = {"state_dict": deep}
     bomb: Any = ()
     for _ in range(60):
-        bomb = (bomb, bomb)
+        deep, bomb = {"state_dict": deep}, (bomb, bomb)
     one = torch.ones(1)
     objects = {
         "cycle": cycle,
@@ -159,13 +145,10 @@ def odd_object(rng: random.Random) -> tuple[str, Any]:
         "complex": {"w": torch.ones(2, dtype=torch.complex64)},
         "empty": {"w": torch.empty(0, 1 << 40)},
         "keys": {float("nan"): one, None: one, (1, 2): one, b"x": one, 2**200: one},
-        "long key": {"w" * 1_000_000: one},
-        "no text": {"w\n\x1b[2J": one},
+        "names": {"w" * 1_000_000: one, "w\n\x1b[2J": one},
         "many": {f"w{i}": one for i in range(20_000)},
-        "values": {"w": {1, 2}, "v": frozenset((1,)), "u": 1j, "t": torch.Size((2,)), "s": torch.float32},
-        "list": [one] * 1000,
-        "number": 2**10_000,
-        "nothing": {},
+        "values": {"w": {1, 2}, "u": 1j, "t": torch.Size((2,)), "s": torch.float32},
+        "no dictionary": rng.choice(([one] * 1000, 2**10_000)),
     }
     what = rng.choice(sorted(objects))
     return what, objects[what]
@@ -177,19 +160,17 @@ def prepare_checkpoints(folder: Path) -> Any:
     from golden import golden_state
     from safetensors.torch import save_file
 
+    from moebius_edge.errors import MoebiusError
     from moebius_edge.model import StudentConfig, build_student, load_checkpoint
 
     torch.set_num_threads(1)
-    config = StudentConfig((32, 32), 2, 16, 16, latent_size=8, window=3, layers_per_block=1)
-    student = build_student(config)
+    student = build_student(StudentConfig((32, 32), 2, 16, 16, latent_size=8, window=3, layers_per_block=1))
     state = golden_state(student)
     torch.save(state, folder / "zip.weights")
     torch.save({"state_dict": state}, folder / "old.weights", _use_new_zipfile_serialization=False)
     save_file(state, folder / "safetensors.weights")
 
     def opens(path: Path) -> int:
-        from moebius_edge.errors import MoebiusError
-
         try:
             load_checkpoint(student, path)
         except MoebiusError as error:
@@ -201,21 +182,6 @@ def prepare_checkpoints(folder: Path) -> Any:
 
 
 # --- bundles ---------------------------------------------------------------------------------------------
-
-_OPERATORS = (
-    "Tile",
-    "Expand",
-    "ConstantOfShape",
-    "Range",
-    "Loop",
-    "NonZero",
-    "Exp",
-    "Conv",
-    "Resize",
-    "Pad",
-    "MatMul",
-    "If",
-)
 
 
 def make_bundle(folder: Path, seed: int) -> tuple[str, Path]:
@@ -231,26 +197,28 @@ def make_bundle(folder: Path, seed: int) -> tuple[str, Path]:
 
 
 def change_graph(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A graph with some attributes, sizes, constants, edges, operators or functions replaced, well formed as a
-    message."""
+    """A graph with attributes, sizes, edges, operators or functions replaced, well formed as a message."""
     import onnx
 
     model = onnx.ModelProto.FromString(data)
     nodes = list(model.graph.node)
-    kind = rng.choice(("attribute", "dims", "constant", "edge", "operator", "function", "shape", "many"))
+    operators = ("Tile", "Expand", "ConstantOfShape", "Range", "Loop", "NonZero", "Conv", "Resize", "Pad", "If")
+    kind = rng.choice(("attribute", "dims", "edge", "operator", "function", "shape", "many"))
     for _ in range(rng.choice((1, 1, 3))):
-        if kind == "attribute" and (found := [a for n in nodes for a in n.attribute if a.i or a.ints or a.f]):
-            _change_attribute(rng.choice(found), rng)
+        if kind == "attribute" and (attributes := [a for n in nodes for a in n.attribute if a.i or a.ints]):
+            attribute = rng.choice(attributes)
+            if attribute.ints:
+                attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice(NUMBERS)
+            else:
+                attribute.i = rng.choice(NUMBERS)
         elif kind == "dims" and (tensor := rng.choice(model.graph.initializer)).dims:
             tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(NUMBERS)
-        elif kind == "constant":
-            _change_constant(model, rng)
         elif kind == "edge":
             node = rng.choice([n for n in nodes if n.input])
             names = [name for n in nodes for name in n.output] + [t.name for t in model.graph.initializer]
             node.input[rng.randrange(len(node.input))] = rng.choice(names)
         elif kind == "operator":
-            rng.choice(nodes).op_type = rng.choice(_OPERATORS)
+            rng.choice(nodes).op_type = rng.choice(operators)
         elif kind == "function" and model.functions:
             node = rng.choice(rng.choice(model.functions).node)
             node.op_type, node.domain = rng.choice(("LocalLambda", "InteractiveLambda")), "moebius"
@@ -259,31 +227,8 @@ def change_graph(data: bytes, rng: random.Random) -> tuple[str, bytes]:
             if dims := value.type.tensor_type.shape.dim:
                 dims[rng.randrange(len(dims))].dim_value = rng.choice(NUMBERS)
         elif kind == "many":
-            at = rng.randrange(len(nodes))
-            copies = [nodes[at]] * rng.choice((100, 30_000))
-            model.graph.node.extend(copies)
+            model.graph.node.extend([rng.choice(nodes)] * rng.choice((100, 30_000)))
     return kind, model.SerializeToString()
-
-
-def _change_attribute(attribute: Any, rng: random.Random) -> None:
-    if attribute.ints:
-        attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice(NUMBERS)
-    elif attribute.i:
-        attribute.i = rng.choice(NUMBERS)
-    else:
-        attribute.f = rng.choice((0.0, -1.0, 1e38, float("nan"), 1e-38))
-
-
-def _change_constant(model: Any, rng: random.Random) -> None:
-    from onnx import numpy_helper
-
-    tensors = [t for t in model.graph.initializer if t.raw_data and (t.data_type == 7 or len(t.raw_data) <= 32)]
-    if tensors:
-        tensor = rng.choice(tensors)
-        values = numpy_helper.to_array(tensor).copy().reshape(-1)
-        with contextlib.suppress(OverflowError):
-            values[rng.randrange(values.size)] = rng.choice(NUMBERS)
-        tensor.raw_data = values.tobytes()
 
 
 def prepare_bundles(folder: Path) -> Any:
@@ -328,7 +273,6 @@ def run_case(opens: Any, path: Path) -> dict[str, Any]:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(code)
     os.close(writing)
     said, ended = b"", False
@@ -342,9 +286,8 @@ def run_case(opens: Any, path: Path) -> dict[str, Any]:
     _, status, usage = os.wait4(child, 0)
     text = said.decode(errors="replace")
     outcome: Any = os.waitstatus_to_exitcode(status)
-    outcome = "time" if not ended else "traceback" if "Traceback" in text else outcome
     return {
-        "outcome": outcome,
+        "outcome": "time" if not ended else "traceback" if "Traceback" in text else outcome,
         "seconds": round(time.monotonic() - start, 1),
         "peak_mb": usage.ru_maxrss // 1024,
         "message": (text.strip().splitlines() or [""])[-1][:400],

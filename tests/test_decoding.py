@@ -137,19 +137,15 @@ CODED = {
     "png": ("PNG", "RGB", {}),
     "jpeg": ("JPEG", "RGB", {}),
     "tiff": ("TIFF", "RGB", {}),
-    "tiff, LZW": ("TIFF", "RGB", {"compression": "tiff_lzw"}),
     "tiff, deflate": ("TIFF", "RGB", {"compression": "tiff_adobe_deflate"}),
     "tiff, JPEG": ("TIFF", "RGB", {"compression": "jpeg"}),
     "tiff, PackBits": ("TIFF", "RGB", {"compression": "packbits"}),
     "tiff, fax": ("TIFF", "1", {"compression": "group4"}),
-    "tiff, older fax": ("TIFF", "1", {"compression": "group3"}),
     "webp": ("WEBP", "RGB", {}),
-    "webp, lossless": ("WEBP", "RGB", {"lossless": True}),
     "bmp": ("BMP", "RGB", {}),
     "gif": ("GIF", "P", {}),
     "avif": ("AVIF", "RGB", {}),
     "jpeg 2000": ("JPEG2000", "RGB", {"irreversible": True, "quality_layers": [20]}),
-    "jpeg 2000, tiled": ("JPEG2000", "RGB", {"tile_size": (64, 64)}),
 }
 
 
@@ -198,19 +194,11 @@ def test_a_black_interlaced_png_is_whole(tmp_path: Path, size: tuple[int, int]) 
     """The bytes of its seven passes are counted from the pattern of the specification, 8x8 pixels."""
     pattern = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
     passes = np.array([[int(pattern[y % 8][x % 8]) for x in range(size[0])] for y in range(size[1])])
-    length = 0
-    for number in range(1, 8):
-        rows = (passes == number).sum(1)
-        length += sum(1 + 3 * int(count) for count in rows if count)
-    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 1)
-
-    def png(pixels: bytes) -> bytes:
-        parts = [(b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
-        return PNG_SIGNATURE + b"".join(png_chunk(*part) for part in parts)
-
-    assert read(tmp_path, png(bytes(length))).size == size
+    rows = [(passes == number).sum(1) for number in range(1, 8)]
+    length = sum(1 + 3 * int(count) for counts in rows for count in counts if count)
+    assert read(tmp_path, png_of(*size, pixels=zlib.compress(bytes(length)), interlaced=1)).size == size
     with pytest.raises(UsageError, match="truncated"):
-        read(tmp_path, png(bytes(length - 1)))
+        read(tmp_path, png_of(*size, pixels=zlib.compress(bytes(length - 1)), interlaced=1))
 
 
 def test_other_damage_is_left_out_with_a_note(tmp_path: Path) -> None:
@@ -245,8 +233,8 @@ def test_cmyk_with_a_profile_of_another_kind(tmp_path: Path, profile: bytes) -> 
 # Files that ask for too much
 
 
-def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bytes = b"", colour_type: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+def png_of(width: int, height: int, *chunks: tuple[bytes, bytes], pixels: bytes = b"", interlaced: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
     return PNG_SIGNATURE + b"".join(png_chunk(*part) for part in parts)
 
@@ -300,37 +288,17 @@ def tiff_of(tags: dict, data: bytes = b"", directories: int = 1) -> bytes:
     return bytes(contents)
 
 
-def many_tags() -> bytes:
-    """A directory of 65535 tags, each a megabyte, and all of them the same megabyte."""
-    entries = b"".join(struct.pack("<HHII", tag, 1, 1 << 20, 8) for tag in range(65535))
-    return b"II*\0" + struct.pack("<I", 8 + (1 << 20)) + bytes(1 << 20) + struct.pack("<H", 65535) + entries + bytes(4)
-
-
-def jpeg_scans(scans: int, side: int, arithmetic: bool = False) -> bytes:
+def jpeg_scans(scans: int, side: int) -> bytes:
     """A progressive JPEG whose last scan comes again and again."""
     data = encoded(flat(side, side, "L"), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + data[-2:]
 
 
-def gif_of(width: int, height: int, *blocks: bytes) -> bytes:
-    data = encoded(flat(8, 8, "L"), "GIF")
-    start = data.index(b",")
-    return data[:6] + struct.pack("<HH", width, height) + data[10:start] + b"".join(blocks) + data[start:]
-
-
 def gif_frames(frames: int) -> bytes:
     data = encoded(flat(1, 1, "L"), "GIF")
     start = data.index(b",")
     return data[:start] + data[start:-1] * frames + b";"
-
-
-def bmp_runs(side: int) -> bytes:
-    """Run lengths of one pixel each."""
-    pixels = (b"\1\7" * side + b"\0\0") * side + b"\0\1"
-    palette = bytes(1024)
-    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(pixels), 0, 0, 256, 0)
-    return b"BM" + struct.pack("<IHHI", 54 + 1024 + len(pixels), 0, 0, 54 + 1024) + header + palette + pixels
 
 
 def jp2_size(width: int, height: int, tile: int) -> bytes:
@@ -347,15 +315,9 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "png: pixels of a gigabyte": lambda: png_of(1, 1, pixels=bomb(1 << 30)),
     "png: EXIF as text of a gigabyte": lambda: small_png((b"zTXt", b"Raw profile type exif\0\0" + bomb(1 << 30))),
     "png: a thousand long profiles": lambda: small_png(*[(b"iCCP", b"x\0\0" + bomb(32 << 20))] * 1000),
-    "png: ten thousand EXIF texts": lambda: small_png(
-        *[(b"zTXt", b"Raw profile type exif\0\0" + bomb(1 << 20))] * 10_000
-    ),
-    "png: a thousand damaged chunks": lambda: small_png(*[(b"gAMA", b"")] * 1000),
-    "png: no pixels": lambda: png_of(15_000, 15_000, pixels=zlib.compress(b"")),
     "png: half of the pixels": lambda: png_of(15_000, 15_000, pixels=bomb(15_000 * 15_000 * 3 // 2)),
     "png: black": lambda: png_of(15_000, 15_000, pixels=bomb(15_001 * 15_001 * 3 + (1 << 20))),
     "tiff: a hundred thousand directories": lambda: tiff_of({}, directories=100_000),
-    "tiff: a megabyte in each of 65535 tags": many_tags,
     "tiff: a tile of 65535x65535": lambda: tiff_of(
         {322: longs(65535), 323: longs(65535), 324: longs(8), 325: longs(64)}
     ),
@@ -364,43 +326,20 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
         {256: longs(999), 257: longs(99_999), 278: longs(1), 273: longs(*[8] * 99_999), 279: longs(*[999] * 99_999)},
         bytes(999),
     ),
-    "tiff: a strip of a gigabyte": lambda: tiff_of(
-        {259: shorts(8), 273: longs(72), 279: longs(1 << 20)}, bomb(1 << 30)
-    ),
-    "tiff: damaged fax rows": lambda: tiff_of(
-        {
-            256: longs(9),
-            257: longs(900_000),
-            258: shorts(1),
-            259: shorts(4),
-            273: longs(72),
-            278: longs(900_000),
-            279: longs(300_000),
-        },
-        b"\x5a\x01\x33" * 100_000,
-    ),  # fmt: skip
     "tiff: a JPEG of a thousand scans": lambda: tiff_of(
         {256: longs(3000), 257: longs(3000), 259: shorts(7), 273: longs(72), 278: longs(3000), 279: longs(1 << 28)},
         jpeg_scans(1000, 3000),
     ),
-    "tiff: an EXIF directory in itself": lambda: tiff_of({34665: longs(72 + 4)}, b"\1\0" + bytes(100)),
     "jpeg: two thousand scans": lambda: jpeg_scans(2000, 2000),
     "jpeg: twenty large scans": lambda: jpeg_scans(10, 15_000),
-    "jpeg: two thousand small scans": lambda: jpeg_scans(2000, 1000),
     "jpeg: a million segments": lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * 1_000_001 + encoded(flat(8, 8), "JPEG")[2:],
     "jpeg: marker bytes alone": lambda: encoded(flat(8, 8), "JPEG")[:-2] + b"\xff" * (50 << 20),
     "jpeg: a size without data": lambda: encoded(flat(8, 8), "JPEG").replace(b"\0\x08\0\x08\3", b"\x3a\x98\x3a\x98\3"),
-    "gif: a comment of twenty million blocks": lambda: gif_of(8, 8, b"!\xfe" + b"\1 " * 20_000_000 + b"\0"),
-    "gif: a comment of a million bytes in blocks": lambda: gif_of(8, 8, b"!\xfe" + b"\1 " * 900_000 + b"\0"),
     "gif: half a million frames": lambda: gif_frames(500_000),
-    "gif: a large screen": lambda: gif_of(15_000, 15_000),
-    "bmp: run lengths": lambda: bmp_runs(3000),
-    "webp: flat": lambda: encoded(flat(16_000, 15_000), "WEBP", lossless=True, quality=0, method=0),
     "webp: flat, at the limit": lambda: encoded(flat(8000, 8700), "WEBP", lossless=True, quality=0, method=0),
     "avif: flat": lambda: encoded(flat(8300, 8300), "AVIF", speed=10),
     "jpeg 2000: a large size": lambda: jp2_size(7700, 7700, 7700),
     "jpeg 2000: small tiles": lambda: jp2_size(7700, 7700, 33),
-    "jpeg 2000: tiny tiles": lambda: jp2_size(7700, 7700, 1),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from mutations import share
 
 WORKER = Path(__file__).with_name("hostile_worker.py")
-COUNT = share(100)
+COUNT = share(60)
 PEAK_MB = {"checkpoint": 1500, "bundle": 2500}  # PyTorch, or ONNX Runtime, is in it
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moebius_edge.errors import MoebiusError, UsageError
-from moebius_edge.imaging.mask_files import MaskFile, check_source, read_hole, read_mask
-from moebius_edge.imaging.pictures import Picture, read_picture
+from moebius_edge.errors import UsageError
+from moebius_edge.imaging.mask_files import MaskFile, read_hole, read_mask
+from moebius_edge.imaging.pictures import Picture
 
 HOLE = np.zeros((21, 34), bool)
 HOLE[4:12, 5:20] = True
@@ -67,11 +67,10 @@ def test_an_antialiased_edge_moves_by_less_than_a_pixel(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m.png").hole, np.hypot(x, y) < 20)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("value", [1, 2, 37, 255, 300, 40000])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(np.uint8, 1), (np.uint8, 37), (np.uint8, 255), (np.uint16, 2), (np.uint16, 300)]
+)
 def test_one_value_besides_zero_fills_whatever_it_is(tmp_path: Path, dtype: type, value: int) -> None:
-    if value > np.iinfo(dtype).max:
-        pytest.skip("more than the type holds")
     hole, notes = read(save(tmp_path / "m.png", HOLE * dtype(value)))
     np.testing.assert_array_equal(hole, HOLE)
     note = f"mask {tmp_path}/m.png has the values 0 and {value}: the brighter is filled"
@@ -105,11 +104,6 @@ def test_a_mask_that_is_mostly_white_names_the_option(tmp_path: Path) -> None:
     assert read(path, invert=True).notes == ()
     save(path, HOLE * np.uint8(255))
     assert read(path, invert=True).notes == (f"{says}leave out --invert-mask if white marks the hole",)
-
-
-def test_errors_of_masks_are_those_of_pictures(tmp_path: Path) -> None:
-    with pytest.raises(MoebiusError, match="there is no picture"):
-        read(tmp_path / "gone.png", (1, 1))
 
 
 # Masks of every kind, drawn by seed
@@ -158,8 +152,7 @@ def on_layer(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def palette_labels(rng: Generator, hole: np.ndarray) -> Image.Image:
     label = int(rng.integers(1, 256))
-    image = Image.fromarray(hole.astype(np.uint8) * np.uint8(label)).convert("P")
-    image.putdata((hole * label).ravel().tolist())
+    image = Image.fromarray(hole * np.uint8(label), "P")
     image.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
     return image
 
@@ -183,34 +176,30 @@ OPAQUE = ("white", "translucent white", "white in colour mode", "white on blue")
 COLOURED = tuple(f"colour on {background}" for background in ("black", "grey", "white"))
 
 
-@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("kind", [*OPAQUE, *COLOURED])
-def test_strokes_on_an_opaque_background(tmp_path: Path, kind: str, suffix: str, seed: int) -> None:
-    rng = np.random.default_rng([seed, len(kind), len(suffix)])
-    cover, hole = brush(rng)
-    path = tmp_path / f"m.{suffix}"
-    options = {} if suffix == "png" else {"quality": int(rng.integers(60, 96))}  # and chroma at half the size
-    save(path, opaque(rng, kind, cover), **options)
-    found, notes = read(path)
-    # Chroma of half the size blurs the edges of faint colours by a pixel or two, of strokes 10 pixels wide and more.
-    least = 0.9 if suffix == "jpg" and kind in COLOURED else 0.95
-    assert overlap(found, hole) >= least
-    if kind in COLOURED:
-        assert "strokes are filled" in notes[-1]
+def test_strokes_on_an_opaque_background(tmp_path: Path, kind: str, suffix: str) -> None:
+    for seed in range(6):
+        rng = np.random.default_rng([seed, len(kind), len(suffix)])
+        cover, hole = brush(rng)
+        options = {} if suffix == "png" else {"quality": int(rng.integers(60, 96))}  # and chroma at half the size
+        marked, notes = read(save(tmp_path / f"m.{suffix}", opaque(rng, kind, cover), **options))
+        # Chroma of half the size blurs the edges of faint colours by a pixel or two, of strokes from 10 pixels on.
+        assert overlap(marked, hole) >= (0.9 if suffix == "jpg" and kind in COLOURED else 0.95), seed
+        assert kind not in COLOURED or "strokes are filled" in notes[-1]
 
 
-@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
-def test_strokes_on_a_transparent_layer(tmp_path: Path, suffix: str, seed: int) -> None:
-    rng = np.random.default_rng([seed, 1])
-    cover, hole = brush(rng)
-    colour = strong_colour(rng) if seed % 3 else np.full(3, rng.integers(256))
-    options = {"lossless": True} if suffix == "webp" else {}
-    path = save(tmp_path / f"m.{suffix}", on_layer(colour, cover * rng.uniform(0.3, 1)), **options)
-    found, notes = read(path)
-    assert overlap(found, hole) >= 0.95
-    assert notes == (f"mask {path} has a transparent background: what is painted on it is filled",)
+def test_strokes_on_a_transparent_layer(tmp_path: Path, suffix: str) -> None:
+    for seed in range(10):
+        rng = np.random.default_rng([seed, 1])
+        cover, hole = brush(rng)
+        colour = strong_colour(rng) if seed % 3 else np.full(3, rng.integers(256))
+        options = {"lossless": True} if suffix == "webp" else {}
+        path = save(tmp_path / f"m.{suffix}", on_layer(colour, cover * rng.uniform(0.3, 1)), **options)
+        marked, notes = read(path)
+        assert overlap(marked, hole) >= 0.95, seed
+        assert notes == (f"mask {path} has a transparent background: what is painted on it is filled",)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -253,8 +242,7 @@ def test_strokes_reduced_to_a_palette(tmp_path: Path, seed: int) -> None:
 
 
 def test_palette_indices_tell_apart_what_its_colours_do_not(tmp_path: Path) -> None:
-    image = Image.fromarray(HOLE.astype(np.uint8)).convert("P")
-    image.putdata(HOLE.astype(int).ravel().tolist())
+    image = Image.fromarray(HOLE.astype(np.uint8), "P")
     image.putpalette([0, 0, 0] * 256)
     image.save(tmp_path / "m.png")
     hole, notes = read(tmp_path / "m.png")
@@ -262,18 +250,14 @@ def test_palette_indices_tell_apart_what_its_colours_do_not(tmp_path: Path) -> N
     assert notes == (f"mask {tmp_path}/m.png tells its parts apart by palette index: 1 is filled",)
 
 
-@pytest.mark.parametrize("channels", [2, 4])
-def test_alpha_of_zero_and_one(tmp_path: Path, channels: int) -> None:
-    layer = np.zeros((21, 34, channels), np.uint8)
-    layer[..., -1] = HOLE
-    np.testing.assert_array_equal(read(save(tmp_path / "m.png", layer)).hole, HOLE)
-
-
+@pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("value", [1, 255])
-def test_grey_in_colour_modes(tmp_path: Path, value: int) -> None:
-    for channels in (3, 4):
-        array = np.dstack([HOLE * np.uint8(value)] * 3 + [np.full_like(HOLE, 255, np.uint8)] * (channels - 3))
-        np.testing.assert_array_equal(read(save(tmp_path / "m.png", array)).hole, HOLE)
+def test_grey_or_alpha_of_two_values_in_any_mode(tmp_path: Path, channels: int, value: int) -> None:
+    grey = np.dstack(
+        [HOLE * np.uint8(value)] * min(3, channels) + [np.full_like(HOLE, 255, np.uint8)] * (channels // 4)
+    )
+    layer = np.dstack([np.zeros((*HOLE.shape, channels - 1), np.uint8), HOLE * np.uint8(value)])
+    np.testing.assert_array_equal(read(save(tmp_path / "m.png", layer if channels == 2 else grey)).hole, HOLE)
 
 
 def test_black_and_white_on_a_transparent_layer(tmp_path: Path) -> None:
@@ -355,16 +339,15 @@ def test_what_is_not_certain_is_refused(tmp_path: Path, array: np.ndarray, messa
     assert "\n" not in str(refusal.value) and str(refusal.value).endswith("save the hole as white on black")
 
 
-@pytest.mark.parametrize("quality", [60, 80, 95])
-@pytest.mark.parametrize("array", [PHOTOGRAPH, PHOTOGRAPH[::2, ::2], PHOTOGRAPH[100:250, 200:400], scribbled()])
-def test_photographs_are_recognised_as_jpeg_too(tmp_path: Path, array: np.ndarray, quality: int) -> None:
-    with pytest.raises(UsageError, match=SWAPPED):
-        read(save(tmp_path / "m.jpg", array, quality=quality))
+@pytest.mark.parametrize("quality", [60, 95])
+def test_photographs_are_recognised_as_jpeg_too(tmp_path: Path, quality: int) -> None:
+    for array in (PHOTOGRAPH, PHOTOGRAPH[::2, ::2], PHOTOGRAPH[100:250, 200:400], scribbled()):
+        with pytest.raises(UsageError, match=SWAPPED):
+            read(save(tmp_path / "m.jpg", array, quality=quality))
 
 
 def test_several_labels_of_a_palette_are_listed(tmp_path: Path) -> None:
-    image = Image.fromarray(labelled(1, 7, 200)).convert("P")
-    image.putdata(labelled(1, 7, 200).ravel().tolist())
+    image = Image.fromarray(labelled(1, 7, 200), "P")
     image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
     image.save(tmp_path / "m.png")
     message = r"has 3 palette labels besides 0, 1 \(15%\), 7 \(15%\) and 200 \(15%\): fill one with --mask-from index:N"
@@ -413,12 +396,6 @@ def test_what_the_file_does_not_have_is_named(tmp_path: Path, source: str, messa
         read(save(tmp_path / "m.png", TWO_COLOURS), source=source)
 
 
-def test_sources_are_checked_without_a_file() -> None:
-    assert check_source("index:12") == "index:12"
-    with pytest.raises(UsageError, match="is unknown"):
-        check_source("index:1.5")
-
-
 # Sizes and orientations
 
 
@@ -458,40 +435,22 @@ def test_a_mask_of_the_stored_picture_is_turned_with_it(tmp_path: Path, kind: st
         read(tmp_path / "upright.png", (34, 21), orientation)  # it says itself how it stands
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp", "deep.png"])
-def test_pictures_know_their_orientation(tmp_path: Path, name: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    mask = save(tmp_path / "m.png", HOLE * np.uint8(255))
-    dtype = np.uint16 if name == "deep.png" else np.uint8
-    picture = read_picture(save(tmp_path / name, np.zeros(HOLE.shape, dtype), exif=exif))
-    np.testing.assert_array_equal(read_mask(mask, picture).hole, np.rot90(HOLE))
-
-
 # Anything at all
 
 
 def odd_contents() -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Samples of any kind, with palette indices or without."""
-    rng = np.random.default_rng(0)
-    contents = []
-    shapes = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 3), (40, 50)]
+    rng, contents = np.random.default_rng(0), []
+    shapes = [(1, 1), (1, 7), (7, 1), (2, 2), (40, 50)]
     for shape, channels, dtype in itertools.product(shapes, (1, 3), (np.uint8, np.uint16)):
         top = np.iinfo(dtype).max
-        for pixels in (
-            np.zeros((*shape, channels), dtype),
-            np.full((*shape, channels), top, dtype),
-            np.full((*shape, channels), top // 3, dtype),
-            rng.integers(0, top, (*shape, channels), dtype, endpoint=True),
-            rng.integers(0, 2, (*shape, channels), dtype) * dtype(top),
-            rng.integers(0, 3, (*shape, channels), dtype),
-            np.full((*shape, channels), rng.integers(0, top, channels), dtype),
-        ):
-            for alpha in (None, 0, top, top // 2, rng.integers(0, top, shape, dtype, endpoint=True)):
-                full = alpha if alpha is None or isinstance(alpha, np.ndarray) else np.full(shape, alpha, dtype)
-                contents.append((pixels if full is None else np.dstack([pixels, full]), None))
+        size, noise = (*shape, channels), rng.integers(0, top, (*shape, channels), dtype, endpoint=True)
+        flat = [np.full(size, value, dtype) for value in (0, top // 3, top)]
+        few = [rng.integers(0, 2, size, dtype) * dtype(top), rng.integers(0, 3, size, dtype)]
+        for pixels in (*flat, *few, noise, np.full(size, rng.integers(0, top, channels), dtype)):
+            alphas = [np.full(shape, value, dtype) for value in (0, top // 2, top)] + [noise[..., 0]]
+            contents += [(pixels, None), *((np.dstack([pixels, alpha]), None) for alpha in alphas)]
         indices = rng.integers(0, 256, shape, np.uint8)
-        contents.append((rng.integers(0, 256, (*shape, 3), np.uint8), indices))
         contents.append((rng.integers(0, 256, (256, 3), np.uint8)[indices], indices))
         contents.append((np.zeros((*shape, 3), np.uint8), indices % 2))
     return contents
@@ -509,7 +468,7 @@ def test_odd_contents_are_a_mask_or_one_line(source: str | None) -> None:
         else:
             assert hole.dtype == np.bool_ and hole.shape == samples.shape[:2] and "nan" not in note
             results["mask"] += 1
-            pixels, alpha = np.split(samples, [samples.shape[2] // 2 * 2 - 1 if samples.shape[2] % 2 == 0 else samples.shape[2]], 2)
-            something = pixels.max() > 16 and alpha.max(initial=17 if alpha.size == 0 else 0) > 16
+            pixels = samples[..., : 1 if samples.shape[2] < 3 else 3]
+            something = pixels.max() > 16 and (samples.shape[2] in (1, 3) or samples[..., -1].max() > 16)
             assert source is not None or hole.any() or not something
     assert results["mask"] > 0 and (results["refused"] > 0 or source in ("luma", "green"))

@@ -6,12 +6,14 @@ import itertools
 import math
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from moebius_edge.imaging.classical import navier_stokes, telea
 from moebius_edge.imaging.masks import distance_outside
 from moebius_edge.imaging.pictures import Picture, read_picture, write_picture
 from moebius_edge.imaging.stitching import Filling, match_colours, seam
@@ -94,15 +96,10 @@ def test_only_the_thick_part_of_a_hole_is_scaled_down() -> None:
     assert {w.side for w in others} == {R}
 
 
-def test_a_thick_band_is_covered_by_windows_of_twice_its_thickness() -> None:
+def test_a_thick_band_and_a_frame_round_the_picture() -> None:
     windows = plan_windows(boxes(600, 3000, (200, 0, 100, 3000)), R)
-    assert all(190 <= w.side <= 220 for w in windows) and 15 <= len(windows) <= 25
-
-
-def test_a_frame_round_the_picture_is_walked_at_its_own_scale() -> None:
-    mask = np.ones((400, 500), bool)
-    mask[6:-6, 6:-6] = False
-    windows = plan_windows(mask, R)
+    assert all(190 <= w.side <= 220 for w in windows) and 15 <= len(windows) <= 25, "twice as large as it is thick"
+    windows = plan_windows(frame(400, 500), R)
     assert {w.side for w in windows} == {R} and len(windows) <= 2 * 900 / (0.75 * R) + 4
 
 
@@ -113,7 +110,7 @@ def test_near_specks_share_a_window_and_distant_ones_do_not() -> None:
     assert together.fills == (100, 100, 115, 145) and together.side == R
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_planned_windows_keep_their_promises(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 700, 2)
@@ -122,10 +119,8 @@ def test_planned_windows_keep_their_promises(seed: int) -> None:
     for w in plan_windows(mask, R):
         assert w.side >= R
         for start, length in ((w.top, height), (w.left, width)):
-            if w.side <= length:
-                assert 0 <= start <= length - w.side
-            else:
-                assert start <= 0 and start + w.side >= length
+            outside = max(0, -start) + max(0, start + w.side - length)
+            assert outside == max(0, w.side - length), "no more of it lies outside of the picture than must"
         top, left, bottom, right = w.fills
         assert max(0, w.top) <= top < bottom <= min(height, w.top + w.side)
         assert max(0, w.left) <= left < right <= min(width, w.left + w.side)
@@ -163,14 +158,6 @@ def test_a_panorama_takes_little_more_memory_than_its_picture() -> None:
         tracemalloc.stop()
     assert len(filling.windows) <= 110
     assert peak < 1.5 * (picture.nbytes + mask.nbytes) + 50e6, "a copy of the picture and one of the mask"
-
-
-def test_windows_overlap_where_they_share_a_pixel() -> None:
-    window = Window(0, 0, 10, (0, 0, 1, 1))
-    for top, left, side, shares in [(9, 9, 5, True), (10, 0, 5, False), (0, 10, 50, False), (-4, -4, 5, True),
-                                    (-5, 0, 5, False), (3, 3, 2, True), (-9, -9, 90, True)]:  # fmt: skip
-        other = Window(top, left, side, (0, 0, 1, 1))
-        assert window.overlaps(other) == other.overlaps(window) == shares
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -245,11 +232,6 @@ def test_the_seam_is_a_quarter_as_wide_as_the_hole_is_thick_at_that_place() -> N
     assert np.abs(np.diff(alpha[68])).max() < 0.4, "and it goes from one to the other without a step"
 
 
-def test_a_hole_over_all_of_the_picture_has_no_seam() -> None:
-    whole = np.ones((30, 40), bool)
-    assert (seam(whole, 4, whole) == 1).all()
-
-
 def test_the_seam_of_a_part_takes_its_width_from_the_whole_hole() -> None:
     mask = boxes(100, 100, (30, 10, 40, 80))
     sliver = mask.copy()
@@ -287,7 +269,10 @@ def frame(height: int, width: int) -> np.ndarray:
 
 
 THIN = {
-    **{f"wire of {t} px at {d} degrees": line(700, 1100, t, d) for t in (2, 3, 5, 7, 12) for d in (0, 17, 45, 90, 121)},
+    **{
+        f"wire of {t} px at {d} degrees": line(700, 1100, t, d)
+        for t, d in ((2, 0), (3, 17), (5, 45), (7, 90), (12, 121))
+    },
     "80 specks": specks(700, 1100, 80),
     "a text line": text(700, 1100),
     "a frame": frame(700, 1100),
@@ -317,7 +302,7 @@ def test_a_thin_mask_changes_little_outside_of_it_and_keeps_the_pictures_sharpne
     assert len(white.windows) <= 4 + min(80, 4 * mask.sum() / (resolution * 2) + mask.size / inner)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_beyond_the_seam_every_byte_is_kept_through_png(tmp_path: Path, seed: int) -> None:
     """Random sizes, masks, depths and channels; what comes back from the file, compared bit for bit."""
     rng = np.random.default_rng(seed)
@@ -347,13 +332,12 @@ def test_what_was_made_is_pasted_and_blended_by_the_seam() -> None:
     mask = boxes(200, 220, (90, 100, 16, 12))
     filling = Filling(original, mask, R, 9, match=False)
     (window,) = filling.windows
-    made = rng.random((R, R, 3), np.float32)
-    filling.paste(window, made)
-    canvas = filling.canvas
+    generated = rng.random((R, R, 3), np.float32)
+    filling.paste(window, generated)
     full = np.zeros(original.shape)
-    full[window.top : window.top + R, window.left : window.left + R] = made * 65535.0
+    full[window.top : window.top + R, window.left : window.left + R] = generated * 65535.0
     alpha = seam(mask, 9)[..., None].astype(float)
-    np.testing.assert_allclose(canvas, alpha * full + (1 - alpha) * original, atol=0.6)
+    np.testing.assert_allclose(filling.canvas, alpha * full + (1 - alpha) * original, atol=0.6)
 
 
 def test_pasting_back_what_was_seen_changes_nothing() -> None:
@@ -394,11 +378,6 @@ def test_the_seam_never_reaches_the_edge_of_its_window() -> None:
     assert np.abs(np.diff(row)).max() < 45 and row[window.left] == 0 and row[200] == 255
 
 
-def test_room_ignores_edges_of_the_picture() -> None:
-    assert Window(0, 0, R, (0, 0, 20, 30)).room(200, 200) == R - 30
-    assert Window(-10, -10, R, (0, 0, 44, 44)).room(44, 44) == R  # no inner edge at all
-
-
 @pytest.mark.parametrize(("size", "widest"), [(10, 4), (120, 7), (200, 12)])
 def test_the_widest_seam_grows_with_the_window(size: int, widest: int) -> None:
     filling = Filling(np.zeros((500, 500, 3), np.uint8), boxes(500, 500, (100, 100, size, size)), 128)
@@ -426,3 +405,19 @@ def test_prefill_changes_only_the_hole_and_takes_its_surroundings() -> None:
     assert np.abs(filled[hole] - 0.605).max() < 0.02
     assert (prefill(image, np.ones((R, R), bool)) == 0.5).all()
     np.testing.assert_array_equal(prefill(image, np.zeros((R, R), bool)), image)
+
+
+@pytest.mark.parametrize("fill", [telea, navier_stokes])
+def test_classical_fills_continue_a_flat_image_and_never_see_the_hole(fill: Callable[..., np.ndarray]) -> None:
+    """OpenCV 5.0's Telea errs here by up to 4, and by 0.94 on average, whatever lies in the hole."""
+    mask, fills = boxes(64, 64, (20, 20, 24, 24)), []
+    for hidden in (0, 255):
+        image = np.full((64, 64, 3), 77, np.uint8)
+        image[mask] = hidden
+        fills.append(fill(image, mask).astype(int))
+        assert (fills[-1][~mask] == 77).all() and (image[mask] == hidden).all()
+    assert np.array_equal(fills[0], fills[1])
+    assert np.abs(fills[0] - 77).max() <= 4 and abs(fills[0][mask].mean() - 77) <= 1
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64, 1), np.uint8)
+    assert fill(grey, mask).shape == (64, 64, 1)
+    assert not np.array_equal(telea(grey, mask), navier_stokes(grey, mask))

@@ -150,7 +150,7 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, s
         except MoebiusError:
             raise
         except UnidentifiedImageError:
-            raise UsageError(f"the header of {form} picture {path} is damaged: copy it again") from None
+            raise UsageError(f"{form} picture {path} is truncated, or its header is damaged: copy it again") from None
         except TooLarge as error:
             raise UsageError(f"picture {path} is {error}; scale it down or cut it first") from None
         except Unreadable as error:

@@ -30,7 +30,7 @@ class FirstPicture:
         several: the file holds further pictures (frames or pages).
         transparent_colour: body of a PNG's tRNS chunk.
         icc, png_colour: as of ``Metadata``; the profile unchecked.
-        exif: the EXIF block of a PNG.
+        exif: the EXIF block of a PNG or JPEG.
         xmp: the file has XMP or IPTC metadata, which are not kept.
         notes: what was left out, each the end of a sentence that begins with the file's name.
     """

@@ -18,7 +18,7 @@ END = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _APP0, _APP15, _COMMENT, _SCAN, _EOI = 0xE0, 0xEF, 0xFE, 0xDA, 0xD9
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_LEFT_TO_PILLOW = (b"JFIF\0", b"Adobe", b"ICC_PROFILE\0", b"Exif\0\0")
+_LEFT_TO_PILLOW = (b"JFIF\0", b"Adobe", b"ICC_PROFILE\0")
 _MAX_BYTES = 1 << 29  # of a file
 _MAX_PIXELS_IN_SCANS = 140_000_000  # of several scans all numbers are kept in memory
 
@@ -33,15 +33,15 @@ def first_jpeg(stream: BinaryIO) -> FirstPicture:
     picture = FirstPicture(io.BytesIO(), ended=False)
     picture.file.write(data[:2])
     width = height = scans = coded_bytes = 0
-    has_exif = False  # of several blocks the first counts
     coefficients: set[tuple[int, int]] = set()  # (component, number) of those that lack digits
     for code, segment, coded in _segments(data):
         body = bytes(segment[4:])
         if _APP0 <= code <= _APP15 or code == _COMMENT:
             picture.xmp |= code == 0xED or body.startswith(b"http://ns.adobe.com/")
-            if not body.startswith(_LEFT_TO_PILLOW) or (has_exif and body.startswith(b"Exif")):
+            if body.startswith(b"Exif\0\0"):
+                picture.exif = picture.exif or body  # of several blocks the first counts
+            if not body.startswith(_LEFT_TO_PILLOW):
                 continue
-            has_exif |= body.startswith(b"Exif")
         elif code in _FRAMES:
             if len(body) < 6 or len(body) < 6 + 3 * body[5]:
                 raise Unreadable("its header is damaged")

@@ -57,7 +57,7 @@ def check_tiff(first: FirstPicture, image: TiffImageFile) -> None:
     compression = tags.get(_COMPRESSION, _RAW)
     # Some of libtiff's decoders make up what is missing; of raw samples Pillow itself tells that they are cut off.
     parts = [(p, n) for p, n in zip(places, sizes, strict=False) if compression == _RAW or p + n <= length]
-    if len(parts) < count and not (count == len(places) == 1):
+    if len(parts) < count and (sizes or count > 1):
         raise Unreadable(f"it is truncated: {len(parts)} of {count} strips or tiles are there")
     if count > _MAX_PARTS or (compression != _RAW and sum(size for _, size in parts) > length):
         raise Unreadable(f"its {count} strips or tiles overlap, or are more than {_MAX_PARTS}")

@@ -30,7 +30,6 @@ from .cuda import Cuda, CudaError
 UPDATE = "update"
 COEFFICIENTS = ("guidance", *LinearStep._fields)
 SHARED = ("sample", "noise")  # tensors of the denoiser that are the update's too
-_MOVES = {"next_sample": "sample", "next_clean": "clean"}
 
 
 def update_component(latent_size: int) -> Component:
@@ -92,6 +91,7 @@ class Executor:
         self.max_rows = max_rows
         self.rows = 0
         self.shapes_set = 0  # how often: a recorded launch is void once its context's shapes have changed
+        self.graph, self.graph_shapes = 0, (0, 0)  # of a network: its recorded step, and what that is good for
         self._device: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}
 
@@ -203,14 +203,11 @@ class LatentLoop:
         self._record = record
         self.errors, self._check_rows = errors, check_rows
         self.current: DeviceLatents | None = None  # the batch that the buffers belong to
-        # By network: ``shapes_set`` of it and of the update at its first step, and its recorded step.
-        self._shapes: dict[Executor, tuple[int, int]] = {}
-        self._graphs: dict[Executor, int] = {}
         self.graph_problem = ""
 
     @property
     def recorded(self) -> bool:
-        return bool(self._graphs)
+        return any(network.graph for network in self._networks)
 
     def close(self) -> None:
         self.current = None
@@ -250,16 +247,16 @@ class LatentLoop:
         self._denoiser.put({"timestep": np.float32(t)})
         self._update.put({"coefficients": coefficients[:, None, None]})
         shapes = (network.shapes_set, self._update.shapes_set)
-        if shapes != self._shapes.get(network):
+        if shapes != network.graph_shapes:
             self._destroy_graph(network)
-        elif self._record and network not in self._graphs:
+        elif self._record and not network.graph:
             self._record_graph(network)
-        if network in self._graphs:
-            self._cuda.launch_graph(self._graphs[network], self._stream)
+        if network.graph:
+            self._cuda.launch_graph(network.graph, self._stream)
         else:
             self._enqueue(network)
         self._cuda.synchronise(self._stream)
-        self._shapes[network] = shapes
+        network.graph_shapes = shapes
         return self._update.get("magnitude").reshape(-1)
 
     def sample(self) -> np.ndarray:
@@ -273,8 +270,8 @@ class LatentLoop:
         self._update.upload(("coefficients",))
         network.launch()
         self._update.launch()
-        for written, read in _MOVES.items():
-            update = self._update
+        update = self._update
+        for written, read in (("next_sample", "sample"), ("next_clean", "clean")):
             self._cuda.copy(update.address(read), update.address(written), update.size(written), self._stream)
         self._update.download(("magnitude",))
 
@@ -284,14 +281,15 @@ class LatentLoop:
             try:
                 self._enqueue(network)
             finally:  # a stream that is left recording takes no more work
-                self._graphs[network] = self._cuda.end_capture(self._stream)
+                network.graph = self._cuda.end_capture(self._stream)
         except (CudaError, LaunchError) as error:
             self._destroy_graph(network)
             self._record = False
             self.graph_problem = str(error)
 
     def _destroy_graph(self, network: Executor) -> None:
-        if (graph := self._graphs.pop(network, 0)) != 0:
+        if network.graph:
+            graph, network.graph = network.graph, 0
             self._cuda.destroy_graph(graph)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import DENOISER, SHALLOW, Component
+from ..spec import Component
 from .base import Arrays, Runtime
 
 
@@ -65,10 +65,15 @@ class TorchRuntime(Runtime):
             return {"latent": factor * self._vae.encode(inputs["image"]).latent_dist.mean}
         if component == "vae_decoder":
             return {"image": self._vae.decode(inputs["latent"] / factor).sample}
+        return self._denoise(**inputs)
+
+    def _denoise(
+        self, sample: Tensor, timestep: Tensor, branch: Tensor, deep: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The denoiser, or with a deep feature its shallow part."""
         prompts = torch.arange(self._student.embedding_layer.num_embeddings, device=self._device)
-        ids = prompts.reshape(2, -1)[inputs["branch"]]  # row 0 conditions, row 1 does not
-        if component == SHALLOW:
-            return {"noise": self._student.shallow(inputs["sample"], inputs["timestep"], ids, inputs["deep"])}
-        assert component == DENOISER
-        denoised = self._student(inputs["sample"], inputs["timestep"], ids)
+        ids = prompts.reshape(2, -1)[branch]  # row 0 conditions, row 1 does not
+        if deep is not None:
+            return {"noise": self._student.shallow(sample, timestep, ids, deep)}
+        denoised = self._student(sample, timestep, ids)
         return {"noise": denoised.noise, "deep": denoised.blocks[-2]}

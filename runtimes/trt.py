@@ -89,7 +89,7 @@ class TrtRuntime(Runtime):
     @property
     def pictures_per_call(self) -> int:
         """As many as the engine was built for with ``--max-batch``, which is 1 unless the user asked for more."""
-        return self._executors[DENOISER].max_rows // self._bundle.branches
+        return self._executors[DENOISER].max_rows // self._bundle.branches if self._executors else 1
 
     def activate(self) -> None:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from moebius_edge.bundle.bundle import SCHEDULER, Bundle
 from moebius_edge.bundle.manifest import resolved_components
@@ -16,22 +19,17 @@ from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.imaging.masks import distance_outside
 from moebius_edge.imaging.metadata import Metadata
 from moebius_edge.imaging.pictures import Picture
-from moebius_edge.pipeline.inpainter import Inpainter, Result, Step, denoise, initial_noise
+from moebius_edge.pipeline.inpainter import Inpainter, Result
 from moebius_edge.pipeline.latency import StageTimer
+from moebius_edge.pipeline.loop import Step, denoise, initial_noise
 from moebius_edge.runtimes import Runtime
+from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.guidance import Interval
 from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M, Scheduler
-from moebius_edge.spec import COMPONENTS, LATENT_DOWNSCALE, NOISE_OFFSET, Component
+from moebius_edge.spec import LATENT_DOWNSCALE
 
 R = 64
 LATENT = R // LATENT_DOWNSCALE
-
-
-def components() -> dict[str, Component]:
-    return {
-        c.name: Component(c.name, tuple(t.resolved(R) for t in c.inputs), tuple(t.resolved(R) for t in c.outputs))
-        for c in COMPONENTS.values()
-    }
 
 
 BUNDLE = Bundle(
@@ -44,7 +42,7 @@ BUNDLE = Bundle(
     **{key: {} for key in ("model", "source", "gate", "tools", "files")},
     defaults={"steps": 20, "guidance": 2.0, "start": "image"},
     scheduler=SCHEDULER,
-    components=components(),
+    components=resolved_components(R),
 )
 
 
@@ -58,7 +56,7 @@ class FakeRuntime(Runtime):
     FILL = 0.5
 
     def __init__(self, predict: Callable[..., np.ndarray] | None = None) -> None:
-        super().__init__(components())
+        super().__init__(resolved_components(R))
         self.predict = predict or self.known_and_fill
         self.calls: list[tuple[str, dict[str, np.ndarray]]] = []
         self.activations = 0
@@ -246,9 +244,10 @@ def test_guidance_on_an_interval_runs_half_beside_it(photo: np.ndarray, hole: np
         assert rows == [1] * 9 and none.settings["guidance"] == 3.0
         np.testing.assert_array_equal(none.image, plain.image)
         assert none.notes == [
-            f"guidance interval {empty[0]},{empty[1]} holds none of the timesteps, 800 to 0: no guidance was applied"
+            f"guidance interval {empty[0]},{empty[1]} holds no timestep with guidance: none was applied"
         ]
-    assert run(1.0, (300, 600))[0].notes == ["guidance interval 300,600 changes nothing: guidance is 1"]
+    (note,) = run(1.0, (300, 600))[0].notes
+    assert note == "guidance interval 300,600 holds no timestep with guidance: none was applied"
 
 
 def test_distilled_guidance_runs_one_branch_and_is_stated(photo: np.ndarray, hole: np.ndarray) -> None:
@@ -265,35 +264,40 @@ def test_distilled_guidance_runs_one_branch_and_is_stated(photo: np.ndarray, hol
             inpainter.inpaint(photo, hole, steps=4, guidance_interval=(0, 500))
 
 
-def test_denoise_on_a_batch_without_pictures() -> None:
+def batch_of_three() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latents, mask and masked latents without a picture."""
     rng = np.random.default_rng(0)
     latents, masked = rng.standard_normal((2, 3, 4, LATENT, LATENT), np.float32)
-    mask = (rng.random((3, 1, LATENT, LATENT)) < 0.5).astype(np.float32)
+    return latents, (rng.random((3, 1, LATENT, LATENT)) < 0.5).astype(np.float32), masked
+
+
+def test_denoise_on_a_batch_without_pictures() -> None:
+    _, mask, masked = given = batch_of_three()
     scheduler = DDIM(20, 0.99)
+    seen: list[tuple[Step, np.ndarray]] = []
     with FakeRuntime() as runtime:
-        steps = list(denoise(runtime, latents, mask, masked, scheduler, 2.0))
-    assert [s.index for s in steps] == list(range(1, 20)) and {s.total for s in steps} == {19}
-    assert [s.timestep for s in steps] == scheduler.timesteps
-    assert [f["branch"].tolist() for f in runtime.called("denoiser")] == [[1, 1, 1, 0, 0, 0]] * 19
-    assert [f["timestep"][5] for f in runtime.called("denoiser")] == scheduler.timesteps
-    np.testing.assert_array_equal(runtime.called("denoiser")[3]["sample"][:3, :4], steps[2].latent)
-    np.testing.assert_array_equal(runtime.called("denoiser")[3]["sample"][3:, :4], steps[2].latent)
-    assert steps[-1].latent.dtype == np.float32
-    np.testing.assert_allclose(steps[-1].latent, np.where(mask > 0, 0.5, masked), atol=1e-4)
+        last = denoise(runtime, *given, Sampling(scheduler, 2.0), lambda step: seen.append((step, step.latent)))
+    assert [(s.index, s.total) for s, _ in seen] == [(i, 19) for i in range(1, 20)]
+    assert [s.timestep for s, _ in seen] == list(range(900, -1, -50))
+    feeds = runtime.called("denoiser")
+    assert [f["branch"].tolist() for f in feeds] == [[1, 1, 1, 0, 0, 0]] * 19
+    assert [f["timestep"][5] for f in feeds] == scheduler.timesteps
+    np.testing.assert_array_equal(feeds[3]["sample"][:, :4], np.tile(seen[2][1], (2, 1, 1, 1)))
+    np.testing.assert_array_equal(last, seen[-1][1])
+    np.testing.assert_allclose(last, np.where(mask > 0, 0.5, masked), atol=1e-4)
+    assert last.dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", [DDIM, DPMSolverPP2M])
 def test_denoise_keeps_each_picture_where_rows_come_and_go(kind: type[Scheduler]) -> None:
-    rng = np.random.default_rng(0)
-    latents, masked = rng.standard_normal((2, 3, 4, LATENT, LATENT), np.float32)
-    mask = (rng.random((3, 1, LATENT, LATENT)) < 0.5).astype(np.float32)
+    _, mask, masked = given = batch_of_three()
     with FakeRuntime() as runtime:
-        steps = list(denoise(runtime, latents, mask, masked, kind(10), 2.0, interval=(300, 700)))
-    guided = [300 <= step.timestep < 700 for step in steps]
+        last = denoise(runtime, *given, Sampling(kind(10), 2.0, (300, 700)))
+    feeds = runtime.called("denoiser")
+    guided = [300 <= f["timestep"][0] < 700 for f in feeds]
     assert True in guided and False in guided
-    branches = [f["branch"].tolist() for f in runtime.called("denoiser")]
-    assert branches == [[1, 1, 1, 0, 0, 0] if g else [0, 0, 0] for g in guided]
-    np.testing.assert_allclose(steps[-1].latent, np.where(mask > 0, 0.5, masked), atol=1e-4)
+    assert [f["branch"].tolist() for f in feeds] == [[1, 1, 1, 0, 0, 0] if g else [0, 0, 0] for g in guided]
+    np.testing.assert_allclose(last, np.where(mask > 0, 0.5, masked), atol=1e-4)
 
 
 class FakeDeepRuntime(FakeRuntime):
@@ -322,7 +326,7 @@ class FakeDeepRuntime(FakeRuntime):
 DEEP = replace(BUNDLE, deep_channels=4, components=resolved_components(R, 4))
 
 
-def test_deep_features_are_those_of_the_last_whole_call(photo: np.ndarray, hole: np.ndarray) -> None:
+def test_deep_features_are_those_of_the_last_full_call(photo: np.ndarray, hole: np.ndarray) -> None:
     def run(cache_interval: int, **options: Any) -> tuple[Result, list[tuple[str, int, float]]]:
         with Inpainter(DEEP, FakeDeepRuntime()) as inpainter:
             options |= {"steps": 10, "guidance": 2.0, "cache_interval": cache_interval, "match_colours": False}
@@ -364,15 +368,6 @@ def test_a_bundle_without_a_deep_feature_reuses_none(photo: np.ndarray, hole: np
         inpaint(photo, hole, cache_interval=2)
 
 
-def test_denoise_can_be_stopped_early() -> None:
-    zeros = np.zeros((1, 4, LATENT, LATENT), np.float32)
-    with FakeRuntime() as runtime:
-        for step in denoise(runtime, zeros, zeros[:, :1], zeros, DPMSolverPP2M(10), 1.0):
-            if step.index == 3:
-                break
-    assert len(runtime.called("denoiser")) == 3
-
-
 def test_initial_noise_is_pinned() -> None:
     """These numbers are the same on every machine; a change of them changes every result."""
     noise = initial_noise(0, 0, (1, 4, 8, 8))
@@ -380,14 +375,6 @@ def test_initial_noise_is_pinned() -> None:
     assert noise.dtype == np.float32
     others = [initial_noise(1, 0, (1, 4, 8, 8)), initial_noise(0, 1, (1, 4, 8, 8))]
     assert all(np.abs(noise - other).max() > 1 for other in others)
-
-
-def test_initial_noise_has_an_offset_an_image_and_channel() -> None:
-    noise = initial_noise(3, 0, (64, 4, 64, 64)).astype(float)
-    means = noise.mean(axis=(2, 3))
-    expected = np.hypot(NOISE_OFFSET, 1 / 64)  # the offset, and the mean of 4096 normals
-    assert means.std() == pytest.approx(expected, rel=0.15)
-    assert noise.std() == pytest.approx(1, abs=0.01)
 
 
 def test_the_same_seed_gives_the_same_picture(photo: np.ndarray, hole: np.ndarray) -> None:
@@ -598,11 +585,6 @@ def test_a_mask_of_another_size_names_both(photo: np.ndarray, hole: np.ndarray) 
         inpaint(photo, hole.T)
 
 
-def test_start_noise_at_strength_one_is_the_same_as_left_out(photo: np.ndarray, hole: np.ndarray) -> None:
-    a, b = (inpaint(photo, hole, start="noise", **o).image for o in ({}, {"strength": 1}))
-    np.testing.assert_array_equal(a, b)
-
-
 def test_the_runtime_is_opened_once_and_closed(photo: np.ndarray, hole: np.ndarray) -> None:
     runtime = FakeRuntime()
     with Inpainter(BUNDLE, runtime) as inpainter:
@@ -652,3 +634,64 @@ def test_every_stage_is_timed(photo: np.ndarray, hole: np.ndarray) -> None:
     stages = timer.summary()
     parts = sum(f["total_ms"] for s, f in stages.items() if s != "total")
     assert 0 < parts <= stages["total"]["total_ms"]
+
+
+# --- the Python interface --------------------------------------------------------------------------------
+
+
+def test_the_package_offers_the_interface_and_loads_it_late() -> None:
+    import moebius_edge
+
+    assert moebius_edge.Inpainter is Inpainter and moebius_edge.Bundle is Bundle
+    with pytest.raises(AttributeError, match="module 'moebius_edge' has no attribute 'Outpainter'"):
+        _ = moebius_edge.Outpainter
+    code = "import sys, moebius_edge as m; print('numpy' in sys.modules); m.Inpainter; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("RGB", (150, 170, 3)), ("L", (150, 170, 1)), ("RGBA", (150, 170, 4))])
+def test_pictures_of_pillow_are_filled_as_arrays_are(
+    photo: np.ndarray, hole: np.ndarray, mode: str, shape: tuple[int, ...]
+) -> None:
+    picture = Image.fromarray(photo).convert(mode)
+    expected = inpaint(np.asarray(picture), hole)
+    result = inpaint(picture, Image.fromarray(hole))
+    assert result.image.shape == shape and result.pil.mode == mode and result.pil.size == (170, 150)
+    np.testing.assert_array_equal(result.image, expected.image)
+    np.testing.assert_array_equal(np.asarray(result.pil).reshape(shape), result.image)
+
+
+def test_other_modes_of_pillow_become_rgb_and_16_bits_become_8(photo: np.ndarray, hole: np.ndarray) -> None:
+    palette = Image.fromarray(photo).quantize(16)
+    np.testing.assert_array_equal(inpaint(palette, hole).image, inpaint(palette.convert("RGB"), hole).image)
+    deep = inpaint((photo.astype(np.uint16) * 257), hole)
+    assert deep.image.dtype == np.uint16
+    np.testing.assert_array_equal(np.asarray(deep.pil), np.rint(deep.image / 257).astype(np.uint8))
+
+
+class Generator:
+    """Stands for PyTorch's generator."""
+
+    def initial_seed(self) -> int:
+        return 7
+
+
+def test_a_call_with_the_names_of_a_diffusers_pipeline(photo: np.ndarray, hole: np.ndarray) -> None:
+    image, mask = Image.fromarray(photo), Image.fromarray(hole)
+    with Inpainter(BUNDLE, FakeRuntime(lambda x, *_: np.clip(x, -1, 1))) as pipe:
+        options = {"num_inference_steps": 5, "guidance_scale": 1.5}
+        result = pipe(image=image, mask_image=mask, **options, strength=0.8, generator=7)
+        (filled,) = result.images
+        assert isinstance(filled, Image.Image) and filled.size == image.size
+        direct = pipe.inpaint(photo, hole, steps=5, guidance=1.5, strength=0.8, seed=7)
+        np.testing.assert_array_equal(np.asarray(filled), direct.image)
+        for pure, start in ((None, {}), (1, {"start": "noise"})):
+            same = pipe(image, mask, 5, strength=pure, generator=Generator()).images[0]
+            np.testing.assert_array_equal(np.asarray(same), pipe.inpaint(photo, hole, steps=5, seed=7, **start).image)
+        both = pipe(image=[image, image.resize((85, 75))], mask_image=[mask, mask.resize((85, 75))], **options)
+        assert [picture.size for picture in both.images] == [(170, 150), (85, 75)]
+        with pytest.raises(UsageError, match="takes no prompt, negative_prompt, since .* mask alone: leave it out$"):
+            pipe(image=image, mask_image=mask, prompt="a cat", negative_prompt="")
+        with pytest.raises(UsageError, match="there are 2 images and 1 masks: give a mask for each image"):
+            pipe(image=[image, image], mask_image=mask)

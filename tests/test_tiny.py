@@ -78,7 +78,7 @@ def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> No
     bundle, cases = Bundle.load("tiny"), held_out_cases(8)[::2]
     chosen = {"start": start} if start == "prefill" else {"start": start, "guidance": 2.0}
     figures, work = [], []
-    with Inpainter(bundle, Counting(bundle)) as inpainter:
+    with Inpainter(bundle, Counting(bundle.components, bundle.paths)) as inpainter:
         for preset in ({}, preset_settings("fast", chosen, bundle)):
             calls.clear()
             settings = bundle.settings(**chosen, **preset)

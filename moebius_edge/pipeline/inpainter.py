@@ -167,19 +167,11 @@ class Inpainter:
             picture = image if isinstance(image, Picture) else Picture.from_array(_array(image))
             hole = _checked_mask(mask, picture)
             picture = picture.opaque_in(hole)
-            strength = _checked_strength(start, strength)
-            guide = choose_guidance(guidance, self.bundle.distilled_guidance)
-            check_interval(guidance_interval, self.bundle.distilled_guidance)
-            check_cache_interval(cache_interval, self.bundle)
-            if scheduler not in SCHEDULERS:
-                raise UsageError(f"unknown scheduler {scheduler!r}", f"choose one of {', '.join(SCHEDULERS)}")
+            sampling = self._sampling(steps, strength, start, scheduler, guidance, guidance_interval, cache_interval)
             if seed < 0:
                 raise UsageError(f"seed is {seed}", "give a whole number of 0 or more")
             if feather is not None and not 0 <= feather < math.inf:
                 raise UsageError(f"feather is {feather}", "give 0 or more pixels")
-            sampling = Sampling(
-                SCHEDULERS[scheduler](steps, strength), guide.sampled, guidance_interval, cache_interval
-            )
             with timer.measure("preprocess"):
                 filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
             if filling.windows:
@@ -212,11 +204,11 @@ class Inpainter:
             "start": start,
             "steps": steps,
             "steps_executed": calls if groups else 0,
-            "guidance": guide.scale,
+            "guidance": choose_guidance(guidance, self.bundle.distilled_guidance).scale,
             "guidance_interval": None if guidance_interval is None else list(guidance_interval),
             "distilled_guidance": self.bundle.distilled_guidance,
             "cache_interval": cache_interval,
-            "strength": strength,
+            "strength": sampling.scheduler.strength,
             "scheduler": scheduler,
             "seed": seed,
             "generator": "PCG64",
@@ -261,6 +253,30 @@ class Inpainter:
         settings = self.bundle.settings(**{name: value for name, value in arguments.items() if value is not None})
         seed = int(generator.initial_seed() if hasattr(generator, "initial_seed") else generator or 0)
         return Images([self.inpaint(i, m, seed=seed, **settings).pil for i, m in zip(images, masks, strict=True)])
+
+    def _sampling(
+        self,
+        steps: int,
+        strength: float | None,
+        start: str,
+        scheduler: str,
+        guidance: float | None,
+        interval: Interval | None,
+        cache_interval: int,
+    ) -> Sampling:
+        """How ``inpaint`` samples with these arguments, or ``UsageError`` for one that is out of range."""
+        if start not in STARTS:
+            raise UsageError(f"unknown start {start!r}", f"choose one of {', '.join(STARTS)}")
+        if scheduler not in SCHEDULERS:
+            raise UsageError(f"unknown scheduler {scheduler!r}", f"choose one of {', '.join(SCHEDULERS)}")
+        if start == "noise" and strength not in (None, 1):
+            raise UsageError(f"strength {strength} does not go with start noise, which is strength 1", "leave it out")
+        if strength is None:
+            strength = 1.0 if start == "noise" else STRENGTH
+        guide = choose_guidance(guidance, self.bundle.distilled_guidance)
+        check_interval(interval, self.bundle.distilled_guidance)
+        check_cache_interval(cache_interval, self.bundle)
+        return Sampling(SCHEDULERS[scheduler](steps, strength), guide.sampled, interval, cache_interval)
 
     def _noise(self, seed: int, number: int) -> Floats:
         return initial_noise(seed, number, (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size))
@@ -322,13 +338,3 @@ def _notes(hole: Mask, sampling: Sampling) -> list[str]:
     if interval is not None and all(call.rows == 1 for call in sampling.calls()):
         notes.append(f"guidance interval {interval[0]},{interval[1]} holds no timestep with guidance: none was applied")
     return notes
-
-
-def _checked_strength(start: str, strength: float | None) -> float:
-    if start not in STARTS:
-        raise UsageError(f"unknown start {start!r}", f"choose one of {', '.join(STARTS)}")
-    if start != "noise":
-        return STRENGTH if strength is None else strength
-    if strength not in (None, 1):
-        raise UsageError(f"strength {strength} does not go with start noise, which is strength 1", "leave it out")
-    return 1.0

@@ -1,24 +1,27 @@
-"""Which guidance a run has, and which of it is left for the sampler to apply."""
+"""Which guidance a run has, which calls it takes, and which of them compute all of the denoiser."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from toy import make_toy_bundle
 
+from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
+from moebius_edge.pipeline.loop import check_cache_interval
+from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.guidance import Interval, check_interval, choose_guidance, guidance_at, is_distillable
+from moebius_edge.sampling.scheduler import DDIM
 
 
 @pytest.mark.parametrize(
     ("chosen", "distilled", "scale", "sampled"),
     [
-        (None, None, 2.0, 2.0),
-        (0.0, None, 0.0, 0.0),
-        (1.5, None, 1.5, 1.5),
-        (None, 3.0, 3.0, 1.0),
-        (3, 3.0, 3.0, 1.0),
+        *[(None, None, 2.0, 2.0), (0.0, None, 0.0, 0.0), (1.5, None, 1.5, 1.5)],
+        *[(None, 3.0, 3.0, 1.0), (3, 3.0, 3.0, 1.0)],
     ],
 )
 def test_what_is_distilled_is_not_applied_again(
@@ -68,3 +71,37 @@ def test_guidance_holds_from_low_to_below_high() -> None:
 )
 def test_what_can_be_distilled(value: Any, good: bool) -> None:
     assert is_distillable(value) is good
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "interval", "cache", "rows", "full", "reused"),
+    [
+        (5, 1.0, None, 1, "11111", "FFFFF", "....."),
+        (7, 2.0, None, 3, "2222222", "F..F..F", "r..r..."),
+        (3, 2.0, None, 100, "222", "F..", "r.."),
+        (5, 3.0, (200, 700), 3, "12221", "FF..F", ".r..."),  # the timesteps are 800, 600, .. 0
+        (4, 3.0, (250, 500), 5, "1121", "F.FF", "r..."),
+    ],
+)
+def test_the_calls_of_a_trajectory(
+    steps: int, guidance: float, interval: Interval | None, cache: int, rows: str, full: str, reused: str
+) -> None:
+    """A call is full one in so many times, and where rows come or go: the feature has too many, or lacks some."""
+    calls = Sampling(DDIM(steps), guidance, interval, cache).calls()
+    assert [call.timestep for call in calls] == DDIM(steps).timesteps
+    assert [(call.index, call.total) for call in calls] == [(i, steps) for i in range(1, steps + 1)]
+    assert "".join(str(call.rows) for call in calls) == rows
+    assert "".join("F" if call.full else "." for call in calls) == full
+    assert "".join("r" if call.full and call.reused else "." for call in calls) == reused
+    assert {call.guidance for call in calls} == {1.0 if count == "1" else guidance for count in rows}
+
+
+def test_what_a_bundle_can_reuse(tmp_path: Path) -> None:
+    plain = Bundle.load(make_toy_bundle(tmp_path / "plain"))
+    deep = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
+    check_cache_interval(1, plain)
+    check_cache_interval(5, deep)
+    with pytest.raises(UsageError, match="cache interval is 0: give a whole number of 1"):
+        check_cache_interval(0, deep)
+    with pytest.raises(UsageError, match=r"interval is 2, and bundle .*plain was exported without .* export the check"):
+        check_cache_interval(2, plain)

@@ -72,7 +72,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*given: Any) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_module, "_train", interrupted)
+    monkeypatch.setattr(command_module, "_recipe", interrupted)
     assert main([*TINY, "-o", str(tmp_path)]) == 130
     assert capsys.readouterr().err == f"interrupted; add --resume to go on from what lies in {tmp_path}\n"
 

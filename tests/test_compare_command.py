@@ -17,8 +17,7 @@ import pytest
 from commanding import Captured, as_json, printed, refused
 from fake_gpu import FakeGpu
 from PIL import Image
-from test_runtimes import make_manifest_true
-from toy import make_toy_bundle
+from toy import describe_again, make_toy_bundle
 
 from moebius_edge.commands import compare as compare_command
 from moebius_edge.metrics import trajectory
@@ -38,7 +37,7 @@ def changed(tmp_path: Path) -> Path:
     conv.input.append("bias")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0.01, 0, 0], np.float32), "bias"))
     onnx.save(model, folder / "vae_decoder.onnx")
-    return make_manifest_true(folder)
+    return describe_again(folder)
 
 
 def test_a_bundle_equals_itself(toy: Path, capsys: Captured) -> None:

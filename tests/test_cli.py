@@ -25,7 +25,7 @@ from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
 from moebius_edge.pipeline.presets import PRESETS
 from moebius_edge.runtimes.auto import CANDIDATES
-from moebius_edge.runtimes.flavours import FLAVOURS
+from moebius_edge.runtimes.engine_files import FLAVOURS
 from moebius_edge.sampling.scheduler import SCHEDULERS
 
 COMMANDS = ("run", "report", "inspect", "compare", "profile", "doctor", "download", "export", "train")

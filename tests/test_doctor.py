@@ -89,7 +89,8 @@ def test_no_package_is_taken_for_granted(
 
 def test_a_gpu_and_the_builds_of_onnxruntime(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "H100", "driver": "570", "compute_capability": "9.0", "memory_bytes": 80 << 30}
-    monkeypatch.setattr(machine, "gpus", lambda: [gpu])
+    plain = machine.machine_info
+    monkeypatch.setattr(machine, "machine_info", lambda: {**plain(), "gpus": [gpu]})
     assert checks(capsys, 0)["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')
     (line,) = (line for line in printed(capsys, "doctor") if line.startswith("GPU 0"))
     assert "name H100" in line and "memory bytes 85.9 GB" in line and "compute capability 9.0" in line

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,12 @@ def may_import(importer: str, target: str) -> bool:
 def test_every_module_has_its_layer() -> None:
     placed = DEVICE.keys() | WORKSTATION.keys() | COMMAND_LINE | {""}
     assert {name for name in map(top, modules()) if name not in placed} == set(), "place it in DEVICE_LAYERS"
+
+
+def test_no_folder_holds_more_than_fifteen_modules() -> None:
+    """One that does is two ideas, or a heap. ``__init__`` is not counted."""
+    counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
+    assert {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > 15} == {}
 
 
 def test_imports_point_one_way(imports: list[Import]) -> None:

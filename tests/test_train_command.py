@@ -72,7 +72,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*given: Any) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_module, "_train", interrupted)
+    monkeypatch.setattr(command_module, "_recipe", interrupted)
     assert main([*TINY, "-o", str(tmp_path)]) == 130
     assert capsys.readouterr().err == f"interrupted; add --resume to go on from what lies in {tmp_path}\n"
 
@@ -127,7 +127,7 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
 
     def trained(folder: str, stage: str, *options: str | Path) -> tuple[str, dict[str, Any]]:
         """What a stage says, and its record; everything that is printed of the last line comes first."""
-        common = ("--config", config, "--vae", vae, "--device", "cpu", "--sample-every", "2")
+        common = ("--config", config, "--vae", vae, "--device", "cpu", "--sample-every", "0")
         arguments = ("train", "-o", tmp_path / folder, "--stage", stage, *common, *options)
         assert main(list(map(str, arguments))) == 0, capsys.readouterr().err
         out, err = capsys.readouterr()
@@ -140,7 +140,7 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
 
     teacher, student = tmp_path / "t" / "teacher.safetensors", tmp_path / "s" / "student.safetensors"
     given = ("--teacher", teacher, "--latents", tmp_path / "t" / "latents")
-    said, record = trained("s", "student", *given)
+    said, record = trained("s", "student", *given, "--sample-every", "2")
     assert f"next: moebius-edge export {student} --vae {vae} --output BUNDLE\n" in said
     grid = cv2.imread(str(tmp_path / "s" / "samples" / "step-000000002.png"))
     assert grid is not None and grid.shape == (4 * 64, 3 * 64, 3)

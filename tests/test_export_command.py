@@ -5,7 +5,6 @@ What they do is tested where it lives; here they are replaced.
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -22,55 +21,56 @@ from moebius_edge.calibration import int8
 from moebius_edge.calibration.int8 import Int8Options
 from moebius_edge.cli import main
 from moebius_edge.errors import QualityError
-from moebius_edge.export import engine_target, engines, export_bundle
+from moebius_edge.export import BundleOptions, EngineOptions, engines
 from moebius_edge.export import exporter as exporter_module
-from moebius_edge.export.engine_target import EngineOptions, Target
 from moebius_edge.export.engines import Built
+from moebius_edge.progress import Progress
 from moebius_edge.runtimes.engine_files import Engine, EngineKey
 
 
 class Work:
     """Replaces the functions that work, each by one that writes a toy; holds what reached them."""
 
-    target = Target("tensorrt", "10.3.0", "Orin", ("8.7",))
+    key = EngineKey("float32", "tensorrt", "10.3.0", "Orin", ("8.7",))
 
     def __init__(self) -> None:
-        self.exported: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.quantised: list[tuple[Bundle, Path, Int8Options, dict[str, Any]]] = []
+        self.exported: list[tuple[str, Path, BundleOptions]] = []
+        self.quantised: list[tuple[Bundle, Path, Int8Options]] = []
         self.options: list[EngineOptions] = []
         self.built: list[tuple[Bundle, bool]] = []
         self.error: BaseException | None = None
         self.fresh = True
 
-    def export_bundle(self, *paths: Any, progress: Any, **options: Any) -> Bundle:
-        self.exported.append((paths, options))
-        progress("load weights", None)
-        progress("gate, PyTorch", 0.5)
+    def export_bundle(self, source: str, output: Path, options: BundleOptions, progress: Progress) -> Bundle:
+        self.exported.append((source, output, options))
+        progress("load weights", 0, 0)
+        progress("gate, PyTorch", 50, 100)
         if self.error is not None:
             raise self.error
-        return Bundle.load(make_toy_bundle(Path(paths[2]), distilled_guidance=options["distilled_guidance"]))
+        return Bundle.load(make_toy_bundle(output, distilled_guidance=options.distilled_guidance))
 
-    def quantise_bundle(self, reference: Bundle, output: Path, options: Int8Options, **rest: Any) -> Bundle:
-        rest.pop("progress")("record 0.png, 1 of 4", 0.25)
-        rest.pop("note")("a note on the pictures")
-        self.quantised.append((reference, output, options, rest))
+    def quantise_bundle(
+        self, reference: Bundle, output: Path, options: Int8Options, progress: Progress
+    ) -> tuple[Bundle, list[str]]:
+        progress("record 0.png, 1 of 4", 25, 100)
+        self.quantised.append((reference, output, options))
         if self.error is not None:
             raise self.error
-        return Bundle.load(call_int8(make_toy_bundle(output)))
+        return Bundle.load(call_int8(make_toy_bundle(output))), ["a note on the pictures"]
 
-    def find_target(self, options: EngineOptions) -> Target:
+    def find_engine_key(self, options: EngineOptions, precision: str) -> EngineKey:
         self.options.append(options)
-        return self.target
+        return self.key
 
-    def build_engines(self, bundle: Bundle, options: EngineOptions, target: Target, progress: Any, force: bool) -> Any:
-        assert options == self.options[-1] and target == self.target
-        self.built.append((bundle, force))
-        progress("build denoiser (2 of 3)", 0.5)
+    def build_engines(self, bundle: Bundle, options: EngineOptions, progress: Progress) -> Built:
+        assert options == self.options[-1]
+        self.built.append((bundle, options.force))
+        progress("build denoiser (2 of 3)", 50, 100)
         if self.error is not None:
             raise self.error
-        key = EngineKey("float32", "tensorrt", "10.3.0", "Orin", ("8.7",))
-        plans = {"denoiser": {"bytes": 2_500_000, "build_seconds": 1.25}}
-        engine = Engine(bundle.path / "engines" / key.folder, 1, key, {}, plans, {}, {}, {})
+        plans: Any = {"denoiser": {"bytes": 2_500_000, "build_seconds": 1.25}}
+        settings: Any = {}
+        engine = Engine(bundle.path / "engines" / self.key.folder, 1, self.key, {}, plans, settings, {}, {})
         return Built(engine, self.fresh, ("a note",))
 
 
@@ -80,8 +80,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     monkeypatch.setattr(export_package, "export_bundle", made.export_bundle)
     monkeypatch.setattr(exporter_module, "export_bundle", made.export_bundle)
     monkeypatch.setattr(int8, "quantise_bundle", made.quantise_bundle)
-    monkeypatch.setattr(engine_target, "find_target", made.find_target)
-    monkeypatch.setattr(engines, "build_engines", made.build_engines)
+    monkeypatch.setattr(engines, "find_engine_key", made.find_engine_key)
+    monkeypatch.setattr(export_package, "build_engines", made.build_engines)
     return made
 
 
@@ -97,17 +97,8 @@ def test_options_reach_the_exporter(work: Work, tmp_path: Path, capsys: Captured
     out = tmp_path / "bundle"
     options = "--config c.json --steps 4 --guidance 0 --force --precision fp16 --min-psnr 50 --distilled-guidance 3"
     assert main(["export", "w.bin", "--vae", "vae", "--output", str(out), *options.split()]) == 0
-    ((source, vae, output), given) = work.exported[0]
-    assert (source, Path(vae), Path(output)) == ("w.bin", Path("vae"), out)
-    assert given == {
-        "config": Path("c.json"),
-        "steps": 4,
-        "guidance": 0.0,
-        "distilled_guidance": 3.0,
-        "precision": "float16",
-        "min_psnr_db": 50.0,
-        "force": True,
-    }
+    expected = BundleOptions(Path("vae"), Path("c.json"), 4, 0.0, 3.0, "float16", 50.0, force=True)
+    assert work.exported == [("w.bin", out, expected)]
     stdout, stderr = capsys.readouterr()
     saved, distilled, gate, following = stdout.splitlines()
     assert saved.startswith(f"saved {out} (64x64, float32, ")
@@ -117,12 +108,8 @@ def test_options_reach_the_exporter(work: Work, tmp_path: Path, capsys: Captured
 
 
 def test_defaults_are_the_exporters(work: Work, tmp_path: Path, capsys: Captured) -> None:
-    parameters = inspect.signature(export_bundle).parameters
     document = as_json(capsys, "export", "tiny", "-o", tmp_path / "b")
-    ((_, vae, _), given) = work.exported[0]
-    assert vae is None and given["config"] is None and given["force"] is False
-    for name in ("steps", "guidance", "distilled_guidance", "precision", "min_psnr_db"):
-        assert given[name] == parameters[name].default
+    assert work.exported == [("tiny", tmp_path / "b", BundleOptions())]
     expected = {"output": str(tmp_path / "b"), "distilled_guidance": None, "gate": {"psnr_db": 99.0}, "notes": []}
     assert document == expected
 
@@ -172,7 +159,7 @@ def test_engine_options_reach_the_builder(work: Work, toy: Path, capsys: Capture
     command = ["export", str(toy), "--engine", "tensorrt", "--force"]
     command += "--max-batch 3 --workspace 512 --opt-level 0 --timing-cache t".split()  # noqa: SIM905
     assert main([*command, "--compute-capability", "8.6", "--compute-capability", "8.9"]) == 0
-    assert work.options == [EngineOptions("tensorrt", 3, 512_000_000, 0, Path("t"), ("8.6", "8.9"))]
+    assert work.options == [EngineOptions("tensorrt", 3, 512_000_000, 0, Path("t"), ("8.6", "8.9"), force=True)]
     assert [(bundle.path, force) for bundle, force in work.built] == [(toy, True)]
     stdout, stderr = capsys.readouterr()
     assert stdout.splitlines() == [
@@ -227,9 +214,10 @@ def test_int8_options_reach_the_quantiser(work: Work, toy: Path, tmp_path: Path,
     options = "--calibration-data photos --calibration-masks masks --target cpu --ranges entropy --int8-recipe r.json "
     options += "--calibration-cache kept --min-psnr 33 --force --steps 6 --guidance 0"
     assert main(["export", str(toy), "--precision", "int8", "-o", str(out), *options.split()]) == 0
-    ((reference, output, given, rest),) = work.quantised
-    assert reference.path == toy and output == out and rest == {"name": "out", "force": True}
-    assert given == Int8Options(Path("kept"), "photos", "masks", "cpu", Path("r.json"), "entropy", 33.0, 6, 0.0, 0)
+    ((reference, output, given),) = work.quantised
+    assert reference.path == toy and output == out
+    expected = Int8Options(Path("kept"), "photos", "masks", "cpu", Path("r.json"), "entropy", 33.0, 6, 0.0, force=True)
+    assert given == expected
     stdout, stderr = capsys.readouterr()
     lines = [" ".join(line.split()) for line in stdout.splitlines()]
     assert lines[0].startswith(f"saved {out} (64x64, int8, ") and lines[1] == "gate psnr db 99"
@@ -241,9 +229,9 @@ def test_int8_options_reach_the_quantiser(work: Work, toy: Path, tmp_path: Path,
 def test_int8_defaults_and_json(work: Work, tmp_path: Path, capsys: Captured) -> None:
     out, data = tmp_path / "out", ("--calibration-data", "photos")
     document = as_json(capsys, "export", "tiny", "--precision", "int8", "-o", out, *data)
-    ((reference, _, given, rest),) = work.quantised
+    ((reference, _, given),) = work.quantised
     assert reference.files == Bundle.load("tiny", verify=False).files, "the name means the bundled bundle"
-    assert given == Int8Options(tmp_path / "out.calibration", "photos", steps=20) and rest["force"] is False
+    assert given == Int8Options(tmp_path / "out.calibration", "photos", steps=20)
     assert (given.min_psnr_db, given.target, given.ranges) == (30.0, "tensorrt", "mse")
     assert document["int8"] == INT8 and document["output"] == str(out)
     assert document["notes"] == ["a note on the pictures"]
@@ -258,9 +246,9 @@ def test_a_checkpoint_is_exported_in_float32_first(
     command = f"export {weights} --vae vae --precision int8 --steps 5 --min-psnr 33 --distilled-guidance 3".split()
     command += ["--calibration-data", "photos"]
     assert main([*command, "-o", str(out)]) == 0
-    (((given, vae, folder), options),) = work.exported
-    assert (given, vae) == (str(weights), Path("vae")) and folder.name == "out" and folder != out
-    assert options == {"config": None, "steps": 5, "guidance": None, "distilled_guidance": 3.0}, "its own floor"
+    ((given, folder, options),) = work.exported
+    assert given == str(weights) and folder.name == "out" and folder != out
+    assert options == BundleOptions(Path("vae"), steps=5, distilled_guidance=3.0), "it has its own floor"
     assert work.quantised[0][0].path == folder
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"], "the float32 bundle is gone"
     work.exported.clear()

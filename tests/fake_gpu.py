@@ -1,7 +1,7 @@
 """ONNX Runtime's GPU build as it shows itself to Python, without a GPU. Not a test.
 
-Sessions execute on the CPU and say what a GPU's would; so results and profiles are real, and only where they come
-from is not.
+Sessions execute on the CPU, buffers lie in host memory, and both say what a GPU's would; so results, buffers and
+profiles are real, and only where they come from is not. What was asked of it is recorded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class FakeGpu:
         self.left_to_cpu: set[str] = set()
         self.idle = False  # the provider starts, and is given nothing
         self.sessions: list[list[Any]] = []  # the providers and options each session was given
-        gpu, real_session = self, onnxruntime.InferenceSession
+        self.buffers: list[tuple[str, tuple[int, ...]]] = []  # device and shape of every one allocated
+        gpu, real_session, real_value = self, onnxruntime.InferenceSession, onnxruntime.OrtValue
 
         class Session(real_session):  # type: ignore[misc, valid-type]
             def __init__(self, model: Any, options: Any, providers: list[Any], enable_fallback: int) -> None:
@@ -56,6 +57,13 @@ class FakeGpu:
                 Path(path).write_text(json.dumps(events))
                 return path
 
+        class Value:
+            @staticmethod
+            def ortvalue_from_shape_and_type(shape: list[int], kind: Any, device: str, number: int) -> Any:
+                gpu.buffers.append((device, tuple(shape)))
+                return real_value.ortvalue_from_shape_and_type(shape, kind, "cpu", number)
+
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(self.providers))
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+        monkeypatch.setattr(onnxruntime, "OrtValue", Value)
         monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **options: print("Failed to load"), raising=False)

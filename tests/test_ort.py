@@ -20,7 +20,7 @@ from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageErr
 from moebius_edge.runtimes import create_runtime, providers
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.cuda import find_gpu
-from moebius_edge.runtimes.ort import OrtRuntime, check_placement, read_placement
+from moebius_edge.runtimes.ort import BoundSession, OrtRuntime, check_placement, read_placement
 from moebius_edge.runtimes.providers import (
     PROBE,
     absence,
@@ -47,7 +47,7 @@ def denoiser_feeds(batch: int) -> Arrays:
 
 
 class Broken:
-    """A session whose calls fail with ``text``."""
+    """A session, or its buffers, whose calls fail with ``text``."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -132,7 +132,7 @@ def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
 ) -> None:
     FakeGpu(monkeypatch)
     with create_runtime("onnxruntime", bundle, device) as runtime:
-        monkeypatch.setitem(runtime._sessions, "denoiser", Broken(text))
+        monkeypatch.setitem(runtime._sessions if device == "cpu" else runtime._bound, "denoiser", Broken(text))
         with pytest.raises(error, match=message.format(device=device)):
             runtime.run("denoiser", denoiser_feeds(1))
 
@@ -141,19 +141,54 @@ def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
 
 
 @pytest.mark.parametrize(("device", "provider"), [("cuda", CUDA), ("tensorrt", TENSORRT)])
-def test_a_gpu_session_proves_where_it_runs(
+def test_a_gpu_session_computes_in_bound_buffers_and_proves_where(
     device: str, provider: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    FakeGpu(monkeypatch)
+    gpu = FakeGpu(monkeypatch)
     runtime = create_runtime("onnxruntime", bundle, device)
-    assert "nodes" not in runtime.info, "nothing is touched before with"
+    assert gpu.buffers == [] and "nodes" not in runtime.info, "nothing is touched before with"
     with runtime:
+        allocated = list(gpu.buffers)
+        assert {kind for kind, _ in allocated} == {"cuda"}
         latent = runtime.run("vae_encoder", {"image": image(1)})["latent"]
         np.testing.assert_allclose(latent, encode(image(1)), atol=1e-5)
+        runtime.run("denoiser", denoiser_feeds(2))
+        assert gpu.buffers == allocated, "warming up has allocated what a guided run needs"
         assert set(runtime.info["nodes"]) == set(COMPONENTS)
         assert set(runtime.info["nodes"]["denoiser"]) == {provider}
         assert runtime.info["provider"] == provider and runtime.info["nodes"]["denoiser"][provider] > 5
-    assert not runtime._sessions
+    assert not runtime._bound and not runtime._sessions
+
+
+def test_bound_buffers_are_kept_and_their_results_are_the_callers(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really executed, on the CPU."""
+    real, shapes = onnxruntime.OrtValue.ortvalue_from_shape_and_type, []
+
+    def counted(shape: list[int], *rest: Any) -> Any:
+        shapes.append(tuple(shape))
+        return real(shape, *rest)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", counted)
+    session = onnxruntime.InferenceSession(bundle.paths["vae_encoder"], providers=[CPU])
+    bound = BoundSession(onnxruntime, session, bundle.components["vae_encoder"], "cpu")
+    results = [(image(batch), bound.run({"image": image(batch)}, ["latent"])["latent"]) for batch in (1, 3, 1, 3)]
+    for pictures, latent in results:  # an earlier result outlives the later calls
+        np.testing.assert_allclose(latent, encode(pictures), atol=1e-5)
+    results[0][1][...] = 0  # nor does writing to it reach the buffers
+    np.testing.assert_array_equal(bound.run({"image": image(1)}, ["latent"])["latent"], results[2][1])
+    assert shapes == [(1, 3, 64, 64), (1, 4, 8, 8), (3, 3, 64, 64), (3, 4, 8, 8)], "once for each batch size"
+
+
+def test_an_output_that_is_not_asked_for_stays_on_the_device(tmp_path: Path) -> None:
+    deep = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
+    session = onnxruntime.InferenceSession(deep.paths["denoiser"], providers=[CPU])
+    bound = BoundSession(onnxruntime, session, deep.components["denoiser"], "cpu")
+    both = bound.run(denoiser_feeds(2), ["noise", "deep"])
+    outputs = bound._buffers[2][2]
+    outputs["deep"] = None  # reading it would fail
+    np.testing.assert_array_equal(bound.run(denoiser_feeds(2), ["noise"])["noise"], both["noise"])
 
 
 def test_a_gpu_that_is_given_nothing_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +266,7 @@ def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.Monke
     text = "[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x"
     for device, error in (("tensorrt", MachineError), ("cuda", BundleError)):
         with create_runtime("onnxruntime", bundle, device) as runtime:
-            monkeypatch.setitem(runtime._sessions, "denoiser", Broken(text))
+            monkeypatch.setitem(runtime._bound, "denoiser", Broken(text))
             with pytest.raises(error) as caught:
                 runtime.run("denoiser", denoiser_feeds(1))
         command = f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}"

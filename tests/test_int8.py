@@ -326,34 +326,25 @@ def test_without_a_recipe_one_is_found(recorded: Path, pictures: Path, monkeypat
     assert all(rows[name] == rows[name] | row for name, row in measured.items())
     assert "smoothed_psnr_db" in rows[ATTENTION] and bundle.int8["quantised_products"] == len(nodes_of(few[:3]))
 
-    shutil.rmtree(bundle.path)
-    worst = min(few[:3], key=lambda name: measured[name]["psnr_db"])
-    monkeypatch.setattr(search_module, "MARGIN_DB", 4.0)
-    floor = measured[worst]["psnr_db"] - 3  # with the margin, the worst block alone is below it
-    stages: list[str] = []
-    again, _ = quantise(recorded, pictures, None, min_psnr_db=floor, progress=lambda w, d, t: stages.append(w))
-    assert not any(stage.startswith("sensitivity") for stage in stages), "another floor measures no block again"
-    assert any(stage.startswith("recipe 1, ") for stage in stages)
-    assert worst not in Recipe.load(again.path / "recipe.json").chosen
-
 
 @pytest.mark.slow
 def test_the_standard_recipe_passes_on_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every candidate of the bundled model in INT8 at its usual steps, and TensorRT for RTX builds what was saved."""
+    """Every candidate of the bundled model in INT8, and TensorRT for RTX builds what was saved."""
     photographs = ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "astronaut.png")
-    photographs += ("camera.png", "moon.png", "brick.png", "grass.png", "coffee.png", "gravel.png", "coins.png")
+    photographs += ("camera.png", "moon.png", "brick.png", "grass.png", "coffee.png")
     (tmp_path / "photographs").mkdir()
     for i, name in enumerate(photographs):
         (tmp_path / "photographs" / f"{i:02}-{name}").write_bytes((files("skimage.data") / name).read_bytes())
-    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 16)
+    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 8)
     every = blocks(onnx.load(TINY.component_path("denoiser")))
     total = sum(block.macs for block in every)
     standard = [b for b in every if not b.name.endswith(SLOW) and b.macs >= MIN_MAC_SHARE * total]
     Recipe({block.name: block in standard for block in every}).save(tmp_path / "standard.json")
-    options = Int8Options(tmp_path / "cache", str(tmp_path / "photographs"), recipe=tmp_path / "standard.json")
+    data, recipe = str(tmp_path / "photographs"), tmp_path / "standard.json"
+    options = Int8Options(tmp_path / "cache", data, recipe=recipe, steps=10)
     bundle, _ = quantise_bundle(TINY, tmp_path / "out", options)
     assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == {"04-astronaut.png", "09-coffee.png"}
-    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 16
+    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 8
     assert bundle.gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in bundle.int8["cases"]) >= 30
     assert bundle.int8["share_of_multiplications"] >= 0.6
     assert sorted(bundle.int8["nodes"]) == sorted(node for block in standard for node in block.nodes)

@@ -180,32 +180,26 @@ def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: 
 def _measure(
     reference: Bundle, candidate: Bundle, pictures: Pictures, options: Int8Options, progress: Progress
 ) -> tuple[list[Metrics], dict[str, Any]]:
-    """The metrics of the files of ``candidate`` on each held-out case, and what the gate keeps of them.
+    """The metrics of the files of ``candidate`` on each held-out case, and of them the worst, which the gate keeps.
 
-    Raises:
-        QualityError: the shallow part differs from the whole denoiser.
+    Raises QualityError if the shallow part differs from the whole denoiser.
     """
     cases = make_cases(pictures, max(HELD_OUT_CASES, len(pictures)), reference.resolution, options.seed + 1)
     device = fastest_device(options.target)
     evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
     with create_runtime("onnxruntime", candidate, device) as runtime:
         metrics = evaluator.evaluate(runtime, "gate, held-out pictures", progress)
-        gate = gate_report(metrics, options.min_psnr_db)
-        gate |= {"steps": options.steps, "guidance": evaluator.guidance.scale, "device": device}
+        gate: dict[str, Any] = {
+            **{key: min(m[key] for m in metrics) for key in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim")},
+            "mean_hole_psnr_db": mean_hole_psnr_db(metrics),
+            "latent_rms_drift": [max(values) for values in zip(*(m["latent_rms_drift"] for m in metrics), strict=True)],
+            **{"min_psnr_db": options.min_psnr_db, "cases": len(metrics), "start": "image", "device": device},
+            **{"steps": options.steps, "guidance": evaluator.guidance.scale},
+        }
         if SHALLOW in candidate.components:
             gate["shallow_difference"] = shallow_difference(runtime)
             judge_shallow(gate["shallow_difference"], "int8")
     return metrics, gate
-
-
-def gate_report(metrics: Sequence[Metrics], floor: float) -> dict[str, Any]:
-    """The worst metrics of all cases, and the mean in the hole."""
-    return {
-        **{name: min(m[name] for m in metrics) for name in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim")},
-        "mean_hole_psnr_db": mean_hole_psnr_db(metrics),
-        "latent_rms_drift": [max(values) for values in zip(*(m["latent_rms_drift"] for m in metrics), strict=True)],
-        **{"min_psnr_db": floor, "cases": len(metrics), "start": "image"},
-    }
 
 
 def gate_error(metrics: Sequence[Metrics], recipe: Recipe, search: Search, options: Int8Options) -> QualityError:

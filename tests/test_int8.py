@@ -25,7 +25,8 @@ from moebius_edge.calibration import evaluate as evaluate_module
 from moebius_edge.calibration import int8 as int8_module
 from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration.blocks import Block, Recipe, blocks
-from moebius_edge.calibration.int8 import Int8Options, advice, block_table, gate_report, quantise_bundle
+from moebius_edge.calibration.evaluate import mean_hole_psnr_db
+from moebius_edge.calibration.int8 import Int8Options, advice, block_table, quantise_bundle
 from moebius_edge.calibration.quantise import MIN_MAC_SHARE, SLOW, Quantiser, integer_kernels, quantised_nodes
 from moebius_edge.calibration.record import RecordingRuntime
 from moebius_edge.cli import main
@@ -151,7 +152,10 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
 def test_the_gate_is_the_worst_of_the_held_out_cases(tensorrt: SimpleNamespace) -> None:
     gate, cases = tensorrt.bundle.gate, tensorrt.bundle.int8["cases"]
     assert [case["name"] for case in cases] == ["4.png", "4.png, hole 2"], "the picture that was not recorded"
-    assert gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in cases) >= gate["min_psnr_db"] == 30.0
+    for key in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim"):
+        assert gate[key] == min(case[key] for case in cases), key
+    assert gate["hole_psnr_db"] >= gate["min_psnr_db"] == 30.0 and len(gate["latent_rms_drift"]) == STEPS - 1
+    assert gate["mean_hole_psnr_db"] == mean_hole_psnr_db(cases) > gate["hole_psnr_db"]
     assert (gate["cases"], gate["steps"], gate["guidance"], gate["start"]) == (CASES, STEPS, 2.0, "image")
     assert tensorrt.bundle.int8["calibration"]["pictures"].startswith("4:")
 
@@ -264,17 +268,6 @@ def test_a_recipe_of_nothing_that_the_target_computes(cpu: SimpleNamespace, pict
 # --- what is reported -------------------------------------------------------------------------------------
 
 
-def test_the_gate_keeps_the_worst_of_all_cases() -> None:
-    names = ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim", "latent_rms_drift")
-    cases = ((34.0, 0.91, 40.0, 0.99, [0.1, 0.3]), (28.4, 0.95, 36.0, 0.97, [0.2, 0.2]), (31, 0.93, 35, 0.98, [0, 0]))
-    metrics = [dict(zip(names, case, strict=True)) for case in cases]
-    assert gate_report(metrics, 28.0) == {
-        **{"hole_psnr_db": 28.4, "hole_ssim": 0.91, "psnr_db": 35.0, "ssim": 0.97},
-        "mean_hole_psnr_db": 30.56,  # of the mean squared error
-        **{"latent_rms_drift": [0.2, 0.3], "min_psnr_db": 28.0, "cases": 3, "start": "image"},
-    }
-
-
 def test_the_table_says_of_each_block_what_it_costs_and_brings() -> None:
     """A recipe may name a block that its target computes in floating point, or smooth one that is not quantised."""
     every = [Block(n, (f"{n}/1", f"{n}/2"), frozenset(), macs) for n, macs in (("a", 75), ("b", 20), ("e", 5))]
@@ -326,34 +319,25 @@ def test_without_a_recipe_one_is_found(recorded: Path, pictures: Path, monkeypat
     assert all(rows[name] == rows[name] | row for name, row in measured.items())
     assert "smoothed_psnr_db" in rows[ATTENTION] and bundle.int8["quantised_products"] == len(nodes_of(few[:3]))
 
-    shutil.rmtree(bundle.path)
-    worst = min(few[:3], key=lambda name: measured[name]["psnr_db"])
-    monkeypatch.setattr(search_module, "MARGIN_DB", 4.0)
-    floor = measured[worst]["psnr_db"] - 3  # with the margin, the worst block alone is below it
-    stages: list[str] = []
-    again, _ = quantise(recorded, pictures, None, min_psnr_db=floor, progress=lambda w, d, t: stages.append(w))
-    assert not any(stage.startswith("sensitivity") for stage in stages), "another floor measures no block again"
-    assert any(stage.startswith("recipe 1, ") for stage in stages)
-    assert worst not in Recipe.load(again.path / "recipe.json").chosen
-
 
 @pytest.mark.slow
 def test_the_standard_recipe_passes_on_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every candidate of the bundled model in INT8 at its usual steps, and TensorRT for RTX builds what was saved."""
+    """Every candidate of the bundled model in INT8, and TensorRT for RTX builds what was saved."""
     photographs = ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "astronaut.png")
-    photographs += ("camera.png", "moon.png", "brick.png", "grass.png", "coffee.png", "gravel.png", "coins.png")
+    photographs += ("camera.png", "moon.png", "brick.png", "grass.png", "coffee.png")
     (tmp_path / "photographs").mkdir()
     for i, name in enumerate(photographs):
         (tmp_path / "photographs" / f"{i:02}-{name}").write_bytes((files("skimage.data") / name).read_bytes())
-    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 16)
+    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 8)
     every = blocks(onnx.load(TINY.component_path("denoiser")))
     total = sum(block.macs for block in every)
     standard = [b for b in every if not b.name.endswith(SLOW) and b.macs >= MIN_MAC_SHARE * total]
     Recipe({block.name: block in standard for block in every}).save(tmp_path / "standard.json")
-    options = Int8Options(tmp_path / "cache", str(tmp_path / "photographs"), recipe=tmp_path / "standard.json")
+    data, recipe = str(tmp_path / "photographs"), tmp_path / "standard.json"
+    options = Int8Options(tmp_path / "cache", data, recipe=recipe, steps=10)
     bundle, _ = quantise_bundle(TINY, tmp_path / "out", options)
     assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == {"04-astronaut.png", "09-coffee.png"}
-    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 16
+    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 8
     assert bundle.gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in bundle.int8["cases"]) >= 30
     assert bundle.int8["share_of_multiplications"] >= 0.6
     assert sorted(bundle.int8["nodes"]) == sorted(node for block in standard for node in block.nodes)

@@ -30,7 +30,7 @@ from ..imaging.masks import latent_mask
 from ..progress import Progress, no_progress
 from ..system.files import atomic_directory
 from ..system.fingerprint import fingerprint, first_difference
-from .loop import atomic_save, draw_batches, make_folder, plain
+from .loop import atomic_save, draw_batches, lost_processes_named, make_folder, plain
 
 INDEX = "index.json"
 ARRAYS = ("clean", "masked", "mask")
@@ -257,7 +257,7 @@ def encode_latents(
     def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
         return samples.sample_masks(number, masks_per_picture)
 
-    with closing(draw_batches(draw, numbers, workers)) as drawn:
+    with lost_processes_named(), closing(draw_batches(draw, numbers, workers)) as drawn:
         for shard in missing:
             columns: tuple[list[np.ndarray], ...] = ([], [], [])
             for _ in batches[shard]:

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from ..bundle.bundle import ENGINES_FOLDER, Bundle
 from ..errors import MachineError
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.latency import StageTimer
-from ..pipeline.loop import measured
 from ..progress import Progress
 from ..system.machine import peak_memory_bytes
 from ..system.nvml import gpu_memory_in_use
@@ -55,7 +54,7 @@ class BaselineTarget:
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         """The picture with its hole filled, uint8 RGB."""
         image = rgb8(loaded.picture)
-        with measured(timer, "total"):
+        with nullcontext() if timer is None else timer.measure("total"):
             return np.asarray(self._fill(image, loaded.hole))
 
     def facts(self, timer: StageTimer) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def test_steps_that_differ_are_bars_of_their_own(tmp_path: Path) -> None:
         row["label"] += f", share {share:g}"
         row["work"]["by_class"] = {"lambda": {"multiplications": share * 1e9}}
     assert words(svgs(page.render(report_of(rows), tmp_path), "light")[-1]) == [
-        *("1: a, share 1", "1.00", "2: b, share 0.5", "0.50"),
+        *("1: a, share 1", "1.00", "2: b, share 0.5", "0.50")
     ]
 
 

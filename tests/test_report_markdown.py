@@ -16,9 +16,7 @@ def test_what_people_act_on_comes_first(tmp_path: Path) -> None:
     path = markdown.write(sample_results(), tmp_path)
     text = path.read_text(encoding="utf-8")
     assert path.name == "report.md"
-    assert re.findall(r"^## (.*)$", text, re.M) == [
-        *("Recommendation", "All configurations", "Conditions"),
-    ]
+    assert re.findall(r"^## (.*)$", text, re.M) == [*("Recommendation", "All configurations", "Conditions")]
     assert "**Take sample float32, ONNX Runtime CPU, 8 steps DPM++2M, guidance 2.** 735 ms an image" in text
     assert ": denoiser returned NaN at step 3 of 19 (t=800)" in text and "| gated |" in text
     assert "| FID | torchmetrics is not installed |" in text

@@ -64,7 +64,7 @@ def scatter(caption: str, points: Sequence[Point], y_title: str) -> Chart:
         for p in drawn:
             marker, colour, filled = _MARKS[p.kind]
             face = colours[colour] if filled else "none"
-            axes.scatter(p.x, p.y, marker=marker, facecolor=face, edgecolor=colours[colour])
+            axes.scatter(p.x, p.y, marker=marker, facecolor=face, edgecolor=colours[colour], zorder=3)
             if p.chosen:
                 axes.scatter(p.x, p.y, s=150, facecolor="none", edgecolor=colours[colour])
         if max(p.y for p in points) >= PSNR_CAP_DB:

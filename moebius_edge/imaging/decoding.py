@@ -7,6 +7,7 @@ of 16. Whatever is wrong with a file becomes an error of one line.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import struct
 import threading
@@ -53,6 +54,7 @@ _PLAIN_MODES = {
     **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"), "RGB"),
 }
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damage would go to stderr
 _process_state = threading.Lock()  # held while Pillow's limit or stderr is changed
 
 

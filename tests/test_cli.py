@@ -329,16 +329,6 @@ def test_a_name_no_encoding_can_print_is_an_error_not_a_crash(tmp_path: Path) ->
 # --- the console -----------------------------------------------------------------------------------------
 
 
-def test_colour_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    console.note("seen")
-    monkeypatch.setenv("NO_COLOR", "1")
-    console.note("plain")
-    assert capsys.readouterr().err == "\033[33mnote:\033[0m seen\nnote: plain\n"
-
-
 def test_progress_lines_are_few(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -186,7 +186,9 @@ def test_layers_are_shown_the_worst_first(
     """The comparison itself is tested where it lives; here it is replaced."""
     calls: list[tuple[Any, ...]] = []
 
-    def compare_layers(a: Path, b: Path, provider_a: str, provider_b: str, on_progress: Any) -> list[Row]:
+    def compare_layers(
+        a: Path, b: Path, feeds: Any = None, provider_a: str = "", provider_b: str = "", on_progress: Any = None
+    ) -> list[Row]:
         on_progress("compare layers", 0, 1)
         calls.append((a, b, provider_a, provider_b))
         apart = [Row(f"t{number}", (1, 4, 8, 8), 1 / (number + 2), 40.0) for number in range(24)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
 import os
@@ -286,16 +285,6 @@ def test_what_marks_the_hole_is_found_out_or_chosen(here: Path, toy: tuple[str, 
     assert len({Path(name).read_bytes() for name in ("white.png", "red_filled.png", "label.png")}) == 1
 
 
-def test_a_mask_of_the_picture_before_its_rotation(here: Path, toy: tuple[str, str], capsys: Captured) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open("photo.png").save("turned.png", exif=exif)
-    assert main(["run", "turned.png", "photo_mask.png", *toy, "-o", "out.png"]) == 0
-    assert "has the sides of the picture before its EXIF rotation: turned with it" in capsys.readouterr().err
-    hole = np.rot90(pixels("photo_mask.png") > 0, -1)
-    assert (np.rot90(pixels("photo.png"), -1) != pixels("out.png")).any(axis=-1)[hole].mean() > 0.9
-
-
 def test_the_same_command_gives_the_same_bytes(here: Path, toy: tuple[str, str]) -> None:
     for name in ("a.png", "b.png"):
         assert main([*PAIR, *toy, "-o", name, "--seed", "3"]) == 0
@@ -398,16 +387,6 @@ def test_damaged_bundles(here: Path, tmp_path: Path, toys: Callable[..., Path], 
     ):
         refused(capsys, 4, message, *PAIR, "--bundle", bundle)
     assert contents(here) == before and (here / "photo_inpainted.png").read_bytes() == b"older"
-
-
-def test_a_full_disk(here: Path, toy: tuple[str, str], capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    before = contents(here)
-    monkeypatch.setattr("moebius_edge.imaging.pictures.write_png", full)
-    assert "the disk is full" in refused(capsys, 3, "cannot write photo_inpainted.png", *PAIR, *toy)
-    assert contents(here) == before
 
 
 def test_a_file_system_that_takes_no_more(here: Path, toy: tuple[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""One module a command. At their top they import nothing heavy: ``--help`` must answer in a blink.
+"""One module a command, ``console.py`` for what they print, ``pairs.py`` for images and masks in folders.
 
-``console.py`` is what they print with; ``batch.py`` pairs images with masks for ``run``.
+At their top they import nothing heavy: ``--help`` must answer in a blink.
 """

@@ -51,7 +51,5 @@ def root(
 def parse_message(error: Exception) -> tuple[str, str]:
     """Typer's message and where the help is: error classes carry both, but their type is not public."""
     message = error.format_message() if hasattr(error, "format_message") else str(error)
-    message = message.replace(": Value error, ", ": ")  # a validator's name in typer's newer versions
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "moebius-edge"
-    return message.rstrip("."), f"see `{command} --help`"
+    command = getattr(getattr(error, "ctx", None), "command_path", "moebius-edge")
+    return message.replace(": Value error, ", ": ").rstrip("."), f"see `{command} --help`"

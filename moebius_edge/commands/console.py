@@ -73,7 +73,7 @@ def print_error(error: MoebiusError, as_json: bool = False) -> None:
     line = _one_line(str(error))
     if line:
         ended = isinstance(error, Interrupted)  # by a signal, which is no error
-        _say(line if ended else f"{_coloured('error:', 31)} {line}")
+        _say(line if ended else f"error: {line}")
     if line and as_json:
         with suppress(OSError):
             print_json({"error": line, **({"remedy": error.remedy} if error.remedy else {})}, error.exit_code)
@@ -81,7 +81,7 @@ def print_error(error: MoebiusError, as_json: bool = False) -> None:
 
 def note(message: str) -> None:
     """A remark about the work that is no part of its result."""
-    _say(f"{_coloured('note:', 33)} {_one_line(message)}")
+    _say(f"note: {_one_line(message)}")
 
 
 def _say(line: str) -> None:
@@ -178,11 +178,6 @@ def _one_line(message: str) -> str:
     return " ".join(line.strip() for line in message.strip().splitlines())
 
 
-def _coloured(text: str, code: int) -> str:
-    plain = not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\033[{code}m{text}\033[0m"
-
-
 # --- long work -----------------------------------------------------------------------------------------------------
 
 
@@ -194,18 +189,14 @@ def progress() -> Iterator[Progress]:
         return
     from rich import progress as bars
 
-    columns = (
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.TextColumn("{task.fields[count]}", markup=False),
-        bars.TimeRemainingColumn(),
-    )
+    first, second = (bars.TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("what", "count"))
+    columns = (first, bars.BarColumn(), second, bars.TimeRemainingColumn())
     with bars.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
-        task = bar.add_task("", total=None, count="")
+        task = bar.add_task("", total=None, what="", count="")
 
         def show(what: str, done: int, total: int) -> None:
             count = f"{done}/{total}" if total else ""
-            bar.update(task, description=what, completed=done, total=total or None, count=count)
+            bar.update(task, what=what, completed=done, total=total or None, count=count)
 
         yield show
 

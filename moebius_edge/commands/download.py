@@ -1,10 +1,8 @@
 """``moebius-edge download``: the published weights and what belongs to them, by huggingface_hub.
 
-Repositories, file names and hashes are those that the authors' README and several independent ports name: the four
-students in ``hustvl/Moebius`` (0.9 GB each), their teacher and their autoencoder in ``hustvl/PixelHacker``, the
-weights of E-LatentLPIPS where its package looks for them. They have not been fetched by this project's tests, which
-run without a network, so every repository can be overridden. What is downloaded is not trusted: ``export`` runs no
-code from it and checks every tensor.
+Repositories, file names and hashes are those that the authors' README and several independent ports name. The tests
+run without a network, so every repository can be overridden. What is downloaded is not trusted: ``export`` runs no code
+from it and checks every tensor.
 """
 
 from __future__ import annotations
@@ -45,15 +43,11 @@ MODELS = {  # name -> repository, folder in it, files: the first that is there i
 }
 
 # Size and SHA-256 of what several people have downloaded who published both. The authors publish neither.
+_PLACES2_SHA256 = "6525afb888e55f9b5c74fa0a5d19ca0762d720d6c716fb0f8422fbeb6868a09a"
+_VAE_SHA256 = "a59d7ea697f2942d22002dc3469e8c53db807a6b78f7f5ec03bd4c1f70f98efe"
 KNOWN = {
-    (REPO, "ft_places2/diffusion_pytorch_model.bin"): (
-        905_298_356,
-        "6525afb888e55f9b5c74fa0a5d19ca0762d720d6c716fb0f8422fbeb6868a09a",
-    ),
-    (VAE_REPO, "vae/diffusion_pytorch_model.bin"): (
-        167_394_306,
-        "a59d7ea697f2942d22002dc3469e8c53db807a6b78f7f5ec03bd4c1f70f98efe",
-    ),
+    (REPO, "ft_places2/diffusion_pytorch_model.bin"): (905_298_356, _PLACES2_SHA256),
+    (VAE_REPO, "vae/diffusion_pytorch_model.bin"): (167_394_306, _VAE_SHA256),
 }
 _NETWORK_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
 _BY_HAND = "run it with `--output DIR` on a machine that has a network, and copy DIR here"
@@ -147,7 +141,8 @@ def _next_command(name: str, weights: str, vae: str | None) -> str:
 def _checked_hash(path: Path, folder: Folder) -> str:
     """The file's SHA-256. Of the authors' repository and its newest revision it must be the known one, if there is one.
 
-    Raises BundleError for another file: a damaged one, or a newer publication, which is to be named by its revision.
+    Raises:
+        BundleError: it is another file, damaged or published anew.
     """
     from ..system.files import sha256_file
 

@@ -43,39 +43,25 @@ def report(
     bundles: Annotated[list[str], Argument(metavar="BUNDLE...", help="Folders, or 'tiny'; or: merge A.json B.json")],
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Where the report is kept.")],
     images: Annotated[Path | None, Option(metavar="DIR", help="The photographs.")] = None,
-    masks: Annotated[
-        Path | None, Option(metavar="DIR", help="Their masks; default photo_mask.png beside photo.jpg.")
-    ] = None,
-    truth: Annotated[
-        str, Option(metavar="DIR|images", help="True pictures by the same names; or the images are the truth.")
-    ] = "",
+    masks: Annotated[Path | None, Option(metavar="DIR", help="Their masks; default photo_mask.png beside.")] = None,
+    truth: Annotated[str, Option(metavar="DIR|images", help="True pictures by the same names, or the images.")] = "",
     runtime: Annotated[Several, Option(metavar="NAME,...", help="Runtimes to compare, as of run.")] = None,
     device: Annotated[Several, Option(metavar="NAME,...", help="Devices to compare.")] = None,
     steps: Annotated[Several, Option(metavar="N,...", help="Step counts to compare; default the bundle's.")] = None,
     scheduler: Annotated[Several, Option(metavar="NAME,...", help=f"{', '.join(SCHEDULERS)}.")] = None,
     guidance: Annotated[Several, Option(metavar="X,...", help="Guidance; default the bundle's.")] = None,
-    cache_interval: Annotated[
-        Several, Option(metavar="N,...", help="Reuse of deep features, as of run; default 1, none.")
-    ] = None,
+    cache_interval: Annotated[Several, Option(metavar="N,...", help="Reuse of deep features; default 1, none.")] = None,
     start: Annotated[Several, Option(metavar="NAME,...", help=f"{', '.join(STARTS)}; default the bundle's.")] = None,
-    preset: Annotated[
-        Several, Option(metavar="NAME,...", help=f"Presets of run beside them: {', '.join(PRESETS)}.")
-    ] = None,
+    preset: Annotated[Several, Option(metavar="NAME,...", help=f"Of run, beside them: {', '.join(PRESETS)}.")] = None,
     baseline: Annotated[
         Several, Option(metavar="NAME,...", help="telea, navier-stokes, torch, or a .toml file of an ONNX model.")
     ] = None,
-    reference: Annotated[
-        str, Option(metavar="BUNDLE|torch", help="What accuracy is measured against; default float32.")
-    ] = "",
+    reference: Annotated[str, Option(metavar="BUNDLE|torch", help="What accuracy is against; default float32.")] = "",
     seed: Seed = 0,
     runs: Annotated[int, Option(min=1, metavar="N", help="Timed passes over all photographs.")] = 5,
     warmup: Annotated[int, Option(min=0, metavar="N", help="Passes before them.")] = 1,
-    sustained: Annotated[
-        float, Option(min=0.0, metavar="MINUTES", help="Then go on for so long: cold against soaked.")
-    ] = 0,
-    max_latency_ms: Annotated[
-        float | None, Option(min=0.0, metavar="MS", help="What the recommendation must keep.")
-    ] = None,
+    sustained: Annotated[float, Option(min=0.0, metavar="MINUTES", help="Then go on: cold against soaked.")] = 0,
+    max_latency_ms: Annotated[float | None, Option(min=0.0, metavar="MS", help="The recommendation keeps it.")] = None,
     min_psnr: Annotated[float | None, Option(metavar="DB", help="The same, in the hole.")] = None,
     max_memory: Annotated[str, Option(metavar="SIZE", help="The same, such as 2GB.")] = "",
     force: Annotated[bool, Option("--force", help="Measure everything again.")] = False,

@@ -243,7 +243,7 @@ def test_the_stages_on_a_folder_of_pictures(
     code, out, err = run(capsys, "-o", tmp_path / "q", *chosen, "--student", student, *given)
     assert code == 0, err
     assert out.endswith(f"next: moebius-edge export {tmp_path}/q/student.safetensors --vae {vae} --precision int8 "
-                        "--output BUNDLE\n")  # fmt: skip
+                        "--calibration-data DIR --output BUNDLE\n")  # fmt: skip
     blocks = json.loads((tmp_path / "q" / "train.json").read_text())["recipe"]["int8"]["blocks"]
     assert blocks == ["conv_in", "up_blocks.1.upsamplers.0.phases"]
     QuantisationRecipe({"conv_9": False}).save(tmp_path / "int8.json")

@@ -111,7 +111,7 @@ def train(
     print(f"saved {result}")
     if stage != "teacher":
         shown = inputs.vae or "DIR"
-        precision = " --precision int8" if stage == "int8" else ""
+        precision = " --precision int8 --calibration-data DIR" if stage == "int8" else ""
         print(f"next: moebius-edge export {result} --vae {shown}{precision} --output BUNDLE")
 
 

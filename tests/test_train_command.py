@@ -157,7 +157,7 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
     settings = ("--set", "optimiser.batch_norm=running", "--set", "optimiser.precision=fp32")
     chosen = ("--int8-recipe", recipe, "--student", student, *settings, *given)
     said, record = trained("q", "int8", *chosen)
-    assert f"/q/student.safetensors --vae {vae} --precision int8 --output BUNDLE\n" in said
+    assert f"/q/student.safetensors --vae {vae} --precision int8 --calibration-data DIR --output BUNDLE\n" in said
     assert record["recipe"]["int8"]["blocks"] == ["conv_in", "up_blocks.1.upsamplers.0.phases"]
     QuantisationRecipe({"conv_9": False}).save(recipe)
     asked = ("train", "--config", config, "--vae", vae, "--device", "cpu", "-o", tmp_path / "q2", "--stage", "int8")

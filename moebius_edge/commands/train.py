@@ -66,7 +66,7 @@ def train(
         return
     print(f"saved {result}")
     if stage != "teacher":
-        precision = " --precision int8" if stage == "int8" else ""
+        precision = " --precision int8 --calibration-data DIR" if stage == "int8" else ""
         print(f"next: moebius-edge export {result} --vae {inputs.vae or 'DIR'}{precision} --output BUNDLE")
 
 

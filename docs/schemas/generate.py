@@ -1,4 +1,4 @@
-"""Write the JSON Schemas of ``bundle.json``, ``engine.json`` and ``results.json`` beside this file, or to the folder that is named.
+"""Write the JSON Schemas of the program's documents beside this file, or to the folder that is named.
 
     python docs/schemas/generate.py [FOLDER]
 
@@ -9,6 +9,7 @@ an eighth of the resolution, and that no file leaves its folder, are the program
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -16,17 +17,20 @@ from moebius_edge.bundle.manifest import BundleDocument
 from moebius_edge.report.results import ResultsDocument
 from moebius_edge.runtimes.engine_files import Engine
 
+# The name of a document -> its type, and the fields that are not in the file. A new document is one line here.
+DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "bundle": (BundleDocument, ()),
+    "engine": (Engine, ("path",)),
+    "results": (ResultsDocument, ()),
+}
+
 
 def main(folder: Path) -> None:
-    engine = TypeAdapter(Engine).json_schema()
-    del engine["properties"]["path"]  # where it lies is not in the file
-    engine["required"].remove("path")
-    schemas = {
-        "bundle": TypeAdapter(BundleDocument).json_schema(),
-        "engine": engine,
-        "results": ResultsDocument.model_json_schema(),
-    }
-    for name, schema in schemas.items():
+    for name, (kind, absent) in DOCUMENTS.items():
+        schema = TypeAdapter(kind).json_schema()
+        for field in absent:
+            del schema["properties"][field]
+            schema["required"].remove(field)
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"{name}.json"}
         (folder / f"{name}.schema.json").write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
 

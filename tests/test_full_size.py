@@ -18,9 +18,8 @@ from exporting import weight_bytes
 from trt_network import network_facts
 
 from moebius_edge.bundle.manifest import resolved_components
-from moebius_edge.calibration.blocks import blocks
+from moebius_edge.calibration.blocks import Recipe, blocks
 from moebius_edge.calibration.quantise import quantise, quantised_nodes
-from moebius_edge.calibration.recipe import Recipe
 from moebius_edge.export.engines import profile, rows
 from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies

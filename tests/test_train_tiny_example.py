@@ -28,7 +28,7 @@ from examples.train_tiny.losses import (
 from examples.train_tiny.photographs import HELD_OUT, Case, border_mean, held_out_cases
 from examples.train_tiny.scenes import draw_scene
 from moebius_edge.errors import UsageError
-from moebius_edge.metrics.quality import hole_psnr_db
+from moebius_edge.metrics.fidelity import hole_psnr_db
 from moebius_edge.model import build_student
 
 SMALL = ["--set", "block_out_channels=[8,8,8,8]", "--set", "validation=1", "--pixels", "8192", "--sides", "64", "32"]

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -43,9 +43,6 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path / "bundle"
 
 
-# --- files ------------------------------------------------------------------------------------------------
-
-
 def test_write_appears_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / ("n" * 251 + ".png")  # the longest name
     with atomic_write(target) as temporary:
@@ -65,9 +62,11 @@ def test_failure_leaves_the_old_output_and_nothing_else(tmp_path: Path, bundle: 
     with pytest.raises(type(error)), atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("half")
         raise error
-    with pytest.raises(type(error)), atomic_directory(bundle, overwrite=True) as temporary:
-        (temporary / "bundle.json").write_text("half")
-        raise error
+    for folder in (atomic_directory(bundle, overwrite=True), scratch_directory(bundle)):
+        with pytest.raises(type(error)), folder as temporary:
+            assert temporary.parent == tmp_path and temporary.is_dir() and temporary.name.startswith(".moebius-")
+            (temporary / "bundle.json").write_text("half")
+            raise error
     assert (tmp_path / "a.json").read_text() == (bundle / "bundle.json").read_text() == "old"
     assert names(tmp_path) == ["a.json", "bundle"]
 
@@ -101,15 +100,6 @@ def test_write_errors_of_the_block_are_named(tmp_path: Path, number: int, messag
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_unwritable_folder_fails_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def refuse(path: str, *_: object) -> int:
-        raise OSError(number, os.strerror(number), os.fspath(path))
-
-    monkeypatch.setattr(os, "open", refuse)
-    refused(lambda: atomic_write(tmp_path / "a.txt"), MachineError, "name an output elsewhere")
-
-
 def test_what_takes_no_output_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     refused(lambda: atomic_write(tmp_path / "no" / "a"), MachineError, r"does not exist: run `mkdir -p .*no`")
@@ -126,6 +116,12 @@ def test_what_takes_no_output_is_told_before_the_work(tmp_path: Path, monkeypatc
             refused(lambda write=write, name=name: write(tmp_path / name), UsageError, text)  # type: ignore[misc]
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere, so chmod cannot test it
     refused(lambda: atomic_write(tmp_path / "file"), MachineError, r"write-protected: run `chmod u\+w")
+
+    def refuse(path: str, *_: object) -> int:
+        raise OSError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    refused(lambda: atomic_write(tmp_path / "a.txt"), MachineError, "no right to write in .* name an output elsewhere")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "x"
 
 
@@ -137,9 +133,6 @@ def test_other_errors_of_the_block_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="nothing was written to"), atomic_write(tmp_path / "a.png"):
         pass
     assert names(tmp_path) == []
-
-
-# --- folders ----------------------------------------------------------------------------------------------
 
 
 def test_directory_is_replaced_only_on_request_and_only_a_bundle(tmp_path: Path) -> None:
@@ -173,35 +166,21 @@ def test_failed_swap_brings_the_old_directory_back(bundle: Path, monkeypatch: py
     assert (bundle / "bundle.json").read_text() == "old" and names(bundle.parent) == ["bundle"]
 
 
-@pytest.mark.parametrize("error", [None, ValueError("boom"), KeyboardInterrupt()])
-def test_a_scratch_folder_is_beside_and_gone_afterwards(tmp_path: Path, error: BaseException | None) -> None:
-    with suppress(ValueError, KeyboardInterrupt), scratch_directory(tmp_path / "out") as folder:
-        assert folder.parent == tmp_path and folder.is_dir() and folder.name.startswith(".moebius-")
-        (folder / "file").write_text("x")
-        if error is not None:
-            raise error
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
     refuse_loss(tmp_path / "out", [None, tmp_path / "weights.bin"], "which is exported")
     with pytest.raises(UsageError, match=r"holds .*weights\.bin, which is exported: name another output"):
         refuse_loss(tmp_path, [tmp_path / "weights.bin"], "which is exported")
 
 
-# --- names and hashes -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, (4 << 20) + 7])
 def test_sha256_over_the_edges_of_the_buffer(tmp_path: Path, size: int) -> None:
-    data = (bytes(i % 251 for i in range(1000)) * (size // 1000 + 1))[:size]
+    data = bytes(range(251)) * (size // 251) + bytes(size % 251)
     (tmp_path / "f").write_bytes(data)
     assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
 
 
 def test_safe_join_keeps_inside(tmp_path: Path) -> None:
-    assert safe_join(tmp_path, "denoiser.onnx") == Path(os.path.realpath(tmp_path)) / "denoiser.onnx"
-    assert safe_join(tmp_path, "engines/a/b.plan").name == "b.plan"
+    assert safe_join(tmp_path, "engines/a/b.plan") == Path(os.path.realpath(tmp_path)) / "engines/a/b.plan"
     (tmp_path / "in").mkdir()
     (tmp_path / "secret").write_text("x")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
@@ -225,10 +204,8 @@ def test_every_file_has_a_name_in_utf8(tmp_path: Path, path: bytes) -> None:
             assert (Path(name).parent / "beside").read_text() == "beside"
 
 
-# --- what a killed process leaves -------------------------------------------------------------------------
-
 HOLDER = """
-import os, signal, sys
+import sys
 from moebius_edge.system.files import atomic_directory, atomic_write
 with atomic_write(sys.argv[1] + "/a.txt") as file, atomic_directory(sys.argv[1] + "/b") as folder:
     file.write_text("half")
@@ -281,12 +258,4 @@ def test_a_temporary_that_is_taken_for_a_left_over_is_made_again(
     monkeypatch.setattr(files, "_lock", late)
     with scratch_directory(tmp_path / "out") as folder:
         assert folder.is_dir() and folder == calls[1]
-    assert names(tmp_path) == []
-
-
-def test_interrupt_signal_leaves_no_partial_file(tmp_path: Path) -> None:
-    """A real SIGINT in a real process, in the middle of the block."""
-    code = HOLDER.replace("sys.stdin.read()", "os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
     assert names(tmp_path) == []

@@ -57,9 +57,7 @@ class Bundle(Manifest):
         for name, record in document.files.items():
             check_file(safe_join(folder, name), record, verify, remedy)
         content = {field.name: getattr(document, field.name) for field in fields(Manifest)}
-        return cls(
-            path=folder, components=resolved_components(document.resolution, document.deep_channels), **content
-        )
+        return cls(path=folder, components=resolved_components(document.resolution, document.deep_channels), **content)
 
     @property
     def branches(self) -> int:
@@ -133,7 +131,10 @@ def write_bundle(
         "latent_size": resolution // LATENT_DOWNSCALE,
         "deep_channels": deep_channels,
         "scheduler": SCHEDULER,
-        "files": {name: _record(root / name) for name in _contents(root)},
+        "files": {
+            name: {"sha256": sha256_file(root / name), "bytes": (root / name).stat().st_size}
+            for name in _contents(root)
+        },
     }
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -151,10 +152,6 @@ def _contents(root: Path) -> list[str]:
     names = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
     visible = [n for n in names if n.parts[0] != ENGINES_FOLDER and not any(part.startswith(".") for part in n.parts)]
     return sorted(name.as_posix() for name in visible if name.as_posix() != BUNDLE_FILE)
-
-
-def _record(path: Path) -> FileRecord:
-    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
 
 
 def check_file(path: Path, record: FileRecord, verify: bool, remedy: str) -> None:

@@ -108,7 +108,9 @@ class Teacher(Network):
     def encode(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> list[Tensor]:
         """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
         self.check(sample)
-        return self.diff_model.encode(sample, timesteps, self.embedding_layer(prompt_ids))
+        network = self.diff_model
+        prompts = network.encoder_hid_proj(self.embedding_layer(prompt_ids))
+        return network.encode(sample, network.time_embedding(timesteps), prompts)[0]
 
     def coarse_feature(self, denoised: Denoised) -> Tensor:
         """The first up block's output (N, C, h, w), what a student's coarsest level is to match.

@@ -65,9 +65,6 @@ def refused(student, path: Path, kind: type[MoebiusError], text: str) -> str:
     return message
 
 
-# --- what is read ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("saved_as", "name"),
     [
@@ -171,9 +168,6 @@ def test_a_module_without_memory_gets_weights_of_its_own(state, tmp_path, name):
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-# --- what is no checkpoint of this network ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -195,15 +189,12 @@ def test_what_is_no_student_is_named(student, tmp_path, content, text):
     refused(student, tmp_path / "a.pt", BundleError, text)
 
 
-def test_a_network_twice(student, state, tmp_path):
+def test_another_network_or_two(student, state, tmp_path):
     twice = {**{f"a.{k}": v for k, v in state.items()}, **{f"b.{k}": v for k, v in state.items()}}
     refused(student, save(twice, tmp_path / "a.bin"), BundleError, "holds several networks, under a., b.: save the one")
     twice = {**{f"module.{k}": v for k, v in state.items()}, **state, "more": torch.ones(1)}
     del twice[KEY]
     refused(student, save(twice, tmp_path / "a.bin"), BundleError, "the same network twice, wrapped and plain")
-
-
-def test_a_student_where_a_teacher_is_wanted(state, tmp_path):
     teacher = build_teacher(TeacherConfig(block_out_channels=(32, 64), num_heads=2, layers_per_block=1))
     path = save(state, tmp_path / "a.bin")
     refused(teacher, path, BundleError, "is a Moebius student, .*`moebius-edge download teacher`")
@@ -231,9 +222,6 @@ def test_values_that_are_not_finite_are_refused_by_name(student, state, tmp_path
     load_checkpoint(student, save(state, tmp_path / "a.bin"))
 
 
-# --- files that are damaged, hostile or something else ------------------------------------------------------------
-
-
 class RunsCode:
     def __init__(self, marker: Path):
         self.marker = marker
@@ -244,9 +232,9 @@ class RunsCode:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("writer", ["torch", "older torch", "pickle"])
-def test_a_pickle_that_would_run_code_is_refused(student, state, tmp_path, writer, protocol):
+def test_a_pickle_that_would_run_code_is_refused(student, tmp_path, writer, protocol):
     path, marker = tmp_path / "evil.bin", tmp_path / "ran"
-    evil = {**state, "more": RunsCode(marker)}
+    evil = {**WEIGHTS, "more": RunsCode(marker)}
     if writer == "pickle":
         path.write_bytes(pickle.dumps(evil, protocol=protocol))
     else:
@@ -259,7 +247,7 @@ def test_a_pickle_that_would_run_code_is_refused(student, state, tmp_path, write
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kept", [10, 0.3, 0.99])
+@pytest.mark.parametrize("kept", [10, 0.99])
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
 def test_a_truncated_or_altered_file_is_refused(student, state, tmp_path, name, kept):
     path = save(state, tmp_path / name)
@@ -274,16 +262,16 @@ def test_a_truncated_or_altered_file_is_refused(student, state, tmp_path, name, 
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damage_anywhere_ends_in_one_clear_error(student, state, tmp_path, zipped):
+def test_damage_anywhere_ends_in_one_clear_error(tmp_path, zipped):
     path = tmp_path / "a.bin"
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    for place in range(0, 4000, 197):  # the pickle itself is at the start
+    for place in range(0, len(whole), 37):
         content = bytearray(whole)
         content[place : place + 4] = b"\xff\x00\x80R"
         path.write_bytes(content)
         try:
-            load_checkpoint(student, path)
+            open_weights(path)
         except BundleError as error:
             assert str(error).isprintable()
 

@@ -25,6 +25,7 @@ from moebius_edge.system.files import (
     sha256_file,
     utf8_path,
 )
+from moebius_edge.system.fingerprint import ResultCache, fingerprint, first_difference
 
 
 def names(folder: Path) -> list[str]:
@@ -85,21 +86,6 @@ def test_write_follows_a_link_and_honours_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "real.txt").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "cannot write .*a.txt: the disk is full: free space in .* or name an output"),
-        (errno.EROFS, "cannot write .*a.txt: .* is on a read-only file system: name an output elsewhere"),
-        (errno.EDQUOT, "cannot write .*a.txt: the disk quota is used up"),
-    ],
-)
-def test_write_errors_of_the_block_are_named(tmp_path: Path, number: int, message: str) -> None:
-    with pytest.raises(MachineError, match=message), atomic_write(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise OSError(number, os.strerror(number))
-    assert names(tmp_path) == []
-
-
 def test_what_takes_no_output_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     refused(lambda: atomic_write(tmp_path / "no" / "a"), MachineError, r"does not exist: run `mkdir -p .*no`")
@@ -125,13 +111,21 @@ def test_what_takes_no_output_is_told_before_the_work(tmp_path: Path, monkeypatc
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "x"
 
 
-def test_other_errors_of_the_block_stay_what_they_are(tmp_path: Path) -> None:
+def test_write_errors_of_the_block_are_named_and_others_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "b") as temporary:
         (temporary / "missing" / "file").write_text("x")  # a bug
     with pytest.raises(FileNotFoundError, match="input.png"), atomic_write(tmp_path / "a.txt"):
         (tmp_path / "input.png").read_bytes()
     with pytest.raises(MachineError, match="nothing was written to"), atomic_write(tmp_path / "a.png"):
         pass
+    for number, message in (
+        (errno.ENOSPC, "cannot write .*a.txt: the disk is full: free space in .* or name an output"),
+        (errno.EROFS, "cannot write .*a.txt: .* is on a read-only file system: name an output elsewhere"),
+        (errno.EDQUOT, "cannot write .*a.txt: the disk quota is used up"),
+    ):
+        with pytest.raises(MachineError, match=message), atomic_write(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half")
+            raise OSError(number, os.strerror(number))
     assert names(tmp_path) == []
 
 
@@ -172,11 +166,11 @@ def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
         refuse_loss(tmp_path, [tmp_path / "weights.bin"], "which is exported")
 
 
-@pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, (4 << 20) + 7])
-def test_sha256_over_the_edges_of_the_buffer(tmp_path: Path, size: int) -> None:
-    data = bytes(range(251)) * (size // 251) + bytes(size % 251)
-    (tmp_path / "f").write_bytes(data)
-    assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+def test_sha256_over_the_edges_of_the_buffer(tmp_path: Path) -> None:
+    for size in (0, 1, (4 << 20) - 1, (4 << 20) + 7):
+        data = bytes(range(251)) * (size // 251) + bytes(size % 251)
+        (tmp_path / "f").write_bytes(data)
+        assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
 
 
 def test_safe_join_keeps_inside(tmp_path: Path) -> None:
@@ -259,3 +253,22 @@ def test_a_temporary_that_is_taken_for_a_left_over_is_made_again(
     with scratch_directory(tmp_path / "out") as folder:
         assert folder.is_dir() and folder == calls[1]
     assert names(tmp_path) == []
+
+
+def test_results_are_found_under_the_same_facts_alone(tmp_path: Path) -> None:
+    cache = ResultCache(tmp_path / "cache")
+    cache.put("a", {"seed": 1, "steps": 20}, [1.5, "x"])
+    assert ResultCache(tmp_path / "cache").get("a", {"steps": 20, "seed": 1}) == [1.5, "x"]
+    assert cache.get("a", {"seed": 2, "steps": 20}) is None
+    assert cache.get("b", {"seed": 1, "steps": 20}) is None
+    (tmp_path / "cache" / "a.json").write_text('{"fingerprint": ')
+    assert cache.get("a", {"seed": 1, "steps": 20}) is None
+    with pytest.raises(MachineError, match="cannot make .*cache .*: name another output") as caught:
+        ResultCache(tmp_path / "cache" / "a.json" / "cache")
+    assert caught.value.remedy == "name another output"
+
+
+def test_the_first_difference_is_named_by_its_path() -> None:
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 there, 2 here"
+    assert first_difference({"a": 1, "c": 3}, {"a": 1}) == "c is 3 there, None here"
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})

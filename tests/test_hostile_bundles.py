@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fake_trt import ORIN, VERSION, write_engine
 from mutations import share
+from pictures import noise, square
 from PIL import Image
-from toy import INT8, make_toy_bundle
+from toy import call_int8, make_toy_bundle
 
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.bundle.manifest import component_tables, resolved_components
@@ -152,15 +152,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy = make_toy_bundle(folder / "toy", deep=True)
     int8 = shutil.copytree(toy, folder / "int8")
     write_engine(Bundle.load(toy))
-    document = json.loads((int8 / "bundle.json").read_text())
-    islands = {"denoiser": {"Sin": ["a"]}, "vae_decoder": "all"}
-    document |= {"precision": "int8", "int8": INT8, "float32_islands": islands}
+    document = json.loads((call_int8(int8) / "bundle.json").read_text())
+    document["float32_islands"] = {"denoiser": {"Sin": ["a"]}, "vae_decoder": "all"}
     (int8 / "bundle.json").write_text(json.dumps(document))
     write_engine(Bundle.load(int8))
-    mask = np.zeros((80, 96), np.uint8)
-    mask[32:48, 40:56] = 255
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)).save(folder / "photo.png")
-    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(noise(80)).save(folder / "photo.png")
+    Image.fromarray(square(80, 32, 48)).save(folder / "mask.png")
     return folder
 
 

@@ -13,7 +13,6 @@ from golden import check_against_golden, fill_golden, golden_input, golden_keys,
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.model import StudentConfig, TeacherConfig, build_student, build_teacher
 from moebius_edge.model.lambdas import LocalLambda, PositionConv, interactive_lambda
-from moebius_edge.model.layers import timestep_embedding
 
 SMALL = StudentConfig(
     block_out_channels=(32, 64, 128),
@@ -105,12 +104,6 @@ def test_coarse_feature_and_layer_end_the_last_down_block(config, level):
     out = student(torch.randn(1, 9, size, size), torch.tensor([5]), torch.arange(10)[None])
     assert student.coarse_feature(out) is seen[0]
     assert seen[0].shape == (1, config.block_out_channels[-1], size >> level, size >> level)
-
-
-def test_timestep_embedding_is_cosines_then_sines():
-    embedding = timestep_embedding(torch.tensor([7]), 4)
-    angles = torch.tensor([7.0, 0.07])
-    torch.testing.assert_close(embedding, torch.cat([angles.cos(), angles.sin()])[None])
 
 
 def test_interactive_lambda_is_its_definition():

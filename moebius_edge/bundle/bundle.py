@@ -131,10 +131,7 @@ def write_bundle(
         "latent_size": resolution // LATENT_DOWNSCALE,
         "deep_channels": deep_channels,
         "scheduler": SCHEDULER,
-        "files": {
-            name: {"sha256": sha256_file(root / name), "bytes": (root / name).stat().st_size}
-            for name in _contents(root)
-        },
+        "files": _file_records(root),
     }
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -147,11 +144,12 @@ def write_bundle(
     Bundle.load(root, verify=False)  # what cannot be loaded must not be handed on
 
 
-def _contents(root: Path) -> list[str]:
-    """Names of the files that belong to a bundle, sorted, with forward slashes; hidden files do not."""
+def _file_records(root: Path) -> dict[str, FileRecord]:
+    """The files that belong to a bundle, sorted, named with forward slashes; hidden files do not."""
     names = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
     visible = [n for n in names if n.parts[0] != ENGINES_FOLDER and not any(part.startswith(".") for part in n.parts)]
-    return sorted(name.as_posix() for name in visible if name.as_posix() != BUNDLE_FILE)
+    paths = {name.as_posix(): root / name for name in sorted(visible, key=Path.as_posix)}
+    return {n: {"sha256": sha256_file(p), "bytes": p.stat().st_size} for n, p in paths.items() if n != BUNDLE_FILE}
 
 
 def check_file(path: Path, record: FileRecord, verify: bool, remedy: str) -> None:

@@ -49,10 +49,7 @@ class Block(nn.Module):
         return self._layer(index, x, time, prompts)
 
     def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
-        return self.attend(index, self.resnets[index](x, time), prompts)
-
-    def attend(self, index: int, x: Tensor, prompts: Tensor) -> Tensor:
-        """x through the attention that follows resnet ``index``; x itself at a level without attention."""
+        x = self.resnets[index](x, time)
         return self.attentions[index](x, prompts) if len(self.attentions) else x
 
 

@@ -15,10 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from moebius_edge.toml import read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"3.10": 35, "3.12": 39}  # Python of JetPack 6 and 7 -> minor version of Ubuntu's glibc
@@ -26,7 +23,7 @@ FORBIDDEN = {"torch", "onnx", "onnxscript", "diffusers", "tensorrt"}  # the firs
 
 
 def requirements() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = read_toml(ROOT / "pyproject.toml")["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
 
 
@@ -61,17 +58,9 @@ def index() -> None:
 def test_every_dependency_is_a_wheel(index: None, python: str, pinned: bool, tmp_path: Path) -> None:
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, TARGETS[python] + 1)]
     chosen = ["--constraint", str(constraints_for(python, tmp_path / "constraints.txt"))] if pinned else []
-    done = pip(
-        "--only-binary=:all:",
-        f"--python-version={python}",
-        "--implementation=cp",
-        *platforms,
-        "--platform=manylinux2014_aarch64",
-        f"--target={tmp_path / 'unused'}",
-        f"--report={tmp_path / 'report.json'}",
-        *chosen,
-        *requirements(),
-    )
+    target = ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms]
+    target += ["--platform=manylinux2014_aarch64", f"--target={tmp_path / 'unused'}"]
+    done = pip(*target, f"--report={tmp_path / 'report.json'}", *chosen, *requirements())
     assert done.returncode == 0, done.stderr
     installs = json.loads((tmp_path / "report.json").read_text())["install"]
     files = {canonicalize_name(i["metadata"]["name"]): i["download_info"]["url"].split("/")[-1] for i in installs}

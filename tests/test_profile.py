@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moebius_edge.model import StudentConfig, TeacherConfig, build_student, build_teacher, profile
-from moebius_edge.model.gla import GatedLinearAttention
+from moebius_edge.model import StudentConfig, build_student, profile
 
 
 @pytest.mark.parametrize(
@@ -29,19 +28,6 @@ def test_the_published_sizes_are_exact(network: str, parameters: int, multiplica
 def test_multiplications_counted_by_hand() -> None:
     module = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
     assert profile.multiplications(module, (torch.zeros(2, 4, 8, 8),)) == 2 * (6 * 64 * 4 * 9 + 384 * 10)
-
-
-def test_gated_linear_attention_counts_on_meta_tensors() -> None:
-    """Its chunks are counted there as where they are computed."""
-    config = TeacherConfig(block_out_channels=(32, 64), num_heads=4, cross_attention_dim=48, prompt_embedding_dim=64)
-    counts = []
-    for device in ("cpu", "meta"):
-        with torch.device(device):
-            modules = build_teacher(config).modules()
-            attention = next(m for m in modules if isinstance(m, GatedLinearAttention))
-            counts.append(profile.multiplications(attention, (torch.zeros(2, 64, 32),)))
-    projections = 2 * 64 * (2 * 32 * 16 + 3 * 32 * 32 + 32 * 16 + 16 * 16)
-    assert counts[0] == counts[1] > projections
 
 
 @pytest.mark.parametrize("shallow", [False, True])

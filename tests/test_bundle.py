@@ -31,6 +31,8 @@ def make(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in ONNX_FILES.items():
         (folder / name).write_bytes(content)
+    if "deep_channels" in changes:
+        (folder / "denoiser_shallow.onnx").write_text("the finest level")
     values: dict[str, Any] = {
         "name": "test",
         "description": "a test – nothing more",
@@ -80,22 +82,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert bundle.components["vae_decoder"].outputs[0].shape == ("N", 3, 512, 512)
 
 
-def make_deep(folder: Path, **changes: Any) -> Path:
-    folder.mkdir()
-    (folder / "denoiser_shallow.onnx").write_text("the finest level")
-    return make(folder, deep_channels=64, **changes)
-
-
 def test_a_deep_feature_brings_a_file(tmp_path: Path) -> None:
     defaults = {"steps": 20, "guidance": 2.5, "start": "image"}
-    bundle = Bundle.load(make_deep(tmp_path / "b", distilled_guidance=2.5, defaults=defaults))
+    bundle = Bundle.load(make(tmp_path / "b", deep_channels=64, distilled_guidance=2.5, defaults=defaults))
     assert list(bundle.components) == ["vae_encoder", "denoiser", "denoiser_shallow", "vae_decoder"]
     whole, shallow = bundle.components["denoiser"], bundle.components["denoiser_shallow"]
     assert whole.outputs[1] == shallow.inputs[3] and shallow.inputs[:3] == whole.inputs
     assert (whole.outputs[1].name, whole.outputs[1].shape) == ("deep", ("N", 64, 32, 32))
     assert shallow.outputs == whole.outputs[:1] and bundle.branches == 1
+    (bundle.path / "denoiser_shallow.onnx").unlink()
+    edit(bundle.path, lambda data: data["files"].pop("denoiser_shallow.onnx"))
     with pytest.raises(BundleError, match=r"files lacks 'denoiser_shallow\.onnx'"):
-        make(tmp_path / "without", deep_channels=64)
+        Bundle.load(bundle.path)
 
 
 def test_other_files_are_hashed_but_not_engines_or_hidden_ones(tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_a_field_that_does_not_fit_is_refused(tmp_path: Path, path: str, value: 
         if value is DELETED:
             del data[last]
 
-    edit(make_deep(tmp_path / "b", **changes), change)
+    edit(make(tmp_path / "b", deep_channels=64, **changes), change)
     with pytest.raises(BundleError, match=message) as caught:
         Bundle.load(tmp_path / "b")
     assert "again" in str(caught.value) and "\n" not in str(caught.value)

@@ -17,7 +17,8 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from .errors import MachineError, MoebiusError
 
-MAX_BYTES = 32 << 20  # a results.json of hundreds of configurations on hundreds of photographs has several MB
+# Of a file, where its type has no ``MAX_BYTES`` of its own: a results.json of hundreds of photographs has several MB.
+MAX_BYTES = 32 << 20
 MAX_DEPTH = 32
 
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # one line
@@ -42,7 +43,7 @@ def read_document(path: Path, kind: Any, error: type[MoebiusError], remedy: str,
         MachineError: the file cannot be read.
     """
     try:
-        content = _parse(path)
+        content = _parse(path, getattr(kind, "MAX_BYTES", MAX_BYTES))
     except OSError as problem:
         raise MachineError(f"cannot read {path}: {problem.strerror}", f"check it with `ls -l {path}`") from problem
     except (ValueError, RecursionError) as problem:
@@ -84,13 +85,13 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     return field, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Path, max_bytes: int) -> dict[str, Any]:
     """The JSON object in a file. Raises ``ValueError`` where there is none, or where it passes a limit."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("this is not a regular file")
-    if status.st_size > MAX_BYTES:
-        raise ValueError(f"the file has {status.st_size} bytes, expected at most {MAX_BYTES}")
+    if status.st_size > max_bytes:
+        raise ValueError(f"the file has {status.st_size} bytes, expected at most {max_bytes}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         _check_values(document)

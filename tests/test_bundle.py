@@ -31,6 +31,8 @@ def make(folder: Path, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     for name, content in ONNX_FILES.items():
         (folder / name).write_bytes(content)
+    if "deep_channels" in changes:
+        (folder / "denoiser_shallow.onnx").write_text("the finest level")
     values: dict[str, Any] = {
         "name": "test",
         "description": "a test – nothing more",
@@ -56,14 +58,20 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    folder = make(tmp_path / "b", resolution=512)
+    folder = make(tmp_path / "b", resolution=512, precision="int8", int8=INT8)
     bundle = Bundle.load(folder)
-    assert Bundle.load(str(folder)) == bundle
-    assert (bundle.path, bundle.name, bundle.resolution, bundle.latent_size) == (folder, "test", 512, 64)
-    assert (bundle.precision, bundle.scaling_factor, bundle.licence) == ("float32", 0.13025, "Apache-2.0")
-    assert bundle.description == "a test – nothing more" and bundle.model == {"block_out_channels": [32, 64, 128]}
+    assert Bundle.load(str(folder)) == bundle and bundle.path == folder
+    text = (folder / "bundle.json").read_text(encoding="utf-8")
+    assert text.startswith('{\n  "schema_version": 3,\n  "name": "test",\n') and text.endswith("}\n")
+    assert "a test – nothing more" in text, "the file is for people"
+    make(tmp_path / "c", resolution=512, precision="int8", int8=INT8)
+    assert (tmp_path / "c/bundle.json").read_text(encoding="utf-8") == text, "it is the same each time"
+    assert not {"distilled_guidance", "deep_channels"} & json.loads(text).keys()
+    summary = json.loads(json.dumps(bundle.summary()))
+    assert {key: summary[key] for key in json.loads(text)} == json.loads(text)
+    assert summary["total_bytes"] == sum(map(len, ONNX_FILES.values())) and summary["path"] == str(folder)
+    assert (bundle.latent_size, bundle.scaling_factor, bundle.source, bundle.int8) == (64, 0.13025, SOURCE, INT8)
     assert bundle.scheduler["beta_start"] == 0.00085 and bundle.scheduler["noise_offset"] == 0.0357
-    assert bundle.gate == {"psnr_db": 91.5} and bundle.tools == {"torch": "2.13.0"} and bundle.source == SOURCE
     record = {"sha256": sha256_file(folder / "denoiser.onnx"), "bytes": len(ONNX_FILES["denoiser.onnx"])}
     assert bundle.files["denoiser.onnx"] == record
     assert bundle.component_path("denoiser") == folder / "denoiser.onnx"
@@ -74,31 +82,18 @@ def test_round_trip(tmp_path: Path) -> None:
     assert bundle.components["vae_decoder"].outputs[0].shape == ("N", 3, 512, 512)
 
 
-def test_the_file_is_for_people_and_the_same_each_time(tmp_path: Path) -> None:
-    first = (make(tmp_path / "a") / "bundle.json").read_text(encoding="utf-8")
-    second = (make(tmp_path / "b") / "bundle.json").read_text(encoding="utf-8")
-    assert first == second
-    assert first.startswith('{\n  "schema_version": 3,\n  "name": "test",\n')
-    assert "a test – nothing more" in first and first.endswith("}\n")
-    assert not {"int8", "distilled_guidance", "deep_channels"} & json.loads(first).keys()
-
-
-def make_deep(folder: Path, **changes: Any) -> Path:
-    folder.mkdir()
-    (folder / "denoiser_shallow.onnx").write_text("the finest level")
-    return make(folder, deep_channels=64, **changes)
-
-
 def test_a_deep_feature_brings_a_file(tmp_path: Path) -> None:
     defaults = {"steps": 20, "guidance": 2.5, "start": "image"}
-    bundle = Bundle.load(make_deep(tmp_path / "b", distilled_guidance=2.5, defaults=defaults))
+    bundle = Bundle.load(make(tmp_path / "b", deep_channels=64, distilled_guidance=2.5, defaults=defaults))
     assert list(bundle.components) == ["vae_encoder", "denoiser", "denoiser_shallow", "vae_decoder"]
     whole, shallow = bundle.components["denoiser"], bundle.components["denoiser_shallow"]
     assert whole.outputs[1] == shallow.inputs[3] and shallow.inputs[:3] == whole.inputs
     assert (whole.outputs[1].name, whole.outputs[1].shape) == ("deep", ("N", 64, 32, 32))
     assert shallow.outputs == whole.outputs[:1] and bundle.branches == 1
+    (bundle.path / "denoiser_shallow.onnx").unlink()
+    edit(bundle.path, lambda data: data["files"].pop("denoiser_shallow.onnx"))
     with pytest.raises(BundleError, match=r"files lacks 'denoiser_shallow\.onnx'"):
-        make(tmp_path / "without", deep_channels=64)
+        Bundle.load(bundle.path)
 
 
 def test_other_files_are_hashed_but_not_engines_or_hidden_ones(tmp_path: Path) -> None:
@@ -107,39 +102,21 @@ def test_other_files_are_hashed_but_not_engines_or_hidden_ones(tmp_path: Path) -
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     make(folder)
-    assert list(Bundle.load(folder).files) == [
-        "NOTICE",
-        "denoiser.onnx",
-        "denoiser.onnx.data",
-        "vae_decoder.onnx",
-        "vae_encoder.onnx",
-    ]
     (folder / "engines/key/denoiser.plan").write_text("rebuilt")
-    Bundle.load(folder)
-
-
-def test_summary_is_json_and_complete(tmp_path: Path) -> None:
-    folder = make(tmp_path / "b", precision="int8", int8=INT8)
-    summary = json.loads(json.dumps(Bundle.load(folder).summary()))
-    written = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-    assert {key: summary[key] for key in written} == written and summary["int8"] == INT8
-    assert summary["total_bytes"] == sum(map(len, ONNX_FILES.values())) and summary["path"] == str(folder)
-
-
-def test_a_flipped_byte_is_refused(tmp_path: Path) -> None:
-    path = make(tmp_path / "b") / "denoiser.onnx"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(BundleError, match=f"denoiser.onnx was altered, .*: {re.escape(AGAIN)}"):
-        Bundle.load(tmp_path / "b")
-    Bundle.load(tmp_path / "b", verify=False)
+    edit(folder, lambda data: data.update(colour="an unknown field, which is ignored"))
+    assert list(Bundle.load(folder).files) == sorted([*ONNX_FILES, "NOTICE", "denoiser.onnx.data"])
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_truncated_or_missing_file_is_refused(tmp_path: Path, verify: bool) -> None:
+def test_an_altered_truncated_or_missing_file_is_refused(tmp_path: Path, verify: bool) -> None:
     path = make(tmp_path / "b") / "vae_decoder.onnx"
     size = path.stat().st_size
+    path.write_bytes(path.read_bytes().replace(b"graph", b"grapi"))
+    if verify:
+        with pytest.raises(BundleError, match=f"vae_decoder.onnx was altered, .*: {re.escape(AGAIN)}"):
+            Bundle.load(tmp_path / "b")
+    else:
+        Bundle.load(tmp_path / "b", verify=False)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BundleError, match=rf"vae_decoder.onnx has {size - 1} bytes, {size} are recorded"):
         Bundle.load(tmp_path / "b", verify=verify)
@@ -182,8 +159,7 @@ def test_a_damaged_description_is_refused(tmp_path: Path, content: bytes, messag
     assert str(caught.value).endswith(AGAIN) and "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_file_is_refused_and_not_read(tmp_path: Path) -> None:
-    """Reading a pipe would wait for ever."""
+def test_a_pipe_is_refused_and_not_read(tmp_path: Path) -> None:
     folder = make(tmp_path / "b")
     (folder / "denoiser.onnx").unlink()
     os.mkfifo(folder / "denoiser.onnx")
@@ -199,25 +175,9 @@ def test_a_file_that_is_no_file_is_refused_and_not_read(tmp_path: Path) -> None:
         Bundle.load(folder)
 
 
-def path_edit(path: str, value: Any = None, delete: bool = False) -> Callable[[dict[str, Any]], None]:
-    """A change of one field, named by its keys with slashes between."""
-
-    def change(data: Any) -> None:
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
-        for key in parents:
-            data = data[key]
-        if delete:
-            del data[last]
-        else:
-            data[last] = value
-
-    return change
-
-
 RECORD = {"sha256": "0" * 64, "bytes": 1}
 EDITS: list[tuple[str, Any, str]] = [
     ("resolution", 100, "resolution is 100, expected a multiple of 8"),
-    ("resolution", 64.0, "resolution is 64.0, expected a valid integer"),
     ("latent_size", 64, "latent_size is 64, expected 8, an eighth of the resolution"),
     ("name", "two\nlines", r"name is 'two\\nlines', expected to match pattern"),
     ("precision", "fp8", "precision is 'fp8', expected 'float32', 'float16' or 'int8'"),
@@ -232,10 +192,8 @@ EDITS: list[tuple[str, Any, str]] = [
     ("float32_islands", {"denoiser": {"Sin": 5}}, "float32_islands.denoiser"),
     ("precision", "float16", "precision is 'float16', expected 'int8' with the field int8"),
     ("int8/nodes", ["a", 1], "int8.nodes.1 is 1, expected a valid string"),
-    ("int8/blocks/0/psnr_db", "45", "int8.blocks.0.psnr_db is '45', expected a valid number"),
     ("files/denoiser.onnx", DELETED, "files lacks 'denoiser.onnx'"),
     ("files/denoiser.onnx/bytes", 1 << 50, "files.denoiser.onnx.bytes is 1125899906842624, expected less than"),
-    ("files/denoiser.onnx/sha256", "0", "files.denoiser.onnx.sha256 is '0', expected to match pattern"),
     ("files/a\nb", RECORD, r"files.a\\nb is 'a\\nb', expected to match pattern"),
     ("files/" + "x" * 300, RECORD, "expected to have at most 255 characters"),
     ("files/..", RECORD, r"'\.\.' leaves the folder"),
@@ -250,15 +208,19 @@ EDITS: list[tuple[str, Any, str]] = [
 def test_a_field_that_does_not_fit_is_refused(tmp_path: Path, path: str, value: Any, message: str) -> None:
     defaults = {"steps": 20, "guidance": 2.0, "start": "image"}
     changes = {"int8": INT8, "precision": "int8", "distilled_guidance": 2.0, "defaults": defaults, "resolution": 64}
-    edit(make_deep(tmp_path / "b", **changes), path_edit(path, value, value is DELETED))
+
+    def change(data: Any) -> None:
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        for key in parents:
+            data = data[key]
+        data[last] = value
+        if value is DELETED:
+            del data[last]
+
+    edit(make(tmp_path / "b", deep_channels=64, **changes), change)
     with pytest.raises(BundleError, match=message) as caught:
         Bundle.load(tmp_path / "b")
     assert "again" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_an_unknown_field_is_ignored(tmp_path: Path) -> None:
-    edit(make(tmp_path / "b"), path_edit("colour", "red"))
-    assert "colour" not in Bundle.load(tmp_path / "b").summary()
 
 
 def test_a_missing_folder_names_the_ways_to_get_one(tmp_path: Path) -> None:
@@ -318,7 +280,5 @@ def test_loading_imports_no_runtime(tmp_path: Path) -> None:
         "import sys; from moebius_edge.bundle.bundle import Bundle; Bundle.load(sys.argv[1])\n"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy', 'cv2'} & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import pickle
 import re
@@ -66,36 +65,39 @@ def refused(student, path: Path, kind: type[MoebiusError], text: str) -> str:
     return message
 
 
-# --- what is read ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "a.pt", "a.pth", "a.safetensors", "old.bin"])
-def test_every_format_loads_exactly(student, state, tmp_path, name):
+@pytest.mark.parametrize(
+    ("saved_as", "name"),
+    [
+        ("a.pth", "a.pth"),
+        ("a.safetensors", "a.safetensors"),
+        ("a.safetensors", "a.bin"),  # the content decides and not the name
+        ("a.bin", "a.safetensors"),
+        ("a.bin", os.fsdecode(b"c\xe9.bin")),
+        ("old.bin", "old.bin"),
+    ],
+)
+def test_every_format_loads_exactly(student, state, tmp_path, saved_as, name):
     if name == "old.bin":
         wrapped = {"state_dict": state, "options": argparse.Namespace(x=1)}
         torch.save(wrapped, tmp_path / name, _use_new_zipfile_serialization=False)
     else:
-        save(state, tmp_path / name)
+        save(state, tmp_path / saved_as).rename(tmp_path / name)
     load_checkpoint(student, tmp_path / name)
     loaded = student.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[k], v) for k, v in state.items())
 
 
-def test_the_content_decides_and_not_the_name(student, state, tmp_path):
-    (tmp_path / "a").write_bytes(safetensors_bytes(WEIGHTS, {"note": "1"}))
-    assert open_weights(tmp_path / "a").metadata == {"note": "1"}
-    for name, other in (("a.safetensors", "a.bin"), ("b.bin", "b.safetensors"), ("c.bin", os.fsdecode(b"c\xe9.bin"))):
-        load_checkpoint(student, save(state, tmp_path / name).rename(tmp_path / other))
-        assert torch.equal(student.state_dict().pop(KEY), state[KEY])
-
-
 @pytest.mark.parametrize(
     ("wrap", "said"),
     [
         (lambda s: {"state_dict": s, "epoch": 3, "optimizer": [{"state": {0: ONE}}]}, "under state_dict"),
-        (lambda s: {"state_dict": s, "sets": {1, 2}, "path": Path("a"), "when": datetime.now()}, "under state_dict"),
-        (lambda s: {"state_dict": s, "options": argparse.Namespace(x=1), "psnr": np.float64(30)}, "under state_dict"),
+        (
+            lambda s: {"state_dict": s, "sets": {1, 2}, "path": Path("a"), "when": datetime.now(), "x": np.float64(3)},
+            "under state_dict",
+        ),
+        (lambda s: {"net": {k: v.mT.contiguous().mT if v.dim() > 1 else v for k, v in s.items()}}, "under net"),
+        (lambda s: {"net": {**s, KEY: torch.stack([s[KEY], s[KEY]])[1]}}, "under net"),  # views are read as they were
         (lambda s: {"model": s, "ema": s}, r"under model \(not ema\) are taken"),
         (lambda s: {"state_dict": {"module": s}}, "under state_dict / module"),
         (lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, "'module.' is left out"),
@@ -115,25 +117,21 @@ def test_prefixes_and_nesting_are_unwrapped_with_a_note(student, state, tmp_path
 
 
 def test_notes_go_to_stderr_and_a_plain_checkpoint_has_none(student, state, tmp_path, capsys):
+    (tmp_path / "a").write_bytes(safetensors_bytes(WEIGHTS, {"note": "1"}))
+    assert open_weights(tmp_path / "a").metadata == {"note": "1"}
     load_checkpoint(student, save(state, tmp_path / "a.bin"))
     assert capsys.readouterr().err == ""
     load_checkpoint(student, save({"state_dict": state}, tmp_path / "a.bin"))
     assert capsys.readouterr().err == "note: a.bin: the weights under state_dict are taken\n"
 
 
-def save_average(student, path: Path) -> dict[str, torch.Tensor]:
-    """As upstream's trainer saves its moving average: parameters alone, under names without dots, and their table."""
+def test_an_average_takes_the_statistics_of_the_file_beside_it(student, state, tmp_path):
+    """Upstream's trainer saves the parameters alone, under names without dots, and a table of their names."""
+    path = tmp_path / "diffusion_pytorch_model.EMA.bin"
     average = {name: torch.full_like(p, 0.5) for name, p in student.named_parameters()}
     short = {name: name.replace(".", "") for name in average}
-    buffers = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(7)}
-    buffers |= {short[name]: tensor for name, tensor in average.items()}
+    buffers = {"num_updates": torch.tensor(7), **{short[name]: tensor for name, tensor in average.items()}}
     torch.save({"ema_buffers": buffers, "ema_name_map": short}, path)
-    return average
-
-
-def test_an_average_takes_the_statistics_of_the_file_beside_it(student, state, tmp_path):
-    path = tmp_path / "diffusion_pytorch_model.EMA.bin"
-    average = save_average(student, path)
     refused(student, path, BundleError, "not the batch norms' statistics: put diffusion_pytorch_model.bin, the file")
     save(state, tmp_path / "diffusion_pytorch_model.bin")
     notes: list[str] = []
@@ -143,15 +141,6 @@ def test_an_average_takes_the_statistics_of_the_file_beside_it(student, state, t
     assert f"{len(state) - len(average)} tensors are taken from diffusion_pytorch_model.bin" in notes[-1]
     torch.save({"ema_buffers": {"x": ONE}}, path)
     refused(student, path, BundleError, "is a moving average without its ema_name_map")
-
-
-def test_views_are_read_as_they_were_saved(student, state, tmp_path):
-    whole = torch.cat([torch.zeros(3), state[KEY].flatten()])
-    shared = {**state, KEY: whole[3:].view(state[KEY].shape)}
-    transposed = shared["embedding_layer.weight"].t().contiguous().t()
-    torch.save({**shared, "embedding_layer.weight": transposed}, tmp_path / "a.bin")
-    load_checkpoint(student, tmp_path / "a.bin")
-    assert all(torch.equal(student.state_dict()[k], v) for k, v in state.items())
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
@@ -164,9 +153,6 @@ def test_a_module_without_memory_gets_weights_of_its_own(state, tmp_path, name):
     path.write_bytes(bytes(path.stat().st_size))
     assert all(torch.equal(student.state_dict()[k], v.to(state[k].dtype)) for k, v in half.items())
     assert all(parameter.requires_grad for parameter in student.parameters())
-
-
-# --- what is no checkpoint of this network ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,18 +176,15 @@ def test_what_is_no_student_is_named(student, tmp_path, content, text):
     refused(student, tmp_path / "a.pt", BundleError, text)
 
 
-def test_a_student_where_a_teacher_is_wanted(state, tmp_path):
-    teacher = build_teacher(TeacherConfig(block_out_channels=(32, 64), num_heads=2, layers_per_block=1))
-    path = save(state, tmp_path / "a.bin")
-    refused(teacher, path, BundleError, "is a Moebius student, .*`moebius-edge download teacher`")
-
-
-def test_a_network_twice(student, state, tmp_path):
+def test_another_network_or_two(student, state, tmp_path):
     twice = {**{f"a.{k}": v for k, v in state.items()}, **{f"b.{k}": v for k, v in state.items()}}
     refused(student, save(twice, tmp_path / "a.bin"), BundleError, "holds several networks, under a., b.: save the one")
     twice = {**{f"module.{k}": v for k, v in state.items()}, **state, "more": torch.ones(1)}
     del twice[KEY]
     refused(student, save(twice, tmp_path / "a.bin"), BundleError, "the same network twice, wrapped and plain")
+    teacher = build_teacher(TeacherConfig(block_out_channels=(32, 64), num_heads=2, layers_per_block=1))
+    path = save(state, tmp_path / "a.bin")
+    refused(teacher, path, BundleError, "is a Moebius student, .*`moebius-edge download teacher`")
 
 
 def test_tensors_that_do_not_fit_are_counted_and_named(student, state, tmp_path):
@@ -218,16 +201,12 @@ def test_tensors_that_do_not_fit_are_counted_and_named(student, state, tmp_path)
     assert f"missing 1 ({KEY}), unexpected 5 (more.0, more.1, more.2, ...)" in message
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused_by_name(student, state, tmp_path, value):
-    state[KEY][3, 2] = value
-    message = refused(student, save(state, tmp_path / "a.safetensors"), BundleError, "not finite in tensors 1 ")
-    assert KEY in message
+def test_values_that_are_not_finite_are_refused_by_name(student, state, tmp_path):
+    for value in (float("nan"), float("inf")):
+        state[KEY][3, 2] = value
+        refused(student, save(state, tmp_path / "a.bin"), BundleError, rf"not finite in tensors 1 \({KEY}\)")
     state[KEY].fill_(3e38)  # finite, though their sum overflows
     load_checkpoint(student, save(state, tmp_path / "a.bin"))
-
-
-# --- files that are damaged, hostile or something else ------------------------------------------------------------
 
 
 class RunsCode:
@@ -240,9 +219,9 @@ class RunsCode:
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("writer", ["torch", "older torch", "pickle"])
-def test_a_pickle_that_would_run_code_is_refused(student, state, tmp_path, writer, protocol):
+def test_a_pickle_that_would_run_code_is_refused(student, tmp_path, writer, protocol):
     path, marker = tmp_path / "evil.bin", tmp_path / "ran"
-    evil = {**state, "more": RunsCode(marker)}
+    evil = {**WEIGHTS, "more": RunsCode(marker)}
     if writer == "pickle":
         path.write_bytes(pickle.dumps(evil, protocol=protocol))
     else:
@@ -255,42 +234,37 @@ def test_a_pickle_that_would_run_code_is_refused(student, state, tmp_path, write
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kept", [10, 0.3, 0.99])
+@pytest.mark.parametrize("kept", [10, 0.99])
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
-def test_a_truncated_file_is_refused(student, state, tmp_path, name, kept):
+def test_a_truncated_or_altered_file_is_refused(student, state, tmp_path, name, kept):
     path = save(state, tmp_path / name)
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
     refused(student, path, BundleError, "is empty|truncated|damaged")
-
-
-def test_a_flipped_bit_in_a_weight_is_refused(student, state, tmp_path):
-    path = save(state, tmp_path / "a.bin")
-    content = bytearray(path.read_bytes())
-    content[content.index(state[KEY].numpy().tobytes()) + 5] ^= 1
+    content = bytearray(whole)
+    content[whole.index(state[KEY].numpy().tobytes()) + 5] ^= 1  # a flipped bit, which safetensors has no checksum for
     path.write_bytes(content)
-    refused(student, path, BundleError, "is damaged at 'a/data/")
+    if name == "a.bin":
+        refused(student, path, BundleError, "is damaged at 'a/data/")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damage_anywhere_ends_in_one_clear_error(student, state, tmp_path, zipped):
+def test_damage_anywhere_ends_in_one_clear_error(tmp_path, zipped):
     path = tmp_path / "a.bin"
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
-    for place in range(0, 4000, 197):  # the pickle itself is at the start
+    for place in range(0, len(whole), 37):
         content = bytearray(whole)
         content[place : place + 4] = b"\xff\x00\x80R"
         path.write_bytes(content)
         try:
-            load_checkpoint(student, path)
+            open_weights(path)
         except BundleError as error:
             assert str(error).isprintable()
 
 
-def npz() -> bytes:
-    stream = io.BytesIO()
-    np.savez(stream, a=np.ones(2))
-    return stream.getvalue()
+npz = io.BytesIO()
+np.savez(npz, a=np.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +275,7 @@ def npz() -> bytes:
         (b"\n <!DOCTYPE html><html></html>", "is a web page .*: download the file itself"),
         (b"GGUF\x03\0\0\0", r"no file of weights, it begins b'GGUF.*: give a file of PyTorch weights"),
         (bytes(4096), "is truncated, damaged or no file of weights"),
-        (npz(), r"is a zip archive of other files \(a.npy\), not of torch.save"),
+        (npz.getvalue(), r"is a zip archive of other files \(a.npy\), not of torch.save"),
         (b"PK\3\4 and no more", "is truncated or damaged"),
         (pickle.dumps({"a": [1.0]}, protocol=2), "is a pickle, but not one that torch.save wrote"),
         (b"\x80", "is a pickle, but not one that torch.save wrote"),
@@ -313,75 +287,49 @@ def test_what_is_no_file_of_weights_is_named(student, tmp_path, content, text):
         refused(student, tmp_path / name, BundleError, text)
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.bin", "torch"), ("a.safetensors", "safetensors")])
-def test_a_machine_without_the_library(state, tmp_path, monkeypatch, name, package):
-    save(state, tmp_path / name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MachineError, match=rf"reading weights needs {package}: run `pip install"):
-        open_weights(tmp_path / name)
-
-
-def test_what_is_no_file_at_all(student, tmp_path):
+def test_what_is_no_file_at_all(student, state, tmp_path, monkeypatch):
     refused(student, tmp_path / "none.bin", MachineError, "does not exist: `moebius-edge download places2`")
     refused(student, tmp_path, UsageError, "is a folder: give the checkpoint file in it")
     os.mkfifo(tmp_path / "pipe")
     refused(student, tmp_path / "pipe", UsageError, "is no regular file")
+    for name, package in (("a.bin", "torch"), ("a.safetensors", "safetensors")):
+        save(state, tmp_path / name)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MachineError, match=rf"reading weights needs {package}: run `pip install"):
+            open_weights(tmp_path / name)
+
+
+def zip_again(path: Path, old=b"", new=b"", compression=zipfile.ZIP_STORED) -> None:
+    """Writes the archive anew, with right checksums, and ``new`` for ``old`` in the pickle."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(old, new) if old and name.endswith("data.pkl") else data)
 
 
 def test_archives_of_another_kind(student, tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
     refused(student, tmp_path / "a.pt", BundleError, r"is a TorchScript program: save its state_dict\(\)")
-    torch.save(WEIGHTS, tmp_path / "b.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "b.pt") as old,
-        zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    refused(student, tmp_path / "c.pt", BundleError, "was packed again or made up")
-
-
-def safetensors(header: object, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def entry(shape: object, begin: object = 0, end: object = 4, dtype: object = "F32") -> dict[str, object]:
-    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
+    zip_again(save(WEIGHTS, tmp_path / "b.pt"), compression=zipfile.ZIP_DEFLATED)
+    refused(student, tmp_path / "b.pt", BundleError, "was packed again or made up")
 
 
 @pytest.mark.parametrize(
-    "content",
+    "header",
     [
-        safetensors(b"{"),
-        safetensors(b"{" + b"[" * 100_000),
-        safetensors({"__metadata__": {"a": 1}}),
-        safetensors(entry([2**40]), b"1234"),
-        safetensors(entry([-1]), b"1234"),
-        safetensors(entry([1], 0, 2**40), b"1234"),
-        safetensors(entry([1], 0, 4, ["F32"]), b"1234"),
-        safetensors(entry([1]), b"12"),
-        struct.pack("<Q", 1 << 39) + b"{}",
+        b"{",
+        b"{" + b"[" * 100_000,
+        b'{"__metadata__": {"a": 1}}',
+        b'{"w": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1099511627776]}}',
     ],
 )
-def test_a_safetensors_header_that_lies(student, tmp_path, content):
-    (tmp_path / "a.bin").write_bytes(content)
+def test_a_safetensors_header_that_lies(student, tmp_path, header):
+    (tmp_path / "a.bin").write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
     refused(student, tmp_path / "a.bin", BundleError, "is truncated or no safetensors file")
-
-
-def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
-    """Changes the pickle in a file of torch.save, with right checksums."""
-    content = path.read_bytes()
-    if content.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-        content = members["a/data.pkl"]
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in members.items():
-                archive.writestr(name, data.replace(old, new) if name.endswith(".pkl") else data)
-    else:
-        path.write_bytes(content.replace(old, new))
-    assert old in content
 
 
 @pytest.mark.parametrize(
@@ -394,9 +342,11 @@ def replace_in_pickle(path: Path, old: bytes, new: bytes) -> None:
 )
 def test_a_tensor_larger_than_its_storage(student, tmp_path, zipped, old, new):
     """Its elements would be whatever is in memory there."""
-    torch.save(WEIGHTS, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
-    replace_in_pickle(tmp_path / "a.bin", old, new)
-    refused(student, tmp_path / "a.bin", BundleError, "is truncated, damaged or no torch file")
+    path = tmp_path / "a.bin"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=zipped)
+    assert old in path.read_bytes()
+    zip_again(path, old, new) if zipped else path.write_bytes(path.read_bytes().replace(old, new))
+    refused(student, path, BundleError, "is truncated, damaged or no torch file")
 
 
 @pytest.mark.parametrize(

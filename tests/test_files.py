@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from moebius_edge.system.files import (
     sha256_file,
     utf8_path,
 )
+from moebius_edge.system.fingerprint import ResultCache, fingerprint, first_difference
 
 
 def names(folder: Path) -> list[str]:
@@ -41,9 +42,6 @@ def bundle(tmp_path: Path) -> Path:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "bundle.json").write_text("old")
     return tmp_path / "bundle"
-
-
-# --- files ------------------------------------------------------------------------------------------------
 
 
 def test_write_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -65,9 +63,11 @@ def test_failure_leaves_the_old_output_and_nothing_else(tmp_path: Path, bundle: 
     with pytest.raises(type(error)), atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("half")
         raise error
-    with pytest.raises(type(error)), atomic_directory(bundle, overwrite=True) as temporary:
-        (temporary / "bundle.json").write_text("half")
-        raise error
+    for folder in (atomic_directory(bundle, overwrite=True), scratch_directory(bundle)):
+        with pytest.raises(type(error)), folder as temporary:
+            assert temporary.parent == tmp_path and temporary.is_dir() and temporary.name.startswith(".moebius-")
+            (temporary / "bundle.json").write_text("half")
+            raise error
     assert (tmp_path / "a.json").read_text() == (bundle / "bundle.json").read_text() == "old"
     assert names(tmp_path) == ["a.json", "bundle"]
 
@@ -86,30 +86,6 @@ def test_write_follows_a_link_and_honours_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "real.txt").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "cannot write .*a.txt: the disk is full: free space in .* or name an output"),
-        (errno.EROFS, "cannot write .*a.txt: .* is on a read-only file system: name an output elsewhere"),
-        (errno.EDQUOT, "cannot write .*a.txt: the disk quota is used up"),
-    ],
-)
-def test_write_errors_of_the_block_are_named(tmp_path: Path, number: int, message: str) -> None:
-    with pytest.raises(MachineError, match=message), atomic_write(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise OSError(number, os.strerror(number))
-    assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_unwritable_folder_fails_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def refuse(path: str, *_: object) -> int:
-        raise OSError(number, os.strerror(number), os.fspath(path))
-
-    monkeypatch.setattr(os, "open", refuse)
-    refused(lambda: atomic_write(tmp_path / "a.txt"), MachineError, "name an output elsewhere")
-
-
 def test_what_takes_no_output_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     refused(lambda: atomic_write(tmp_path / "no" / "a"), MachineError, r"does not exist: run `mkdir -p .*no`")
@@ -126,20 +102,31 @@ def test_what_takes_no_output_is_told_before_the_work(tmp_path: Path, monkeypatc
             refused(lambda write=write, name=name: write(tmp_path / name), UsageError, text)  # type: ignore[misc]
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere, so chmod cannot test it
     refused(lambda: atomic_write(tmp_path / "file"), MachineError, r"write-protected: run `chmod u\+w")
+
+    def refuse(path: str, *_: object) -> int:
+        raise OSError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    refused(lambda: atomic_write(tmp_path / "a.txt"), MachineError, "no right to write in .* name an output elsewhere")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "x"
 
 
-def test_other_errors_of_the_block_stay_what_they_are(tmp_path: Path) -> None:
+def test_write_errors_of_the_block_are_named_and_others_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_directory(tmp_path / "b") as temporary:
         (temporary / "missing" / "file").write_text("x")  # a bug
     with pytest.raises(FileNotFoundError, match="input.png"), atomic_write(tmp_path / "a.txt"):
         (tmp_path / "input.png").read_bytes()
     with pytest.raises(MachineError, match="nothing was written to"), atomic_write(tmp_path / "a.png"):
         pass
+    for number, message in (
+        (errno.ENOSPC, "cannot write .*a.txt: the disk is full: free space in .* or name an output"),
+        (errno.EROFS, "cannot write .*a.txt: .* is on a read-only file system: name an output elsewhere"),
+        (errno.EDQUOT, "cannot write .*a.txt: the disk quota is used up"),
+    ):
+        with pytest.raises(MachineError, match=message), atomic_write(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half")
+            raise OSError(number, os.strerror(number))
     assert names(tmp_path) == []
-
-
-# --- folders ----------------------------------------------------------------------------------------------
 
 
 def test_directory_is_replaced_only_on_request_and_only_a_bundle(tmp_path: Path) -> None:
@@ -173,35 +160,21 @@ def test_failed_swap_brings_the_old_directory_back(bundle: Path, monkeypatch: py
     assert (bundle / "bundle.json").read_text() == "old" and names(bundle.parent) == ["bundle"]
 
 
-@pytest.mark.parametrize("error", [None, ValueError("boom"), KeyboardInterrupt()])
-def test_a_scratch_folder_is_beside_and_gone_afterwards(tmp_path: Path, error: BaseException | None) -> None:
-    with suppress(ValueError, KeyboardInterrupt), scratch_directory(tmp_path / "out") as folder:
-        assert folder.parent == tmp_path and folder.is_dir() and folder.name.startswith(".moebius-")
-        (folder / "file").write_text("x")
-        if error is not None:
-            raise error
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
     refuse_loss(tmp_path / "out", [None, tmp_path / "weights.bin"], "which is exported")
     with pytest.raises(UsageError, match=r"holds .*weights\.bin, which is exported: name another output"):
         refuse_loss(tmp_path, [tmp_path / "weights.bin"], "which is exported")
 
 
-# --- names and hashes -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, (4 << 20) + 7])
-def test_sha256_over_the_edges_of_the_buffer(tmp_path: Path, size: int) -> None:
-    data = (bytes(i % 251 for i in range(1000)) * (size // 1000 + 1))[:size]
-    (tmp_path / "f").write_bytes(data)
-    assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+def test_sha256_over_the_edges_of_the_buffer(tmp_path: Path) -> None:
+    for size in (0, 1, (4 << 20) - 1, (4 << 20) + 7):
+        data = bytes(range(251)) * (size // 251) + bytes(size % 251)
+        (tmp_path / "f").write_bytes(data)
+        assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
 
 
 def test_safe_join_keeps_inside(tmp_path: Path) -> None:
-    assert safe_join(tmp_path, "denoiser.onnx") == Path(os.path.realpath(tmp_path)) / "denoiser.onnx"
-    assert safe_join(tmp_path, "engines/a/b.plan").name == "b.plan"
+    assert safe_join(tmp_path, "engines/a/b.plan") == Path(os.path.realpath(tmp_path)) / "engines/a/b.plan"
     (tmp_path / "in").mkdir()
     (tmp_path / "secret").write_text("x")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
@@ -225,10 +198,8 @@ def test_every_file_has_a_name_in_utf8(tmp_path: Path, path: bytes) -> None:
             assert (Path(name).parent / "beside").read_text() == "beside"
 
 
-# --- what a killed process leaves -------------------------------------------------------------------------
-
 HOLDER = """
-import os, signal, sys
+import sys
 from moebius_edge.system.files import atomic_directory, atomic_write
 with atomic_write(sys.argv[1] + "/a.txt") as file, atomic_directory(sys.argv[1] + "/b") as folder:
     file.write_text("half")
@@ -284,9 +255,20 @@ def test_a_temporary_that_is_taken_for_a_left_over_is_made_again(
     assert names(tmp_path) == []
 
 
-def test_interrupt_signal_leaves_no_partial_file(tmp_path: Path) -> None:
-    """A real SIGINT in a real process, in the middle of the block."""
-    code = HOLDER.replace("sys.stdin.read()", "os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(5)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
-    assert names(tmp_path) == []
+def test_results_are_found_under_the_same_facts_alone(tmp_path: Path) -> None:
+    cache = ResultCache(tmp_path / "cache")
+    cache.put("a", {"seed": 1, "steps": 20}, [1.5, "x"])
+    assert ResultCache(tmp_path / "cache").get("a", {"steps": 20, "seed": 1}) == [1.5, "x"]
+    assert cache.get("a", {"seed": 2, "steps": 20}) is None
+    assert cache.get("b", {"seed": 1, "steps": 20}) is None
+    (tmp_path / "cache" / "a.json").write_text('{"fingerprint": ')
+    assert cache.get("a", {"seed": 1, "steps": 20}) is None
+    with pytest.raises(MachineError, match="cannot make .*cache .*: name another output") as caught:
+        ResultCache(tmp_path / "cache" / "a.json" / "cache")
+    assert caught.value.remedy == "name another output"
+
+
+def test_the_first_difference_is_named_by_its_path() -> None:
+    assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a.b is 1 there, 2 here"
+    assert first_difference({"a": 1, "c": 3}, {"a": 1}) == "c is 3 there, None here"
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})

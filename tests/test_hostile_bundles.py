@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from fake_trt import ORIN, VERSION, write_engine
 from mutations import share
+from pictures import noise, square
 from PIL import Image
-from toy import INT8, make_toy_bundle
+from toy import call_int8, make_toy_bundle
 
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.bundle.manifest import component_tables, resolved_components
@@ -44,6 +44,10 @@ VALUES: list[Any] = [
 NAMES = ["", "x", "x" * 999, "two\nlines", "\0", "\ud800", "/etc/passwd", "..", "engines", "a/../b", "a\\b", "é" * 99]
 
 
+NAMED = ("defaults", "gate", "model", "float32_islands", "int8", "key", "settings", "onnx", "profiles", "built")
+EDITS = ("value", "value", "top", "named", "named", "remove", "rename", "exchange", "resize")
+
+
 def nested(depth: int) -> Any:
     value: Any = 1
     for level in range(depth):
@@ -57,48 +61,32 @@ def places(document: Any) -> list[tuple[Any, Any]]:
     return [place for key in keys for place in ((document, key), *places(document[key]))]
 
 
-def change_value(document: Any, rng: random.Random) -> None:
-    container, key = rng.choice(places(document))
-    container[key] = copy.deepcopy(rng.choice([*VALUES, nested(40), nested(400)]))
-
-
-def change_top(document: Any, rng: random.Random) -> None:
-    """One of the whole fields; those with long tables would hide the others."""
-    document[rng.choice(list(document))] = copy.deepcopy(rng.choice(VALUES))
-
-
-def change_named(document: Any, rng: random.Random) -> None:
-    """An entry of a field that the commands compute with or show."""
-    names = ("defaults", "gate", "model", "float32_islands", "int8", "key", "settings", "onnx", "profiles", "built")
-    name = rng.choice([name for name in names if name in document])
-    container, key = rng.choice(places(document[name]) or [(document, name)])
-    container[key] = copy.deepcopy(rng.choice(VALUES))
-
-
-def remove(document: Any, rng: random.Random) -> None:
-    container, key = rng.choice(places(document))
-    del container[key]
-
-
-def rename(document: Any, rng: random.Random) -> None:
-    container, key = rng.choice([(c, k) for c, k in places(document) if isinstance(c, dict)])
-    container[rng.choice(NAMES)] = container.pop(key)
-
-
-def exchange(document: Any, rng: random.Random) -> None:
-    (a, i), (b, j) = rng.choice(places(document)), rng.choice(places(document))
-    a[i], b[j] = copy.deepcopy(b[j]), copy.deepcopy(a[i])
-
-
-def resize(document: Any, rng: random.Random) -> None:
-    """Another resolution or number of deep channels, in all of ``bundle.json`` alike; its graphs stay."""
-    resolution = rng.choice([8, 16, 128, 512, 2048, 4096, 2**20, 8 * 10**15])
-    deep = rng.choice([document.get("deep_channels"), 1, 8192, 10**9])
-    document.update(resolution=resolution, latent_size=resolution // 8, deep_channels=deep)
-    document["components"] = component_tables(resolved_components(resolution, deep))
-
-
-EDITS = [change_value, change_value, change_top, change_named, change_named, remove, rename, exchange, resize]
+def edit(kind: str, document: Any, rng: random.Random) -> None:
+    """One change: ``top`` is of a whole field, ``named`` of one that the commands compute with or show."""
+    container, key = document, None
+    if kind == "resize":  # in all of bundle.json alike; its graphs stay
+        resolution = rng.choice([8, 16, 128, 512, 2048, 4096, 2**20, 8 * 10**15])
+        deep = rng.choice([document.get("deep_channels"), 1, 8192, 10**9])
+        document.update(resolution=resolution, latent_size=resolution // 8, deep_channels=deep)
+        document["components"] = component_tables(resolved_components(resolution, deep))
+        return
+    if kind == "top":
+        key = rng.choice(list(document))
+    elif kind == "named":
+        name = rng.choice([name for name in NAMED if name in document])
+        container, key = rng.choice(places(document[name]) or [(document, name)])
+    else:
+        container, key = rng.choice([p for p in places(document) if kind != "rename" or isinstance(p[0], dict)])
+    if kind == "remove":
+        del container[key]
+    elif kind == "rename":
+        container[rng.choice(NAMES)] = container.pop(key)
+    elif kind == "exchange":
+        other, name = rng.choice(places(document))
+        container[key], other[name] = copy.deepcopy(other[name]), copy.deepcopy(container[key])
+    else:
+        values = [*VALUES, nested(40), nested(400)] if kind == "value" else VALUES
+        container[key] = copy.deepcopy(rng.choice(values))
 
 
 def spoil_text(text: bytes, rng: random.Random) -> bytes:
@@ -140,20 +128,20 @@ def spoil_file(path: Path, rng: random.Random) -> None:
 def mutate(bundle: Path, rng: random.Random) -> str:
     """Damage ``bundle`` in one way, and name it."""
     documents = [bundle / "bundle.json", *bundle.glob("engines/*/engine.json")]
-    path, kind = rng.choice(documents), rng.random()
-    if kind < 0.1:
+    path, chance = rng.choice(documents), rng.random()
+    if chance < 0.1:
         path = rng.choice([path, *bundle.glob("*.onnx"), *bundle.glob("engines/*/*.plan")])
         spoil_file(path, rng)
         return f"{path.name} spoiled"
-    if kind < 0.25:
+    if chance < 0.25:
         path.write_bytes(spoil_text(path.read_bytes(), rng))
         return f"{path.name} text"
     document = json.loads(path.read_text(encoding="utf-8"))
     edits = [rng.choice(EDITS) for _ in range(rng.choice([1, 1, 1, 2]))]
-    for edit in edits:
-        edit(document, rng)
+    for kind in edits:
+        edit(kind, document, rng)
     path.write_text(json.dumps(document), encoding="utf-8")
-    return f"{path.name} {' '.join(edit.__name__ for edit in edits)}"
+    return f"{path.name} {' '.join(edits)}"
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +152,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy = make_toy_bundle(folder / "toy", deep=True)
     int8 = shutil.copytree(toy, folder / "int8")
     write_engine(Bundle.load(toy))
-    document = json.loads((int8 / "bundle.json").read_text())
-    islands = {"denoiser": {"Sin": ["a"]}, "vae_decoder": "all"}
-    document |= {"precision": "int8", "int8": INT8, "float32_islands": islands}
+    document = json.loads((call_int8(int8) / "bundle.json").read_text())
+    document["float32_islands"] = {"denoiser": {"Sin": ["a"]}, "vae_decoder": "all"}
     (int8 / "bundle.json").write_text(json.dumps(document))
     write_engine(Bundle.load(int8))
-    mask = np.zeros((80, 96), np.uint8)
-    mask[32:48, 40:56] = 255
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8)).save(folder / "photo.png")
-    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(noise(80)).save(folder / "photo.png")
+    Image.fromarray(square(80, 32, 48)).save(folder / "mask.png")
     return folder
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moebius_edge.model import StudentConfig, TeacherConfig, build_student, build_teacher, profile
-from moebius_edge.model.gla import GatedLinearAttention
+from moebius_edge.model import StudentConfig, build_student, profile
 
 
 @pytest.mark.parametrize(
@@ -18,13 +17,12 @@ from moebius_edge.model.gla import GatedLinearAttention
     [("student", 226_041_531, 154_873_901_056), ("teacher", 862_251_708, 338_993_807_360)],
 )
 def test_the_published_sizes_are_exact(network: str, parameters: int, multiplications: int) -> None:
-    """Of the student the convolutions and linear layers are the paper's 0.154 T; the lambda operators are the rest."""
+    """Of the student the convolutions and linear layers are the paper's 0.154 T; the lambda operators are the rest.
+
+    A shallow call of it is 27.0% of a whole one: docs/profile.md has it.
+    """
     assert profile.measure_size(network) == profile.Size(parameters, multiplications)
-
-
-def test_a_shallow_call_is_the_finest_level() -> None:
-    """27.0% of a whole one: docs/profile.md has it."""
-    assert profile.measure_shallow() == 41_768_349_696
+    assert network == "teacher" or profile.measure_shallow() == 41_768_349_696
 
 
 def test_multiplications_counted_by_hand() -> None:
@@ -32,40 +30,21 @@ def test_multiplications_counted_by_hand() -> None:
     assert profile.multiplications(module, (torch.zeros(2, 4, 8, 8),)) == 2 * (6 * 64 * 4 * 9 + 384 * 10)
 
 
-def test_gated_linear_attention_counts_on_meta_tensors() -> None:
-    """Its chunks are counted there as where they are computed."""
-    config = TeacherConfig(block_out_channels=(32, 64), num_heads=4, cross_attention_dim=48, prompt_embedding_dim=64)
-    counts = []
-    for device in ("cpu", "meta"):
-        with torch.device(device):
-            modules = build_teacher(config).modules()
-            attention = next(m for m in modules if isinstance(m, GatedLinearAttention))
-            counts.append(profile.multiplications(attention, (torch.zeros(2, 64, 32),)))
-    projections = 2 * 64 * (2 * 32 * 16 + 3 * 32 * 32 + 32 * 16 + 16 * 16)
-    assert counts[0] == counts[1] > projections
-
-
 @pytest.mark.parametrize("shallow", [False, True])
 def test_steps_are_timed(shallow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(StudentConfig(), block_out_channels=(32, 64), num_heads=4, layers_per_block=1)
     student, threads, done, shapes = build_student(small), torch.get_num_threads(), [], []
-    network_shallow, network_forward = student.shallow, student.forward
-    for name, original in (("shallow", network_shallow), ("forward", network_forward)):
+    name = "shallow" if shallow else "forward"
+    original = getattr(student, name)
 
-        def call(*inputs: torch.Tensor, name: str = name, original: Any = original) -> Any:
-            shapes.append((name, *(tuple(tensor.shape) for tensor in inputs)))
-            return original(*inputs)
+    def call(*inputs: torch.Tensor) -> Any:
+        shapes.append([tuple(tensor.shape) for tensor in inputs])
+        return original(*inputs)
 
-        monkeypatch.setattr(student, name, call)
+    monkeypatch.setattr(student, name, call)
     monkeypatch.setitem(profile.BUILDERS, "student", lambda: student)
     seconds = profile.measure_step("student", 2, 2, 1, done.append, shallow=shallow)
-    deep = (("shallow", (2, 9, 64, 64), (2,), (2, 10), (2, 64, 64, 64)),)
-    assert set(shapes) == set(deep if shallow else (("forward", (2, 9, 64, 64), (2,), (2, 10)),)) and len(shapes) == 3
+    deep = [(2, 64, 64, 64)] if shallow else []
+    assert shapes == [[(2, 9, 64, 64), (2,), (2, 10), *deep]] * 3
     assert len(seconds) == 2 and all(s > 0 for s in seconds) and done == [0, 1, 2]
     assert not student.training and torch.get_num_threads() == threads
-
-
-@pytest.mark.slow
-def test_the_published_student_takes_a_step() -> None:
-    (seconds,) = profile.measure_step("student", 2, 1, 1, lambda done: None)
-    assert 0.1 < seconds < 300

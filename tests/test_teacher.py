@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
-from golden import check_against_golden, fill_golden, golden_keys
+from golden import check_against_golden, fill_golden
+from test_student import SMALL_TEACHER as SMALL
 
-from moebius_edge.errors import BundleError, UsageError
-from moebius_edge.model import TeacherConfig, build_teacher, gla
-
-SMALL = TeacherConfig(
-    block_out_channels=(32, 64, 128, 128), num_heads=4, cross_attention_dim=48, prompt_embedding_dim=64
-)
+from moebius_edge.errors import UsageError
+from moebius_edge.model import build_teacher, gla
 
 
 def recurrent_gla(q, k, v, g):
@@ -36,21 +32,15 @@ def attention_inputs(tokens, heads=3, keys=4, values=5, forget=0.3, dtype=torch.
     return tuple(x.to(device) for x in (q, k, v, g))
 
 
-@pytest.mark.parametrize(("size", "config"), [("full", TeacherConfig()), ("small", SMALL)])
-def test_keys_and_shapes_are_the_checkpoints(size, config):
-    with torch.device("meta"):
-        teacher = build_teacher(config)
-    assert {k: list(v.shape) for k, v in teacher.state_dict().items()} == golden_keys("teacher", size)
-
-
 def test_small_reproduces_the_recorded_numbers():
     check_against_golden(fill_golden(build_teacher(SMALL)), "teacher_small", sample_tolerance=1e-4, size=16)
 
 
-@pytest.mark.parametrize(("tokens", "chunk"), [(1, 16), (15, 16), (16, 16), (17, 16), (256, 16), (70, 1), (70, 64)])
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 16), (15, 16), (16, 16), (17, 16), (256, 16), (70, 1)])
 def test_chunked_is_the_recurrence(tokens, chunk):
     inputs = attention_inputs(tokens)
     torch.testing.assert_close(gla.chunked_gla(*inputs, chunk=chunk), recurrent_gla(*inputs))
+    assert torch.equal(gla.gated_linear_attention(*inputs), gla.chunked_gla(*inputs))
 
 
 @pytest.mark.parametrize("forget", [0.0, 1e-4, 20.0, 1e4])
@@ -78,21 +68,6 @@ def test_chunked_keeps_half_precision_to_its_ends():
     assert out.dtype == torch.bfloat16
     exact = recurrent_gla(*(x.bfloat16().double() for x in inputs[:3]), inputs[3].double())
     assert float((out.double() - exact).abs().max()) < 0.005 * float(exact.abs().max())
-
-
-def test_attention_is_causal():
-    q, k, v, g = attention_inputs(40)
-    before = gla.gated_linear_attention(q, k, v, g)
-    v[:, 25:] += 1
-    after = gla.gated_linear_attention(q, k, v, g)
-    torch.testing.assert_close(after[:, :25], before[:, :25])
-    assert not torch.allclose(after[:, 25], before[:, 25])
-
-
-def test_the_fused_kernel_is_not_asked_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(gla, "_fused_gla", lambda: pytest.fail("a CUDA kernel was asked for CPU tensors"))
-    inputs = attention_inputs(5)
-    torch.testing.assert_close(gla.gated_linear_attention(*inputs), recurrent_gla(*inputs))
 
 
 @pytest.mark.gpu
@@ -139,12 +114,3 @@ def test_coarse_feature_is_the_first_up_blocks_output(channels):
     assert teacher.coarse_feature(out) is seen[0]
     size = 16 >> (len(channels) - 2)
     assert seen[0].shape == (1, channels[-1], size, size)
-
-
-def test_config_survives_json():
-    assert TeacherConfig.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
-
-
-def test_config_with_odd_heads_is_refused():
-    with pytest.raises(BundleError, match="32 channels do not give 32 heads keys of half width"):
-        TeacherConfig.from_dict({"block_out_channels": [32, 64], "num_heads": 32})

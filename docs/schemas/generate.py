@@ -28,13 +28,6 @@ DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "recipe": (Recipe, ()),
 }
 
-# The name of a document -> its type, and the fields that are not in the file. A new document is one line here.
-DOCUMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "bundle": (BundleDocument, ()),
-    "engine": (Engine, ("path",)),
-    "results": (ResultsDocument, ()),
-}
-
 
 def main(folder: Path) -> None:
     for name, (kind, absent) in DOCUMENTS.items():

@@ -57,9 +57,7 @@ class Bundle(Manifest):
         for name, record in document.files.items():
             check_file(safe_join(folder, name), record, verify, remedy)
         content = {field.name: getattr(document, field.name) for field in fields(Manifest)}
-        return cls(
-            path=folder, components=resolved_components(document.resolution, document.deep_channels), **content
-        )
+        return cls(path=folder, components=resolved_components(document.resolution, document.deep_channels), **content)
 
     @property
     def branches(self) -> int:
@@ -133,7 +131,7 @@ def write_bundle(
         "latent_size": resolution // LATENT_DOWNSCALE,
         "deep_channels": deep_channels,
         "scheduler": SCHEDULER,
-        "files": {name: _record(root / name) for name in _contents(root)},
+        "files": _file_records(root),
     }
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -146,15 +144,12 @@ def write_bundle(
     Bundle.load(root, verify=False)  # what cannot be loaded must not be handed on
 
 
-def _contents(root: Path) -> list[str]:
-    """Names of the files that belong to a bundle, sorted, with forward slashes; hidden files do not."""
+def _file_records(root: Path) -> dict[str, FileRecord]:
+    """The files that belong to a bundle, sorted, named with forward slashes; hidden files do not."""
     names = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
     visible = [n for n in names if n.parts[0] != ENGINES_FOLDER and not any(part.startswith(".") for part in n.parts)]
-    return sorted(name.as_posix() for name in visible if name.as_posix() != BUNDLE_FILE)
-
-
-def _record(path: Path) -> FileRecord:
-    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    paths = {name.as_posix(): root / name for name in sorted(visible, key=Path.as_posix)}
+    return {n: {"sha256": sha256_file(p), "bytes": p.stat().st_size} for n, p in paths.items() if n != BUNDLE_FILE}
 
 
 def check_file(path: Path, record: FileRecord, verify: bool, remedy: str) -> None:

@@ -29,7 +29,7 @@ _MAX_DEPTH = 8
 # Wrapper classes of PyTorch put these into the names of what they hold, at any place.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMBEDDING = "embedding_layer.weight"  # of student and teacher
-_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+
 
 _STUDENT_NAME = re.compile(r"\.attn1\.pos_conv\.|\.attn2\.rel_pos_emb$")
 _TEACHER_NAME = re.compile(r"\.attn1\.(gk_proj|g_proj|o_proj)\.")
@@ -93,8 +93,8 @@ def _named_average(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The moving average of upstream's trainer: tensors under names without dots, and a table of their names."""
     table, buffers = content.get("ema_name_map"), content["ema_buffers"]
     if not isinstance(table, dict) or not all(isinstance(short, str) and short in buffers for short in table.values()):
-        problem = f"{path} is a moving average without its ema_name_map"
-        raise BundleError(problem, "save it again, or give the plain weights")
+        remedy = "save it again, or give the plain weights"
+        raise BundleError(f"{path} is a moving average without its ema_name_map", remedy)
     return {name: buffers[short] for name, short in table.items()}
 
 
@@ -102,13 +102,11 @@ def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -
     """Raise BundleError for a teacher where a student is ``wanted``, and the other way round, by its tensors' names."""
     kind = kind_of(names)
     if (kind, wanted) == (TEACHER, STUDENT):
-        raise BundleError(
-            f"{path} is a teacher (PixelHacker's network), and a student is wanted",
-            "teachers are for `moebius-edge train --teacher FILE`, which makes a student",
-        )
+        remedy = "teachers are for `moebius-edge train --teacher FILE`, which makes a student"
+        raise BundleError(f"{path} is a teacher (PixelHacker's network), and a student is wanted", remedy)
     if (kind, wanted) == (STUDENT, TEACHER):
-        problem = f"{path} is a Moebius student, and a teacher is wanted"
-        raise BundleError(problem, "`moebius-edge download teacher` fetches one")
+        remedy = "`moebius-edge download teacher` fetches one"
+        raise BundleError(f"{path} is a Moebius student, and a teacher is wanted", remedy)
 
 
 def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: list[str]) -> Tensors:
@@ -136,12 +134,6 @@ def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: l
     beside = f", {left} tensors beside them are not used" if left else ""
     notes.append(f"{path.name}: the tensors named {prefixes[0]}* are taken{beside}")
     return inside
-
-
-def lacks_statistics(expected: Iterable[str], tensors: Tensors) -> bool:
-    """Whether all that is missing in ``tensors`` are batch norms' statistics, as in an average over parameters."""
-    missing = [name for name in expected if name not in tensors]
-    return bool(missing) and all(name.endswith(_STATISTICS) for name in missing)
 
 
 def some(names: Iterable[str]) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..checkpoints.network_names import (
     kind_of,
-    lacks_statistics,
     network_tensors,
     refuse_other_network,
     some,
@@ -24,6 +23,7 @@ from ..checkpoints.network_names import (
 from ..checkpoints.weights_file import open_weights
 from ..errors import BundleError
 
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # of batch norms
 _OTHER_CONFIG = "the file is of another configuration: give the configuration it was trained with"
 
 Rename = Callable[[str], str]
@@ -52,10 +52,11 @@ def load_checkpoint(
     notes: list[str] = []
     expected = module.state_dict()
     tensors = _find(path, expected, rename, notes)
-    if lacks_statistics(expected, tensors):
+    missing = [name for name in expected if name not in tensors]
+    if missing and all(name.endswith(_STATISTICS) for name in missing):  # as in an average over parameters
         beside = _file_beside(path)
         statistics = _find(beside, expected, rename, [])
-        taken = {name: statistics[name] for name in expected if name not in tensors and name in statistics}
+        taken = {name: statistics[name] for name in missing if name in statistics}
         tensors |= taken
         notes.append(f"{path.name} has no batch-norm statistics: {len(taken)} tensors are taken from {beside.name}")
     _check_tensors(path, expected, tensors)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
+from typing_extensions import Self
 
 from ..documents import Number, check_document
 from ..errors import BundleError, UsageError
@@ -22,8 +23,6 @@ Width = Annotated[int, Field(strict=True, ge=GROUPS, le=1 << 14, multiple_of=GRO
 Widths = Annotated[tuple[Width, ...], Field(min_length=2, max_length=8)]
 Size = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Embedding = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
-
-_Config = TypeVar("_Config", bound="NetworkConfig")
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ class NetworkConfig:
                 raise ValueError(f"{width} channels do not divide into {self.num_heads} heads")
 
     @classmethod
-    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The configuration in ``values``; absent keys are as published. BundleError for what is no such thing."""
         if cls is StudentConfig and "gate_rank" in values:
             problem = "it describes a teacher, and a student is wanted"
             raise UsageError(problem, "teachers are for `moebius-edge train --teacher FILE`")
         remedy = "correct it, or run `pip install --upgrade moebius-edge` if a newer version wrote it"
-        config: _Config = check_document(dict(values), cls, "model configuration", BundleError, remedy)
+        config: Self = check_document(dict(values), cls, "model configuration", BundleError, remedy)
         return config
 
     def to_dict(self) -> dict[str, Any]:

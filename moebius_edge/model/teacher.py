@@ -6,6 +6,7 @@ never exported.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch.nn.functional as F
@@ -85,10 +86,6 @@ class TeacherBlock(nn.Module):
         return cast(Tensor, tokens + self.ff(self.norm3(tokens)))
 
 
-def _conv3x3(inputs: int, outputs: int) -> nn.Module:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
 class Teacher(Network):
     """The PixelHacker teacher, for latents that halve cleanly at each level. Built by ``build_teacher``.
 
@@ -102,13 +99,15 @@ class Teacher(Network):
             # The coarsest down and up block have none; the mid block (one level further) has.
             return None if level == coarsest else SpatialTransformer(channels, TeacherBlock(config, channels))
 
-        super().__init__(config, conv=_conv3x3, attention=attention, middle=True)
+        super().__init__(config, conv=partial(nn.Conv2d, kernel_size=3, padding=1), attention=attention, middle=True)
         self.config = config
 
     def encode(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> list[Tensor]:
         """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
         self.check(sample)
-        return self.diff_model.encode(sample, timesteps, self.embedding_layer(prompt_ids))
+        network = self.diff_model
+        prompts = network.encoder_hid_proj(self.embedding_layer(prompt_ids))
+        return network.encode(sample, network.time_embedding(timesteps), prompts)[0]
 
     def coarse_feature(self, denoised: Denoised) -> Tensor:
         """The first up block's output (N, C, h, w), what a student's coarsest level is to match.

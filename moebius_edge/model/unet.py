@@ -49,10 +49,7 @@ class Block(nn.Module):
         return self._layer(index, x, time, prompts)
 
     def _layer(self, index: int, x: Tensor, time: Tensor, prompts: Tensor) -> Tensor:
-        return self.attend(index, self.resnets[index](x, time), prompts)
-
-    def attend(self, index: int, x: Tensor, prompts: Tensor) -> Tensor:
-        """x through the attention that follows resnet ``index``; x itself at a level without attention."""
+        x = self.resnets[index](x, time)
         return self.attentions[index](x, prompts) if len(self.attentions) else x
 
 
@@ -174,7 +171,7 @@ class UNet(nn.Module):
     def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> Denoised:
         """sample (N, 9, h, w), timesteps (N,), prompts (N, M, prompt_embedding_dim)."""
         time, prompts = self.time_embedding(timesteps), self.encoder_hid_proj(prompts)
-        blocks, skips = self._encode(sample, time, prompts)
+        blocks, skips = self.encode(sample, time, prompts)
         x = blocks[-1]
         for block in self.up_blocks:
             layers = len(cast(UpBlock, block).resnets)
@@ -197,12 +194,8 @@ class UNet(nn.Module):
     def _noise(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
-    def encode(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> list[Tensor]:
-        """The outputs of the down blocks and of the mid block, without running the rest; inputs as ``forward``'s."""
-        return self._encode(sample, self.time_embedding(timesteps), self.encoder_hid_proj(prompts))[0]
-
-    def _encode(self, sample: Tensor, time: Tensor, prompts: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The outputs of the blocks before the up blocks, and the skip connections."""
+    def encode(self, sample: Tensor, time: Tensor, prompts: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of the blocks before the up blocks, and the skip connections; time and prompts are embedded."""
         x = self.conv_in(sample)
         skips = [x]
         blocks = []

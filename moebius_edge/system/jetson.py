@@ -7,10 +7,11 @@ container most of /etc and /var is the container's own, so that less is known th
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from .machine import read_number, read_sizes, read_text
 
 ROOT = Path("/")
 # The release of L4T, which a board always knows, and the JetPack that belongs to it; its package may not be installed.
@@ -76,19 +77,19 @@ class Finding:
 def read_board(root: Path | None = None) -> Board | None:
     """The Jetson this runs on, or None on any other machine."""
     root = ROOT if root is None else root
-    compatible = _text(root / "proc/device-tree/compatible") or ""
-    release = _text(root / "etc/nv_tegra_release")
+    compatible = read_text(root / "proc/device-tree/compatible") or ""
+    release = read_text(root / "etc/nv_tegra_release")
     if release is None and "nvidia,tegra" not in compatible:
         return None
     packages = _installed(root / "var/lib/dpkg/status")
     l4t = _l4t(release) or _numbers(packages.get("nvidia-l4t-core"))
     tensorrt = packages.get("tensorrt") or packages.get("libnvinfer10") or packages.get("libnvinfer11")
-    meminfo = _meminfo(root)
+    meminfo = read_sizes(root / "proc/meminfo")
     # Lines of nvpmodel.conf such as < POWER_MODEL ID=0 NAME=15W >
-    modes = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", _text(root / "etc/nvpmodel.conf") or "")
-    mode = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
+    modes = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", read_text(root / "etc/nvpmodel.conf") or "")
+    mode = re.search(r"pmode:(\d+)", read_text(root / "var/lib/nvpmodel/status") or "")
     return Board(
-        model=_text(root / "proc/device-tree/model") or "Jetson",
+        model=read_text(root / "proc/device-tree/model") or "Jetson",
         l4t=l4t,
         jetpack=_numbers(packages.get("nvidia-jetpack") or packages.get("nvidia-jetpack-runtime")) or _jetpack(l4t),
         tensorrt=_numbers(tensorrt),
@@ -155,18 +156,6 @@ def _room(board: Board) -> Finding | None:
     return Finding("memory", True, detail)
 
 
-def _text(path: Path) -> str | None:
-    """A file's text without the NULs that end a device tree's strings; None where it cannot be read."""
-    with suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    return None
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text and re.fullmatch(r"-?\d+", text) else None
-
-
 def _numbers(version: str | None) -> str | None:
     """The leading numbers of a Debian version: ``10.3.0.30-1+cuda12.5`` -> ``10.3.0.30``."""
     match = re.match(r"\d+(\.\d+)*", version or "")
@@ -188,17 +177,11 @@ def _jetpack(l4t: str | None) -> str | None:
 def _installed(status: Path) -> dict[str, str]:
     """Versions of the packages that dpkg's database lists as installed."""
     versions = {}
-    for paragraph in (_text(status) or "").split("\n\n"):
+    for paragraph in (read_text(status) or "").split("\n\n"):
         fields = dict(re.findall(r"^(Package|Status|Version): (.*)$", paragraph, re.MULTILINE))
         if fields.get("Status", "").endswith(" installed"):
             versions[fields.get("Package", "")] = fields.get("Version", "")
     return versions
-
-
-def _meminfo(root: Path) -> dict[str, int]:
-    """/proc/meminfo in bytes."""
-    rows = re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
-    return {name: int(kilobytes) * 1024 for name, kilobytes in rows}
 
 
 def _gpu_clocks(root: Path) -> list[Clock]:
@@ -220,7 +203,7 @@ def _cpu_clocks(root: Path) -> list[Clock]:
 
 
 def _clock(name: str, folder: Path, prefix: str, per_mhz: float) -> Clock | None:
-    least, most, now = (_number(folder / f"{prefix}{which}_freq") for which in ("min", "max", "cur"))
+    least, most, now = (read_number(folder / f"{prefix}{which}_freq") for which in ("min", "max", "cur"))
     if least is None or most is None:
         return None
     return Clock(name, least / per_mhz, most / per_mhz, None if now is None else now / per_mhz)
@@ -229,5 +212,5 @@ def _clock(name: str, folder: Path, prefix: str, per_mhz: float) -> Clock | None
 def _temperatures(root: Path) -> dict[str, float]:
     """Degrees of each zone; a zone whose sensor sleeps cannot be read and is left out."""
     zones = sorted((root / "sys/class/thermal").glob("thermal_zone*"))
-    readings = [(_text(zone / "type"), _number(zone / "temp")) for zone in zones]
+    readings = [(read_text(zone / "type"), read_number(zone / "temp")) for zone in zones]
     return {kind.removesuffix("-thermal"): value / 1000 for kind, value in readings if kind and value is not None}

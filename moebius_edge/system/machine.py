@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,13 +26,16 @@ CPU_FEATURES = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),  # Arm
 )
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def machine_info() -> dict[str, Any]:
     """What a latency depends on: operating system, board, CPU, memory, GPUs. Sizes are in bytes."""
-    memory = [_proc_bytes("/proc/meminfo", "MemTotal"), _number(_CGROUP / "memory.max")]
-    flags = _proc_field("/proc/cpuinfo", "flags") or _proc_field("/proc/cpuinfo", "Features") or ""  # Arm's
-    models = (_proc_field("/proc/cpuinfo", field) for field in ("model name", "Hardware", "Model"))
+    memory = [read_sizes(_MEMINFO).get("MemTotal"), read_number(_CGROUP / "memory.max")]
+    rows = re.findall(r"^([^:\n]+?)\s*:[ \t]*(.*)$", read_text(Path("/proc/cpuinfo")) or "", re.MULTILINE)
+    cpu = dict(reversed(rows))  # of each field its first row
+    flags = cpu.get("flags") or cpu.get("Features") or ""  # Arm's
+    models = (cpu.get(field) for field in ("model name", "Hardware", "Model"))
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -57,10 +61,10 @@ def available_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    cores = {_read(Path(topology.format(cpu))) or str(cpu) for cpu in os.sched_getaffinity(0)}
+    cores = {read_text(Path(topology.format(cpu))) or str(cpu) for cpu in os.sched_getaffinity(0)}
     quota = float("inf")
     with suppress(ValueError):  # "max" is no number: there is no quota
-        allowed, period = (_read(_CGROUP / "cpu.max") or "").split()
+        allowed, period = (read_text(_CGROUP / "cpu.max") or "").split()
         quota = max(1, round(int(allowed) / int(period)))
     return int(min(len(cores), quota))
 
@@ -70,15 +74,15 @@ def peak_memory_bytes() -> int | None:
 
     Linux's VmHWM is read, not ``getrusage``, whose value a child process inherits from a larger parent.
     """
-    return _proc_bytes("/proc/self/status", "VmHWM")
+    return read_sizes(Path("/proc/self/status")).get("VmHWM")
 
 
 def available_memory_bytes() -> int | None:
     """What can be taken without evicting others: free memory and swap, or less in a container near its limit."""
-    sizes = []
-    if (available := _proc_bytes("/proc/meminfo", "MemAvailable")) is not None:
-        sizes.append(available + (_proc_bytes("/proc/meminfo", "SwapFree") or 0))
-    limit, current = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    sizes, memory = [], read_sizes(_MEMINFO)
+    if "MemAvailable" in memory:
+        sizes.append(memory["MemAvailable"] + memory.get("SwapFree", 0))
+    limit, current = read_number(_CGROUP / "memory.max"), read_number(_CGROUP / "memory.current")
     if limit is not None and current is not None:
         sizes.append(max(0, limit - current))
     return min(sizes, default=None)
@@ -86,7 +90,7 @@ def available_memory_bytes() -> int | None:
 
 def oom_kills() -> int:
     """How many processes the kernel has ended for want of memory, on this machine and in this container."""
-    texts = (_read(Path("/proc/vmstat")), _read(_CGROUP / "memory.events"))
+    texts = (read_text(Path("/proc/vmstat")), read_text(_CGROUP / "memory.events"))
     lines = [line.split() for text in texts if text for line in text.splitlines()]
     return sum(int(line[1]) for line in lines if line[0] == "oom_kill")
 
@@ -143,32 +147,23 @@ def gpu_name() -> str | None:
 
 
 def _board() -> str | None:
-    """The board's name where the device tree has one, as on a Jetson."""
-    return (_read(Path("/proc/device-tree/model")) or "").strip("\0\n ") or None
+    return read_text(Path("/proc/device-tree/model")) or None  # the device tree has it, as on a Jetson
 
 
-def _read(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
+    """A file's text without the NULs that end a device tree's strings; None where it cannot be read."""
     with suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ")
     return None
 
 
-def _number(path: Path) -> int | None:
+def read_number(path: Path) -> int | None:
     """The number in a file; None also for "max", by which a control group says that there is no limit."""
-    text = (_read(path) or "").strip()
-    return int(text) if text.isdigit() else None
+    text = read_text(path)
+    return int(text) if text and re.fullmatch(r"-?\d+", text) else None
 
 
-def _proc_field(path: str, field: str) -> str | None:
-    """The first ``field: value`` of a /proc file."""
-    for line in (_read(Path(path)) or "").splitlines():
-        name, colon, value = line.partition(":")
-        if colon and name.strip() == field:
-            return value.strip()
-    return None
-
-
-def _proc_bytes(path: str, field: str) -> int | None:
-    """A ``field: number kB`` of a /proc file, in bytes."""
-    value = _proc_field(path, field)
-    return None if value is None else int(value.split()[0]) * 1024
+def read_sizes(path: Path) -> dict[str, int]:
+    """The sizes in a file such as /proc/meminfo, in bytes."""
+    rows = re.findall(r"^(\w+):\s+(\d+) kB", read_text(path) or "", re.MULTILINE)
+    return {name: int(kilobytes) * 1024 for name, kilobytes in rows}

@@ -49,10 +49,19 @@ def gpus() -> list[Gpu]:
     """The NVIDIA GPUs of this machine in the order of their slots; empty without the package or without a driver."""
     try:
         with _library() as nvml:
-            driver = nvml.nvmlSystemGetDriverVersion()
-            return [_describe(nvml, handle, driver) for handle in _handles(nvml)]
+            return [_describe(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
     except MachineError:
         return []
+
+
+def _describe(nvml: Any, handle: Any) -> Gpu:
+    memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    return Gpu(
+        name=nvml.nvmlDeviceGetName(handle),
+        driver=nvml.nvmlSystemGetDriverVersion(),
+        compute_capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+        memory_bytes=None if memory is None else int(memory.total),
+    )
 
 
 def gpu_memory_in_use() -> int | None:
@@ -62,7 +71,8 @@ def gpu_memory_in_use() -> int | None:
     """
     try:
         with _library() as nvml:
-            processes = [p for handle in _handles(nvml) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+            processes = [p for handle in handles for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     except MachineError:
         return None
     sizes = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
@@ -131,21 +141,6 @@ def _library() -> Iterator[Any]:
             nvml.nvmlShutdown()
     except nvml.NVMLError as error:
         raise MachineError(f"the NVIDIA driver does not answer ({error})", "check it with `nvidia-smi`") from None
-
-
-def _handles(nvml: Any) -> list[Any]:
-    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-
-
-def _describe(nvml: Any, handle: Any, driver: str) -> Gpu:
-    capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
-    return Gpu(
-        name=nvml.nvmlDeviceGetName(handle),
-        driver=driver,
-        compute_capability=".".join(map(str, capability)),
-        memory_bytes=None if memory is None else int(memory.total),
-    )
 
 
 def _ask(nvml: Any, function: str, *arguments: Any) -> Any:

@@ -129,14 +129,11 @@ def words(svg: ET.Element) -> list[str]:
 
 def test_charts_are_drawn_for_both_schemes(text: str) -> None:
     light, dark = svgs(text, "light"), svgs(text, "dark")
-    assert len(light) == len(dark) > 6
-    assert [words(svg) for svg in light] == [words(svg) for svg in dark]
-    assert ["#1b1f23" in ET.tostring(svg, "unicode") for svg in light] == [True] * len(light)
-    assert ["#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark] == [True] * len(dark)
-    drift = next(svg for svg in light if "sampling step" in words(svg))
-    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in words(drift)) and "0.001" in words(
-        drift
-    )
+    assert len(light) > 6 and [words(svg) for svg in light] == [words(svg) for svg in dark]
+    assert all("#1b1f23" in ET.tostring(svg, "unicode") for svg in light)
+    assert all("#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark)
+    drift = next(words(svg) for svg in light if "sampling step" in words(svg))
+    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in drift) and "0.001" in drift
     assert "Equal to the reference at every step, so not drawn: " in text
 
 
@@ -161,7 +158,7 @@ def test_every_point_has_its_number_and_its_label_where_there_is_room() -> None:
     chart = charts.scatter("title", alone, "dB")
     assert {"1: a", "2: b"} <= set(points(chart))
     assert chart.description.endswith("On the frontier: 1: a, 10 ms, 22.0 dB; 2: b, 200 ms, 26.0 dB.")
-    crowd = [Point(100 + i, 22 + i % 7, f"{i}: number {i} of a crowd", "dominated") for i in range(1, 41)]
+    crowd = [Point(100 + i, 22 + i % 5, f"{i}: number {i} of a crowd", "dominated") for i in range(1, 25)]
     found = points(charts.scatter("title", crowd, "dB"))
     assert 0 < sum(": " in text for text in found) < len(found), "some have room for the number alone"
 
@@ -185,6 +182,7 @@ def test_a_page_needs_two_packages_and_says_how_it_is_made_elsewhere(
 
 def test_hostile_text_stays_text(folder: Path) -> None:
     results = hostile_results()
+    results["configurations"] = results["configurations"][1:6]
     rendered = page.render(results, folder)
     elements = Elements(rendered)
     assert [tag for tag, _ in elements.found].count("script") == 2
@@ -207,7 +205,7 @@ def test_absurd_figures_break_nothing(folder: Path, value: float) -> None:
             return [changed(v) for v in entry]
         return value if isinstance(entry, float) else entry
 
-    results = changed(sample_results())
+    results = changed(sample_results() | {"configurations": sample_results()["configurations"][:3]})
     results["inputs"] = []
     Elements(page.render(results, folder))
 
@@ -219,11 +217,8 @@ def test_nothing_measured_is_still_a_page(tmp_path: Path) -> None:
     sections = [a["id"] for a in elements.all("section")]
     assert sections == ["recommendation", "configurations", "conditions"]
     Elements(page.render(report_of([]) | {"machines": {}}, tmp_path))
-
-
-def test_one_machine_is_not_repeated_in_every_row(tmp_path: Path) -> None:
-    text = page.render(report_of([configuration("a", truth=20.0)]), tmp_path)
-    assert '<th scope="row" data-value="a">a</th>' in text
+    alone = page.render(report_of([configuration("a")]), tmp_path)
+    assert '<th scope="row" data-value="a">a</th>' in alone, "one machine is not repeated in every row"
 
 
 @pytest.fixture
@@ -275,17 +270,11 @@ def test_differences_are_amplified_before_scaling(results: dict[str, Any], tmp_p
     assert pixels(found[FLOAT16].views[TO_TRUTH]).min() >= 253  # 4 x 90 is clipped
     assert TO_REFERENCE not in found[FLOAT32].views, "the reference has no difference to itself"
     assert TO_REFERENCE not in found["telea"].views
-
-
-def test_pictures_of_other_kinds_are_compared_as_8_bit_colour(results: dict[str, Any], tmp_path: Path) -> None:
-    grey = tmp_path / f"pictures/{FLOAT16}/beach.png"
-    cv2.imwrite(str(grey), np.full((120, 160), 40 << 8, np.uint16))
-    assert np.abs(pixels(cells(results, tmp_path)[FLOAT16].views[RESULT]).astype(int) - 40).max() <= 1
-
-
-def test_a_size_that_differs_has_no_difference(results: dict[str, Any], tmp_path: Path) -> None:
-    Image.new("RGB", (32, 24)).save(tmp_path / f"pictures/{FLOAT16}/beach.png")
-    assert set(cells(results, tmp_path)[FLOAT16].views) == {RESULT}
+    other = tmp_path / f"pictures/{FLOAT16}/beach.png"
+    cv2.imwrite(str(other), np.full((120, 160), 40 << 8, np.uint16))
+    assert np.abs(pixels(cells(results, tmp_path)[FLOAT16].views[RESULT]).astype(int) - 40).max() <= 1, "in 8 bits"
+    Image.new("RGB", (32, 24)).save(other)
+    assert set(cells(results, tmp_path)[FLOAT16].views) == {RESULT}, "another size has no difference"
 
 
 @pytest.mark.parametrize(

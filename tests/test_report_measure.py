@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reporting import rows, spec, write_inputs
-from toy import make_toy_bundle
+from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.errors import UsageError
 from moebius_edge.progress import no_progress
@@ -118,38 +118,30 @@ def test_sustained_is_the_last_minute_against_the_runs(
 ) -> None:
     monkeypatch.setattr(module, "_MINUTE_S", 0.3)
     (row,) = rows(toy)
-    figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path), sustained_minutes=2.5), no_progress)
+    inputs = [source._replace(truth=None) for source in write_inputs(tmp_path)]
+    figures = measure(spec(tmp_path / "out", row, inputs, sustained_minutes=2.5), no_progress)
+    assert figures["accuracy"] == {"against_reference": None, "against_truth": None}, "neither was given"
     sustained = figures["sustained"]
     assert 3 <= len(sustained["by_minute_ms"]) <= 4 and sustained["minutes"] == 2.5
     assert sustained["soaked_median_ms"] == sustained["by_minute_ms"][-1]
     assert sustained["cold_median_ms"] == figures["latency"]["stages"]["total"]["median_ms"]
 
 
-def test_without_a_truth_there_is_no_figure(toy: Path, tmp_path: Path) -> None:
-    inputs = [inputs_module.Input(i.image, i.mask) for i in write_inputs(tmp_path)]
-    (row,) = rows(toy)
-    accuracy = measure(spec(tmp_path / "out", row, inputs), no_progress)["accuracy"]
-    assert accuracy == {"against_reference": None, "against_truth": None}
-
-
-def test_many_pictures_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = write_inputs(tmp_path, "a", "b", "c")
+def test_inputs_are_read_again_where_many_and_refused_where_unusable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inputs_module, "_HELD_BYTES", 96 * 80 * 4)  # one
-    loader = Loader(sources)
+    loader = Loader(write_inputs(tmp_path, "a", "b", "c"))
     first, second = list(loader), list(loader)
     assert [x.source.name for x in first] == [x.source.name for x in second] == ["a.png", "b.png", "c.png"]
     assert [x is y for x, y in zip(first, second, strict=True)] == [True, False, False]
-
-
-def test_inputs_that_cannot_be_used(tmp_path: Path) -> None:
-    (source,) = write_inputs(tmp_path, "a")
+    source = loader.inputs[0]
+    (other,) = write_inputs(tmp_path / "other", "a", size=(80, 80))
+    with pytest.raises(UsageError, match=r"truth .* has \(80, 80\) pixels and .* \(96, 80\)"):
+        inputs_module.load_input(source._replace(truth=other.image))
     Image.fromarray(np.zeros((80, 96), np.uint8)).save(source.mask)
     with pytest.raises(UsageError, match=r"a.png is empty, nothing would be filled"):
         inputs_module.load_input(source)
-    (source,) = write_inputs(tmp_path, "a")
-    (other,) = write_inputs(tmp_path / "other", "a", size=(80, 80))
-    with pytest.raises(UsageError, match=r"truth .* has \(80, 80\) pixels and .* \(96, 80\)"):
-        inputs_module.load_input(inputs_module.Input(source.image, source.mask, other.image))
 
 
 def test_grey_and_deep_pictures_are_shown_in_8_bits() -> None:
@@ -163,9 +155,7 @@ def test_a_nan_and_a_damaged_bundle_are_gated(tmp_path: Path) -> None:
     wanted = spec(tmp_path / "out", row, write_inputs(tmp_path))
     outcome = supervise(wanted, no_progress)
     assert outcome["status"] == "gated" and outcome["reason"].startswith("denoiser returned NaN at step 1 of 2")
-    data = bytearray((broken / "vae_decoder.onnx").read_bytes())
-    data[-1] ^= 0xFF
-    (broken / "vae_decoder.onnx").write_bytes(data)
+    flip_byte(broken / "vae_decoder.onnx")
     outcome = supervise(wanted, no_progress)
     assert outcome["status"] == "gated" and "was altered" in outcome["reason"]
     assert not (tmp_path / "out").exists()

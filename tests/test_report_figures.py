@@ -89,10 +89,3 @@ def test_groups_put_baselines_last_on_their_machine() -> None:
     ]
     assert figures.against_of(report_of([configuration("a", reference=40.0)])) == REFERENCE
     assert figures.against_of(report_of([configuration("a")])) is None
-
-
-def test_labels_in_a_plot_say_what_differs() -> None:
-    labels = ["tiny float32, ONNX Runtime, 20 steps", "tiny float16, ONNX Runtime, 20 steps"]
-    assert figures.distinct_labels(labels) == ["tiny float32", "tiny float16"]
-    assert figures.distinct_labels(["a, b", "a, b"]) == ["a, b", "a, b"]
-    assert figures.distinct_labels(["a, b"]) == ["a, b"]

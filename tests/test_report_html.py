@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from report_sample import configuration, draw_pictures, hostile_results, report_of, sample_results
 
+from moebius_edge.errors import MachineError
 from moebius_edge.report import charts
 from moebius_edge.report import html as page
 from moebius_edge.report.charts import Point
@@ -138,9 +139,10 @@ def test_charts_are_drawn_for_both_schemes(text: str) -> None:
 
 
 def test_steps_that_differ_are_bars_of_their_own(tmp_path: Path) -> None:
+    """Their labels are without what all of them share."""
     rows = [configuration(name, reference=50.0) for name in ("a", "b", "c")]
     for row, share in zip(rows, (1.0, 0.5, 1.0), strict=True):
-        row["label"] += f", share {share:g}"
+        row["label"] += f", alike, share {share:g}"
         row["work"]["by_class"] = {"lambda": {"multiplications": share * 1e9}}
     assert words(svgs(page.render(report_of(rows), tmp_path), "light")[-1]) == [
         *("1: a, share 1", "1.00", "2: b, share 0.5", "0.50")
@@ -174,6 +176,8 @@ def test_a_page_needs_two_packages_and_says_how_it_is_made_elsewhere(
 ) -> None:
     plain = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else plain(name))
+    with pytest.raises(MachineError, match=r"cannot write .*report\.md: the folder .* does not exist: run `mkdir"):
+        page.write_report(sample_results(), tmp_path / "none")
     written, how = page.write_report(sample_results(), tmp_path)
     assert [path.name for path in written] == ["report.md"]
     assert "matplotlib is not installed" in how and "pip install 'moebius-edge[report]'" in how

@@ -29,7 +29,6 @@ from .figures import AGAINST, Configuration, Group, Results, at, drift, latency_
 from .inputs import rgb8
 from .results import PICTURES_FOLDER, shown_stem
 
-PAGE_FILE = "report.html"
 AMPLIFICATION = 4  # of differences
 MOST_THUMBNAILS = 400  # in one page; with 240 pixels a side and JPEG's quality of 82 they take about 5 MB
 _EDGE, _QUALITY = 240, 82
@@ -47,7 +46,7 @@ def write_report(results: Results, folder: Path) -> tuple[list[Path], str]:
 
     Returns what was written, and how the page is made elsewhere, empty where it was made.
     """
-    written = [tables.write_markdown(results, folder)]
+    written = [_write(folder / "report.md", tables.render_markdown(results))]
     absent = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if not absent:
         return [*written, write(results, folder)], ""
@@ -59,9 +58,12 @@ def write_report(results: Results, folder: Path) -> tuple[list[Path], str]:
 
 def write(results: Results, folder: Path) -> Path:
     """Write ``folder/report.html`` with the pictures below ``folder``, scaled down, in it."""
-    path = Path(folder) / PAGE_FILE
+    return _write(folder / "report.html", render(results, folder))
+
+
+def _write(path: Path, text: str) -> Path:
     with atomic_write(path) as temporary:
-        temporary.write_text(render(results, Path(folder)), encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
@@ -121,9 +123,11 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
 
 
 def _labels(configurations: list[Configuration], numbers: Mapping[str, int]) -> list[str]:
-    """A label for each with its row's number, without what all of them share."""
-    texts = figures.distinct_labels([c["label"] for c in configurations])
-    return [f"{numbers[c['id']]}: {text}" for c, text in zip(configurations, texts, strict=True)]
+    """A label for each with its row's number, without the comma-separated parts that all of them share."""
+    parts = [c["label"].split(", ") for c in configurations]
+    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    texts = [", ".join(p for p in own if p not in shared) for own in parts]
+    return [f"{numbers[c['id']]}: {text or c['label']}" for c, text in zip(configurations, texts, strict=True)]
 
 
 def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> list[charts.Chart]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
-from ..system.files import atomic_write
 from . import figures
 from .figures import Configuration, Results, at, clean, counted, drift, full_label, is_ok, latency_ms, row_numbers
 from .recommend import basis, ranking_note, recommend, standings
 
-MARKDOWN_FILE = "report.md"
 TITLE = "Accuracy against latency, memory and energy"
 ABSENT = "\N{EN DASH}"
 
@@ -96,22 +93,13 @@ def in_order(results: Results) -> list[Configuration]:
     return rows
 
 
-class Filled(NamedTuple):
-    """A column with its cells."""
-
-    column: Column
-    cells: list[Cell]
-    is_numeric: bool
-
-
-def table(columns: Sequence[Column], rows: Sequence[Configuration]) -> list[Filled]:
-    """The columns in which any of the rows has a value."""
+def table(columns: Sequence[Column], rows: Sequence[Configuration]) -> list[tuple[Column, list[Cell], bool]]:
+    """The columns in which any of the rows has a value, each with its cells and whether they are numbers."""
     filled = []
     for column in columns:
-        found = cells(column, rows)
-        values = [cell.value for cell in found if cell.value is not None]
-        if values:
-            filled.append(Filled(column, found, not isinstance(values[0], str)))
+        shown = cells(column, rows)
+        if values := [cell.value for cell in shown if cell.value is not None]:
+            filled.append((column, shown, not isinstance(values[0], str)))
     return filled
 
 
@@ -152,14 +140,6 @@ def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, st
             if reason := at(configuration, path):
                 rows.setdefault((what, reason), []).append(str(numbers[configuration["id"]]))
     return [(what, reason, ", ".join(places)) for (what, reason), places in rows.items()]
-
-
-def write_markdown(results: Results, folder: Path) -> Path:
-    """Write ``folder/report.md``."""
-    path = Path(folder) / MARKDOWN_FILE
-    with atomic_write(path) as temporary:
-        temporary.write_text(render_markdown(results), encoding="utf-8", newline="\n")
-    return path
 
 
 def render_markdown(results: Results) -> str:
@@ -207,9 +187,11 @@ def _comparison(results: Results) -> str:
     rows, numbers = in_order(results), row_numbers(results)
     columns = table(COMPARISON, rows)
     labels = [full_label(results, c) + ("" if is_ok(c) else f": {c['reason']}") for c in rows]
-    lines = [[str(numbers[c["id"]]), labels[i], *(f.cells[i].text for f in columns)] for i, c in enumerate(rows)]
-    numeric = [0, *(i for i, filled in enumerate(columns, start=2) if filled.is_numeric)]
-    return _rows(("No.", "Configuration", *(filled.column.heading for filled in columns)), lines, numeric)
+    lines = [
+        [str(numbers[c["id"]]), labels[i], *(shown[i].text for _, shown, _ in columns)] for i, c in enumerate(rows)
+    ]
+    numeric = [0, *(i for i, (_, _, is_numeric) in enumerate(columns, start=2) if is_numeric)]
+    return _rows(("No.", "Configuration", *(column.heading for column, _, _ in columns)), lines, numeric)
 
 
 def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:

@@ -78,18 +78,18 @@ def test_the_first_call_is_the_processes(toy: Path, tmp_path: Path, monkeypatch:
     assert len(calls) == 6, "a warm-up, four runs, and one to compare the pictures"
 
 
-def test_a_reference_keeps_its_traces_and_the_others_are_compared(toy: Path, tmp_path: Path) -> None:
-    inputs = write_inputs(tmp_path)
-    (row,) = rows(toy)
-    folder = tmp_path / "traces"
+def test_a_reference_keeps_its_traces_and_reuse_is_compared_with_them(tmp_path: Path) -> None:
+    inputs, folder = write_inputs(tmp_path), tmp_path / "traces"
+    deep = make_toy_bundle(tmp_path / "deep", name="deep", deep=True)
+    row, reusing = rows(deep, steps=(6,), cache_intervals=(1, 3))
     against = {"id": row.id, "folder": str(folder)}
     own = measure(spec(tmp_path / "out", row, inputs, record=str(folder), reference=against), no_progress)
     assert [p.name for p in sorted(folder.iterdir())] == ["0000.npz", "0001.npz"]
     figures = own["accuracy"]["against_reference"]
-    assert (figures["psnr_db"], figures["latent_rms_drift"], figures["images"]) == (200.0, [0.0, 0.0], 2)
-    (other,) = rows(toy, guidances=(1.0,))
-    compared = measure(spec(tmp_path / "out", other, inputs, reference=against), no_progress)["accuracy"]
-    assert compared["against_reference"]["latent_rms_drift"][-1] > 0.001
+    assert (figures["psnr_db"], figures["latent_rms_drift"], figures["images"]) == (200.0, [0.0] * 5, 2)
+    compared = measure(spec(tmp_path / "out", reusing, inputs, reference=against), no_progress)["accuracy"]
+    first, second, *_ = compared["against_reference"]["latent_rms_drift"]
+    assert first == 0.0 and second > 1e-3, "the second call is the first that reuses"
     assert compared["against_reference"]["hole_psnr_db"] < 100 and compared["against_truth"]["images"] == 2
     assert sorted(own["pictures"]) == ["a.png", "b.png"]
     for name, path in own["pictures"].items():

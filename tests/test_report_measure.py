@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reporting import rows, spec, write_inputs
-from toy import flip_byte, make_toy_bundle
+from toy import make_toy_bundle
 
 from moebius_edge.errors import UsageError
 from moebius_edge.progress import no_progress
@@ -144,18 +144,8 @@ def test_inputs_are_read_again_where_many_and_refused_where_unusable(
         inputs_module.load_input(source)
 
 
-def test_grey_and_deep_pictures_are_shown_in_8_bits() -> None:
-    deep = inputs_module.Picture(np.array([[[0], [257], [65535]]], np.uint16))
-    np.testing.assert_array_equal(inputs_module.rgb8(deep), [[[0] * 3, [1] * 3, [255] * 3]])
-
-
-def test_a_nan_and_a_damaged_bundle_are_gated(tmp_path: Path) -> None:
-    broken = make_toy_bundle(tmp_path / "nan", nan_in="denoiser")
-    (row,) = rows(broken)
-    wanted = spec(tmp_path / "out", row, write_inputs(tmp_path))
-    outcome = supervise(wanted, no_progress)
+def test_a_nan_is_gated(tmp_path: Path) -> None:
+    (row,) = rows(make_toy_bundle(tmp_path / "nan", nan_in="denoiser"))
+    outcome = supervise(spec(tmp_path / "out", row, write_inputs(tmp_path)), no_progress)
     assert outcome["status"] == "gated" and outcome["reason"].startswith("denoiser returned NaN at step 1 of 2")
-    flip_byte(broken / "vae_decoder.onnx")
-    outcome = supervise(wanted, no_progress)
-    assert outcome["status"] == "gated" and "was altered" in outcome["reason"]
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def rows(*bundles: Path, **choices: Any) -> list[Configuration]:
 def spec(folder: Path, configuration: Configuration, inputs: list[Input], **changes: Any) -> dict[str, Any]:
     """What ``collect`` hands to the measuring process, for one run without a reference."""
     return {
-        "configuration": configuration.to_dict(),
+        "configuration": asdict(configuration),
         "inputs": [[path and str(path) for path in source] for source in inputs],
         "runs": 1,
         "warmup": 0,

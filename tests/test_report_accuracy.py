@@ -37,6 +37,10 @@ def test_what_is_equal_has_no_difference(tmp_path: Path) -> None:
     trace().save(tmp_path / "0.npz")
     against = AgainstReference("full")
     against.add(trace(), tmp_path / "0.npz")
+    other = trace()
+    del other.latents[0]
+    with pytest.raises(BundleError, match="the reference full went through other steps: measure both again"):
+        against.add(other, tmp_path / "0.npz")
     assert against.result() == {
         "reference": "full",
         **dict.fromkeys(("hole_psnr_db", "psnr_db"), 200.0),
@@ -60,14 +64,6 @@ def test_differences_are_those_of_the_network_itself(tmp_path: Path) -> None:
     assert result["images"] == 1
 
 
-def test_a_trace_of_other_steps_is_no_reference(tmp_path: Path) -> None:
-    trace().save(tmp_path / "0.npz")
-    other = trace()
-    del other.latents[0]
-    with pytest.raises(BundleError, match="the reference full went through other steps: measure both again"):
-        AgainstReference("full").add(other, tmp_path / "0.npz")
-
-
 def test_against_the_truth() -> None:
     true = np.random.default_rng(2).integers(40, 200, (64, 64, 3), np.uint8)
     changed = true.copy()
@@ -83,15 +79,10 @@ def test_against_the_truth() -> None:
     assert result["texture_ratio"] == pytest.approx(1, abs=0.2)
     assert result["lpips"] is result["fid"] is None
     assert result["lpips_reason"] == result["fid_reason"] == "torchmetrics is not installed"
-
-
-def test_a_thin_hole_has_no_texture() -> None:
-    thin = np.zeros((64, 64), bool)
+    thin, against = np.zeros((64, 64), bool), AgainstTruth()
     thin[30] = True
-    against = AgainstTruth()
-    image = np.zeros((64, 64, 3), np.uint8)
-    against.add(image, image, thin)
-    assert against.result()["texture_ratio"] is None
+    against.add(true, true, thin)
+    assert against.result()["texture_ratio"] is None, "a thin hole has none"
 
 
 class FakeMetric:
@@ -123,31 +114,24 @@ def metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_weights_are_looked_for_and_never_fetched(metrics: Path) -> None:
-    image = np.zeros((64, 64, 3), np.uint8)
-    both = Perceptual()
-    both.add(image, image)
-    assert both.result() == {
-        "lpips": None,
-        "lpips_reason": f"its weights alexnet-owt-7be5be79.pth are not in {metrics}",
-        "fid": None,
-        "fid_reason": f"its weights weights-inception-2015-12-05-6726825d.pth are not in {metrics}",
+def test_weights_are_looked_for_and_never_fetched(metrics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> dict[str, Any]:
+        image, both = np.zeros((64, 64, 3), np.uint8), Perceptual()
+        both.add(image, image)
+        both.add(image, image)
+        return both.result()
+
+    absent = "its weights {} are not in " + str(metrics)
+    assert measured() == {
+        **{"lpips": None, "lpips_reason": absent.format("alexnet-owt-7be5be79.pth")},
+        **{"fid": None, "fid_reason": absent.format("weights-inception-2015-12-05-6726825d.pth")},
     }
-    (metrics / PERCEPTUAL["lpips"][1]).touch()
-    (metrics / PERCEPTUAL["fid"][1]).touch()
-    both = Perceptual()
-    both.add(image, image)
-    both.add(image, image)
-    assert both.result() == {"lpips": 2.0, "lpips_reason": None, "fid": 4.0, "fid_reason": None}
-
-
-def test_a_metric_that_fails_says_why(metrics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (metrics / PERCEPTUAL["fid"][1]).touch()
+    for _, weights in PERCEPTUAL.values():
+        (metrics / weights).touch()
+    assert measured() == {"lpips": 2.0, "lpips_reason": None, "fid": 4.0, "fid_reason": None}
 
     def refuse(self: FakeMetric) -> float:
         raise RuntimeError("More than one sample\nis required")
 
     monkeypatch.setattr(FakeMetric, "compute", refuse)
-    one = Perceptual()
-    one.add(np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8))
-    assert one.result()["fid_reason"] == "torchmetrics failed: More than one sample is required"
+    assert measured()["fid_reason"] == "torchmetrics failed: More than one sample is required"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commanding import Captured, as_json, refused
+from report_sample import configuration, draw_pictures, report_of
 from reporting import write_inputs
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.cli import main
-from moebius_edge.report.results import load
+from moebius_edge.report.results import load, save
 
 ID = "toy-float32_onnxruntime-cpu_ddim-{}_g2_image"
 
@@ -63,40 +62,29 @@ def test_a_report_from_bundles_to_results(toy: Path, tmp_path: Path, capsys: Cap
     assert f"[1/5] {ID.format(3)}: loading" in err.splitlines()
 
 
-def test_again_is_resumed_as_json(toy: Path, tmp_path: Path, capsys: Captured) -> None:
-    asked = arguments(tmp_path, toy, "--steps", "3")
-    assert main(asked) == 0
+def test_a_report_needs_no_pytorch_is_resumed_and_takes_an_explicit_reference(
+    toy: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """First where PyTorch cannot be imported, neither by the command nor by the process that measures."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for name in ("torch", "onnx", "diffusers", "skimage"):
+        (blocked / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
+    asked = arguments(tmp_path, toy, "--steps", "3", "--truth", "images")
+    command = [sys.executable, "-m", "moebius_edge", *asked]
+    environment = {**os.environ, "PYTHONPATH": str(blocked)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     assert as_json(capsys, *asked) == load(tmp_path / "out")
     assert main(asked) == 0
     assert capsys.readouterr().err == "", "nothing was measured"
-    assert main([*asked, "--force"]) == 0
-    assert f"[1/1] {ID.format(3)}: loading" in capsys.readouterr().err
-
-
-def test_an_explicit_reference_joins_the_grid(toy: Path, tmp_path: Path) -> None:
     other = make_toy_bundle(tmp_path / "other", name="other", distilled_guidance=2.0)
-    assert main(arguments(tmp_path, toy, "--steps", "3", "--reference", other)) == 0
+    assert main([*asked, "--force", "--reference", str(other)]) == 0
+    assert f"[2/2] {ID.format(3)}: loading" in capsys.readouterr().err
     rows = load(tmp_path / "out")["configurations"]
     assert [row["bundle"]["name"] for row in rows] == ["toy", "other"]
-    reference = rows[1]["id"]
-    assert {row["accuracy"]["against_reference"]["reference"] for row in rows} == {reference}
+    assert {row["accuracy"]["against_reference"]["reference"] for row in rows} == {rows[1]["id"]}
     assert rows[0]["accuracy"]["against_reference"]["hole_psnr_db"] > 100, "the same fill, guided and distilled"
-
-
-def test_what_reuse_costs(tmp_path: Path) -> None:
-    deep = make_toy_bundle(tmp_path / "deep", deep=True)
-    assert main(arguments(tmp_path, deep, "--steps", "6", "--cache-interval", "1,3")) == 0
-    whole, reusing = load(tmp_path / "out")["configurations"]
-    assert [row["settings"]["cache_interval"] for row in (whole, reusing)] == [1, 3]
-    against = [row["accuracy"]["against_reference"] for row in (whole, reusing)]
-    assert [each["reference"] for each in against] == [whole["id"]] * 2
-    assert against[0]["latent_rms_drift"] == [0.0] * 5
-    first, second, *_ = against[1]["latent_rms_drift"]
-    assert first == 0.0 and second > 1e-3, "the second call is the first that reuses"
-    assert against[1]["hole_psnr_db"] < 100
-    markdown = (tmp_path / "out" / "report.md").read_text()
-    assert "| 2 | toy float32, ONNX Runtime CPU, 6 steps DDIM, deep features every 3, guidance 2, " in markdown
-    assert "not ranked" not in markdown
 
 
 def test_ctrl_c_keeps_what_is_finished(toy: Path, tmp_path: Path) -> None:
@@ -139,62 +127,40 @@ def test_bad_input(toy: Path, tmp_path: Path, capsys: Captured) -> None:
         ("--max-memory much is no size: write such as 2GB", "--max-memory", "much"),
     ):
         refused(capsys, 2, message, *asked, *options)
-    output.mkdir()
-    (output / "mine").touch()
-    refused(capsys, 2, "holds something else than a report", *asked)
-    assert sorted(p.name for p in output.iterdir()) == ["mine"]
+    assert not output.exists()
 
 
-def renamed(folder: Path, name: str, change: dict[str, Any]) -> Path:
-    """A copy of a report's results as another machine would have written them, without pictures."""
-    text = (folder / "results.json").read_text()
-    document = json.loads(text)
-    (old,) = document["machines"]
-    document = json.loads(text.replace(f'"{old}"', f'"{name}"'))
-    document["conditions"] |= change
-    other = folder.with_name(name)
-    other.mkdir()
-    (other / "results.json").write_text(json.dumps(document))
-    return other / "results.json"
+def written(folder: Path, machine: str, **conditions: int) -> Path:
+    """The results of one configuration as ``machine`` would have written them, and for ``here`` its pictures."""
+    row = configuration("a", truth=20.0, machine=machine)
+    row["pictures"] = {"beach.jpg": "pictures/a/beach.png"}
+    results = report_of([row])
+    results["machines"][machine]["info"]["memory_bytes"] = len(machine)
+    results["conditions"] |= {"reference": None, **conditions}
+    (folder / machine).mkdir()
+    if machine == "here":
+        draw_pictures(results, folder / machine)
+    return save(results, folder / machine)
 
 
-def test_two_machines_are_merged(toy: Path, tmp_path: Path, capsys: Captured) -> None:
-    assert main(arguments(tmp_path, toy, "--steps", "3")) == 0
-    first = tmp_path / "out" / "results.json"
-    second = renamed(tmp_path / "out", "board", {})
-    capsys.readouterr()
+def test_two_machines_are_merged(tmp_path: Path, capsys: Captured) -> None:
+    first, second, other = written(tmp_path, "here"), written(tmp_path, "board"), written(tmp_path, "other", runs=9)
     both = str(tmp_path / "both")
     assert main(["report", "merge", str(first), str(second), "--output", both, "--max-latency-ms", "9"]) == 0
     out, err = capsys.readouterr()
     merged = load(both)
-    assert [row["id"] for row in merged["configurations"]] == [ID.format(3), f"{ID.format(3)}_board"]
+    assert [row["id"] for row in merged["configurations"]] == ["a", "a_board"]
     assert merged["limits"]["max_latency_ms"] == 9 and len(merged["machines"]) == 2
-    assert merged["configurations"][1]["pictures"] == {} and len(merged["configurations"][0]["pictures"]) == 2
-    assert (tmp_path / "both" / "pictures" / "inputs" / "a_mask.png").is_file()
-    assert "2 pictures not found beside their results" in err and out.splitlines()[-1] == f"saved {both}/results.json"
-    assert main(["report", "merge", str(first), "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "again" / "report.html").is_file(), "the page of what another machine measured"
-    capsys.readouterr()
-    other = renamed(tmp_path / "out", "other", {"runs": 9})
-    refused(
-        capsys, 2, "runs is 1 there, 9 here", "report", "merge", str(first), str(other), "--output", str(tmp_path / "x")
-    )
-    refused(capsys, 2, "merge needs a results.json or more", "report", "merge", "--output", both)
+    assert [len(row["pictures"]) for row in merged["configurations"]] == [1, 0]
+    assert (tmp_path / "both" / "pictures" / "inputs" / "beach_mask.png").is_file()
+    assert (tmp_path / "both" / "report.html").is_file(), "the page of what other machines measured"
+    assert "1 picture not found beside" in err and out.splitlines()[-1] == f"saved {both}/results.json"
+    merge = ("report", "merge", "--output", both)
+    refused(capsys, 2, "runs is 5 there, 9 here", *merge, first, other)
+    refused(capsys, 2, "merge needs a results.json or more", *merge)
     message = f"the output {first.parent} is one of the reports"
-    refused(capsys, 2, message, "report", "merge", str(first), str(second), "--output", str(first.parent))
-    refused(capsys, 3, "cannot read none", "report", "merge", "none", str(first), "--output", both)
-
-
-def test_it_needs_no_pytorch(toy: Path, tmp_path: Path) -> None:
-    """Neither the command nor the process that measures, which finds the same blocked modules by a site file."""
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    for name in ("torch", "onnx", "diffusers", "skimage"):
-        (blocked / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(blocked)}
-    command = [sys.executable, "-m", "moebius_edge", *arguments(tmp_path, toy, "--steps", "2", "--truth", "images")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    refused(capsys, 2, message, *merge[:3], first.parent, first, second)
+    refused(capsys, 3, "cannot read none", *merge, "none", first)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such names")

@@ -14,13 +14,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+from PIL import Image
 from report_sample import configuration, draw_pictures, hostile_results, report_of, sample_results
 
+from moebius_edge.errors import MachineError
 from moebius_edge.report import charts
 from moebius_edge.report import html as page
 from moebius_edge.report.charts import Point
+from moebius_edge.report.html import RESULT, TO_REFERENCE, TO_TRUTH, Thumbnail, shown_inputs
 
+FLOAT32, FLOAT16 = (f"sample-{kind}_onnxruntime-cpu_ddim-20_g2_image" for kind in ("float32", "float16"))
 VOID = {"meta", "link", "img", "input", "source"}
 
 
@@ -124,21 +130,19 @@ def words(svg: ET.Element) -> list[str]:
 
 def test_charts_are_drawn_for_both_schemes(text: str) -> None:
     light, dark = svgs(text, "light"), svgs(text, "dark")
-    assert len(light) == len(dark) > 6
-    assert [words(svg) for svg in light] == [words(svg) for svg in dark]
-    assert ["#1b1f23" in ET.tostring(svg, "unicode") for svg in light] == [True] * len(light)
-    assert ["#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark] == [True] * len(dark)
-    drift = next(svg for svg in light if "sampling step" in words(svg))
-    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in words(drift)) and "0.001" in words(
-        drift
-    )
+    assert len(light) > 6 and [words(svg) for svg in light] == [words(svg) for svg in dark]
+    assert all("#1b1f23" in ET.tostring(svg, "unicode") for svg in light)
+    assert all("#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark)
+    drift = next(words(svg) for svg in light if "sampling step" in words(svg))
+    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in drift) and "0.001" in drift
     assert "Equal to the reference at every step, so not drawn: " in text
 
 
 def test_steps_that_differ_are_bars_of_their_own(tmp_path: Path) -> None:
+    """Their labels are without what all of them share."""
     rows = [configuration(name, reference=50.0) for name in ("a", "b", "c")]
     for row, share in zip(rows, (1.0, 0.5, 1.0), strict=True):
-        row["label"] += f", share {share:g}"
+        row["label"] += f", alike, share {share:g}"
         row["work"]["by_class"] = {"lambda": {"multiplications": share * 1e9}}
     assert words(svgs(page.render(report_of(rows), tmp_path), "light")[-1]) == [
         *("1: a, share 1", "1.00", "2: b, share 0.5", "0.50")
@@ -156,15 +160,12 @@ def test_every_point_has_its_number_and_its_label_where_there_is_room() -> None:
     chart = charts.scatter("title", alone, "dB")
     assert {"1: a", "2: b"} <= set(points(chart))
     assert chart.description.endswith("On the frontier: 1: a, 10 ms, 22.0 dB; 2: b, 200 ms, 26.0 dB.")
-    crowd = [Point(100 + i, 22 + i % 7, f"{i}: number {i} of a crowd", "dominated") for i in range(1, 41)]
+    crowd = [Point(100 + i, 22 + i % 5, f"{i}: number {i} of a crowd", "dominated") for i in range(1, 25)]
     found = points(charts.scatter("title", crowd, "dB"))
     assert 0 < sum(": " in text for text in found) < len(found), "some have room for the number alone"
-
-
-def test_equal_points_go_to_the_top_and_leave_the_scale_alone() -> None:
-    drawn = [Point(10, 200.0, "1: reference", "frontier"), Point(5, 60.0, "2: half", "frontier")]
-    found = words(ET.fromstring(base64.b64decode(charts.scatter("title", drawn, "dB").light.partition(",")[2])))
-    assert "equal" in found and "200" not in found
+    equal = [Point(10, 200.0, "1: reference", "frontier"), Point(5, 60.0, "2: half", "frontier")]
+    shown = words(ET.fromstring(base64.b64decode(charts.scatter("title", equal, "dB").light.partition(",")[2])))
+    assert "equal" in shown and "200" not in shown, "it stands at the top and leaves the scale alone"
 
 
 def test_a_page_needs_two_packages_and_says_how_it_is_made_elsewhere(
@@ -172,6 +173,8 @@ def test_a_page_needs_two_packages_and_says_how_it_is_made_elsewhere(
 ) -> None:
     plain = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else plain(name))
+    with pytest.raises(MachineError, match=r"cannot write .*report\.md: the folder .* does not exist: run `mkdir"):
+        page.write_report(sample_results(), tmp_path / "none")
     written, how = page.write_report(sample_results(), tmp_path)
     assert [path.name for path in written] == ["report.md"]
     assert "matplotlib is not installed" in how and "pip install 'moebius-edge[report]'" in how
@@ -180,6 +183,7 @@ def test_a_page_needs_two_packages_and_says_how_it_is_made_elsewhere(
 
 def test_hostile_text_stays_text(folder: Path) -> None:
     results = hostile_results()
+    results["configurations"] = results["configurations"][1:6]
     rendered = page.render(results, folder)
     elements = Elements(rendered)
     assert [tag for tag, _ in elements.found].count("script") == 2
@@ -202,7 +206,7 @@ def test_absurd_figures_break_nothing(folder: Path, value: float) -> None:
             return [changed(v) for v in entry]
         return value if isinstance(entry, float) else entry
 
-    results = changed(sample_results())
+    results = changed(sample_results() | {"configurations": sample_results()["configurations"][:3]})
     results["inputs"] = []
     Elements(page.render(results, folder))
 
@@ -214,8 +218,83 @@ def test_nothing_measured_is_still_a_page(tmp_path: Path) -> None:
     sections = [a["id"] for a in elements.all("section")]
     assert sections == ["recommendation", "configurations", "conditions"]
     Elements(page.render(report_of([]) | {"machines": {}}, tmp_path))
+    alone = page.render(report_of([configuration("a")]), tmp_path)
+    assert '<th scope="row" data-value="a">a</th>' in alone, "one machine is not repeated in every row"
 
 
-def test_one_machine_is_not_repeated_in_every_row(tmp_path: Path) -> None:
-    text = page.render(report_of([configuration("a", truth=20.0)]), tmp_path)
-    assert '<th scope="row" data-value="a">a</th>' in text
+@pytest.fixture
+def results(tmp_path: Path) -> dict[str, Any]:
+    """The sample's first input only, with its pictures in ``tmp_path``."""
+    document = sample_results()
+    document["inputs"] = document["inputs"][:1]
+    draw_pictures(document, tmp_path)
+    return document
+
+
+def cells(results: dict[str, Any], folder: Path) -> dict[str, Thumbnail]:
+    ((_, cells),) = shown_inputs(results, folder)
+    return {cell.configuration["id"] if cell.configuration else cell.caption: cell for cell in cells}
+
+
+def pixels(uri: str) -> np.ndarray:
+    head, data = uri.split(",")
+    assert head == "data:image/jpeg;base64"
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    return np.asarray(decoded[..., ::-1])
+
+
+def test_the_hole_and_its_surroundings_are_shown(results: dict[str, Any], tmp_path: Path) -> None:
+    found = cells(results, tmp_path)
+    assert list(found)[:4] == ["image", "mask", "ground truth", FLOAT32]
+    mask = pixels(found["mask"].views[RESULT])[..., 0] > 127
+    assert 0.1 < mask.mean() < 0.5, "the mask of the whole picture is smaller"
+    assert {pixels(cell.views[RESULT]).shape for cell in found.values()} == {mask.shape + (3,)}
+    assert max(mask.shape) <= 240
+    assert found[FLOAT16].link == f"pictures/{FLOAT16}/beach.png"
+    (tmp_path / "pictures/inputs/beach_mask.png").unlink()
+    found = cells(results, tmp_path)
+    assert pixels(found["image"].views[RESULT]).shape == (120, 160, 3), "everything, where the mask is gone"
+    assert found["mask"].problem.startswith("there is no picture pictures/inputs/beach_mask.png")
+
+
+def test_differences_are_amplified_before_scaling(results: dict[str, Any], tmp_path: Path) -> None:
+    flat = np.full((120, 160, 3), 100, np.uint8)
+    for path, value in ((f"pictures/{FLOAT32}", 100), (f"pictures/{FLOAT16}", 110), ("pictures/truth", 20)):
+        Image.fromarray(np.full_like(flat, value)).save(tmp_path / path / "beach.png")
+    found = cells(results, tmp_path)
+    assert np.abs(pixels(found[FLOAT16].views[TO_REFERENCE]).astype(int) - 40).max() <= 2
+    assert pixels(found[FLOAT16].views[TO_TRUTH]).min() >= 253  # 4 x 90 is clipped
+    assert TO_REFERENCE not in found[FLOAT32].views, "the reference has no difference to itself"
+    assert TO_REFERENCE not in found["telea"].views
+    other = tmp_path / f"pictures/{FLOAT16}/beach.png"
+    cv2.imwrite(str(other), np.full((120, 160), 40 << 8, np.uint16))
+    assert np.abs(pixels(cells(results, tmp_path)[FLOAT16].views[RESULT]).astype(int) - 40).max() <= 1, "in 8 bits"
+    Image.new("RGB", (32, 24)).save(other)
+    assert set(cells(results, tmp_path)[FLOAT16].views) == {RESULT}, "another size has no difference"
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "/etc/passwd", "pictures/missing.png", "pictures/damaged.png", "pictures", "a\0b"]
+)
+def test_a_picture_that_cannot_be_had_is_a_sentence(results: dict[str, Any], tmp_path: Path, path: str) -> None:
+    folder = tmp_path / "report"
+    (tmp_path / "pictures").rename(tmp_path / "kept")
+    folder.mkdir()
+    (tmp_path / "kept").rename(folder / "pictures")
+    Image.new("RGB", (640, 480)).save(tmp_path / "secret.png")
+    (folder / "pictures/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    results["configurations"][1]["pictures"]["beach.jpg"] = path
+    cell = cells(results, folder)[FLOAT16]
+    assert cell.views == {} and not cell.link
+    assert cell.problem and "\0" not in cell.problem
+
+
+def test_a_page_has_no_more_thumbnails_than_it_can_hold(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results["inputs"] *= 5
+    each = 3 + 2 * len(results["configurations"])
+    for most, shown in ((1, 1), (2 * each, 2), (10 * each, 5)):
+        monkeypatch.setattr(page, "MOST_THUMBNAILS", most)
+        assert len(list(shown_inputs(results, tmp_path))) == shown

@@ -9,18 +9,7 @@ from typing import Any
 import pytest
 from report_sample import configuration, report_of, sample_results
 
-from moebius_edge.report.figures import TRUTH, groups
-from moebius_edge.report.recommend import (
-    Recommendation,
-    basis,
-    frontier,
-    frontier_ids,
-    ranking_note,
-    recommend,
-    standings,
-)
-
-Points = list[tuple[float | None, float | None]]
+from moebius_edge.report.recommend import Recommendation, basis, frontier, ranking_note, recommend, standings
 
 
 def one(configurations: list[dict[str, Any]], **limits: float) -> Recommendation:
@@ -28,6 +17,10 @@ def one(configurations: list[dict[str, Any]], **limits: float) -> Recommendation
     results["limits"] |= limits
     (found,) = recommend(results)
     return found
+
+
+def chosen(found: Recommendation) -> str | None:
+    return found.chosen and found.chosen["id"]
 
 
 def reasons(found: Recommendation) -> dict[str, str]:
@@ -44,7 +37,7 @@ FOUR = [
 
 def test_without_a_budget_the_fastest_within_a_decibel_of_the_best() -> None:
     found = one(FOUR)
-    assert found.chosen is not None and found.chosen["id"] == "middle"
+    assert chosen(found) == "middle"
     assert found.sentences == [
         "Take middle.",
         "400 ms an image (median), hole PSNR 27.2 dB against the ground truth, 300 MB of memory.",
@@ -59,7 +52,7 @@ def test_without_a_budget_the_fastest_within_a_decibel_of_the_best() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "chosen"),
+    ("limits", "taken"),
     [
         (dict(max_latency_ms=399), "fast"),
         (dict(max_latency_ms=400), "middle"),  # the limit itself fits
@@ -69,9 +62,9 @@ def test_without_a_budget_the_fastest_within_a_decibel_of_the_best() -> None:
         (dict(max_latency_ms=500, min_psnr_db=25, max_memory_bytes=300e6), "middle"),
     ],
 )
-def test_limits(limits: dict[str, float], chosen: str) -> None:
+def test_limits(limits: dict[str, float], taken: str) -> None:
     found = one(FOUR, **limits)
-    assert found.chosen is not None and found.chosen["id"] == chosen
+    assert chosen(found) == taken
     if "min_psnr_db" in limits:
         assert found.sentences[2] == "Of those within the limits it is the fastest."
 
@@ -96,10 +89,9 @@ def test_several_limits_may_be_missed_and_a_zero_is_a_limit() -> None:
 def test_memory_that_was_not_measured_fits_no_limit_on_it() -> None:
     unknown = configuration("unknown", latency=10, truth=30.0, memory=None)
     found = one([unknown, *FOUR], max_memory_bytes=350e6)
-    assert found.chosen is not None and found.chosen["id"] == "middle"
+    assert chosen(found) == "middle"
     assert reasons(found)["unknown"] == "its memory was not measured"
-    free = one([unknown, *FOUR])
-    assert free.chosen is not None and free.chosen["id"] == "unknown"
+    assert chosen(one([unknown, *FOUR])) == "unknown"
 
 
 def test_ties_go_to_accuracy_then_memory_then_name() -> None:
@@ -110,10 +102,9 @@ def test_ties_go_to_accuracy_then_memory_then_name() -> None:
         configuration("worse", latency=100, truth=26.5, memory=100e6),
     ]
     found = one(rows)
-    assert found.chosen is not None and found.chosen["id"] == "lean"
+    assert chosen(found) == "lean"
     assert reasons(found)["a"] == "no faster: 100 ms too, with 27.0 dB in the hole"
-    chosen = one(rows[:2]).chosen
-    assert chosen is not None and chosen["id"] == "a"
+    assert chosen(one(rows[:2])) == "a"
 
 
 def test_beyond_what_is_seen_the_fastest_wins() -> None:
@@ -123,7 +114,7 @@ def test_beyond_what_is_seen_the_fastest_wins() -> None:
         configuration("quarter", latency=200, reference=38.0),
     ]
     found = one(rows)
-    assert found.chosen is not None and found.chosen["id"] == "half"
+    assert chosen(found) == "half"
     assert "It is the fastest with 39 dB or more (under 3 of 255 levels RMS)." in found.sentences
     assert "The most accurate, exact, has no difference and takes 900 ms, 3.0 times as long." in found.sentences
     assert reasons(found)["quarter"] == "38.0 dB in the hole, under 39.0 dB"
@@ -139,14 +130,20 @@ def test_without_truth_only_like_settings_are_ranked_and_it_is_said() -> None:
     assert ranking_note(results).startswith("Without ground truth only runs with the same settings are ranked")
 
 
-def test_another_reference_is_no_rank() -> None:
+def test_what_was_measured_otherwise_is_no_rank() -> None:
+    """On fewer images, or against another reference; and where nothing ran there is no rank at all."""
+    part = configuration("part", latency=10, truth=35.0)
+    part["accuracy"]["against_truth"]["images"] = 2
+    assert reasons(one([part, *FOUR]))["part"] == "measured on 2 of 3 images"
     rows = [
         configuration("one", latency=900, reference=60.0),
         configuration("two", latency=100, reference=60.0, measured_against="another"),
     ]
     found = one(rows)
-    assert found.chosen is not None and found.chosen["id"] == "one"
-    assert reasons(found) == {"two": "measured against another reference"}
+    assert chosen(found) == "one" and reasons(found) == {"two": "measured against another reference"}
+    found = one(FOUR[3:])
+    assert found.chosen is None and reasons(found) == {"broken": "failed: the process ended with signal 11"}
+    assert found.sentences == ["Nothing to recommend: no configuration could be ranked."]
 
 
 def test_unlike_things_are_not_ranked_together() -> None:
@@ -161,22 +158,9 @@ def test_unlike_things_are_not_ranked_together() -> None:
     assert all(not r.others for r in found)
 
 
-def test_fewer_images_are_no_rank() -> None:
-    part = configuration("part", latency=10, truth=35.0)
-    part["accuracy"]["against_truth"]["images"] = 2
-    assert reasons(one([part, *FOUR]))["part"] == "measured on 2 of 3 images"
-
-
-def test_nothing_ran() -> None:
-    found = one(FOUR[3:])
-    assert found.chosen is None
-    assert found.sentences == ["Nothing to recommend: no configuration could be ranked."]
-    assert reasons(found) == {"broken": "failed: the process ended with signal 11"}
-
-
 def test_no_accuracy_at_all() -> None:
     found = one([configuration("a", latency=90), configuration("b", latency=80)])
-    assert found.chosen is not None and found.chosen["id"] == "b"
+    assert chosen(found) == "b"
     assert found.sentences[-1] == "It is the fastest. No accuracy was measured, so this says nothing of its fills."
     assert one([configuration("a", latency=90)], min_psnr_db=1).chosen is None
 
@@ -184,12 +168,11 @@ def test_no_accuracy_at_all() -> None:
 def test_baselines_stand_beside() -> None:
     telea = configuration("telea", latency=5, truth=25.0)
     telea["settings"] = None
-    assert standings(report_of([telea, *FOUR])) == {
-        "telea": "baseline",
-        "slow": "frontier",
-        "middle": "recommended",
-        "fast": "frontier",
-    }
+    worse = configuration("worse", latency=500, truth=26.0)
+    assert standings(report_of([telea, *FOUR, worse])) == {
+        **{"telea": "baseline", "middle": "recommended"},
+        **{"slow": "frontier", "fast": "frontier", "worse": "dominated"},
+    }, "what failed has no standing"
 
 
 def test_the_limits_in_words() -> None:
@@ -200,22 +183,9 @@ def test_the_limits_in_words() -> None:
     assert basis(report_of([])) == "Limits: none stated. Accuracy: not measured."
 
 
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        ([], []),
-        ([(5.0, 1.0)], [0]),
-        ([(2.0, 9.0), (1.0, 5.0), (3.0, 8.0)], [1, 0]),  # the third costs more than the first for less
-        ([(1.0, 5.0), (1.0, 6.0)], [1]),  # the same cost: the better one
-        ([(2.0, 5.0), (1.0, 5.0)], [1]),  # the same gain: the cheaper one
-        ([(1.0, 5.0), (1.0, 5.0), (2.0, 6.0)], [0, 1, 2]),  # equals do not dominate each other
-        ([(None, 9.0), (1.0, None), (None, None), (2.0, 3.0)], [3]),
-        ([(None, None)], []),
-        ([(0.0, -3.0), (1.0, -4.0)], [0]),
-    ],
-)
-def test_frontier(points: Points, expected: list[int]) -> None:
-    assert frontier(points) == expected
+def test_what_lacks_a_figure_is_never_on_the_frontier() -> None:
+    assert frontier([(None, 9.0), (1.0, None), (None, None), (2.0, 3.0)]) == [3]
+    assert frontier([(None, None)]) == frontier([]) == []
 
 
 def test_frontier_is_what_no_point_dominates() -> None:
@@ -232,16 +202,3 @@ def test_frontier_is_what_no_point_dominates() -> None:
         assert set(found) == wanted
         costs = [points[i][0] for i in found]
         assert all(a <= b for a, b in itertools.pairwise(costs))
-
-
-def test_frontier_ids_leave_out_what_cannot_be_ranked() -> None:
-    results = sample_results()
-    (members, *_) = groups(results, TRUTH).values()
-    assert [i.removeprefix("sample-float32_onnxruntime-cpu_") for i in frontier_ids(members, TRUTH)] == [
-        "ddim-4_g2_image",
-        "dpm-2m-8_g2_image",
-        "ddim-20_g2_image",
-    ]
-    fastest = next(c for c in members if "ddim-4" in c["id"])
-    fastest["status"], fastest["reason"] = "failed", "stopped"
-    assert fastest["id"] not in frontier_ids(members, TRUTH)

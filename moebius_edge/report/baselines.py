@@ -20,6 +20,7 @@ from ..imaging.classical import navier_stokes, telea
 from ..imaging.masks import Mask
 from ..imaging.stitching import Filling
 from ..runtimes.base import check_finite
+from ..runtimes.providers import PROVIDERS, absence, first_line, import_onnxruntime, quiet_options
 from ..system.files import sha256_file, utf8_path
 from ..system.machine import available_cores
 from ..toml import read_toml
@@ -100,8 +101,6 @@ class OnnxBaseline:
     """
 
     def __init__(self, description: OnnxDescription) -> None:
-        from ..runtimes.providers import PROVIDERS, absence, first_line, import_onnxruntime, quiet_options
-
         ort, device, model = import_onnxruntime(), description.device, description.model
         if device not in PROVIDERS:
             raise UsageError(f"a baseline has no device {device!r}: choose one of {', '.join(PROVIDERS)}")
@@ -121,7 +120,7 @@ class OnnxBaseline:
                 f"{model} has the inputs {', '.join(inputs)} and outputs {', '.join(outputs)}: name "
                 f"them in its TOML file, which says {description.image}, {description.mask} and {description.output}"
             )
-        self._session, self._description, self._first_line = session, description, first_line
+        self._session, self._description = session, description
         names = {name: node.type.removeprefix("tensor(").removesuffix(")") for name, node in inputs.items()}
         self._types = {name: np.dtype({"float": "float32"}.get(kind, kind)) for name, kind in names.items()}
         self.info: dict[str, Any] = {"name": "onnxruntime", "version": ort.__version__, "device": device}
@@ -154,7 +153,7 @@ class OnnxBaseline:
         try:
             (output,) = self._session.run([d.output], feeds)
         except Exception as error:
-            raise BundleError(f"{d.model} failed: {self._first_line(error)}: describe it as it is") from error
+            raise BundleError(f"{d.model} failed: {first_line(error)}: describe it as it is") from error
         check_finite(output, d.title)
         picture = output[0] if d.layout == "nhwc" else output[0].transpose(1, 2, 0)
         if picture.shape != image.shape:

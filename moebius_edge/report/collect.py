@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _measured(
     # The reference is compared with itself as well, which shows that the comparing adds nothing of its own.
     traces = None if reference is None else os.fspath(_traces(cache, reference))
     spec = {
-        "configuration": configuration.to_dict(),
+        "configuration": asdict(configuration),
         "inputs": [[path and os.fspath(path) for path in source] for source in plan.inputs],
         **{key: getattr(plan, key) for key in ("runs", "warmup", "sustained_minutes")},
         "folder": os.fspath(folder),

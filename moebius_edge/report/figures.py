@@ -171,10 +171,3 @@ def unranked(configurations: Sequence[Configuration], against: str | None) -> di
             continue
         reasons[configuration["id"]] = reason
     return reasons
-
-
-def distinct_labels(labels: Sequence[str]) -> list[str]:
-    """Labels without the comma-separated parts that all of them share, for the points of one plot."""
-    parts = [text.split(", ") for text in labels]
-    shared = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
-    return [", ".join(p for p in own if p not in shared) or text for own, text in zip(parts, labels, strict=True)]

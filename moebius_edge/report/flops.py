@@ -22,11 +22,11 @@ import numpy as np
 from ..bundle.bundle import Bundle
 from ..errors import MachineError
 from ..pipeline.latency import StageTimer
+from ..runtimes.providers import PROVIDERS, first_line, import_onnxruntime, quiet_options, session_providers
 from ..sampling.calls import Sampling
 from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
 from ..spec import DENOISER, SHALLOW, Component, Tensor
-from ..system.machine import available_memory_bytes
 
 CLASSES = ("convolution", "depthwise convolution", "matrix product", "lambda")
 # The side of the matrices and the number of their products: enough that handing over one matrix does not show.
@@ -115,15 +115,13 @@ def measure_peak(runtime: Mapping[str, Any], precision: str) -> dict[str, Any]:
     With TensorRT nothing is measured: its engines are built, in minutes, and what they reach is the builder's choice.
     """
     name, device = str(runtime["name"]), str(runtime["device"])
-    per_second, free, reason = None, available_memory_bytes(), None
+    per_second, reason = None, None
     if name != "onnxruntime" or device not in PRODUCTS_IN_A_ROW:
         reason = f"no peak is measured with {name} on {device}, only with ONNX Runtime on cpu or cuda"
     elif precision not in _PRECISIONS:
         reason = f"no peak is measured in {precision}, only in {', '.join(_PRECISIONS)}"
     elif precision == "int8" and device != "cpu":
         reason = f"{name} on {device} has no integer matrix product of its own"
-    elif free is not None and free < 24 * PRODUCTS_IN_A_ROW[device][0] ** 2:
-        reason = f"{free / 1e9:.1f} GB of free memory are too little to measure a peak in: close other programs"
     else:
         try:
             per_second = _products_per_second(device, int(runtime.get("threads") or 1), precision)
@@ -136,8 +134,6 @@ def measure_peak(runtime: Mapping[str, Any], precision: str) -> dict[str, Any]:
 
 
 def _products_per_second(device: str, threads: int, precision: str) -> float:
-    from ..runtimes.providers import PROVIDERS, first_line, import_onnxruntime, quiet_options, session_providers
-
     ort, (side, count) = import_onnxruntime(), PRODUCTS_IN_A_ROW[device]
     # With the options that networks get: with TF32, say, a peak would be another precision's.
     providers = session_providers(ort, device, Component("peak", (Tensor("x", "float32", ("N", 1)),), ()), Path())

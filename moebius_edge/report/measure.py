@@ -24,6 +24,7 @@ from ..errors import MachineError
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.latency import StageTimer
 from ..progress import Progress
+from ..runtimes.providers import engine_folder
 from ..system.machine import peak_memory_bytes
 from ..system.nvml import gpu_memory_in_use
 from ..system.subprocess_job import serve_job
@@ -43,10 +44,9 @@ class BaselineTarget:
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
         source = configuration["source"]
-        self._fill: Any = None
         if "method" in source:
-            self._fill = CLASSICAL[source["method"]][1]
-            self._info: dict[str, Any] = {"name": "opencv", "version": cv2.__version__, "device": "cpu"}
+            self._fill: Any = CLASSICAL[source["method"]][1]
+            self._info = {"name": "opencv", "version": cv2.__version__, "device": "cpu"}
         else:
             model = OnnxBaseline(read_description(Path(source["description"])))
             self._fill, self._info = model.fill, model.info
@@ -81,17 +81,10 @@ class BundleTarget:
         """The picture with its hole filled, uint8 RGB."""
         on_step, on_window = (None, None) if trace is None else (trace.on_step, trace.on_window)
         settings = {key: self._settings[key] for key in _PASSED}
-        interval = settings.pop("guidance_interval")
-        result = self._inpainter.inpaint(
-            loaded.picture,
-            loaded.hole,
-            on_step=on_step,
-            on_window=on_window,
-            timer=timer,
-            guidance_interval=None if interval is None else tuple(interval),
-            **settings,
-        )
-        return rgb8(result.picture)
+        if settings["guidance_interval"] is not None:
+            settings["guidance_interval"] = tuple(settings["guidance_interval"])
+        settings |= {"on_step": on_step, "on_window": on_window, "timer": timer}
+        return rgb8(self._inpainter.inpaint(loaded.picture, loaded.hole, **settings).picture)
 
     def facts(self, timer: StageTimer) -> dict[str, Any]:
         """The runtime, the bytes of its engines and, but for PyTorch, the arithmetic of the files with ``timer``."""
@@ -112,8 +105,6 @@ def _engine_bytes(bundle: Bundle, runtime: Mapping[str, Any]) -> int | None:
     if runtime["name"].startswith("tensorrt"):
         folders = [bundle.path / ENGINES_FOLDER / runtime["provider"]]
     elif runtime["device"] == "tensorrt":
-        from ..runtimes.providers import engine_folder
-
         folders = [engine_folder(bundle, name, runtime["version"]) for name in bundle.components]
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".plan", ".engine")]
     return sum(path.stat().st_size for path in files) if files else None

@@ -1,16 +1,18 @@
-"""Tables of configurations: which figure a column has, and how it is written. ``report.md`` and the page share them."""
+"""Tables of configurations, which ``report.md`` and the page share; and ``report.md`` itself."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
 from . import figures
-from .figures import Configuration, Results, at, drift, is_ok, latency_ms
-from .recommend import standings
+from .figures import Configuration, Results, at, clean, counted, drift, full_label, is_ok, latency_ms, row_numbers
+from .recommend import basis, ranking_note, recommend, standings
 
+TITLE = "Accuracy against latency, memory and energy"
 ABSENT = "\N{EN DASH}"
 
 
@@ -91,22 +93,13 @@ def in_order(results: Results) -> list[Configuration]:
     return rows
 
 
-class Filled(NamedTuple):
-    """A column with its cells."""
-
-    column: Column
-    cells: list[Cell]
-    is_numeric: bool
-
-
-def table(columns: Sequence[Column], rows: Sequence[Configuration]) -> list[Filled]:
-    """The columns in which any of the rows has a value."""
+def table(columns: Sequence[Column], rows: Sequence[Configuration]) -> list[tuple[Column, list[Cell], bool]]:
+    """The columns in which any of the rows has a value, each with its cells and whether they are numbers."""
     filled = []
     for column in columns:
-        found = cells(column, rows)
-        values = [cell.value for cell in found if cell.value is not None]
-        if values:
-            filled.append(Filled(column, found, not isinstance(values[0], str)))
+        shown = cells(column, rows)
+        if values := [cell.value for cell in shown if cell.value is not None]:
+            filled.append((column, shown, not isinstance(values[0], str)))
     return filled
 
 
@@ -147,3 +140,67 @@ def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, st
             if reason := at(configuration, path):
                 rows.setdefault((what, reason), []).append(str(numbers[configuration["id"]]))
     return [(what, reason, ", ".join(places)) for (what, reason), places in rows.items()]
+
+
+def render_markdown(results: Results) -> str:
+    """The report as GitHub-flavoured Markdown; what comes from the document is escaped."""
+    results = clean(results)
+    parts = [f"# {TITLE}", f"{_escaped(summary(results))}. Charts, pictures and all tables are in report.html."]
+    parts += ["## Recommendation", _escaped(basis(results)), ranking_note(results)]
+    for each in recommend(results):
+        first, *rest = each.sentences
+        parts.append(f"### {_escaped(each.title)}")
+        parts.append(f"**{_escaped(first)}** {_escaped(' '.join(rest))}".strip())
+        if each.others:
+            parts.append(_rows(("Configuration", "Why not"), [[c["label"], reason] for c, reason in each.others]))
+    parts += ["## All configurations", _comparison(results)]
+    if absent := absences(results, row_numbers(results)):
+        parts += ["### What is absent, and why", _rows(("Figure", "Reason", "In No."), absent)]
+    parts += ["## Conditions", _escaped(conditions(results))]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def summary(results: Results) -> str:
+    rows = results["configurations"]
+    failed = sum(not is_ok(c) for c in rows)
+    created = results["created"]
+    if created.endswith("+00:00"):
+        created = f"{created[:16].replace('T', ' ')} UTC"
+    parts = [
+        counted(len(rows), "configuration") + (f" ({failed} without figures)" if failed else ""),
+        counted(len(results["inputs"]), "input"),
+        " and ".join(machine["label"] for machine in results["machines"].values()),
+        f"moebius-edge {results['version']}",
+        created,
+    ]
+    return "; ".join(parts)
+
+
+def conditions(results: Results) -> str:
+    c = results["conditions"]
+    reference = next((row["label"] for row in results["configurations"] if row["id"] == c["reference"]), None)
+    runs = f"{counted(c['warmup'], 'warm-up run')} and {counted(c['runs'], 'measured run')} an input"
+    return f"Seed {c['seed']}; {runs}; " + (f"reference: {reference}." if reference else "no float32 reference.")
+
+
+def _comparison(results: Results) -> str:
+    rows, numbers = in_order(results), row_numbers(results)
+    columns = table(COMPARISON, rows)
+    labels = [full_label(results, c) + ("" if is_ok(c) else f": {c['reason']}") for c in rows]
+    lines = [
+        [str(numbers[c["id"]]), labels[i], *(shown[i].text for _, shown, _ in columns)] for i, c in enumerate(rows)
+    ]
+    numeric = [0, *(i for i, (_, _, is_numeric) in enumerate(columns, start=2) if is_numeric)]
+    return _rows(("No.", "Configuration", *(column.heading for column, _, _ in columns)), lines, numeric)
+
+
+def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    ruler = ["---:" if i in numeric else "---" for i in range(len(headings))]
+    lines = [headings, ruler, *([_escaped(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text as Markdown that shows just that; an underscore within a word means nothing and stays."""
+    text = re.sub(r"([\\`*\[\]|~])|(?<!\w)_|_(?!\w)", lambda match: f"\\{match[0]}", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -2,25 +2,22 @@
 
 The hashes in ``bundle.json`` tell that a file is the one its author wrote; they say nothing about the author. A graph
 without loops, without functions that call each other, and of limited length ends by itself. How long its operators
-take is another matter, for which ``time_limit`` is there. The file is read as the protobuf message that it is, since a
-device need not have the onnx package; weights are skipped over.
+take is not limited. The file is read as the protobuf message that it is, since a device need not have the onnx package;
+weights are skipped over.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BundleError, MachineError
 
 MAX_NODES = 20_000  # functions written out; the published denoiser has 2 000, and three times that in INT8
 _MAX_FIELDS = 1_000_000
-_STOP_SECONDS = 10
 _STANDARD, _OURS = ("", "ai.onnx"), "moebius"  # domains
 _QUICK_GELU = ("com.microsoft", "QuickGelu")  # ONNX Runtime's own, which INT8 for a CPU uses
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -164,33 +161,3 @@ class _Reader:
             if shift > 63:
                 raise _Problem("a number is too long")
         raise _Problem("it is cut short")
-
-
-@contextmanager
-def time_limit(seconds: float, message: str, stop: Callable[[], None] | None = None) -> Iterator[None]:
-    """Limits how long the block may take.
-
-    A runtime's native code cannot be interrupted from Python. ``stop`` may ask it to return: it is called first, and
-    has ``_STOP_SECONDS`` to succeed. After that the process is ended, with the one-line error ``message`` and exit code
-    4, if it is the command line's own (the environment has MOEBIUS_EDGE_OWNS_PROCESS): a program that uses the Python
-    interface is not ended.
-    """
-    done = threading.Event()
-
-    def watch() -> None:
-        if done.wait(seconds):
-            return
-        if stop is not None:
-            stop()
-            if done.wait(_STOP_SECONDS):
-                return
-        if "MOEBIUS_EDGE_OWNS_PROCESS" not in os.environ:
-            return
-        os.write(2, f"error: {message}\n".encode(errors="replace"))
-        os._exit(BundleError.exit_code)
-
-    threading.Thread(target=watch, daemon=True, name="time limit").start()
-    try:
-        yield
-    finally:
-        done.set()

@@ -1,10 +1,7 @@
-"""ONNX files that no runtime is given, and calls that are ended: no end, no foreign code, no other files."""
+"""ONNX files that no runtime is given: no end, no foreign code, no other files."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +11,9 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from toy import describe_again, make_toy_bundle
 
-from moebius_edge.bundle.bundle import ASSETS, Bundle
+from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError
-from moebius_edge.runtimes import create_runtime, ort
 from moebius_edge.runtimes.onnx_check import MAX_NODES, check_onnx_file
 from moebius_edge.spec import COMPONENTS
 
@@ -141,46 +137,6 @@ def test_what_is_no_onnx_file(tmp_path: Path) -> None:
             check_onnx_file(path)
     with pytest.raises(MachineError, match="cannot read .*none.onnx"):
         check_onnx_file(tmp_path / "none.onnx")
-
-
-def slow_encoder(folder: Path) -> Path:
-    """A toy whose encoder also multiplies large matrices for minutes, with the hashes of it."""
-    make_toy_bundle(folder)
-    path = folder / "vae_encoder.onnx"
-    model = onnx.load(path)
-    nodes = [helper.make_node("MatMul", [f"m{i}", f"m{i}"], [f"m{i + 1}"]) for i in range(400)]
-    nodes = [helper.make_node("ReduceMax", ["image"], ["m"]), helper.make_node("Expand", ["m", "s"], ["m0"]), *nodes]
-    end = [
-        helper.make_node("ReduceMax", ["m400"], ["r"], keepdims=0),
-        helper.make_node("Add", ["late", "r"], ["latent"]),
-    ]
-    model.graph.node[-1].output[0] = "late"
-    model.graph.node.extend([*nodes, *end])
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, 1500, 1500]), "s"))
-    onnx.save(model, path)
-    return describe_again(folder)
-
-
-def test_a_call_without_an_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = slow_encoder(tmp_path / "slow")
-    monkeypatch.setattr(ort, "_ROW_SECONDS", 0.5)
-    with create_runtime("onnxruntime", Bundle.load(folder), "cpu", 1) as runtime:
-        with pytest.raises(BundleError, match=r"vae_encoder took over \d s for 1 rows, as no network of its size does"):
-            runtime.run("vae_encoder", {"image": np.zeros((1, 3, 64, 64), np.float32)})
-        runtime.run("vae_decoder", {"latent": np.zeros((1, 4, 8, 8), np.float32)})  # it can go on with another
-
-
-def test_native_code_that_does_not_return_ends_the_commands_process_and_no_other(tmp_path: Path) -> None:
-    code = (
-        "import time\n"
-        "from moebius_edge.runtimes.onnx_check import time_limit\n"
-        "with time_limit(0.2, 'x takes long: export it again'): time.sleep(2)\n"
-    )
-    ours, theirs = os.environ | {"MOEBIUS_EDGE_OWNS_PROCESS": "1"}, dict(os.environ)
-    theirs.pop("MOEBIUS_EDGE_OWNS_PROCESS", None)
-    for environment, ending in ((ours, (4, "error: x takes long: export it again\n")), (theirs, (0, ""))):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, env=environment)
-        assert (done.returncode, done.stderr) == ending
 
 
 @pytest.mark.parametrize("command", ["run", "int8"])

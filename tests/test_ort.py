@@ -312,39 +312,9 @@ def test_a_provider_that_works_and_those_that_do_not(
     assert [start_problem(onnxruntime, device) for device in ("cpu", "cuda", "tensorrt")] == ["", "", ""]
     for device, name, why in (("cuda", CUDA, ""), ("tensorrt", TENSORRT, " (Please install TensorRT)")):
         gpu.broken = {name}
-        expected = f"onnxruntime could not start {name}{why}: check the driver with `nvidia-smi`"
-        assert start_problem(onnxruntime, device) == expected
-    gpu.broken = set()
-    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *a: [np.zeros(2, np.float32)])
-    assert "computes 1 + 1 = 0.0" in start_problem(onnxruntime, "cuda")
+        expected = f"onnxruntime could not start {name}{why}: check the driver with `nvidia-smi`, then run `pip install"
+        assert start_problem(onnxruntime, device).startswith(expected)
     assert capfd.readouterr() == ("", ""), "--json has stdout to itself"
-
-
-@pytest.mark.parametrize(
-    ("complaint", "named", "remedy"),
-    [
-        ("libcudnn.so.9: cannot open shared object file: No such file or directory", True, "[cuda,cudnn]"),
-        ("libnvinfer.so.10: cannot open shared object file: No such file or directory", True, '"tensorrt<11"'),
-        ("libcuda.so.1: cannot open shared object file: No such file or directory", True, "nvidia-smi"),
-        ("FOLDER/x.so: undefined symbol: Provider_GetHost", False, "nvidia-smi"),
-        ("FOLDER/LIBRARY: cannot open shared object file: No such file or directory", False, "nvidia-smi"),
-    ],
-)
-def test_the_library_that_is_missing_is_named(
-    complaint: str, named: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FakeGpu(monkeypatch).broken = {CUDA, TENSORRT}
-    loaded: list[str] = []
-
-    def load(path: str, *mode: int) -> None:
-        loaded.append(Path(path).name)
-        folder, name = os.path.split(path)
-        raise OSError(complaint.replace("FOLDER", folder).replace("LIBRARY", name))
-
-    monkeypatch.setattr("ctypes.CDLL", load)
-    problem = start_problem(onnxruntime, "tensorrt")
-    assert loaded == ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_tensorrt.so"]
-    assert remedy in problem and (f"({complaint.split(':')[0]}: cannot open shared object file)" in problem) == named
 
 
 def test_the_command_fits_the_machine(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:

@@ -430,12 +430,11 @@ def test_windows_that_share_no_pixel_go_through_together_where_the_runtime_gains
     mask[20:26, 10:490] = True  # a line: each window shares pixels with the next
     mask[150:290:60, 30:490:80] = True  # specks far apart
     one, many = FakeRuntime(), Batching()
-    plans: list[tuple[int, int]] = []
-    expected = inpaint(image, mask, one, on_plan=lambda *plan: plans.append(plan))
-    result = inpaint(image, mask, many, on_plan=lambda *plan: plans.append(plan))
+    expected, result = inpaint(image, mask, one), inpaint(image, mask, many)
     np.testing.assert_allclose(result.image.astype(int), expected.image, atol=1)
-    assert plans[0][0] == plans[1][0] and plans[0][1] == len(one.called("denoiser"))
-    assert plans[1][1] == len(many.called("denoiser")) < plans[0][1]
+    calls = [len(runtime.called("denoiser")) for runtime in (one, many)]
+    assert [made.settings["network_calls"] for made in (expected, result)] == calls and calls[1] < calls[0]
+    assert result.settings["windows"] == expected.settings["windows"]
     rows = {len(feeds["branch"]) for feeds in many.called("denoiser")}
     assert min(rows) == 2 and max(rows) == 8, "the line's windows alone, four specks together"
     assert {len(feeds["image"]) for feeds in many.called("vae_encoder")} == {1}, "these need the most memory"

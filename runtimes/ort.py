@@ -121,7 +121,14 @@ class OrtRuntime(Runtime):
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(profile)
         declared = self.components[name]
-        providers = session_providers(self._ort, self._device, declared, self._engine_folder(name))
+        folder = self._engine_folders.get(name) if self._device == "tensorrt" else None
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot make the engine cache {folder} ({error.strerror})"
+            raise MachineError(problem, f"run `mkdir -p {folder}`") from error
+        providers = session_providers(self._ort, self._device, declared, folder)
         try:
             with utf8_path(path) as name_on_disk:
                 session = self._ort.InferenceSession(name_on_disk, options, providers=providers, enable_fallback=0)
@@ -138,17 +145,6 @@ class OrtRuntime(Runtime):
             if names != expected:
                 raise BundleError(f"{path} has the {kind} {names}, bundle.json says {expected}", "export it again")
         return session
-
-    def _engine_folder(self, name: str) -> Path | None:
-        """The cache of TensorRT's provider, made where it is used."""
-        folder = self._engine_folders.get(name) if self._device == "tensorrt" else None
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot make the engine cache {folder} ({error.strerror})"
-            raise MachineError(problem, f"run `mkdir -p {folder}`") from error
-        return folder
 
     def _warm(self, name: str) -> None:
         """Run a component on zeros under the profiler, and prove from the profile that the provider ran it."""

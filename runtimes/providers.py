@@ -88,15 +88,22 @@ def start_problem(ort: ModuleType, device: str) -> str:
     if device == "cpu":
         return ""
     ort.set_default_logger_severity(4)  # it would print what is said here, in colours
-    _load_libraries(ort, device)
+    if hasattr(ort, "preload_dlls"):  # since onnxruntime 1.21: loads libraries that came as Python packages
+        with suppress(Exception), redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls(msvc=False)
+    if device == "tensorrt":
+        with suppress(ImportError):
+            import tensorrt  # noqa: F401  loads libnvinfer into the process
     chain = [p for p in PROVIDERS[device].chain if p in ort.get_available_providers()]
     try:
         session = ort.InferenceSession(PROBE, quiet_options(ort), providers=chain, enable_fallback=0)
         if name not in session.get_providers():
-            return _not_started(device, "")
+            raise RuntimeError(f"it took {', '.join(session.get_providers())} instead")
         session.run(None, {"x": np.array([1, 2], np.float32)})
     except Exception as error:  # onnxruntime raises a class of its own for every cause
-        return _not_started(device, first_line(error))
+        libraries = '"onnxruntime-gpu[cuda,cudnn]"' + (' "tensorrt<11"' if device == "tensorrt" else "")
+        remedy = f"check the driver with `nvidia-smi`, then run `pip install {libraries}`"
+        return f"onnxruntime could not start {name} ({first_line(error)}): {remedy}"
     return ""
 
 
@@ -167,23 +174,3 @@ def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
     return re.sub(r"^/\S+\.(?:cc|h):\d+ .*?\) ", "", line)  # where in its sources, and in which function
-
-
-def _load_libraries(ort: ModuleType, device: str) -> None:
-    """Load CUDA's, cuDNN's and TensorRT's libraries where they came as Python packages, off the linker's path.
-
-    What cannot be found stays unloaded: whether the provider starts is tried out right after.
-    """
-    if hasattr(ort, "preload_dlls"):  # since onnxruntime 1.21
-        with suppress(Exception), redirect_stdout(io.StringIO()):  # it prints what it does not find
-            ort.preload_dlls(msvc=False)
-    if device == "tensorrt":
-        with suppress(ImportError):
-            import tensorrt  # noqa: F401  loads libnvinfer into the process
-
-
-def _not_started(device: str, reason: str) -> str:
-    why = f" ({reason})" if reason else ""
-    remedy = 'check the driver with `nvidia-smi`, then run `pip install "onnxruntime-gpu[cuda,cudnn]"'
-    remedy += ' "tensorrt<11"`' if device == "tensorrt" else "`"
-    return f"onnxruntime could not start {PROVIDERS[device].name}{why}: {remedy}"

@@ -310,9 +310,10 @@ def test_a_provider_that_works_and_those_that_do_not(
 ) -> None:
     gpu = FakeGpu(monkeypatch)
     assert [start_problem(onnxruntime, device) for device in ("cpu", "cuda", "tensorrt")] == ["", "", ""]
-    for device, name, why in (("cuda", CUDA, ""), ("tensorrt", TENSORRT, " (Please install TensorRT)")):
+    causes = {"cuda": f"it took {CPU} instead", "tensorrt": "Please install TensorRT"}
+    for (device, why), name in zip(causes.items(), (CUDA, TENSORRT), strict=True):
         gpu.broken = {name}
-        expected = f"onnxruntime could not start {name}{why}: check the driver with `nvidia-smi`, then run `pip install"
+        expected = f"onnxruntime could not start {name} ({why}): check the driver with `nvidia-smi`, then run `pip"
         assert start_problem(onnxruntime, device).startswith(expected)
     assert capfd.readouterr() == ("", ""), "--json has stdout to itself"
 

@@ -53,18 +53,9 @@ def outside() -> ModelProto:
     return model
 
 
-def sparse() -> ModelProto:
-    model = identity()
-    model.graph.sparse_initializer.add().dims.append(1 << 40)
-    return model
-
-
-def trained() -> ModelProto:
-    model = identity()
-    model.training_info.add()
-    return model
-
-
+SPARSE, TRAINED = identity(), identity()
+SPARSE.graph.sparse_initializer.add().dims.append(1 << 40)
+TRAINED.training_info.add()
 SMALL = helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0])
 DOUBLING = [function(f"F{i}", call(f"F{i + 1}"), call(f"F{i + 1}")) for i in range(40)]
 
@@ -79,14 +70,11 @@ DOUBLING = [function(f"F{i}", call(f"F{i + 1}"), call(f"F{i + 1}")) for i in ran
         (identity(call("F")), "it calls 'F', a function that it lacks"),
         (identity(functions=[function("F"), function("F")]), "the function 'F' twice"),
         (identity(call("Attention", "com.microsoft")), "the operator 'Attention' of domain 'com.microsoft'"),
-        (
-            identity(*[call("F")] * 300, functions=[function("F", *[call("Neg", "")] * 99)]),
-            f"over {MAX_NODES} operators",
-        ),
+        (identity(*[call("F")] * 300, functions=[function("F", *[call("Neg", "")] * 99)]), f"over {MAX_NODES} ope"),
         (identity(*[call("Neg", "")] * MAX_NODES), f"over {MAX_NODES} operators"),
         (outside(), "its weights lie in another file"),
-        (sparse(), "sparse weights"),
-        (trained(), "a part for training"),
+        (SPARSE, "sparse weights"),
+        (TRAINED, "a part for training"),
     ],
 )
 def test_what_export_never_writes(tmp_path: Path, model: ModelProto, text: str) -> None:
@@ -109,23 +97,15 @@ def test_weights_of_a_constant_in_another_file(tmp_path: Path) -> None:
         check_onnx_file(path)
 
 
-def test_the_operator_that_int8_for_a_cpu_uses(tmp_path: Path) -> None:
-    path = tmp_path / "x.onnx"
-    path.write_bytes(identity(call("QuickGelu", "com.microsoft")).SerializeToString())
-    assert check_onnx_file(path) == 20
-
-
-def test_the_opset_is_read(tmp_path: Path) -> None:
-    model = identity(constants={"w": np.zeros(10_000, np.float32)})
+def test_the_opset_of_what_export_writes_is_read(tmp_path: Path) -> None:
+    for component in COMPONENTS:
+        assert check_onnx_file(ASSETS / "tiny" / f"{component}.onnx") == 20
+    quick_gelu = call("QuickGelu", "com.microsoft")  # INT8 for a CPU has it
+    model = identity(quick_gelu, constants={"w": np.zeros(10_000, np.float32)})
     for opset in (1, 20, 300):
         model.opset_import[0].version = opset
         (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
         assert check_onnx_file(tmp_path / "x.onnx") == opset
-
-
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_the_bundled_model_passes(component: str) -> None:
-    assert check_onnx_file(ASSETS / "tiny" / f"{component}.onnx") == 20
 
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
@@ -146,18 +126,9 @@ def test_no_command_opens_such_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     describe_again(folder)
     image, mask = "examples/coffee.png", "examples/coffee_mask.png"
     arguments = {
-        "run": ["run", image, mask, "--bundle", str(folder), "--output", str(tmp_path / "out.png")],
-        "int8": [
-            "export",
-            str(folder),
-            "--precision",
-            "int8",
-            "--calibration-data",
-            "examples",
-            "--output",
-            str(tmp_path / "b"),
-        ],
+        "run": ["run", image, mask, "--bundle", str(folder)],
+        "int8": ["export", str(folder), "--precision", "int8", "--calibration-data", "examples"],
     }
-    assert main(arguments[command]) == 4
+    assert main([*arguments[command], "--output", str(tmp_path / "out.png")]) == 4
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "denoiser.onnx is no ONNX file that this program writes" in error

@@ -368,23 +368,26 @@ def test_initial_noise_is_pinned() -> None:
 def test_several_windows_count_and_draw_through(hole: np.ndarray) -> None:
     image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
     mask = np.zeros((300, 500), bool)
-    mask[20:30, 20:40] = mask[200:230, 300:330] = True
-    runtime, seen, windows = FakeRuntime(), [], []
-    report: dict[str, Any] = {"on_step": lambda s: seen.append((s.index, s.total, s.timestep))}
-    result = inpaint(image, mask, runtime, **report, on_window=lambda *given: windows.append(given), steps=4)
+    mask[20:30, 20:40] = mask[200:240, 300:330] = True
+    runtime, seen = FakeRuntime(), []
+    result = inpaint(image, mask, runtime, on_step=lambda s: seen.append((s.index, s.total, s.timestep)), steps=4)
     assert seen == [(i + 1, 6, t) for i, t in enumerate([500, 250, 0] * 2)]
-    assert [window.fills for window, _, _ in windows] == [(20, 20, 30, 40), (200, 300, 230, 330)]
-    for window, generated, hole in windows:
-        top, left, bottom, right = window.fills
-        assert hole.shape == (R, R) and hole.sum() == (bottom - top) * (right - left), "these windows are not scaled"
-        assert generated.shape == (R, R, 3) and generated.dtype == np.float32
-        assert (np.abs(generated * 255 - FILLED[np.uint8]) < 1).any()
     assert result.settings["windows"] == 2 and result.settings["network_calls"] == 6
     first, second = (runtime.called("denoiser")[i]["sample"][0, :4] for i in (0, 3))
     assert np.abs(first - second).max() > 1, "each window has its own noise"
     assert (np.abs(result.image[mask].astype(int) - FILLED[np.uint8]) <= 1).mean() > 0.6
     beyond = distance_outside(mask) >= 4
     np.testing.assert_array_equal(result.image[beyond], image[beyond])
+
+    windows: list[Any] = []
+    mask[230:240] = False  # these windows are not scaled
+    inpaint(image, mask, on_window=lambda *given: windows.append(given))
+    assert [window.fills for window, _, _ in windows] == [(20, 20, 30, 40), (200, 300, 230, 330)]
+    for window, generated, hole in windows:
+        top, left, bottom, right = window.fills
+        assert hole.shape == (R, R) and hole.sum() == (bottom - top) * (right - left)
+        assert generated.shape == (R, R, 3) and generated.dtype == np.float32
+        assert (np.abs(generated * 255 - FILLED[np.uint8]) < 1).any()
 
 
 def test_windows_that_share_no_pixel_go_through_together_where_the_runtime_gains_from_it() -> None:

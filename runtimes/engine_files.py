@@ -195,9 +195,7 @@ def read_engine(folder: Path) -> Engine:
 
 def engine_document(engine: Engine) -> dict[str, Any]:
     """The contents of ``engine.json``."""
-    content = asdict(engine)
-    del content["path"]
-    return content
+    return {name: value for name, value in asdict(engine).items() if name != "path"}
 
 
 def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, verify: bool = True) -> Engine:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -62,8 +62,7 @@ class Result:
         return fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
+class Images(NamedTuple):
     """What a call of an ``Inpainter`` returns, as a diffusers pipeline does: ``images`` are of Pillow."""
 
     images: list[Image]
@@ -311,12 +310,10 @@ def _groups(windows: Sequence[Window], most: int) -> list[list[Window]]:
 
 def _checked_mask(mask: np.ndarray | Image, picture: Picture) -> Mask:
     hole = threshold(mask if isinstance(mask, np.ndarray) else np.asarray(mask.convert("L")))
-    height, width = hole.shape
-    if (width, height) != picture.size:
-        raise UsageError(
-            f"the mask is {width}x{height} and the picture is {picture.size[0]}x{picture.size[1]}",
-            "give a mask of the picture's size",
-        )
+    if hole.shape[::-1] != picture.size:
+        (height, width), (wide, high) = hole.shape, picture.size
+        problem = f"the mask is {width}x{height} and the picture is {wide}x{high}"
+        raise UsageError(problem, "give a mask of the picture's size")
     return hole
 
 

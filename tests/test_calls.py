@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import make_toy_bundle
 
-from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
-from moebius_edge.pipeline.loop import check_cache_interval
 from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.guidance import Interval, check_interval, choose_guidance, guidance_at, is_distillable
 from moebius_edge.sampling.scheduler import DDIM
@@ -87,14 +83,3 @@ def test_the_calls_of_a_trajectory(
     assert "".join("F" if call.full else "." for call in calls) == full
     assert "".join("r" if call.full and call.reused else "." for call in calls) == reused
     assert {call.guidance for call in calls} == {1.0 if count == "1" else guidance for count in rows}
-
-
-def test_what_a_bundle_can_reuse(tmp_path: Path) -> None:
-    plain = Bundle.load(make_toy_bundle(tmp_path / "plain"))
-    deep = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
-    check_cache_interval(1, plain)
-    check_cache_interval(5, deep)
-    with pytest.raises(UsageError, match="cache interval is 0: give a whole number of 1"):
-        check_cache_interval(0, deep)
-    with pytest.raises(UsageError, match=r"interval is 2, and bundle .*plain was exported without .* export the check"):
-        check_cache_interval(2, plain)

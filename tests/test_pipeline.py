@@ -320,11 +320,9 @@ DEEP = replace(BUNDLE, deep_channels=4, components=resolved_components(R, 4))
 
 def test_deep_features_are_those_of_the_last_full_call(photo: np.ndarray, hole: np.ndarray) -> None:
     def run(cache_interval: int, **options: Any) -> tuple[Result, list[tuple[str, int, float]]]:
-        with Inpainter(DEEP, FakeDeepRuntime()) as inpainter:
+        with Inpainter(DEEP, runtime := FakeDeepRuntime()) as inpainter:
             options |= {"steps": 10, "guidance": 2.0, "cache_interval": cache_interval, "match_colours": False}
             result = inpainter.inpaint(photo, hole, **options)
-            runtime = inpainter.runtime
-        assert isinstance(runtime, FakeDeepRuntime)
         calls = [(n, f) for n, f in runtime.calls if n.startswith("denoiser")]
         return result, [(n, int(f["timestep"][0]), float(f["deep"].mean()) if "deep" in f else -1) for n, f in calls]
 

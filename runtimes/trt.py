@@ -71,19 +71,15 @@ class TrtRuntime(Runtime):
     @property
     def info(self) -> dict[str, Any]:
         """As in ``Runtime``; ``provider`` is the engine's key, and empty until the runtime was entered."""
+        graph = "not recorded" if self._loop is None else self._loop.graph_state
         return {
             "name": self._flavour.name,
             "version": str(self._trt.__version__),
             "device": "cuda",
             "provider": "" if self._engine is None else self._engine.key.folder,
             "gpu": "" if self._gpu is None else self._gpu.name,
-            "cuda_graph": self._graph_state() if self._records else "TensorRT's own",
+            "cuda_graph": graph if self._records else "TensorRT's own",
         }
-
-    def _graph_state(self) -> str:
-        if self._loop is not None and self._loop.graph_problem:
-            return f"failed: {self._loop.graph_problem}"
-        return "recorded" if self._loop is not None and self._loop.recorded else "not recorded"
 
     @property
     def pictures_per_call(self) -> int:

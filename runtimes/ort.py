@@ -84,13 +84,8 @@ class OrtRuntime(Runtime):
 
     @property
     def info(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "name": "onnxruntime",
-            "version": self._ort.__version__,
-            "device": self._device,
-            "provider": self._provider,
-            "threads": self._threads,
-        }
+        facts: dict[str, Any] = {"name": "onnxruntime", "version": self._ort.__version__, "device": self._device}
+        facts |= {"provider": self._provider, "threads": self._threads}
         if self._placements:
             facts["nodes"] = {
                 name: {provider: sum(nodes.values()) for provider, nodes in placement.items()}
@@ -237,14 +232,10 @@ def check_placement(component: str, placement: Placement, provider: str, device:
     """
     if not placement.get(provider):
         others = ", ".join(f"{sum(ops.values())} on {name}" for name, ops in placement.items()) or "none at all"
-        raise MachineError(
-            f"{provider} executes no node of {component} ({others})",
-            f"update onnxruntime, or use another device than {device}",
-        )
+        problem = f"{provider} executes no node of {component} ({others})"
+        raise MachineError(problem, f"update onnxruntime, or use another device than {device}")
     stray = Counter({op: n for op, n in placement.get(CPU, Counter()).items() if _HEAVY.search(op)})
     if stray:
         kinds = ", ".join(f"{n} {op}" for op, n in stray.most_common(4))
-        raise MachineError(
-            f"{component} would run {kinds} on the CPU, for {provider} has no kernel for them",
-            f"use a bundle of a precision that {device} has, or the device cpu",
-        )
+        problem = f"{component} would run {kinds} on the CPU, for {provider} has no kernel for them"
+        raise MachineError(problem, f"use a bundle of a precision that {device} has, or the device cpu")

@@ -234,11 +234,8 @@ class Inpainter:
             UsageError: as ``inpaint``, or for an argument that this network has no use for, such as a prompt.
         """
         if unsupported:
-            raise UsageError(
-                f"the network takes no {', '.join(unsupported)}, since it is conditioned on the picture and its mask "
-                "alone",
-                "leave it out",
-            )
+            why = "since it is conditioned on the picture and its mask alone"
+            raise UsageError(f"the network takes no {', '.join(unsupported)}, {why}", "leave it out")
         images, masks = (value if isinstance(value, (list, tuple)) else [value] for value in (image, mask_image))
         if len(images) != len(masks):
             raise UsageError(f"there are {len(images)} images and {len(masks)} masks", "give a mask for each image")

@@ -30,8 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # ONNX Runtime would keep an identifier in the home folder, and complain on stderr where there is none.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    if arguments is None:  # this process is the command and nothing else
-        os.environ["MOEBIUS_EDGE_OWNS_PROCESS"] = "1"
     console.open_output()
     with _noticing_signals(process_ends=arguments is None) as received:
         code, error = 0, None

@@ -47,12 +47,6 @@ class Component:
     def file(self) -> str:
         return f"{self.name}.onnx"
 
-    @property
-    def resolution(self) -> int:
-        """The side in pixels of the images that a component with all its sizes filled in works on."""
-        first = self.inputs[0]
-        return int(first.shape[-1]) * (1 if first.name == "image" else LATENT_DOWNSCALE)
-
 
 # Images are RGB in [-1, 1]. Latents are scaled (times the VAE's scaling factor) on both sides: the
 # factor is inside the graphs, and the encoder returns the posterior's mean.

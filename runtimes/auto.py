@@ -11,12 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, MachineError, UsageError
+from ..options import AUTO
 from ..system.machine import gpu_name
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
 
-AUTO = "auto"
 CPU = "cpu"
 
 
@@ -46,20 +46,15 @@ class Selection:
 
     @property
     def note(self) -> str:
-        """What a user should know of the choice; empty where there was none, as without a GPU."""
-        if not self.tried or (self.candidate.device == CPU and (not self.passed_over or gpu_name() is None)):
+        """Why a faster candidate was passed over; empty where none was, and without a GPU."""
+        if not self.passed_over or (self.candidate.device == CPU and gpu_name() is None):
             return ""
-        if not self.passed_over:
-            return f"{self.candidate.name} is the fastest there is, and it works here"
         skipped = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
         return f"{self.candidate.name} is the fastest that works here ({skipped})"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "runtime": self.candidate.runtime,
-            "device": self.candidate.device,
-            "passed_over": self.passed_over,
-        }
+        chosen = {"runtime": self.candidate.runtime, "device": self.candidate.device}
+        return {**chosen, "passed_over": self.passed_over}
 
 
 def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection:

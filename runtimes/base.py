@@ -185,10 +185,8 @@ def check_finite(values: np.ndarray, component: str, where: str = "") -> None:
     if np.isfinite(values).all():
         return
     what = "NaN" if np.isnan(values).any() else "an infinite value"
-    raise BundleError(
-        f"{component} returned {what}{where}",
-        "its weights are damaged or its precision overflows; export or download the bundle again",
-    )
+    remedy = "its weights are damaged or its precision overflows; export or download the bundle again"
+    raise BundleError(f"{component} returned {what}{where}", remedy)
 
 
 def check_arrays(

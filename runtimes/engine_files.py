@@ -170,12 +170,7 @@ def engine_folders(bundle: Path) -> list[Path]:
     What ONNX Runtime's provider keeps there (``onnxruntime-...``, see ``providers``) is its own affair.
     """
     root = bundle / ENGINES_FOLDER
-    try:
-        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise MachineError(f"cannot read {root}: {error.strerror}", f"check it with `ls -l {bundle}`") from error
+    return sorted(p for p in root.glob("*") if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
 
 
 def read_engine(folder: Path) -> Engine:
@@ -200,9 +195,7 @@ def read_engine(folder: Path) -> Engine:
 
 def engine_document(engine: Engine) -> dict[str, Any]:
     """The contents of ``engine.json``."""
-    content = asdict(engine)
-    del content["path"]
-    return content
+    return {name: value for name, value in asdict(engine).items() if name != "path"}
 
 
 def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, verify: bool = True) -> Engine:

@@ -183,7 +183,7 @@ class LatentLoop:
     """Joins executors: ``networks``, which are the denoiser and where there is one its shallow part, all of whose
     buffers are the denoiser's; and ``update``, which shares those named in ``SHARED``.
 
-    With ``record`` steps become a CUDA graph; where recording fails they go on without, and ``graph_problem`` says why.
+    With ``record`` steps become a CUDA graph; where recording fails they go on without, and ``graph_state`` says why.
     ``errors(what)`` is a context that turns a ``LaunchError`` or ``CudaError`` into the user's; ``check_rows(rows)``
     raises an error of the user's where that many are too many.
     """
@@ -203,11 +203,13 @@ class LatentLoop:
         self._record = record
         self.errors, self._check_rows = errors, check_rows
         self.current: DeviceLatents | None = None  # the batch that the buffers belong to
-        self.graph_problem = ""
+        self._graph_problem = ""
 
     @property
-    def recorded(self) -> bool:
-        return any(network.graph for network in self._networks)
+    def graph_state(self) -> str:
+        if self._graph_problem:
+            return f"failed: {self._graph_problem}"
+        return "recorded" if any(network.graph for network in self._networks) else "not recorded"
 
     def close(self) -> None:
         self.current = None
@@ -285,7 +287,7 @@ class LatentLoop:
         except (CudaError, LaunchError) as error:
             self._destroy_graph(network)
             self._record = False
-            self.graph_problem = str(error)
+            self._graph_problem = str(error)
 
     def _destroy_graph(self, network: Executor) -> None:
         if network.graph:

@@ -2,25 +2,21 @@
 
 The hashes in ``bundle.json`` tell that a file is the one its author wrote; they say nothing about the author. A graph
 without loops, without functions that call each other, and of limited length ends by itself. How long its operators
-take is another matter, for which ``time_limit`` is there. The file is read as the protobuf message that it is, since a
-device need not have the onnx package; weights are skipped over.
+take is not limited. The file is read as the protobuf message that it is, since a device need not have the onnx package;
+weights are skipped over.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BundleError, MachineError
 
 MAX_NODES = 20_000  # functions written out; the published denoiser has 2 000, and three times that in INT8
 _MAX_FIELDS = 1_000_000
-_STOP_SECONDS = 10
 _STANDARD, _OURS = ("", "ai.onnx"), "moebius"  # domains
 _QUICK_GELU = ("com.microsoft", "QuickGelu")  # ONNX Runtime's own, which INT8 for a CPU uses
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -42,10 +38,6 @@ _FIELDS: dict[str, dict[int, str]] = {
 }
 
 
-class _Problem(Exception):
-    """Why the file is not given to a runtime."""
-
-
 def check_onnx_file(path: Path) -> int:
     """The version of the standard operators that the ONNX file at ``path`` declares, 1 where it declares none.
 
@@ -56,14 +48,11 @@ def check_onnx_file(path: Path) -> int:
             nodes.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise _Problem("it is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).check_model()
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data).check_model()
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}", f"check it with `ls -l {path}`") from error
-    except (_Problem, ValueError) as problem:
+    except ValueError as problem:
         message = f"{path} is no ONNX file that this program writes ({problem})"
         raise BundleError(message, "export the bundle again") from None
 
@@ -80,14 +69,14 @@ class _Reader:
     def check_model(self) -> int:
         self._read("model", 0, len(self._data))
         if missing := self._calls.keys() - self._bodies.keys():
-            raise _Problem(f"it calls {sorted(missing)[0]!r:.60}, a function that it lacks")
+            raise ValueError(f"it calls {sorted(missing)[0]!r:.60}, a function that it lacks")
         self._count(sum(self._bodies[name] * times for name, times in self._calls.items()))
         return self._opset
 
     def _count(self, nodes: int) -> None:
         self._nodes += nodes
         if self._nodes > MAX_NODES:
-            raise _Problem(f"it has over {MAX_NODES} operators")
+            raise ValueError(f"it has over {MAX_NODES} operators")
 
     def _read(self, message: str, at: int, end: int) -> None:
         """Read the message between two bytes of the file and check it."""
@@ -97,9 +86,9 @@ class _Reader:
         for field, wire_type, value, stop in self._fields(at, end):
             content = _FIELDS[message].get(field, "")
             if content.startswith("!"):
-                raise _Problem(content[1:])
+                raise ValueError(content[1:])
             if content and (content == "number") != (wire_type == _VARINT):
-                raise _Problem("a number stands where a message belongs")
+                raise ValueError("a number stands where a message belongs")
             if content == "number":
                 numbers[field] = value
             elif content == "text":
@@ -107,18 +96,16 @@ class _Reader:
             elif content:
                 self._read(content, value, stop)
         if message == "function":
-            self._add_function(texts.get(1, ""), self._nodes - before)
+            name = texts.get(1, "")
+            if name in self._bodies:
+                raise ValueError(f"it has the function {name!r:.60} twice")
+            self._bodies[name] = self._nodes - before
         elif message.startswith("node"):
             self._add_node(texts.get(4, ""), texts.get(7, ""), inside=message != "node")
         elif message == "tensor" and numbers.get(14):
-            raise _Problem(_EXTERNAL[1:])
+            raise ValueError(_EXTERNAL[1:])
         elif message == "operator set" and texts.get(1, "") in _STANDARD:
             self._opset = numbers.get(2, 1)
-
-    def _add_function(self, name: str, nodes: int) -> None:
-        if name in self._bodies:
-            raise _Problem(f"it has the function {name!r:.60} twice")
-        self._bodies[name] = nodes
 
     def _add_node(self, operator: str, domain: str, inside: bool) -> None:
         """A function's nodes are operators of the standard alone, so that none can call itself or multiply."""
@@ -126,7 +113,7 @@ class _Reader:
             self._calls[operator] += 1
         elif domain not in _STANDARD and (domain, operator) != _QUICK_GELU:
             where = f"domain {domain!r:.40}" + (" inside of a function" if inside else "")
-            raise _Problem(f"it has the operator {operator!r:.40} of {where}")
+            raise ValueError(f"it has the operator {operator!r:.40} of {where}")
         self._count(1)
 
     def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
@@ -134,11 +121,11 @@ class _Reader:
         while at < end:
             self._fields_read += 1
             if self._fields_read > _MAX_FIELDS:
-                raise _Problem(f"it has over {_MAX_FIELDS} fields")
+                raise ValueError(f"it has over {_MAX_FIELDS} fields")
             tag, at = self._varint(at, end)
             field, wire_type = tag >> 3, tag & 7
             if not field or wire_type not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
-                raise _Problem(f"no field of a model at byte {at}")
+                raise ValueError(f"no field of a model at byte {at}")
             if wire_type == _VARINT:
                 value, at = self._varint(at, end)
                 yield field, wire_type, value, 0
@@ -147,7 +134,7 @@ class _Reader:
             if wire_type == _BYTES:
                 length, at = self._varint(at, end)
             if at + length > end:
-                raise _Problem("it is cut short")
+                raise ValueError("it is cut short")
             yield field, wire_type, at, at + length
             at += length
 
@@ -162,35 +149,5 @@ class _Reader:
                 return value, at
             shift += 7
             if shift > 63:
-                raise _Problem("a number is too long")
-        raise _Problem("it is cut short")
-
-
-@contextmanager
-def time_limit(seconds: float, message: str, stop: Callable[[], None] | None = None) -> Iterator[None]:
-    """Limits how long the block may take.
-
-    A runtime's native code cannot be interrupted from Python. ``stop`` may ask it to return: it is called first, and
-    has ``_STOP_SECONDS`` to succeed. After that the process is ended, with the one-line error ``message`` and exit code
-    4, if it is the command line's own (the environment has MOEBIUS_EDGE_OWNS_PROCESS): a program that uses the Python
-    interface is not ended.
-    """
-    done = threading.Event()
-
-    def watch() -> None:
-        if done.wait(seconds):
-            return
-        if stop is not None:
-            stop()
-            if done.wait(_STOP_SECONDS):
-                return
-        if "MOEBIUS_EDGE_OWNS_PROCESS" not in os.environ:
-            return
-        os.write(2, f"error: {message}\n".encode(errors="replace"))
-        os._exit(BundleError.exit_code)
-
-    threading.Thread(target=watch, daemon=True, name="time limit").start()
-    try:
-        yield
-    finally:
-        done.set()
+                raise ValueError("a number is too long")
+        raise ValueError("it is cut short")

@@ -11,8 +11,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from ..spec import Component, Tensor
 from ..system.files import utf8_path
 from ..system.machine import available_cores
 from .base import Arrays, Runtime, batched
-from .onnx_check import check_onnx_file, time_limit
+from .onnx_check import check_onnx_file
 from .providers import (
     CPU,
     MAX_BATCH,
@@ -42,12 +41,6 @@ Placement = dict[str, Counter[str]]  # provider -> operator -> number of nodes
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
 _STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
 _HEAVY = re.compile(r"Conv|MatMul|Gemm|Einsum")  # where nearly all of a network's time goes, fused kinds included
-
-# What loading and one row of a call may take on a CPU, with a share by the size of the file. The published
-# autoencoder's decoder (200 MB, 512x512) has ten minutes for what takes 20 s on two server cores.
-_LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 30.0, 5e6
-_ROW_SECONDS, _ROW_BYTES_PER_SECOND = 20.0, 200e6 / 600
-_ROW_RESOLUTION = 512
 
 
 class OrtRuntime(Runtime):
@@ -91,13 +84,8 @@ class OrtRuntime(Runtime):
 
     @property
     def info(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "name": "onnxruntime",
-            "version": self._ort.__version__,
-            "device": self._device,
-            "provider": self._provider,
-            "threads": self._threads,
-        }
+        facts: dict[str, Any] = {"name": "onnxruntime", "version": self._ort.__version__, "device": self._device}
+        facts |= {"provider": self._provider, "threads": self._threads}
         if self._placements:
             facts["nodes"] = {
                 name: {provider: sum(nodes.values()) for provider, nodes in placement.items()}
@@ -106,17 +94,15 @@ class OrtRuntime(Runtime):
         return facts
 
     def activate(self) -> None:
-        if self._device == "cpu":
-            for name, path in self.paths.items():
-                self._sessions[name] = self._open(name, path)
-            return
-        if problem := start_problem(self._ort, self._device):
+        gpu = self._device != "cpu"
+        if gpu and (problem := start_problem(self._ort, self._device)):
             raise MachineError(f"{problem}, or use the device cpu")
         with tempfile.TemporaryDirectory(prefix="moebius-edge-") as folder:
             for name, path in self.paths.items():
-                self._sessions[name] = self._open(name, path, profile=Path(folder) / name)
-                self._bound[name] = BoundSession(self._ort, self._sessions[name], self.components[name], "cuda")
-                self._warm(name)
+                self._sessions[name] = self._open(name, path, Path(folder) / name if gpu else None)
+                if gpu:
+                    self._bound[name] = BoundSession(self._ort, self._sessions[name], self.components[name], "cuda")
+                    self._warm(name)
 
     def deactivate(self) -> None:
         self._bound.clear()  # buffers before the sessions whose allocators they came from
@@ -130,11 +116,16 @@ class OrtRuntime(Runtime):
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(profile)
         declared = self.components[name]
-        providers = session_providers(self._ort, self._device, declared, self._engine_folder(name))
-        seconds = _LOAD_SECONDS + path.stat().st_size / _LOAD_BYTES_PER_SECOND
-        slow = f"{path} does not load within {seconds:.0f} s: export the bundle again"
+        folder = self._engine_folders.get(name) if self._device == "tensorrt" else None
         try:
-            with utf8_path(path) as name_on_disk, self._limit(seconds, slow):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot make the engine cache {folder} ({error.strerror})"
+            raise MachineError(problem, f"run `mkdir -p {folder}`") from error
+        providers = session_providers(self._ort, self._device, declared, folder)
+        try:
+            with utf8_path(path) as name_on_disk:
                 session = self._ort.InferenceSession(name_on_disk, options, providers=providers, enable_fallback=0)
         except MachineError:
             raise
@@ -150,17 +141,6 @@ class OrtRuntime(Runtime):
                 raise BundleError(f"{path} has the {kind} {names}, bundle.json says {expected}", "export it again")
         return session
 
-    def _engine_folder(self, name: str) -> Path | None:
-        """The cache of TensorRT's provider, made where it is used."""
-        folder = self._engine_folders.get(name) if self._device == "tensorrt" else None
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot make the engine cache {folder} ({error.strerror})"
-            raise MachineError(problem, f"run `mkdir -p {folder}`") from error
-        return folder
-
     def _warm(self, name: str) -> None:
         """Run a component on zeros under the profiler, and prove from the profile that the provider ran it."""
         rows = MAX_BATCH.get(name, 1)
@@ -172,42 +152,13 @@ class OrtRuntime(Runtime):
         self._placements[name] = placement
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
-        rows = len(next(iter(feeds.values())))
-        scale = (self.components[component].resolution / _ROW_RESOLUTION) ** 2
-        seconds = rows * (_ROW_SECONDS + scale * self.paths[component].stat().st_size / _ROW_BYTES_PER_SECOND)
-        took = f"{component} took over {seconds:.0f} s for {rows} rows, as no network of its size does"
-        options = self._ort.RunOptions()
         try:
             if component in self._bound:
                 return self._bound[component].run(feeds, outputs)
-            with self._limit(seconds, f"{took}: export the bundle again", options):
-                results = self._sessions[component].run(outputs, feeds, options)
-        except BundleError:
-            raise
+            results = self._sessions[component].run(outputs, feeds)
         except Exception as error:
             raise self._problem(f"{component} failed", error) from error
         return dict(zip(outputs, results, strict=True))
-
-    @contextmanager
-    def _limit(self, seconds: float, message: str, options: Any = None) -> Iterator[None]:
-        """On a CPU: a limit far beyond what a network takes, for folding or running a hostile graph may have no end.
-
-        With the ``options`` of a run ONNX Runtime is told to stop between two operators. A GPU may build an engine.
-        """
-        if self._device != "cpu":
-            yield
-            return
-
-        def stop() -> None:
-            options.terminate = True
-
-        try:
-            with time_limit(seconds, message, None if options is None else stop):
-                yield
-        except Exception as error:
-            if options is not None and options.terminate:
-                raise BundleError(message) from error
-            raise
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
         """Our error for one of ONNX Runtime's, its first line kept."""
@@ -281,14 +232,10 @@ def check_placement(component: str, placement: Placement, provider: str, device:
     """
     if not placement.get(provider):
         others = ", ".join(f"{sum(ops.values())} on {name}" for name, ops in placement.items()) or "none at all"
-        raise MachineError(
-            f"{provider} executes no node of {component} ({others})",
-            f"update onnxruntime, or use another device than {device}",
-        )
+        problem = f"{provider} executes no node of {component} ({others})"
+        raise MachineError(problem, f"update onnxruntime, or use another device than {device}")
     stray = Counter({op: n for op, n in placement.get(CPU, Counter()).items() if _HEAVY.search(op)})
     if stray:
         kinds = ", ".join(f"{n} {op}" for op, n in stray.most_common(4))
-        raise MachineError(
-            f"{component} would run {kinds} on the CPU, for {provider} has no kernel for them",
-            f"use a bundle of a precision that {device} has, or the device cpu",
-        )
+        problem = f"{component} would run {kinds} on the CPU, for {provider} has no kernel for them"
+        raise MachineError(problem, f"use a bundle of a precision that {device} has, or the device cpu")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|failed to allocate", re.IGNORECASE)
-_loggers: dict[str, Any] = {}  # by variant: TensorRT keeps the first logger it is given as long as it lives
 _logged: list[str] = []  # errors that TensorRT logged since the last call
 
 
@@ -72,19 +71,15 @@ class TrtRuntime(Runtime):
     @property
     def info(self) -> dict[str, Any]:
         """As in ``Runtime``; ``provider`` is the engine's key, and empty until the runtime was entered."""
+        graph = "not recorded" if self._loop is None else self._loop.graph_state
         return {
             "name": self._flavour.name,
             "version": str(self._trt.__version__),
             "device": "cuda",
             "provider": "" if self._engine is None else self._engine.key.folder,
             "gpu": "" if self._gpu is None else self._gpu.name,
-            "cuda_graph": self._graph_state() if self._records else "TensorRT's own",
+            "cuda_graph": graph if self._records else "TensorRT's own",
         }
-
-    def _graph_state(self) -> str:
-        if self._loop is not None and self._loop.graph_problem:
-            return f"failed: {self._loop.graph_problem}"
-        return "recorded" if self._loop is not None and self._loop.recorded else "not recorded"
 
     @property
     def pictures_per_call(self) -> int:
@@ -98,7 +93,7 @@ class TrtRuntime(Runtime):
             self._cuda.open()
             self._open = True
             self._stream = self._cuda.create_stream()
-            runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, self._logger())
+            runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, _logger(self._trt))
             for component in self.components.values():
                 # All that the shallow part reads and writes is the denoiser's too.
                 shared = [t.name for t in (*component.inputs, *component.outputs)] if component.name == SHALLOW else ()
@@ -220,11 +215,8 @@ class TrtRuntime(Runtime):
     def _remedy(self, options: str) -> str:
         return f"run `{build_command(self._bundle, self._flavour)}` with {options}"
 
-    def _logger(self) -> Any:
-        def sink(severity: str, message: str) -> None:
-            if severity in ("ERROR", "INTERNAL_ERROR"):
-                _logged.append(message)
 
-        if self._flavour.name not in _loggers:
-            _loggers[self._flavour.name] = make_logger(self._trt, sink)
-        return _loggers[self._flavour.name]
+@cache
+def _logger(package: Any) -> Any:
+    """One a package: TensorRT keeps the first logger it is given as long as it lives."""
+    return make_logger(package, lambda severity, text: _logged.append(text) if "ERROR" in severity else None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,98 +183,76 @@ class FakeCuda:
 class FakeTensorRT:
     """Stands for the package ``tensorrt`` (with ``rtx`` for ``tensorrt_rtx``) on a ``FakeCuda``."""
 
-    class ILogger:
-        pass
-
-    class TensorIOMode:
-        INPUT, OUTPUT = "input", "output"
-
-    class DataType:
-        FLOAT, INT32 = "float32", "int32"
-
-    class ElementWiseOperation:
-        SUM, SUB, PROD = np.add, np.subtract, np.multiply
-
-    class UnaryOperation:
-        ABS = np.abs
-
-    class ReduceOperation:
-        SUM = np.sum
-
-    class CudaGraphStrategy:
-        WHOLE_GRAPH_CAPTURE = "whole"
+    ILogger = type("ILogger", (), {})
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    DataType = SimpleNamespace(FLOAT="float32", INT32="int32")
+    ElementWiseOperation = SimpleNamespace(SUM=np.add, SUB=np.subtract, PROD=np.multiply)
+    UnaryOperation = SimpleNamespace(ABS=np.abs)
+    ReduceOperation = SimpleNamespace(SUM=np.sum)
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
 
     def __init__(self, cuda: FakeCuda, version: str = VERSION, rtx: bool = False) -> None:
         self.cuda, self.rtx = cuda, rtx
         self.__version__ = version
         self.refuse_launches = False
         self.contexts: list[_Context] = []
-        self.Runtime = lambda logger: _Runtime(self, logger)
+        self.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: self._engine(plan, logger))
+
+    def _engine(self, plan: bytes, logger: Any) -> _Engine | None:
+        try:
+            return _Engine(self, json.loads(plan))
+        except ValueError:
+            logger.log("Severity.ERROR", "[file.cpp::f::1] the plan is corrupt")
+            return None
 
     @staticmethod
     def nptype(dtype: str) -> type:
         return np.dtype(dtype).type
 
 
-class _Runtime:
-    def __init__(self, package: FakeTensorRT, logger: Any) -> None:
-        self._package, self._logger = package, logger
-
-    def deserialize_cuda_engine(self, plan: bytes) -> _Engine | None:
-        try:
-            return _Engine(self._package, json.loads(plan))
-        except ValueError:
-            self._logger.log("Severity.ERROR", "[file.cpp::f::1] the plan is corrupt")
-            return None
-
-
 class _Network:
     """``INetworkDefinition`` that computes each layer in numpy as it is added; a tensor is its value."""
-
-    class Tensor:
-        def __init__(self, value: np.ndarray) -> None:
-            self.value, self.name = value, ""
 
     class Layer:
         def __init__(self, compute: Callable[[], np.ndarray]) -> None:
             self._compute, self.axis = compute, 0
 
-        def get_output(self, index: int) -> _Network.Tensor:
+        def get_output(self, index: int) -> SimpleNamespace:
             assert index == 0
-            return _Network.Tensor(self._compute())
+            return SimpleNamespace(value=self._compute(), name="")
 
     def __init__(self, feeds: dict[str, np.ndarray]) -> None:
         self._feeds = feeds
         self.outputs: dict[str, np.ndarray] = {}
 
-    def add_input(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    def add_input(self, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
         value = self._feeds[name]
         assert value.dtype == dtype and value.shape[1:] == shape[1:] and shape[0] == -1
-        return self.Tensor(value)
+        return SimpleNamespace(value=value, name="")
 
     def add_constant(self, shape: tuple[int, ...], weights: np.ndarray) -> Layer:
         assert weights.shape == shape and weights.base is not None, "TensorRT needs it after this call too"
         return self.Layer(lambda: weights)
 
-    def add_gather(self, data: Tensor, indices: Tensor, axis: int) -> Layer:
+    def add_gather(self, data: Any, indices: Any, axis: int) -> Layer:
         return self.Layer(lambda: np.take(data.value, indices.value, axis))
 
-    def add_elementwise(self, a: Tensor, b: Tensor, operation: Any) -> Layer:
+    def add_elementwise(self, a: Any, b: Any, operation: Any) -> Layer:
         assert a.value.dtype == b.value.dtype
         return self.Layer(lambda: operation(a.value, b.value))
 
-    def add_unary(self, a: Tensor, operation: Any) -> Layer:
+    def add_unary(self, a: Any, operation: Any) -> Layer:
         return self.Layer(lambda: operation(a.value))
 
-    def add_reduce(self, a: Tensor, operation: Any, axes: int, keep_dims: bool) -> Layer:
+    def add_reduce(self, a: Any, operation: Any, axes: int, keep_dims: bool) -> Layer:
         chosen = tuple(i for i in range(a.value.ndim) if axes >> i & 1)
         return self.Layer(lambda: operation(a.value, axis=chosen, keepdims=keep_dims))
 
-    def add_concatenation(self, tensors: list[Tensor]) -> Layer:
+    def add_concatenation(self, tensors: list[Any]) -> Layer:
         layer = self.Layer(lambda: np.concatenate([t.value for t in tensors], layer.axis))
         return layer
 
-    def mark_output(self, tensor: Tensor) -> None:
+    def mark_output(self, tensor: Any) -> None:
         self.outputs[tensor.name] = tensor.value
 
 
@@ -323,7 +302,7 @@ class _Engine:
 
     def create_runtime_config(self) -> Any:
         assert self.package.rtx, "TensorRT 10.3 has no such call"
-        return type("Config", (), {"cuda_graph_strategy": None})()
+        return SimpleNamespace(cuda_graph_strategy=None)
 
     def create_execution_context(self, config: Any = None) -> _Context:
         assert (config is not None) == self.package.rtx
@@ -391,13 +370,8 @@ def trt_runtime(bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt") -> tu
 
 def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
     """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``."""
-    key_fields = {
-        "precision": bundle.precision,
-        "flavour": "tensorrt",
-        "version": VERSION,
-        "gpu": ORIN.name,
-        "compute_capabilities": ("8.7",),
-    }
+    key_fields = {"precision": bundle.precision, "flavour": "tensorrt", "version": VERSION, "gpu": ORIN.name}
+    key_fields |= {"compute_capabilities": ("8.7",)}
     key = EngineKey(**{name: changes.pop(name, value) for name, value in key_fields.items()})
     folder = bundle.path / "engines" / key.folder
     folder.mkdir(parents=True)

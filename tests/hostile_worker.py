@@ -245,7 +245,6 @@ def prepare_bundles(folder: Path) -> Any:
     def opens(bundle: Path) -> int:
         image, mask, output = examples / "coffee.png", examples / "coffee_mask.png", f"{bundle}.png"
         settings = ["--steps", "4", "--cache-interval", "2", "--runtime", "onnxruntime", "--device", "cpu"]
-        os.environ["MOEBIUS_EDGE_OWNS_PROCESS"] = "1"  # as of the command itself
         return main(["run", str(image), str(mask), "--bundle", str(bundle), "--output", output, *settings])
 
     return make_bundle, opens

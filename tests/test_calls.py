@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import make_toy_bundle
 
-from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import UsageError
-from moebius_edge.pipeline.loop import check_cache_interval
 from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.guidance import Interval, check_interval, choose_guidance, guidance_at, is_distillable
 from moebius_edge.sampling.scheduler import DDIM
@@ -28,12 +24,9 @@ def test_what_is_distilled_is_not_applied_again(
     chosen: float | None, distilled: float | None, scale: float, sampled: float
 ) -> None:
     assert choose_guidance(chosen, distilled) == (scale, sampled)
-
-
-@pytest.mark.parametrize("chosen", [1.0, 0.0, 2.9])
-def test_another_guidance_than_the_distilled_is_refused(chosen: float) -> None:
-    with pytest.raises(UsageError, match=rf"guidance is {chosen}, and the model has guidance 3.0 dist.*: leave it out"):
-        choose_guidance(chosen, 3.0)
+    for other in (1.0, 0.0, 2.9):
+        with pytest.raises(UsageError, match=rf"is {other}, and the model has guidance 3.0 dist.*: leave it out"):
+            choose_guidance(other, 3.0)
 
 
 @pytest.mark.parametrize("distilled", [None, 3.0])
@@ -43,14 +36,10 @@ def test_what_is_no_guidance_is_refused(chosen: float, distilled: float | None) 
         choose_guidance(chosen, distilled)
 
 
-@pytest.mark.parametrize("interval", [(-1, 5), (800, 200), (0, 1001)])
-def test_what_is_no_interval_is_refused(interval: Interval) -> None:
-    low, high = interval
-    with pytest.raises(UsageError, match=rf"interval is {low},{high}: give LOW,HIGH with 0 <= .* <= 1000, such"):
-        check_interval(interval, None)
-
-
-def test_distilled_guidance_has_no_interval() -> None:
+def test_an_interval_of_timesteps_and_what_is_none() -> None:
+    for low, high in ((-1, 5), (800, 200), (0, 1001)):
+        with pytest.raises(UsageError, match=rf"interval is {low},{high}: give LOW,HIGH with 0 <= .* <= 1000, such"):
+            check_interval((low, high), None)
     for interval in ((0, 1000), (200, 800)):
         check_interval(interval, None)
         with pytest.raises(UsageError, match=r"is \d+,\d+, and the model has guidance 3.0 dist.*: leave it out"):
@@ -94,14 +83,3 @@ def test_the_calls_of_a_trajectory(
     assert "".join("F" if call.full else "." for call in calls) == full
     assert "".join("r" if call.full and call.reused else "." for call in calls) == reused
     assert {call.guidance for call in calls} == {1.0 if count == "1" else guidance for count in rows}
-
-
-def test_what_a_bundle_can_reuse(tmp_path: Path) -> None:
-    plain = Bundle.load(make_toy_bundle(tmp_path / "plain"))
-    deep = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
-    check_cache_interval(1, plain)
-    check_cache_interval(5, deep)
-    with pytest.raises(UsageError, match="cache interval is 0: give a whole number of 1"):
-        check_cache_interval(0, deep)
-    with pytest.raises(UsageError, match=r"interval is 2, and bundle .*plain was exported without .* export the check"):
-        check_cache_interval(2, plain)

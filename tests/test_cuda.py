@@ -33,21 +33,20 @@ class Library:
         return function
 
     def answer(self, name: str, arguments: tuple[Any, ...]) -> None:
+        numbers = {"cuDriverGetVersion": 12060, "cuDeviceTotalMem_v2": 7_800_000_000}
+        numbers |= {"cuMemHostAlloc": ctypes.addressof(self.memory)}
+        handles = ("cuMemAlloc_v2", "cuStreamCreate", "cuGraphInstantiateWithFlags")
+        numbers |= dict.fromkeys(handles, 0x7F00_0000_1000)  # beyond 32 bits, as addresses are
         if name == "cuDeviceGetName":
             arguments[0].value = b"Orin"
         elif name == "cuDeviceGetAttribute":
             arguments[0]._obj.value = {75: 8, 76: 7, 18: 1}[arguments[1]]
-        elif name == "cuDriverGetVersion":
-            arguments[0]._obj.value = 12060
-        elif name == "cuDeviceTotalMem_v2":
-            arguments[0]._obj.value = 7_800_000_000
         elif name == "cuGetErrorString":
             arguments[1]._obj.value = b"out of memory"
-        elif name == "cuMemHostAlloc":
-            arguments[0]._obj.value = ctypes.addressof(self.memory)
-        elif name in ("cuMemAlloc_v2", "cuStreamCreate", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"):
-            handle = arguments[1 if name == "cuStreamEndCapture" else 0]
-            handle._obj.value = 0x7F00_0000_1000  # beyond 32 bits, as addresses are
+        elif name == "cuStreamEndCapture":
+            arguments[1]._obj.value = 0x7F00_0000_1000
+        elif name in numbers:
+            arguments[0]._obj.value = numbers[name]
 
     def named(self, name: str) -> list[tuple[Any, ...]]:
         return [arguments for called, arguments in self.calls if called == name]
@@ -132,17 +131,13 @@ def test_a_recorded_graph(library: Library) -> None:
     assert len(library.named("cuGraphDestroy")) == 2, "the graph is freed although it could not be made executable"
 
 
-def test_memory_that_runs_out_is_told_apart(library: Library) -> None:
+def test_the_context_is_let_go_once_and_memory_that_runs_out_is_told_apart(library: Library) -> None:
     cuda = Cuda()
     for code, out in ((2, True), (700, False)):
         library.fail["cuMemAlloc_v2"] = code
         with pytest.raises(CudaError) as caught:
             cuda.allocate(1)
         assert caught.value.out_of_memory is out
-
-
-def test_the_context_is_let_go_once(library: Library) -> None:
-    cuda = Cuda()
     cuda.close()
     cuda.open()
     cuda.close()

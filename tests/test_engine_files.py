@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_trt import ORIN, VERSION, write_document, write_engine
+from fake_trt import ORIN, VERSION, write_engine
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
@@ -49,11 +49,7 @@ def test_what_was_written_is_read(bundle: Bundle) -> None:
     assert read_engine(written.path) == written
     assert choose(bundle) == written
     assert engine_folders(bundle.path) == [written.path]
-
-
-def test_a_build_in_progress_is_no_engine(bundle: Bundle) -> None:
-    engine = write_engine(bundle)
-    engine.path.rename(engine.path.with_name(".moebius-0123.part"))
+    written.path.rename(written.path.with_name(".moebius-0123.part"))  # a build in progress
     assert engine_folders(bundle.path) == []
     with pytest.raises(BundleError, match="has no TensorRT engine"):
         choose(bundle)
@@ -85,19 +81,15 @@ def test_an_engine_of_something_else_is_refused_with_the_command(
     assert caught.value.exit_code == 4
 
 
-def test_one_that_fits_is_found_among_others(bundle: Bundle) -> None:
-    write_engine(bundle, version="10.4.0")
-    write_engine(bundle, flavour="tensorrt-rtx", gpu="any")
-    (bundle.path / "engines" / "rubbish").mkdir()
-    right = write_engine(bundle)
-    assert choose(bundle) == right
-
-
-def test_the_nearest_of_the_wrong_ones_is_explained(bundle: Bundle) -> None:
+def test_one_that_fits_is_found_among_others_and_else_the_nearest_is_explained(bundle: Bundle) -> None:
     write_engine(bundle, version="9.0.0", precision="int8")
     write_engine(bundle, version="10.4.0")
     with pytest.raises(BundleError, match=r"built with TensorRT 10\.4\.0"):
         choose(bundle)
+    write_engine(bundle, flavour="tensorrt-rtx", gpu="any")
+    (bundle.path / "engines" / "rubbish").mkdir()
+    right = write_engine(bundle)
+    assert choose(bundle) == right
 
 
 def test_rtx_engines_run_on_any_card_of_their_generations(bundle: Bundle) -> None:
@@ -146,15 +138,11 @@ def change(*keys: str | int, value: Any = None) -> Any:
         (change("plans", "denoiser", "file", value="a\0"), r"the text 'a\\x00' has characters that cannot be printed"),
         (change("key", "colour", value="red"), "key.colour is an unknown field"),
         (change("key", value=3), "key is 3, expected an object"),
-        (change("key", "gpu", value=3), "key.gpu is 3, expected a valid string"),
         (change("key", "compute_capabilities", value="8.7"), "compute_capabilities is '8.7', expected a valid tuple"),
-        (change("key", "compute_capabilities", 0, value=8.7), "compute_capabilities.0 is 8.7, expected a valid str"),
         (change("key", "compute_capabilities", 0, value=[]), r"compute_capabilities.0 is \[\], expected a valid str"),
-        (change("settings", value=[]), r"settings is \[\], expected an object"),
         (change("settings", "max_batch", value=0), "settings.max_batch is 0, expected greater than or equal to 1"),
         (change("onnx", value={"denoiser": 5}), "onnx.denoiser is 5, expected a valid string"),
         (change("profiles", "denoiser", value=[1, 2]), "profiles.denoiser is .1, 2., expected to have at least 3"),
-        (change("built", value=[]), r"built is \[\], expected an object"),
     ],
 )
 def test_a_damaged_description_is_refused(bundle: Bundle, damage: Any, message: str) -> None:
@@ -166,14 +154,10 @@ def test_a_damaged_description_is_refused(bundle: Bundle, damage: Any, message: 
     with pytest.raises(BundleError, match=message) as caught:
         choose(bundle)
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_a_description_is_no_engine(bundle: Bundle) -> None:
-    engine = write_engine(bundle)
-    write_document(engine).write_text("{")
+    path.write_text("{")
     with pytest.raises(BundleError, match="this is not valid JSON .*remove it with `rm -r "):
         choose(bundle)
-    (engine.path / "engine.json").unlink()
+    path.unlink()
     with pytest.raises(BundleError, match=r"holds no engine\.json, so it is no engine: remove it"):
         choose(bundle)
 

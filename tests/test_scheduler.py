@@ -65,25 +65,25 @@ def against_diffusers(kind: type[Scheduler], reference: Any, steps: int, strengt
     return worst
 
 
-@pytest.mark.parametrize(("steps", "strength", "seed"), configurations(1000))
-def test_ddim_agrees_with_diffusers(steps: int, strength: float, seed: int) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="the reference comes with the dev extra")
-    reference = diffusers.DDIMScheduler(**SHARED, clip_sample=False, set_alpha_to_one=True)
-    assert against_diffusers(DDIM, reference, steps, strength, seed) < 5e-6
+OF_DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    "dpm++2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero", "lower_order_final": True},
+    ),
+}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
-@pytest.mark.parametrize(("steps", "strength", "seed"), configurations(999))
-def test_dpm_solver_agrees_with_diffusers(steps: int, strength: float, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps", "strength", "seed"),
+    [*[("ddim", *case) for case in configurations(1000)], *[("dpm++2m", *case) for case in configurations(999)]],
+)
+def test_the_samplers_agree_with_diffusers(name: str, steps: int, strength: float, seed: int) -> None:
     diffusers = pytest.importorskip("diffusers", reason="the reference comes with the dev extra")
-    reference = diffusers.DPMSolverMultistepScheduler(
-        **SHARED,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        final_sigmas_type="zero",
-        lower_order_final=True,
-    )
-    assert against_diffusers(DPMSolverPP2M, reference, steps, strength, seed) < 5e-6
+    kind, options = OF_DIFFUSERS[name]
+    reference = getattr(diffusers, kind)(**SHARED, **options)
+    assert against_diffusers(SCHEDULERS[name], reference, steps, strength, seed) < 5e-6
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
@@ -123,17 +123,7 @@ def student() -> Iterator[Any]:
 
     from moebius_edge.model import StudentConfig, build_student
 
-    network = fill_golden(
-        build_student(
-            StudentConfig(
-                block_out_channels=(32, 64, 128),
-                num_heads=4,
-                cross_attention_dim=48,
-                prompt_embedding_dim=64,
-                latent_size=16,
-            )
-        )
-    )
+    network = fill_golden(build_student(StudentConfig((32, 64, 128), 4, 48, 64, latent_size=16)))
 
     def predict(sample: np.ndarray, t: int, guidance: float) -> np.ndarray:
         rows = len(sample)
@@ -150,20 +140,14 @@ def student() -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    ("case", "tolerance"),
-    [("s20", 5e-4), ("s20pure", 5e-3), ("s5", 5e-4), ("s7", 5e-4)],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "tolerance"), [("s20", 5e-4), ("s20pure", 5e-3), ("s5", 5e-4), ("s7", 5e-4)])
 def test_ddim_reproduces_the_recorded_trajectories(student: Any, case: str, tolerance: float) -> None:
     from golden import golden_input, golden_numbers
 
     recorded = golden_numbers("sampler")
     steps, strength, guidance = recorded[f"{case}/config"].tolist()
     shape = (2, 4, 16, 16)
-    latents, masked, noise = (
-        golden_input(f"{case}:{name}", shape) for name in ("latents", "masked", "noise")
-    )
+    latents, masked, noise = (golden_input(f"{case}:{name}", shape) for name in ("latents", "masked", "noise"))
     mask = np.zeros((2, 1, 16, 16), np.float32)
     mask[0, 0, 4:12, 3:10] = 1
     mask[1, 0, 0:5, :] = 1
@@ -252,17 +236,14 @@ def test_second_order_beats_first_order_on_a_smooth_problem() -> None:
 
 
 @pytest.mark.parametrize(("kind", "longest"), [(DDIM, 1000), (DPMSolverPP2M, 999)])
-def test_steps_out_of_range(kind: type[Scheduler], longest: int) -> None:
+def test_steps_and_strengths_out_of_range(kind: type[Scheduler], longest: int) -> None:
     assert kind(longest).timesteps[0] == 999 and len(kind(longest).timesteps) == longest
     for steps in (0, -3, longest + 1):
         with pytest.raises(UsageError, match=rf"steps is {steps}: give a whole number from 1 to {longest}$"):
             kind(steps)
-
-
-@pytest.mark.parametrize("strength", [0.0, -0.1, 1.01, float("nan"), float("inf")])
-def test_strength_out_of_range(strength: float) -> None:
-    with pytest.raises(UsageError, match=f"strength is {strength}: give a number above 0 and at most 1"):
-        DDIM(20, strength)
+    for strength in (0.0, -0.1, 1.01, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"strength is {strength}: give a number above 0 and at most 1"):
+            kind(20, strength)
 
 
 @pytest.mark.parametrize(("steps", "strength", "least"), [(1, 0.99, "1"), (20, 0.0001, "0.05"), (3, 0.33, "0.334")])

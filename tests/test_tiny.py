@@ -18,24 +18,18 @@ from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.runtimes.base import Arrays
 from moebius_edge.runtimes.ort import OrtRuntime
+from moebius_edge.system.files import sha256_file
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def test_the_bundle_is_whole_and_within_its_size() -> None:
-    bundle = Bundle.load("tiny")
-    assert bundle.resolution == 256
-    assert bundle.gate["psnr_db"] >= 60
+def test_the_bundle_is_whole_within_its_size_and_from_the_checkpoint_beside_it() -> None:
+    bundle, checkpoint = Bundle.load("tiny"), ASSETS / "tiny" / "checkpoint"
+    assert bundle.resolution == 256 and bundle.gate["psnr_db"] >= 60
     assert sum(f["bytes"] for f in bundle.files.values()) <= 25e6
-
-
-def test_the_bundle_was_exported_from_the_checkpoint_beside_it() -> None:
-    from moebius_edge.system.files import sha256_file
-
-    source = Bundle.load("tiny").source
-    checkpoint = ASSETS / "tiny" / "checkpoint"
-    assert source["checkpoint"]["sha256"] == sha256_file(checkpoint / "student.safetensors")
-    assert source["vae"]["sha256"] == sha256_file(checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    sources = {"checkpoint": "student.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
+    for name, file in sources.items():
+        assert bundle.source[name]["sha256"] == sha256_file(checkpoint / file)
 
 
 def test_the_demo_removes_the_spoon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,16 +159,10 @@ def _encoder(component: Component, resolution: int, weight: np.float32) -> onnx.
 
 
 def _decoder(component: Component, resolution: int, weight: np.float32) -> onnx.ModelProto:
+    nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     nodes = [
         helper.make_node("Conv", ["latent", "weight"], ["small"]),
-        helper.make_node(
-            "Resize",
-            ["small", "", "scales"],
-            ["large"],
-            mode="nearest",
-            coordinate_transformation_mode="asymmetric",
-            nearest_mode="floor",
-        ),
+        helper.make_node("Resize", ["small", "", "scales"], ["large"], **nearest),
         helper.make_node("Clip", ["large", "low", "high"], ["image"]),
     ]
     constants = {
@@ -240,15 +234,14 @@ def _model(
 ) -> onnx.ModelProto:
     """Close the graph with the tensors the contract names, and check it."""
 
-    def values(tensors: tuple) -> list[onnx.ValueInfoProto]:
-        resolved = [t.resolved(resolution) for t in tensors]
-        return [
-            helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype)), t.shape)
-            for t in resolved
-        ]
-
     initializers = [numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()]
-    inputs, outputs = values(component.inputs), values(component.outputs)
+    inputs, outputs = (
+        [
+            helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype)), t.shape)
+            for t in (tensor.resolved(resolution) for tensor in tensors)
+        ]
+        for tensors in (component.inputs, component.outputs)
+    )
     graph = helper.make_graph(nodes, component.name, inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)

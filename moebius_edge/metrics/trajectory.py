@@ -99,8 +99,8 @@ def run_trajectory(
     Raises:
         BundleError: a component's output is not finite.
     """
-    image, hole = draw_scene(_size(runtime, "vae_encoder"), seed) if scene is None else scene
-    size = _size(runtime, "denoiser")
+    side, size = (int(runtime.components[name].inputs[0].shape[-1]) for name in ("vae_encoder", "denoiser"))
+    image, hole = draw_scene(side, seed) if scene is None else scene
     noise = initial_noise(seed, 0, (1, LATENT_CHANNELS, size, size))
     latents: list[np.ndarray] = []
 
@@ -113,9 +113,3 @@ def run_trajectory(
         result = fill(runtime, image, hole[None], noise, sampling, image, keep)
     assert result.start is not None
     return Trajectory(np.concatenate([result.start, result.masked]), latents, result.images)
-
-
-def _size(runtime: Runtime, component: str) -> int:
-    size = runtime.components[component].inputs[0].shape[-1]
-    assert isinstance(size, int), "a trajectory needs components with their sizes filled in"
-    return size

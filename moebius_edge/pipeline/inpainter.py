@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -62,8 +62,7 @@ class Result:
         return fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
+class Images(NamedTuple):
     """What a call of an ``Inpainter`` returns, as a diffusers pipeline does: ``images`` are of Pillow."""
 
     images: list[Image]
@@ -126,7 +125,6 @@ class Inpainter:
         guidance_interval: Interval | None = None,
         on_window: OnWindow | None = None,
         cache_interval: int = 1,
-        on_plan: Callable[[int, int], None] | None = None,
         match_colours: bool = True,
     ) -> Result:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
@@ -153,7 +151,6 @@ class Inpainter:
                 clipped, and the hole that the network saw. Windows then go through the network one by one.
             cache_interval: one call of the denoiser in so many computes all of it; those between compute its finest
                 level alone, and reuse the deep feature (DeepCache, arXiv 2312.00858). At 1 nothing is reused.
-            on_plan: called before the work with the number of windows and of the denoiser's calls.
             match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them.
                 Upstream does not.
 
@@ -178,16 +175,15 @@ class Inpainter:
                 self._open()
             groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
             calls = len(sampling.scheduler.timesteps)
-            if on_plan is not None:
-                on_plan(len(filling.windows), len(groups) * calls)
-            widest, number = 0.0, 0
+            shape = (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size)
             for done, group in enumerate(groups):
 
                 def report(step: Step, before: int = done * calls) -> None:
                     if on_step is not None:
                         on_step(replace(step, index=before + step.index, total=len(groups) * calls))
 
-                noise = np.concatenate([self._noise(seed, number + i) for i in range(len(group))])
+                first = sum(map(len, groups[:done]))  # each window has its own noise
+                noise = np.concatenate([initial_noise(seed, first + i, shape) for i in range(len(group))])
                 with timer.measure("preprocess"):
                     images, holes, starts = _views(filling, group, start)
                 filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
@@ -196,9 +192,7 @@ class Inpainter:
                     if on_window is not None:
                         on_window(window, generated, seen)
                     with timer.measure("stitch"):
-                        widest = max(widest, filling.feather(window))
                         filling.paste(window, generated)
-                number += len(group)
         notes = [*picture.notes, *_notes(hole, sampling)]
         settings = {
             "start": start,
@@ -214,7 +208,7 @@ class Inpainter:
             "generator": "PCG64",
             "windows": len(filling.windows),
             "network_calls": len(groups) * calls,
-            "feather_px": widest,
+            "feather_px": max(map(filling.feather, filling.windows), default=0.0),
             "match_colours": match_colours,
         }
         return Result(replace(picture, pixels=filling.canvas), notes, settings)
@@ -240,11 +234,8 @@ class Inpainter:
             UsageError: as ``inpaint``, or for an argument that this network has no use for, such as a prompt.
         """
         if unsupported:
-            raise UsageError(
-                f"the network takes no {', '.join(unsupported)}, since it is conditioned on the picture and its mask "
-                "alone",
-                "leave it out",
-            )
+            why = "since it is conditioned on the picture and its mask alone"
+            raise UsageError(f"the network takes no {', '.join(unsupported)}, {why}", "leave it out")
         images, masks = (value if isinstance(value, (list, tuple)) else [value] for value in (image, mask_image))
         if len(images) != len(masks):
             raise UsageError(f"there are {len(images)} images and {len(masks)} masks", "give a mask for each image")
@@ -277,9 +268,6 @@ class Inpainter:
         check_interval(interval, self.bundle.distilled_guidance)
         check_cache_interval(cache_interval, self.bundle)
         return Sampling(SCHEDULERS[scheduler](steps, strength), guide.sampled, interval, cache_interval)
-
-    def _noise(self, seed: int, number: int) -> Floats:
-        return initial_noise(seed, number, (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size))
 
 
 def _array(image: np.ndarray | Image) -> np.ndarray:
@@ -319,12 +307,10 @@ def _groups(windows: Sequence[Window], most: int) -> list[list[Window]]:
 
 def _checked_mask(mask: np.ndarray | Image, picture: Picture) -> Mask:
     hole = threshold(mask if isinstance(mask, np.ndarray) else np.asarray(mask.convert("L")))
-    height, width = hole.shape
-    if (width, height) != picture.size:
-        raise UsageError(
-            f"the mask is {width}x{height} and the picture is {picture.size[0]}x{picture.size[1]}",
-            "give a mask of the picture's size",
-        )
+    if hole.shape[::-1] != picture.size:
+        (height, width), (wide, high) = hole.shape, picture.size
+        problem = f"the mask is {width}x{height} and the picture is {wide}x{high}"
+        raise UsageError(problem, "give a mask of the picture's size")
     return hole
 
 

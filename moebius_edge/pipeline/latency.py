@@ -50,20 +50,14 @@ class StageTimer:
 
         Percentiles interpolate linearly between the sorted values; with few values p99 is near the largest.
         """
-        return {stage: _statistics(values) for stage, values in self._ms.items() if values}
-
-
-def _statistics(values: list[float]) -> dict[str, float]:
-    lower, median, upper, p95, p99 = np.percentile(values, [25, 50, 75, 95, 99])
-    return {
-        "count": len(values),
-        "first_ms": values[0],
-        "median_ms": float(median),
-        "p95_ms": float(p95),
-        "p99_ms": float(p99),
-        "iqr_ms": float(upper - lower),
-        "total_ms": sum(values),
-    }
+        summary: dict[str, dict[str, float]] = {}
+        for stage, values in self._ms.items():
+            if values:
+                lower, *middle, upper = np.percentile(values, [25, 50, 95, 99, 75]).tolist()
+                shares = dict(zip(("median_ms", "p95_ms", "p99_ms"), middle, strict=True))
+                spread = {"iqr_ms": upper - lower, "total_ms": sum(values)}
+                summary[stage] = {"count": len(values), "first_ms": values[0], **shares, **spread}
+        return summary
 
 
 def latency_report(

@@ -158,8 +158,5 @@ def check_cache_interval(interval: int, bundle: Bundle) -> None:
     if interval < 1:
         raise UsageError(f"cache interval is {interval}", "give a whole number of 1 (nothing is reused) or more")
     if interval > 1 and bundle.deep_channels is None:
-        raise UsageError(
-            f"cache interval is {interval}, and bundle {bundle.path} was exported without the part that reuses deep "
-            "features",
-            "leave it out, or export the checkpoint again",
-        )
+        lacks = f"bundle {bundle.path} was exported without the part that reuses deep features"
+        raise UsageError(f"cache interval is {interval}, and {lacks}", "leave it out, or export the checkpoint again")

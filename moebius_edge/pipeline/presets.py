@@ -44,20 +44,8 @@ def preset_settings(name: str, chosen: Mapping[str, Any], bundle: Bundle) -> dic
 
 
 def preset_notes(name: str, chosen: Mapping[str, Any], bundle: Bundle) -> list[str]:
-    """A note for each setting that was ``chosen`` otherwise than the preset has it, or that ``bundle`` cannot have."""
-    preset = PRESETS[name][chosen.get("start", bundle.defaults["start"])]
-    notes = [
-        f"preset {name} has {key.replace('_', ' ')} {_text(value)}, and {_text(chosen[key])} was chosen"
-        for key, value in preset.items()
-        if key in chosen and chosen[key] != value
-    ]
-    if bundle.deep_channels is None and "cache_interval" not in chosen:
-        notes.append(
-            f"preset {name} reuses deep features, and bundle {bundle.name} was exported without the part that does: "
-            "export the checkpoint again, and it is faster"
-        )
-    return notes
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A note where ``bundle`` cannot have what the preset saves most by, and the user did not choose otherwise."""
+    if bundle.deep_channels is not None or "cache_interval" in chosen:
+        return []
+    lacks = f"preset {name} reuses deep features, and bundle {bundle.name} was exported without the part that does"
+    return [f"{lacks}: export the checkpoint again, and it is faster"]

@@ -42,10 +42,8 @@ def choose_guidance(chosen: float | None, distilled: float | None) -> Guidance:
     if distilled is None:
         return Guidance(chosen, chosen)
     if chosen != distilled:
-        raise UsageError(
-            f"guidance is {chosen}, and the model has guidance {distilled} distilled into it and takes no other",
-            "leave it out, or use a model without distilled guidance",
-        )
+        problem = f"guidance is {chosen}, and the model has guidance {distilled} distilled into it and takes no other"
+        raise UsageError(problem, "leave it out, or use a model without distilled guidance")
     return Guidance(chosen, 1.0)
 
 
@@ -56,19 +54,13 @@ def check_interval(interval: Interval | None, distilled: float | None) -> None:
     """
     if interval is None:
         return
-    low, high = interval
+    (low, high), problem = interval, f"guidance interval is {interval[0]},{interval[1]}"
     if not 0 <= low <= high <= NUM_TRAIN_TIMESTEPS:
-        raise UsageError(
-            f"guidance interval is {low},{high}",
-            f"give LOW,HIGH with 0 <= LOW <= HIGH <= {NUM_TRAIN_TIMESTEPS}, such as 200,800; timesteps near 0 are "
-            "nearly free of noise",
-        )
+        remedy = f"give LOW,HIGH with 0 <= LOW <= HIGH <= {NUM_TRAIN_TIMESTEPS}, such as 200,800"
+        raise UsageError(problem, f"{remedy}; timesteps near 0 are nearly free of noise")
     if distilled is not None:
-        raise UsageError(
-            f"guidance interval is {low},{high}, and the model has guidance {distilled} distilled into it, at every "
-            "timestep",
-            "leave it out, or use a model without distilled guidance",
-        )
+        problem += f", and the model has guidance {distilled} distilled into it, at every timestep"
+        raise UsageError(problem, "leave it out, or use a model without distilled guidance")
 
 
 def guidance_at(t: int, guidance: float, interval: Interval | None) -> float:

@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..errors import UsageError
 from .blocks import block_of
-from .ranges import LARGEST
+from ..export.int8_ranges import LARGEST
 
 ALPHA = 0.5  # the paper's for most of its networks
 _MOVING = ("Transpose", "Reshape", "Cast")

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from moebius_edge.calibration.ranges import METHODS, activation_scale, entropy, mean_squared_error, percentile
-from moebius_edge.calibration.statistics import Histogram
+from moebius_edge.export.int8_ranges import METHODS, activation_scale, entropy, mean_squared_error, percentile
+from moebius_edge.export.int8_ranges import Histogram
 from moebius_edge.errors import UsageError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import random
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from training_toys import OPTIONS, RECIPE, STUDENT, TEACHER, FlatLatents, stage_inputs, trained_teacher
 
-from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.model import build_student, build_teacher, load_checkpoint
 from moebius_edge.training.loop import checkpoint_files
@@ -56,8 +55,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_the_loss_falls(tmp_path: Path) -> None:
     optimiser = replace(TASK.optimiser, steps=24, warmup=3, learning_rate=1e-2)
-    ours = trainer(replace(TASK, optimiser=optimiser), tmp_path, replace(OPTIONS, save_every=24))
+    ours = trainer(replace(TASK, optimiser=optimiser), tmp_path, replace(OPTIONS, save_every=8, keep=2))
     losses = [figures["loss"] for figures in ours.run()]
+    assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000016.pt", "step-000000024.pt"]
     assert len(losses) == 24 and np.mean(losses[-8:]) < 0.7 * np.mean(losses[:8])
     assert not same(ours.network, ours.average)
 
@@ -149,11 +149,6 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
         trainer(TASK, tmp_path, replace(OPTIONS, micro_batch=3))
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    list(trainer(TASK, tmp_path, replace(OPTIONS, save_every=1, keep=2)).run())
-    assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000005.pt", "step-000000006.pt"]
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     ours = trainer(TASK, tmp_path)
 
@@ -169,21 +164,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000002.pt"]
     resumed = trainer(TASK, tmp_path)
     assert resumed.resume() and len(list(resumed.run())) == 4
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = trainer(TASK, tmp_path)
-    write = Path.write_bytes
-
-    def full(self: Path, data: Any) -> int:
-        if ours.done == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(MachineError, match=r"cannot write .*step-000000004.pt: the disk is full: free space"):
-        list(ours.run())
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000002.pt"]
 
 
 def start(call: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -261,12 +241,6 @@ def test_a_finished_run_is_returned_at_once_and_another_is_refused(teacher: Path
     other = replace(RECIPE, losses=replace(RECIPE.losses, hole_weight=2.0))
     with pytest.raises(UsageError, match=r"another recipe \(losses.hole_weight is 1.0 there, 2.0 here\)"):
         train_stage(other, stage_inputs(teacher=teacher), tmp_path, OPTIONS, resume=True)
-
-
-def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MachineError, match="PyTorch finds no CUDA GPU here"):
-        make_accelerator("cuda")
 
 
 LAMBDA = "up_blocks.0.attentions.0.attn1.lambda"

@@ -154,8 +154,8 @@ class Simulation:
         for forward in passes:
             forward()
         for product in self.products:
-            found = zip(product.tensors, product.histograms, strict=True)
-            product.scales = tuple(activation_scale(name, histogram, method) for name, histogram in found)
+            pairs = zip(product.tensors, product.histograms, strict=True)
+            product.scales = tuple(activation_scale(name, histogram, method) for name, histogram in pairs)
             product.histograms = []
 
     @property
@@ -179,7 +179,8 @@ def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
     for path, block in places:
         if block not in chosen:
             continue
-        parent, name = network.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        above, _, name = path.rpartition(".")
+        parent = network.get_submodule(above)
         plain = cast(nn.Conv2d, getattr(parent, name))
         if isinstance(parent, Upsample):
             product: Rounded = RoundedUpsample(plain, path)

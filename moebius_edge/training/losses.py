@@ -22,13 +22,12 @@ OUTPUT_EPSILON, OUTPUT_LIMIT = 1e-6, 1e6  # of w_out and w_perceptual
 COARSE_EPSILON, COARSE_LIMIT = 1e-4, 1e4  # of w_cross
 
 
-def noise_loss(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def noise_loss(predicted: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Mean squared error of noises (N, 4, h, w): the fine loss against the teacher's, the task against the true one.
 
     ``weight`` broadcasts to (N, 4, h, w) and multiplies the squares; the mean is not divided by its sum.
     """
-    squares = (_full(predicted) - _full(target)).square()
-    return (squares if weight is None else squares * weight).mean()
+    return ((_full(predicted) - _full(target)).square() * weight).mean()
 
 
 def coarse_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:

@@ -67,9 +67,8 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 def set_training(module: nn.Module, running: bool) -> None:
     """Training mode; with ``running`` the batch norms use their stored statistics, and do not change them."""
     module.train()
-    if running:
-        for norm in batch_norms(module):
-            norm.eval()
+    for norm in batch_norms(module):
+        norm.train(not running)
 
 
 def spread_momentum(module: nn.Module, micro_batches: int) -> None:

@@ -33,14 +33,18 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, _DTYPES.get(precision, torch.bfloat16), enabled=precision in _DTYPES)
 
 
-def noise_weight(batch: Batch, recipe: LossRecipe) -> Tensor | None:
-    """(N, 1, h, w) weights of the squared noise error, or None where all are 1."""
-    if recipe.hole_weight == 1 and not recipe.velocity_limit:
-        return None
+def noise_weight(batch: Batch, recipe: LossRecipe) -> Tensor:
+    """(N, 1, h, w) weights of the squared noise error."""
     weight = 1 + (recipe.hole_weight - 1) * batch.mask
     if recipe.velocity_limit:
         weight = weight * (1 / batch.alpha_bar).clamp(max=recipe.velocity_limit)[:, None, None, None]
     return weight
+
+
+def _noise(network: Any, batch: Batch, num_prompts: int, branch: Tensor, precision: str) -> Tensor:
+    with autocast(batch.sample.device, precision):
+        noise: Tensor = network(batch.sample, batch.timestep, prompt_ids(num_prompts, branch)).noise
+    return noise
 
 
 class Task:
@@ -50,8 +54,7 @@ class Task:
         self._recipe, self._prompts, self._precision = recipe, num_prompts, precision
 
     def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
-        with autocast(batch.sample.device, self._precision):
-            predicted = model(batch.sample, batch.timestep, prompt_ids(self._prompts, batch.unconditional)).noise
+        predicted = _noise(model, batch, self._prompts, batch.unconditional, self._precision)
         loss = noise_loss(predicted, batch.noise, noise_weight(batch, self._recipe))
         return loss, {"task": loss.detach()}
 
@@ -119,17 +122,14 @@ class Guidance:
         self._recipe, self._frozen, self._precision = recipe, frozen.eval().requires_grad_(False), precision
 
     def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
-        conditional = torch.zeros_like(batch.unconditional)
-        prompts = self._frozen.config.num_prompts
-        with autocast(batch.sample.device, self._precision):
-            with torch.no_grad():
-                ids = prompt_ids(prompts, torch.cat([conditional + 1, conditional]))
-                both = self._frozen(batch.sample.repeat(2, 1, 1, 1), batch.timestep.repeat(2), ids).noise.float()
-            predicted = model(batch.sample, batch.timestep, prompt_ids(prompts, conditional)).noise
-        free, bound = both.chunk(2)
-        target = free + self._recipe.guidance * (bound - free)
+        prompts, conditional = self._frozen.config.num_prompts, torch.zeros_like(batch.unconditional)
+        twice = batch._replace(sample=batch.sample.repeat(2, 1, 1, 1), timestep=batch.timestep.repeat(2))
+        with torch.no_grad():
+            branches = torch.cat([conditional + 1, conditional])
+            free, bound = _noise(self._frozen, twice, prompts, branches, self._precision).float().chunk(2)
+        predicted = _noise(model, batch, prompts, conditional, self._precision)
         weight = noise_weight(batch, self._recipe)
-        loss = noise_loss(predicted, target, weight)
+        loss = noise_loss(predicted, free + self._recipe.guidance * (bound - free), weight)
         return loss, {"guided": loss.detach(), "task": noise_loss(predicted, batch.noise, weight).detach()}
 
 
@@ -150,13 +150,10 @@ class QuantisationAware:
 
     def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Figures]:
         branch = torch.zeros_like(batch.unconditional) if self._one_branch else batch.unconditional
-        ids = prompt_ids(self._frozen.config.num_prompts, branch)
-        with autocast(batch.sample.device, self._precision):
-            with torch.no_grad():
-                target = self._frozen(batch.sample, batch.timestep, ids).noise.float()
-            predicted = model(batch.sample, batch.timestep, ids).noise
-        weight = (1 - batch.alpha_bar)[:, None, None, None]
-        if (more := noise_weight(batch, self._recipe)) is not None:
-            weight = weight * more
+        prompts = self._frozen.config.num_prompts
+        with torch.no_grad():
+            target = _noise(self._frozen, batch, prompts, branch, self._precision)
+        predicted = _noise(model, batch, prompts, branch, self._precision)
+        weight = (1 - batch.alpha_bar)[:, None, None, None] * noise_weight(batch, self._recipe)
         loss = noise_loss(predicted, target, weight)
         return loss, {"int8": loss.detach(), "task": noise_loss(predicted, batch.noise, weight).detach()}

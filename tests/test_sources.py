@@ -59,14 +59,10 @@ def test_a_second_folder_gives_masks_by_the_names_without_endings(tmp_path: Path
     pictures = open_pictures(tmp_path / "in", tmp_path / "masks")
     assert masks(pictures) == [None, "b/x.png", None]
     np.testing.assert_array_equal(pictures.read(1)[1], HOLE > 0)
-
-
-def test_masks_inside_the_folder_of_pictures_are_no_pictures(tmp_path: Path) -> None:
-    save(tmp_path / "x.jpg")
-    save(tmp_path / "masks" / "x.png", HOLE)
-    assert names(open_pictures(tmp_path)) == ["masks/x.png", "x.jpg"]
-    pictures = open_pictures(tmp_path, tmp_path / "masks")
-    assert (names(pictures), masks(pictures)) == (["x.jpg"], ["x.png"])
+    save(tmp_path / "in" / "masks" / "y.png", HOLE)  # masks inside the folder of pictures are no pictures
+    assert "masks/y.png" in names(open_pictures(tmp_path / "in"))
+    pictures = open_pictures(tmp_path / "in", tmp_path / "in" / "masks")
+    assert (names(pictures), masks(pictures)) == (["a/x.jpg", "b/x.jpg", "y.png"], [None, None, "y.png"])
 
 
 def test_folders_of_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from moebius_edge.training.loop import (
     atomic_save,
     draw_batches,
     load_state,
-    make_folder,
     save_state,
     update_average,
 )
@@ -119,13 +118,6 @@ def test_a_full_disk_keeps_the_old_file(name: str, tmp_path: Path, monkeypatch: 
     with pytest.raises(MachineError, match=rf"cannot write .*{name}: the disk is full: free space in"):
         atomic_save({"new": 2}, tmp_path / name)
     assert (tmp_path / name).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for folder in (tmp_path / "file", tmp_path / "file" / "in"):
-        with pytest.raises(UsageError, match=r"output .*file.* is, or lies in, a file: name a folder"):
-            make_folder(folder)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:

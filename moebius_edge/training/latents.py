@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,12 +22,12 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..data.samples import MaskedPictures
-from ..documents import JsonObject, Sha256, read_document
+from ..documents import JsonObject, read_document
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.masks import latent_mask
 from ..progress import Progress, no_progress
 from ..system.files import atomic_directory
-from ..system.fingerprint import fingerprint, first_difference
+from ..system.fingerprint import first_difference
 from .loop import atomic_save, draw_batches, lost_processes_named, make_folder, plain
 
 INDEX = "index.json"
@@ -43,7 +42,6 @@ class Index(TypedDict):
     """``index.json``: what a folder's latents were made from."""
 
     format: Literal[1]
-    key: Sha256
     parts: JsonObject
 
 
@@ -231,7 +229,11 @@ def encode_latents(
                 encoded.append(_stored(*encode_batch(vae, images, masks)))
                 done += len(images)
                 progress("encoding pictures", done, count)
-            _write_shard(shard, [np.concatenate(column) for column in zip(*encoded, strict=True)])
+            with atomic_directory(shard) as temporary:
+                for name, column in zip(ARRAYS, zip(*encoded, strict=True), strict=True):
+                    buffer = io.BytesIO()  # numpy itself reports a full disk without saying that it is one
+                    np.save(buffer, np.concatenate(column))
+                    (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
             samples.unreadable.write(folder / UNREADABLE)
     return LatentCache(folder)
 
@@ -254,21 +256,13 @@ def _stored(clean: Tensor, masked: Tensor, mask: Tensor) -> tuple[np.ndarray, ..
     return *latents, mask.byte().cpu().numpy()
 
 
-def _write_shard(folder: Path, columns: Sequence[np.ndarray]) -> None:
-    with atomic_directory(folder) as temporary:
-        for name, column in zip(ARRAYS, columns, strict=True):
-            buffer = io.BytesIO()  # numpy itself reports a full disk without saying that it is one
-            np.save(buffer, column)
-            (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
-
-
 def _check_folder(folder: Path, parts: dict[str, Any]) -> None:
     """Note in the folder's index what its latents are made from, or check that they are made from the same."""
     make_folder(folder)
     if not (folder / INDEX).exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no {INDEX}: name a new folder for latents")
-        atomic_save({"format": 1, "key": fingerprint(parts), "parts": parts}, folder / INDEX)
+        atomic_save({"format": 1, "parts": parts}, folder / INDEX)
     elif (there := read_index(folder)["parts"]) != parts:
         difference = first_difference(there, parts)
         raise UsageError(f"{folder} holds other latents ({difference}): name a new folder, or remove this one")

@@ -86,10 +86,8 @@ class SampleGrid:
     ``vae`` is a diffusers ``AutoencoderKL``; ``clean``, ``masked`` (N, 4, h, w) and ``mask`` (N, 1, h, w).
     """
 
-    def __init__(
-        self, vae: Any, clean: Tensor, masked: Tensor, mask: Tensor, steps: int = 20, guidance: float = 1.0
-    ) -> None:
-        self._vae, self._steps, self._guidance = vae, steps, guidance
+    def __init__(self, vae: Any, clean: Tensor, masked: Tensor, mask: Tensor, steps: int = 20) -> None:
+        self._vae, self._steps = vae, steps
         self._mask, self._masked = mask.cpu().numpy(), masked.cpu().numpy()
         pixels = self._mask[:, 0].repeat(LATENT_DOWNSCALE, 1).repeat(LATENT_DOWNSCALE, 2)
         self._clean, self._hole = self._decode(clean), pixels[..., None] > 0.5
@@ -102,7 +100,7 @@ class SampleGrid:
         components = resolved_components(self._mask.shape[-1] * LATENT_DOWNSCALE)
         noise = initial_noise(0, 0, self._masked.shape)
         with TorchRuntime(student, self._vae, components) as runtime:
-            latents = denoise(runtime, noise, self._mask, self._masked, Sampling(DDIM(self._steps), self._guidance))
+            latents = denoise(runtime, noise, self._mask, self._masked, Sampling(DDIM(self._steps), guidance=1.0))
         holes = np.where(self._hole, np.uint8(255), self._clean)
         fills = np.where(self._hole, self._decode(torch.from_numpy(latents)), self._clean)
         return np.concatenate(list(np.concatenate([self._clean, holes, fills], axis=2)))

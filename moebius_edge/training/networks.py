@@ -24,10 +24,8 @@ def load_teacher(path: Path, device: torch.device | str = "cpu") -> Teacher:
 
     Raises as ``model.load_checkpoint``, and UsageError where ``teacher.json`` describes no teacher.
     """
-    file = path.with_name("teacher.json")
-    config = TeacherConfig()
-    if file.exists():
-        config = read_document(file, TeacherConfig, UsageError, "mend it, or remove it for the published shape")
+    file, remedy = path.with_name("teacher.json"), "mend it, or remove it for the published shape"
+    config = read_document(file, TeacherConfig, UsageError, remedy) if file.exists() else TeacherConfig()
     teacher = build_teacher(config)
     load_checkpoint(teacher, path)
     return teacher.to(device).float().eval().requires_grad_(False)

@@ -35,9 +35,9 @@ from ..system.machine import machine_info, package_version
 from .fake_quantise import simulate
 from .latents import INDEX, UNREADABLE, EncodedPictures, LatentCache, Source, encode_latents, read_index, vae_hash
 from .loop import atomic_save, checkpoint_files, make_folder, plain
+from .losses import Distillation, Guidance, Objective, QuantisationAware, Task
 from .monitor import Monitor, SampleGrid
 from .networks import identity_start, load_student, load_teacher
-from .objectives import Distillation, Guidance, Objective, QuantisationAware, Task
 from .perceptual import choose_distance
 from .recipe import Inputs, Recipe, RunOptions
 from .trainer import Trainer, make_accelerator, mean_over_processes

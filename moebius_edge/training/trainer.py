@@ -34,9 +34,9 @@ from .loop import (
     save_checkpoint,
     update_average,
 )
+from .losses import Figures, Objective, autocast
 from .networks import average_statistics, measure_statistics, set_training, spread_momentum
 from .noising import Batch, Noising, draw_noise, prompt_ids
-from .objectives import Figures, Objective, autocast
 from .optimiser import MuonAdamW
 from .recipe import Recipe, RunOptions
 

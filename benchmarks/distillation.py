@@ -53,7 +53,7 @@ def main() -> None:
 
     vae = open_vae(options.vae)
     cases = held_out_cases(8, 8 * options.side, EVALUATION_SEED)
-    cache = LatentCache.open(options.latents, options.side)
+    cache = LatentCache(options.latents, options.side)
     results: dict[str, dict[str, dict[str, float]]] = {
         "border mean": {"-": figures([border_mean(c.image, c.mask) for c in cases], cases)},
         "Telea": {"-": figures([telea(c.image, c.mask) for c in cases], cases)},

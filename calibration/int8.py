@@ -53,7 +53,7 @@ class Int8Options:
     """How to quantise; ``folder`` keeps what was recorded and measured, with ``force`` an older output is replaced.
 
     ``data`` and ``masks`` are as for ``open_calibration``, ``recipe`` is a file that spares the search, ``ranges`` is
-    one of ``ranges.METHODS``, and ``target`` one of ``quantise.TARGETS``. Raises UsageError without ``data``.
+    one of ``int8_ranges.METHODS``, and ``target`` one of ``quantise.TARGETS``. Raises UsageError without ``data``.
     """
 
     folder: Path

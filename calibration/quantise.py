@@ -28,11 +28,11 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import BundleError, MachineError, UsageError
+from ..export.int8_ranges import LARGEST, activation_scale
 from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors
 from ..export.precision import convert
 from ..system.files import utf8_path
 from .blocks import Block, Recipe, block_of, blocks, inlined
-from .ranges import LARGEST, activation_scale
 from .smoothing import norms, smooth, tensor_readers
 from .statistics import Statistics
 

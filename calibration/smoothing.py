@@ -16,8 +16,8 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..errors import UsageError
+from ..export.int8_ranges import LARGEST
 from .blocks import block_of
-from .ranges import LARGEST
 
 ALPHA = 0.5  # the paper's for most of its networks
 _MOVING = ("Transpose", "Reshape", "Cast")

@@ -2,60 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-BINS = 4096  # at least half are in use, so that a step of INT8 over the whole range spans 16 bins or more
-_SMALLEST_LIMIT = 2.0**-100  # finer values fall into the first bin, and bins / limit stays within float32
-_CHUNK = 1 << 20  # values counted at a time, so that temporary arrays stay at a few MB whatever the tensor's size
-
-
-class Histogram:
-    """Counts of magnitudes in ``bins`` (a power of two) equal bins over [0, ``limit``), exact zeros apart.
-
-    The limit is a power of two and grows by doubling, when neighbouring bins are merged in pairs. So a value's bin is
-    exact in float32, and the order of the data changes nothing. Zeros are apart because every symmetric scale
-    represents them: in a bin they would pass for small values, and after a ReLU they are the majority.
-    """
-
-    def __init__(self, bins: int = BINS) -> None:
-        self.counts: npt.NDArray[np.int64] = np.zeros(bins, np.int64)
-        self.limit = 0.0  # 0 while nothing but zeros was seen
-        self.zeros = 0
-        self.maximum = 0.0  # the largest magnitude
-
-    @property
-    def width(self) -> float:
-        """The width of one bin."""
-        return self.limit / len(self.counts)
-
-    def add(self, magnitudes: npt.NDArray[np.float32]) -> None:
-        """Count the values of an array of any shape, finite and not negative."""
-        flat = magnitudes.reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            self._add(flat[start : start + _CHUNK])
-
-    def _add(self, magnitudes: npt.NDArray[np.float32]) -> None:
-        zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
-        self.zeros += zeros
-        if zeros == magnitudes.size:
-            return
-        largest = float(magnitudes.max())
-        self.maximum = max(self.maximum, largest)
-        needed = max(math.ldexp(1.0, math.frexp(largest)[1]), _SMALLEST_LIMIT)
-        self.limit = self.limit or needed
-        while self.limit < needed:
-            pairs = self.counts.reshape(-1, 2).sum(axis=1)
-            self.counts = np.concatenate([pairs, np.zeros_like(pairs)])
-            self.limit *= 2
-        bins = len(self.counts)
-        index = (magnitudes * np.float32(bins / self.limit)).astype(np.int32)
-        self.counts += np.bincount(index, minlength=bins)
-        self.counts[0] -= zeros
+from ..export.int8_ranges import Histogram
 
 
 class TensorStatistics:

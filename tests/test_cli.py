@@ -19,10 +19,10 @@ from commanding import Captured
 import moebius_edge
 from moebius_edge import errors, options
 from moebius_edge.calibration.quantise import TARGETS
-from moebius_edge.calibration.ranges import METHODS
 from moebius_edge.cli import main
 from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
+from moebius_edge.export.int8_ranges import METHODS
 from moebius_edge.pipeline.presets import PRESETS
 from moebius_edge.runtimes.auto import CANDIDATES
 from moebius_edge.runtimes.engine_files import FLAVOURS

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +22,7 @@ from moebius_edge.export.onnx_file import OPSET, write_onnx
 from moebius_edge.export.operators import TRANSLATIONS, function_bodies
 from moebius_edge.export.specialise import specialise
 from moebius_edge.model import Student, build_student
-from moebius_edge.training.fake_quantise import read_blocks, round_activation, round_weight, simulate
+from moebius_edge.training.fake_quantise import block_names, round_activation, round_weight, simulate
 
 torch.set_num_threads(1)
 LAMBDAS = sorted(
@@ -42,11 +40,6 @@ def test_activations_are_rounded_by_hand_and_their_gradient_passes_inside_the_ra
     assert rounded.tolist()[0] == [0, 0, 0.5, -0.5, 63.5, 63.5, -64.0, -64.0, 63.5]
     rounded.sum().backward()
     assert x.grad is not None and x.grad.tolist()[0] == [1, 1, 1, 1, 1, 0, 1, 0, 0]
-
-
-def test_each_part_of_the_channels_has_its_scale() -> None:
-    x = torch.full((1, 4, 2, 2), 0.7)
-    assert round_activation(x, (0.5, 0.2))[0, :, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.8, 0.8])
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 5)])
@@ -92,13 +85,6 @@ def predict(student: Student, feeds: dict[str, np.ndarray]) -> Tensor:
     return noise
 
 
-def simulated(chosen: list[str], feeds: dict[str, np.ndarray], method: str = "mse") -> tuple[Student, Any]:
-    student = golden()
-    simulation = simulate(student, chosen)
-    simulation.calibrate([lambda: predict(student, feeds)], method)
-    return student, simulation
-
-
 def plain_path(node: onnx.NodeProto) -> str:
     """The name that the simulation gives the input of an exported product."""
     namespace = next(p.value for p in node.metadata_props if p.key == "namespace")
@@ -135,21 +121,11 @@ def test_until_it_has_scales_it_is_the_float_student(exported: SimpleNamespace) 
     torch.testing.assert_close(predict(student, exported.feeds), expected, rtol=1e-4, atol=1e-5)
 
 
-def infer(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    noise: np.ndarray = session.run(None, feeds)[0]
-    return noise
-
-
-def decibels(a: np.ndarray, b: np.ndarray) -> float:
-    """Signal to noise of ``a`` against ``b``."""
-    return float(10 * np.log10(np.square(b).mean() / np.square(a - b).mean()))
-
-
 def compared(exported: SimpleNamespace, chosen: list[str]) -> tuple[float, float]:
-    """How near the simulation comes to the INT8 file with the same scales, and to float32: dB."""
-    student, simulation = simulated(chosen, exported.feeds)
-    recipe = Recipe(dict.fromkeys(chosen, True))
+    """How near the simulation comes to the INT8 file with the same scales, and how near float32 does: dB."""
+    student = golden()
+    simulation = simulate(student, chosen)
+    simulation.calibrate([lambda: predict(student, exported.feeds)], "mse")
     constants = {t.name for t in exported.model.graph.initializer}
     scales: dict[str, float] = {}
     for node in exported.model.graph.node:
@@ -158,10 +134,17 @@ def compared(exported: SimpleNamespace, chosen: list[str]) -> tuple[float, float
                 path = plain_path(node)
                 if path in simulation.scales:
                     assert scales.setdefault(name, simulation.scales[path]) == simulation.scales[path], path
+    int8 = quantise(exported.model, Recipe(dict.fromkeys(chosen, True)), scales)
+    file, unrounded = (
+        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, exported.feeds
+        )
+        for m in (int8, exported.model)
+    )
     with torch.no_grad():
         ours = predict(student, exported.feeds).numpy()
-    file = infer(quantise(exported.model, recipe, scales), exported.feeds)
-    return decibels(ours, file), decibels(infer(exported.model, exported.feeds), file)
+    errors = [np.square(a - file).mean() / np.square(file).mean() for a in (ours, unrounded)]
+    return float(-10 * np.log10(errors[0])), float(-10 * np.log10(errors[1]))
 
 
 UP = "up_blocks.0"  # a shortcut, an upsampler, and a skip connection behind it
@@ -189,13 +172,6 @@ def test_a_block_is_rounded_as_in_the_exported_file(exported: SimpleNamespace, b
     """To float32's rounding (some 116 dB), but where a value half way between two integers goes the other way."""
     ours, unrounded = compared(exported, [block])
     assert ours > unrounded + 15 and ours > 65 and unrounded < 70
-
-
-def test_blocks_together_are_rounded_as_in_the_exported_file(exported: SimpleNamespace) -> None:
-    """To a tenth of the rounding's own error, in power: a value half way between two integers that goes the other way
-    moves what follows, in a network of random weights further than in a trained one. So not all blocks here."""
-    ours, unrounded = compared(exported, [n for n in exported.blocks if n.startswith("up_blocks.1.resnets")])
-    assert ours > unrounded + 10
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -227,10 +203,8 @@ def test_ranges_that_are_zero_or_not_finite_are_named(exported: SimpleNamespace)
         simulation.calibrate(forward, "mse")
 
 
-def test_a_recipe_is_read_for_the_student_s_shape(tmp_path: Path) -> None:
-    quantised = {"conv_out": True, "conv_in": True, f"{UP}.upsamplers.0.phases": False}
-    Recipe(quantised).save(tmp_path / "recipe.json")
-    assert read_blocks(tmp_path / "recipe.json", CONFIG) == ("conv_in", "conv_out")
-    Recipe({"conv_in": True, "up_blocks.1.upsamplers.0.phases": False}).save(tmp_path / "other.json")
+def test_a_recipe_is_checked_against_the_student_s_shape() -> None:
+    names = block_names(CONFIG)
+    Recipe({"conv_out": True, f"{UP}.upsamplers.0.phases": False}).check(names)
     with pytest.raises(UsageError, match="does not have: up_blocks.1.upsamplers.0.phases: remove them, or use"):
-        read_blocks(tmp_path / "other.json", CONFIG)
+        Recipe({"conv_in": True, "up_blocks.1.upsamplers.0.phases": False}).check(names)

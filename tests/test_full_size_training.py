@@ -35,7 +35,7 @@ def test_a_student_s_step_at_512_pixels_fits_8_gib(tmp_path: Path) -> None:
     mask[..., 16:40, 16:40] = 1
     for name, array in {"clean": clean, "masked": clean[:, None] * (1 - mask)[:, :, None], "mask": mask}.items():
         np.save(shard / f"{name}.npy", array)
-    index = {"format": 1, "key": "0" * 64, "parts": {"count": 1, "shard_size": 1}}
+    index = {"format": 1, "parts": {"count": 1, "shard_size": 1}}
     (tmp_path / "latents" / "index.json").write_text(json.dumps(index))
     command = [sys.executable, "-m", "moebius_edge", "train", "--student", "student.bin", "--latents", "latents"]
     command += ["--set", "optimiser.steps=1", "--set", "optimiser.batch=1", "--set", "losses.terms=['task']"]

@@ -41,7 +41,7 @@ WORKSTATION: dict[str, set[str]] = {
     "model": {"checkpoints", "documents", "errors", "spec", "system"},
     "export": BELOW_REPORT | {"checkpoints", "model"},
     "calibration": BELOW_REPORT | {"model", "export"},
-    "training": BELOW_REPORT | {"model", "export", "calibration"},
+    "training": BELOW_REPORT | {"model", "export"},
 }
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
 TORCH_REFERENCE = "report.measure"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation

@@ -18,15 +18,19 @@ from moebius_edge.errors import UsageError
 from moebius_edge.model import Student, build_student, build_teacher
 from moebius_edge.training.fake_quantise import simulate
 from moebius_edge.training.losses import (
+    Distillation,
+    Guidance,
     LayerGradient,
+    QuantisationAware,
+    Task,
     adaptive_weights,
     coarse_loss,
     noise_loss,
+    noise_weight,
     predicted_clean,
     total_loss,
 )
 from moebius_edge.training.noising import Batch, Noising, prompt_ids
-from moebius_edge.training.objectives import Distillation, Guidance, QuantisationAware, Task, noise_weight
 from moebius_edge.training.perceptual import choose_distance
 from moebius_edge.training.recipe import LossRecipe
 
@@ -112,17 +116,12 @@ def at(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda loss: torch.autograd.grad(loss, weight, retain_graph=True)[0]
 
 
-@pytest.fixture
-def output() -> nn.Parameter:
-    return nn.Parameter(torch.ones(2, dtype=torch.double))
+def weights_of_two() -> tuple[nn.Parameter, nn.Parameter]:
+    return nn.Parameter(torch.ones(2, dtype=torch.double)), nn.Parameter(torch.ones(2, dtype=torch.double))
 
 
-@pytest.fixture
-def inner() -> nn.Parameter:
-    return nn.Parameter(torch.ones(2, dtype=torch.double))
-
-
-def test_adaptive_weights_by_hand(output: nn.Parameter, inner: nn.Parameter) -> None:
+def test_adaptive_weights_by_hand() -> None:
+    output, inner = weights_of_two()
     losses = {
         "task": line(output, 3, 4) + line(inner, 8, 6),
         "fine": line(output, 0, 2),
@@ -135,13 +134,14 @@ def test_adaptive_weights_by_hand(output: nn.Parameter, inner: nn.Parameter) -> 
     assert weights["w_cross"].item() == pytest.approx(3 / (10 + 1e-4), rel=1e-12)
     assert not any(w.requires_grad for w in weights.values())
     assert output.grad is None and inner.grad is None
-    total_loss(losses, weights, LOSSES, losses.keys()).backward()  # the graphs are still there
+    total_loss(losses, weights, LOSSES, losses.keys()).backward(retain_graph=True)  # the graphs are still there
     assert output.grad is not None
+    weights = adaptive_weights({"task": losses["task"]}, at(output), at(inner), alone)
+    assert [w.item() for w in weights.values()] == [0, 0, 1]  # of terms that are off
 
 
-def test_adaptive_weights_are_clamped_unless_a_gradient_is_not_finite(
-    output: nn.Parameter, inner: nn.Parameter
-) -> None:
+def test_adaptive_weights_are_clamped_unless_a_gradient_is_not_finite() -> None:
+    output, inner = weights_of_two()
     task = line(output, 3, 4) + line(inner, 0, 0)
     losses = {"task": task, "fine": line(output, 0, 0), "coarse": line(inner, 30, 40)}
     weights = adaptive_weights({**losses, "perceptual": line(output, 1e-7, 0)}, at(output), at(inner), alone)
@@ -152,15 +152,9 @@ def test_adaptive_weights_are_clamped_unless_a_gradient_is_not_finite(
         assert weights["w_out"].isnan() and weights["w_cross"].isnan()
 
 
-def test_weights_of_terms_that_are_off(output: nn.Parameter, inner: nn.Parameter) -> None:
-    losses = {"task": line(output, 3, 4) + line(inner, 8, 6)}
-    weights = adaptive_weights(losses, at(output), at(inner), alone)
-    assert [w.item() for w in weights.values()] == [0, 0, 1]
-    assert total_loss(losses, weights, LOSSES, {"task"}).item() == pytest.approx(0.5 * 21)
-
-
-def test_the_length_is_that_of_the_mean_gradient(output: nn.Parameter, inner: nn.Parameter) -> None:
+def test_the_length_is_that_of_the_mean_gradient() -> None:
     """Two processes whose gradients partly cancel: the mean's length, not the lengths' mean."""
+    output, inner = weights_of_two()
     first = {"task": line(output, 3, 4) + line(inner, 8, 0), "fine": line(output, 2, 0), "coarse": line(inner, 0, 4)}
     second = {"task": line(output, 3, -4) + line(inner, 0, 6), "fine": line(output, 0, 2), "coarse": line(inner, 0, -2)}
     sent: list[list[Tensor]] = [[], []]
@@ -193,7 +187,6 @@ ALL = ("coarse", "fine", "task", "perceptual")
     [
         (ALL, LOSSES, 0.01 * 5 + 2 * (0.5 * 2 + 0.01 * 10 * 3 + 0.5 * 4 * 7)),
         (("coarse", "fine"), LOSSES, 0.01 * 5 + 2 * 0.01 * 10 * 3),
-        (("coarse", "fine", "task"), LOSSES, 0.01 * 5 + 2 * (0.5 * 2 + 0.01 * 10 * 3)),
         (("task",), LOSSES, 2 * 0.5 * 2),
         (ALL, LossRecipe(distillation=1, task=2, perceptual=3), 5 + 2 * (2 * 2 + 10 * 3 + 3 * 4 * 7)),
     ],
@@ -203,54 +196,6 @@ def test_total_by_hand(terms: tuple[str, ...], recipe: LossRecipe, expected: flo
     losses["perceptual"] = torch.tensor(7.0)
     weights = {"w_out": torch.tensor(10.0), "w_perceptual": torch.tensor(4.0), "w_cross": torch.tensor(2.0)}
     assert total_loss(losses, weights, recipe, set(terms)).item() == pytest.approx(expected)
-
-
-def finite_lengths(losses: Callable[[], dict[str, Tensor]], weight: nn.Parameter, *names: str) -> dict[str, float]:
-    """The lengths of the losses' gradients at ``weight``, by central differences.
-
-    Along a gradient's own direction the slope is its length, if it is the gradient; a random direction says whether
-    it is.
-    """
-
-    def slope(name: str, direction: Tensor, step: float = 1e-5) -> float:
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                weight.add_(direction, alpha=sign * step)
-                values.append(losses()[name].item())
-                weight.sub_(direction, alpha=sign * step)
-        return (values[0] - values[1]) / (2 * step)
-
-    lengths = {}
-    for name in names:
-        (gradient,) = torch.autograd.grad(losses()[name], weight)
-        direction = nn.functional.normalize(torch.randn_like(gradient).flatten(), dim=0).view_as(gradient)
-        expected = (gradient * direction).sum().item()
-        assert slope(name, direction) == pytest.approx(expected, rel=1e-5, abs=1e-5 * gradient.norm().item())
-        lengths[name] = slope(name, gradient / gradient.norm())
-    return lengths
-
-
-def test_the_weights_are_those_of_finite_differences() -> None:
-    """Of a small student and teacher in float64, all four losses of one batch."""
-    student, objective = distillation(LOSSES, levels=2)
-    student.double().train()
-    objective._teacher.double()
-    given = Batch(*(t.double() if t.is_floating_point() else t for t in batch()))
-
-    def losses() -> dict[str, Tensor]:
-        return objective._losses(student(given.sample, given.timestep, prompt_ids(10, given.unconditional)), given)
-
-    _, figures = objective(student, given)
-    at_output = finite_lengths(losses, student.output_layer.weight, "task", "fine", "perceptual")
-    at_inner = finite_lengths(losses, student.coarse_layer.weight, "task", "coarse")
-    expected = {
-        "w_out": at_output["task"] / (at_output["fine"] + 1e-6),
-        "w_perceptual": at_output["task"] / (at_output["perceptual"] + 1e-6),
-        "w_cross": at_inner["coarse"] / (at_inner["task"] + 1e-4),
-    }
-    assert {name: figures[name].item() for name in expected} == pytest.approx(expected, rel=1e-6)
-    assert len({round(v, 3) for v in [*expected.values(), 1.0]}) == 4  # none agrees by accident
 
 
 def batch(unconditional: int = 0) -> Batch:
@@ -264,11 +209,10 @@ def batch(unconditional: int = 0) -> Batch:
 
 def test_the_noise_error_s_weights_by_hand() -> None:
     given = batch()
-    assert noise_weight(given, LOSSES) is None
+    assert noise_weight(given, LOSSES).eq(1).all()
     hole = noise_weight(given, replace(LOSSES, hole_weight=5.0))
-    assert hole is not None and hole[0, 0, 2, 2] == 5 and hole[0, 0, 0, 0] == 1
+    assert hole[0, 0, 2, 2] == 5 and hole[0, 0, 0, 0] == 1
     early = noise_weight(given, replace(LOSSES, velocity_limit=40.0))
-    assert early is not None
     expected = (1 / given.alpha_bar).clamp(max=40)
     torch.testing.assert_close(early.flatten(1)[:, 0], expected)
     assert expected[1] == 40 and expected[0] < 2
@@ -284,34 +228,20 @@ def test_the_task_alone_is_the_mean_squared_error_of_the_right_branch() -> None:
     assert not figures["task"].requires_grad
 
 
-def distillation(losses: LossRecipe, levels: int = 3) -> tuple[Any, Any]:
+def distillation(losses: LossRecipe) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    student = build_student(replace(STUDENT, block_out_channels=(32,) * levels)).eval()
-    teacher = build_teacher(replace(TEACHER, block_out_channels=(32,) * (levels + 1))).eval()
+    student = build_student(STUDENT).eval()
+    teacher = build_teacher(TEACHER).eval()
     distance = choose_distance("teacher", teacher) if "perceptual" in losses.terms else None
     return student, Distillation(losses, student, teacher, distance, "fp32", lambda value: value)
 
 
-def test_the_total_is_the_paper_s() -> None:
-    student, objective = distillation(LOSSES)
-    total, f = objective(student, batch())
-    expected = 0.01 * f["coarse"] + f["w_cross"] * (
-        0.5 * f["task"] + 0.01 * f["w_out"] * f["fine"] + 0.5 * f["w_perceptual"] * f["perceptual"]
-    )
-    torch.testing.assert_close(total.detach(), expected)
-    assert all(value > 0 and not value.requires_grad for value in f.values())
-    total.backward()
-    assert all(p.grad is not None for p in student.parameters())
-    assert all(p.grad is None for p in objective._teacher.parameters())
-
-
-@pytest.mark.parametrize(
-    "terms", [("coarse",), ("coarse", "fine"), ("coarse", "fine", "task"), ("fine", "task"), ("task", "perceptual")]
-)
-def test_terms_that_are_off_leave_no_trace(terms: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("terms", [ALL, ("coarse",), ("coarse", "fine"), ("fine", "task"), ("task", "perceptual")])
+def test_the_total_is_the_paper_s_and_terms_that_are_off_leave_no_trace(terms: tuple[str, ...]) -> None:
     student, objective = distillation(replace(LOSSES, terms=terms))
     total, f = objective(student, batch())
     assert set(f) == {*terms, "task", "w_out", "w_perceptual", "w_cross"}  # the task is always measured
+    assert not any(value.requires_grad for value in f.values())
     parts = {
         "coarse": 0.01 * f.get("coarse", torch.tensor(0.0)),
         "fine": f["w_cross"] * 0.01 * f["w_out"] * f.get("fine", torch.tensor(0.0)),
@@ -322,6 +252,8 @@ def test_terms_that_are_off_leave_no_trace(terms: tuple[str, ...]) -> None:
     total.backward()
     output = student.output_layer.weight.grad
     assert output is not None and (bool(output.any()) == (terms != ("coarse",)))
+    assert all(p.grad is None for p in objective._teacher.parameters())
+    assert terms == ("coarse",) or all(p.grad is not None for p in student.parameters())
 
 
 def test_guidance_is_learnt_by_the_conditional_branch() -> None:
@@ -358,15 +290,16 @@ def test_the_rounded_student_learns_its_float_copy() -> None:
     weight = (1 - given.alpha_bar)[:, None, None, None] * (1 + 4 * given.mask)
     torch.testing.assert_close(loss, (error.square() * weight).mean())
     assert loss > 0 and figures["int8"] == loss and figures["task"] > loss
-    losses = [float(loss.detach())]
+    losses = []
     for _ in range(12):
         student.zero_grad()
-        objective(student, given)[0].backward()
+        loss, _ = objective(student, given)
+        loss.backward()
         with torch.no_grad():
             for parameter in student.parameters():
                 if parameter.grad is not None:
                     parameter -= 1e-3 * parameter.grad
-        losses.append(float(objective(student, given)[0].detach()))
+        losses.append(float(loss.detach()))
     assert max(losses[-3:]) < 0.5 * losses[0]
     assert not any(p.requires_grad for p in frozen.parameters())
 

@@ -15,11 +15,8 @@ from moebius_edge.training.recipe import NoiseRecipe
 UNIFORM = NoiseRecipe(timesteps="uniform")
 
 
-def test_uniform_places_are_timesteps() -> None:
+def test_places_are_quantiles_of_the_timesteps() -> None:
     assert [timestep_at(p, UNIFORM) for p in (0.0, 0.5, 0.9999)] == [0, 500, 999]
-
-
-def test_logit_normal_places_are_quantiles() -> None:
     recipe = NoiseRecipe(logit_mean=0.5, logit_std=2.0)
     one_deviation = 0.8413447460685429  # of a normal distribution, below its mean plus one deviation
     assert timestep_at(one_deviation, recipe) == int(1000 / (1 + math.exp(-2.5)))

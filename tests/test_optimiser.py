@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from training_toys import STUDENT
 
-from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.model import build_student
 from moebius_edge.training.networks import (
     average_statistics,
     batch_norms,
@@ -22,35 +22,17 @@ from moebius_edge.training.optimiser import MuonAdamW, is_matrix
 torch.set_num_threads(1)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Conv2d(6, 4, 1)
-        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
-        self.last = nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.last(self.depthwise(self.wide(x)).mean((2, 3)))
-        return y
-
-
-def train(net: nn.Module, optimiser: MuonAdamW, steps: int, first: int = 0) -> list[float]:
-    losses = []
-    for step in range(first, first + steps):
+def train(net: nn.Module, optimiser: MuonAdamW, steps: range) -> None:
+    for step in steps:
         x = torch.randn(8, 6, 5, 5, generator=torch.Generator().manual_seed(step))
-        loss = (net(x) - x.mean((2, 3))[:, :3]).square().mean()
+        loss = (net(x) - x[:, :3, 1:-1, 1:-1]).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(loss.item())
-    return losses
 
 
 def test_the_matrices_of_a_student_are_its_dense_maps() -> None:
-    config = StudentConfig(
-        block_out_channels=(32, 32), num_heads=4, cross_attention_dim=16, prompt_embedding_dim=16, latent_size=8
-    )
-    names = {n: is_matrix(n, p) for n, p in build_student(config).named_parameters()}
+    names = {n: is_matrix(n, p) for n, p in build_student(STUDENT).named_parameters()}
     block = "diff_model.down_blocks.0.attentions.0.transformer_blocks.0"
     for name in ("attn1.to_q.weight", "attn2.to_k.weight", "ff.point_conv.conv.weight"):
         assert names[f"{block}.{name}"]
@@ -61,32 +43,16 @@ def test_the_matrices_of_a_student_are_its_dense_maps() -> None:
         assert not names[name]
 
 
-def test_a_first_step_of_muon_turns_a_gradient_into_its_orthogonal_factor() -> None:
-    """U Vᵀ of the gradient's singular value decomposition, times the rate; Newton and Schulz come near it."""
-    torch.manual_seed(0)
-    net = nn.Conv2d(24, 16, 1)
-    net.weight.grad = torch.randn(16, 24, 1, 1)
-    u, _, v = torch.linalg.svd(net.weight.grad.flatten(1), full_matrices=False)
-    before = net.weight.detach().clone()
-    MuonAdamW(net, 0.1, weight_decay=0.0).step()
-    moved = (before - net.weight.detach()).flatten(1) / 0.1
-    scale = 0.2 * 24**0.5  # that of an AdamW step's root mean square
-    singular = torch.linalg.svdvals(moved) / scale
-    assert singular.min() > 0.6 and singular.max() < 1.3
-    cosine = (moved * (u @ v)).sum() / (moved.norm() * (u @ v).norm())
-    assert cosine > 0.95
-
-
 def test_a_saved_state_goes_on_exactly() -> None:
     torch.manual_seed(0)
-    net = Net()
+    net = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 3, 1))
     optimiser = MuonAdamW(net, 0.02)
-    train(net, optimiser, 3)
+    train(net, optimiser, range(3))
     later = copy.deepcopy(net)
     resumed = MuonAdamW(later, 0.02)
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
-    train(net, optimiser, 3, first=3)
-    train(later, resumed, 3, first=3)
+    train(net, optimiser, range(3, 6))
+    train(later, resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), later.parameters(), strict=True))
 
 
@@ -129,8 +95,7 @@ def test_settled_statistics_are_the_plain_mean_and_the_weights_stay() -> None:
 @pytest.mark.parametrize("passes", [1, 3])
 def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(passes: int) -> None:
     torch.manual_seed(0)
-    plain = build_student(STUDENT)
-    frugal = build_student(STUDENT)
+    plain, frugal = build_student(STUDENT), build_student(STUDENT)
     frugal.load_state_dict(plain.state_dict())
     frugal.diff_model.checkpoint_gradients()
     sample, timestep = torch.randn(2, 9, 8, 8), torch.tensor([10, 900])

@@ -23,9 +23,9 @@ from moebius_edge.calibration.quantise import (
     quantise_weight,
     quantised_nodes,
 )
-from moebius_edge.calibration.ranges import METHODS
 from moebius_edge.calibration.statistics import Statistics, TensorStatistics
 from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.export.int8_ranges import METHODS
 from moebius_edge.export.precision import convert
 from moebius_edge.export.trt_rules import problems
 

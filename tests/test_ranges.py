@@ -7,9 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from moebius_edge.calibration.ranges import METHODS, activation_scale, entropy, mean_squared_error, percentile
-from moebius_edge.calibration.statistics import Histogram
 from moebius_edge.errors import UsageError
+from moebius_edge.export.int8_ranges import (
+    METHODS,
+    Histogram,
+    activation_scale,
+    entropy,
+    mean_squared_error,
+    percentile,
+)
 
 
 def histogram_of(values: np.ndarray, bins: int = 4096) -> Histogram:

@@ -35,21 +35,12 @@ def test_the_tiny_preset_has_the_bundled_model_s_shape_and_autoencoder() -> None
     assert own.with_bundled("int8") == own  # an autoencoder that is not its own would be wrong
 
 
-def test_the_default_is_the_paper_s() -> None:
-    losses = Recipe().losses
-    assert (losses.distillation, losses.task, losses.perceptual) == (0.01, 0.5, 0.5)
-    assert losses.terms == ("coarse", "fine", "task", "perceptual")
-    assert Recipe().noise.timesteps == "logit-normal" and Recipe().noise.offset == 0.0357
-    assert Recipe().resolution == 512
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("optimiser.steps=2000", {"optimiser": {"steps": 2000}}),
         ("losses.terms=['task']", {"losses": {"terms": ["task"]}}),
         ("noise.timesteps=uniform", {"noise": {"timesteps": "uniform"}}),
-        ("data.cache=false", {"data": {"cache": False}}),
         ("seed=3", {"seed": 3}),
     ],
 )
@@ -71,14 +62,10 @@ def test_a_flag_changes_one_value_and_a_whole_number_may_stand_for_a_float() -> 
         ("optimiser=1", r"recipe: optimiser is 1, expected an object"),
         ("optimiser.steps=many", r"optimiser.steps is 'many', expected a valid integer"),
         ("optimiser.steps=true", r"optimiser.steps is True, expected a valid integer"),
-        ("optimiser.steps=0", r"optimiser.steps is 0, expected greater than or equal to 1"),
         ("optimiser.learning_rate=nan", r"optimiser.learning_rate is nan, expected"),
-        ("optimiser.precision=int4", r"optimiser.precision is 'int4', expected 'fp32', 'bf16' or 'fp16'"),
         ("losses.terms=[]", r"losses.terms is \[\], expected to have at least 1 item"),
         ("losses.terms=['tusk']", r"losses.terms.0 is 'tusk', expected 'coarse', 'fine', 'task' or 'perceptual'"),
         ("data.coverage=[2,0.1]", r"data.coverage.0 is 2, expected less than or equal to 1"),
-        ("int8.ranges=best", r"int8.ranges is 'best', expected 'minmax', 'percentile', 'entropy' or 'mse'"),
-        ("int8.blocks=[1]", r"int8.blocks.0 is 1, expected a valid string"),
         ("student.num_heads=7", r"320 channels do not divide into 7 heads"),
         ("steps", r"--set 'steps' sets nothing: write section.name=value"),
     ],

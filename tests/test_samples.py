@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moebius_edge.data.masks import draw_mask, sample_mask
+from moebius_edge.data.masks import sample_mask
 from moebius_edge.data.pictures import Pictures, Place
 from moebius_edge.data.samples import MaskedPictures, Transform, Unreadable, _crop
 from moebius_edge.errors import UsageError
-from moebius_edge.imaging.pictures import Picture, write_picture
 from moebius_edge.training.loop import draw_batches, plain
 
 SMALL = Transform(resolution=16)
-
-
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 class InMemory(Pictures):
@@ -106,25 +99,6 @@ def test_pictures_none_of_which_can_be_read_are_an_error() -> None:
     assert drawn(MaskedPictures(flat(None, None, 7, None), SMALL, 0), range(8)) == [7] * 8
 
 
-def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
-    """The same through real files: one cut short, one missing, one whose mask is of another size."""
-    places = [Place(n, str(tmp_path / n)) for n in ("good.png", "cut.png", "gone.png", "other.png")]
-    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
-    for place in (places[0], places[1], places[3]):
-        write_picture(place.file, Picture.from_array(noise))
-    cut = tmp_path / "cut.png"
-    cut.write_bytes(cut.read_bytes()[:300])
-    write_picture(tmp_path / "mask.png", Picture.from_array(noise[:10, :, 0]))
-    mask = Place("mask.png", str(tmp_path / "mask.png"))
-    samples = MaskedPictures(Pictures("here", places, [None, None, None, mask]), SMALL, 0)
-    for i in range(4):
-        samples.sample_masks(i, 1)
-    found = samples.unreadable.entries()
-    assert found.keys() == {"cut.png", "gone.png", "other.png"}
-    assert "damaged" in found["cut.png"] and "there is no picture" in found["gone.png"]
-    assert "is 20x10 and the picture is 20x20" in found["other.png"]
-
-
 def test_crops_are_squares_of_the_picture_at_scales_within_the_range() -> None:
     """A picture whose pixels name their places shows by its corners what was cut."""
     y, x = np.mgrid[0:100, 0:160].astype(np.uint8)
@@ -136,9 +110,9 @@ def test_crops_are_squares_of_the_picture_at_scales_within_the_range() -> None:
         height, width = (float(crop[-1, -1, c]) - float(crop[0, 0, c]) for c in (0, 1))
         assert height == pytest.approx(width, abs=3)
         sides.append(height * 32 / 31)
-        corners.append((crop[0, 0, 0], crop[0, 0, 1]))
+        corners.append(crop[0, 0, :2])
     assert min(sides) == pytest.approx(40, abs=3) and max(sides) == pytest.approx(100, abs=3)
-    assert np.max(corners, 0)[0] > 50 and np.max(corners, 0)[1] > 100
+    assert (np.max(corners, 0) > (50, 100)).all()
     for i in range(20):  # no crop is smaller than the sample where the picture is not
         crop, _ = _crop(np.random.default_rng(i), image[:40], None, tall)
         assert (crop[0, 0, 0], crop[-1, -1, 0]) == (0, 39)
@@ -206,46 +180,13 @@ def test_identities_differ_with_whatever_decides_a_sample() -> None:
 
     ours = identity([1, 2], SMALL, 0)
     assert identity([1, 2], Transform(resolution=16), 0) == ours
-    others = [identity([1, 2, 3], SMALL, 0), identity([1, 2], SMALL, 1)]
-    for change in (
-        {"resolution": 24},
-        {"min_scale": 0.6},
-        {"flip": False},
-        {"presets": ("box",)},
-        {"coverage": (0.05, 0.4)},
-    ):
-        others.append(identity([1, 2], replace(SMALL, **change), 0))  # type: ignore[arg-type]
-    assert ours not in others
-
-
-def test_wider_presets_cover_more() -> None:
-    thin, medium, thick = (
-        np.mean([draw_mask(rng(i), 64, preset).mean() for i in range(60)]) for preset in ("thin", "medium", "thick")
-    )
-    assert 0 < thin < 0.6 * medium < 0.6 * thick
+    for other in (identity([1, 2, 3], SMALL, 0), identity([1, 2], SMALL, 1), identity([1, 2], Transform(24), 0)):
+        assert other != ours
 
 
 def test_a_range_that_no_preset_reaches_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"none of 5 masks of the presets thin covers 0.95 to 1.0 of the picture: wid"):
-        sample_mask(rng(0), 64, (0.95, 1.0), ("thin",), attempts=5)
-
-
-def test_what_several_processes_note_is_listed_once() -> None:
-    listed = Unreadable()
-    listed.add("a", "first")
-
-    def note(number: int) -> None:
-        for i in range(200):
-            listed.add(f"{i}", f"by {number}" * 50)
-
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=note, args=(i,)) for i in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    listed.add("a", "again")
-    assert len(listed.entries()) == 201 and listed.entries()["a"] == "first"
+        sample_mask(np.random.default_rng(0), 64, (0.95, 1.0), ("thin",), attempts=5)
 
 
 def test_a_later_run_adds_to_the_file(tmp_path: Path) -> None:
@@ -258,11 +199,8 @@ def test_a_later_run_adds_to_the_file(tmp_path: Path) -> None:
         assert listed.write(path) == total
     reason = r"is damaged\nin 2 places"
     assert path.read_text() == f"a\t{reason}\nb\t{reason}\nc\t{reason}\n"
-
-
-def test_any_name_of_a_file_takes_one_line(tmp_path: Path) -> None:
     listed = Unreadable()
-    for name in ("tab\tline\nend", "\udcff.png", "ä 日.png"):
+    for name in ("tab\tline\nend", "\udcff.png", "ä 日.png"):  # any name takes one line
         listed.add(name, "x")
     assert listed.write(tmp_path / "u.txt") == 3 == listed.write(tmp_path / "u.txt")
     assert (tmp_path / "u.txt").read_bytes() == b"tab\\tline\\nend\tx\n" + "ä 日.png\tx\n".encode() + b"\xff.png\tx\n"

@@ -59,14 +59,10 @@ def test_a_second_folder_gives_masks_by_the_names_without_endings(tmp_path: Path
     pictures = open_pictures(tmp_path / "in", tmp_path / "masks")
     assert masks(pictures) == [None, "b/x.png", None]
     np.testing.assert_array_equal(pictures.read(1)[1], HOLE > 0)
-
-
-def test_masks_inside_the_folder_of_pictures_are_no_pictures(tmp_path: Path) -> None:
-    save(tmp_path / "x.jpg")
-    save(tmp_path / "masks" / "x.png", HOLE)
-    assert names(open_pictures(tmp_path)) == ["masks/x.png", "x.jpg"]
-    pictures = open_pictures(tmp_path, tmp_path / "masks")
-    assert (names(pictures), masks(pictures)) == (["x.jpg"], ["x.png"])
+    save(tmp_path / "in" / "masks" / "y.png", HOLE)  # masks inside the folder of pictures are no pictures
+    assert "masks/y.png" in names(open_pictures(tmp_path / "in"))
+    pictures = open_pictures(tmp_path / "in", tmp_path / "in" / "masks")
+    assert (names(pictures), masks(pictures)) == (["a/x.jpg", "b/x.jpg", "y.png"], [None, None, "y.png"])
 
 
 def test_folders_of_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -106,12 +102,10 @@ def test_no_path_of_a_list_leaves_its_folder(key: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     os.symlink(tmp_path / "outside.png", tmp_path / "data" / "link.png")
     os.symlink(tmp_path, tmp_path / "data" / "up")
-    (tmp_path / "data" / "sub").mkdir()
-    os.symlink(tmp_path / "outside.png", tmp_path / "data" / "sub" / "link.png")
     lines = [{"image": "a.png"}, {"image": "sub/b.png"}]
-    outside = ("../outside.png", "a/../../outside.png", str(tmp_path / "outside.png"), "/x", "//x", "C:x", "..")
-    for name in (*outside, "sub/..", "link.png", "sub/link.png", "up/outside.png", "sub\\..\\..\\outside.png"):
-        listed = write_list(tmp_path / "data" / "l.jsonl", *lines[:2], {"image": "a.png", key: name})
+    outside = ("../outside.png", "a/../../outside.png", str(tmp_path / "outside.png"), "C:x", "..")
+    for name in (*outside, "link.png", "up/outside.png", "sub\\..\\..\\outside.png"):
+        listed = write_list(tmp_path / "data" / "l.jsonl", *lines, {"image": "a.png", key: name})
         with pytest.raises(UsageError, match=r"l.jsonl:3: '.*' leaves the list's folder .*data: give paths relative"):
             open_pictures(listed)
 
@@ -131,18 +125,9 @@ def test_no_path_of_a_list_leaves_its_folder(key: str, tmp_path: Path) -> None:
 def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         open_pictures(write_list(tmp_path / "l.jsonl", {"image": "a.png"}, line))
-
-
-def test_a_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "l.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match=r"l.jsonl is not UTF-8 text"):
         open_pictures(tmp_path / "l.jsonl")
-
-
-def make_shard(path: Path, files: list[str], folder: Path) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name in files:
-            tar.add(folder / name, name)
 
 
 def test_shards_come_by_name_by_pattern_or_as_a_folder(tmp_path: Path) -> None:
@@ -150,8 +135,10 @@ def test_shards_come_by_name_by_pattern_or_as_a_folder(tmp_path: Path) -> None:
     save(tmp_path / "b.png")
     save(tmp_path / "b.mask.png", HOLE)
     (tmp_path / "set").mkdir()
-    make_shard(tmp_path / "set" / "s-09.tar", ["a.jpg"], tmp_path)
-    make_shard(tmp_path / "set" / "s-10.tar", ["b.mask.png", "b.png"], tmp_path)
+    for shard, members in {"s-09.tar": ["a.jpg"], "s-10.tar": ["b.mask.png", "b.png"]}.items():
+        with tarfile.open(tmp_path / "set" / shard, "w") as tar:
+            for name in members:
+                tar.add(tmp_path / name, name)
     whole = ["s-09.tar:a.jpg", "s-10.tar:b.png"]
     for source in ("set", "set/s-{09..10}.tar"):
         pictures = open_pictures(str(tmp_path / source))
@@ -174,7 +161,7 @@ def test_sources_of_no_kind_or_without_pictures_are_refused(tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("x")
     write_list(tmp_path / "empty.jsonl")
-    make_shard(tmp_path / "empty.tar", ["empty/a.txt"], tmp_path)
+    make(tmp_path / "empty.tar", "a.txt")
     for name in ("empty", "empty.jsonl", "empty.tar"):
         with pytest.raises(UsageError, match=rf"{name} holds no picture: they end in .png, .apng, .jpg"):
             open_pictures(tmp_path / name)
@@ -228,33 +215,19 @@ def test_links_and_folders_in_a_shard_are_left_alone(tmp_path: Path) -> None:
     assert index_shard(str(tmp_path / "s.tar")) == []
 
 
-def test_a_key_with_two_pictures_is_refused(tmp_path: Path) -> None:
-    path = make(tmp_path / "s.tar", "x.jpg", "x.png")
-    with pytest.raises(UsageError, match=r"s.tar has 'x.jpg' and 'x.png' of one key, 'x': make the keys of a shard"):
-        index_shard(str(path))
-
-
 def test_a_shard_that_is_not_whole_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     whole = make(tmp_path / "s.tar", "a.jpg", "b.jpg", "c.jpg").read_bytes()
     assert len(index_shard(str(tmp_path / "s.tar"))) == 3
     # in a header, in data, behind data, and where the block that ends an archive should be
-    for length in (0, 300, 512, 700, 1024, 1100, 1536, 3072):
-        (tmp_path / "s.tar").write_bytes(whole[:length])
-        with pytest.raises(UsageError, match=r"s.tar is (no plain .tar file or is damaged|cut short or damaged)"):
-            index_shard(str(tmp_path / "s.tar"))
+    damaged = [whole[:length] for length in (0, 300, 512, 700, 1024, 1100, 1536, 3072)]
     for place in (100, 1024 + 100, 2048 + 100):  # in a header of each member
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        (tmp_path / "s.tar").write_bytes(damaged)
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for content in (*damaged, gzip.compress(whole)):
+        (tmp_path / "s.tar").write_bytes(content)
         with pytest.raises(UsageError, match=r"s.tar is (no plain .tar file or is damaged|cut short or damaged)"):
             index_shard(str(tmp_path / "s.tar"))
-
-
-def test_compressed_and_missing_shards_are_named(tmp_path: Path) -> None:
-    (tmp_path / "s.tar").write_bytes(gzip.compress(make(tmp_path / "x.tar", "a.jpg").read_bytes()))
-    with pytest.raises(UsageError, match=r"s.tar is no plain .tar file or is damaged .*: unpack a compressed one"):
+    make(tmp_path / "s.tar", "x.jpg", "x.png")
+    with pytest.raises(UsageError, match=r"s.tar has 'x.jpg' and 'x.png' of one key, 'x': make the keys of a shard"):
         index_shard(str(tmp_path / "s.tar"))
-    with pytest.raises(MachineError, match=r"there is no shard .*gone.tar: check the name with `ls"):
-        index_shard(str(tmp_path / "gone.tar"))
     with pytest.raises(MachineError, match=r"cannot read .*: Is a directory"):
         index_shard(str(tmp_path))

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from moebius_edge.calibration.statistics import Histogram, TensorStatistics
+from moebius_edge.calibration.statistics import TensorStatistics
+from moebius_edge.export.int8_ranges import Histogram
 
 
 def filled(parts: list[np.ndarray], bins: int = 64) -> Histogram:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import random
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from training_toys import OPTIONS, RECIPE, STUDENT, TEACHER, FlatLatents, stage_inputs, trained_teacher
 
-from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.model import build_student, build_teacher, load_checkpoint
 from moebius_edge.training.loop import checkpoint_files
+from moebius_edge.training.losses import Distillation, Task
 from moebius_edge.training.networks import batch_norms, identity_start
 from moebius_edge.training.noising import Batch
-from moebius_edge.training.objectives import Distillation, Task
 from moebius_edge.training.recipe import Int8Recipe, Recipe, RunOptions
 from moebius_edge.training.stage import train_stage
 from moebius_edge.training.trainer import Trainer, make_accelerator
@@ -43,10 +43,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(recipe: Recipe, output: Path, options: RunOptions = OPTIONS) -> Trainer:
+    """A trainer of the task alone, or of a distillation from a teacher of random weights."""
     torch.manual_seed(recipe.seed)
     student, average = build_student(recipe.student), build_student(recipe.student)
+    precision = recipe.optimiser.precision
+    objective: Any = Task(recipe.losses, recipe.student.num_prompts, precision)
+    if recipe.losses.terms != ("task",):
+        objective = Distillation(recipe.losses, student, build_teacher(TEACHER), None, precision, lambda tensor: tensor)
     identity_start(student)
-    objective = Task(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision)
     return Trainer(recipe, student, average, objective, FlatLatents(), output, options, make_accelerator("cpu"))  # type: ignore[arg-type]
 
 
@@ -56,8 +60,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_the_loss_falls(tmp_path: Path) -> None:
     optimiser = replace(TASK.optimiser, steps=24, warmup=3, learning_rate=1e-2)
-    ours = trainer(replace(TASK, optimiser=optimiser), tmp_path, replace(OPTIONS, save_every=24))
+    ours = trainer(replace(TASK, optimiser=optimiser), tmp_path, replace(OPTIONS, save_every=8, keep=2))
     losses = [figures["loss"] for figures in ours.run()]
+    assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000016.pt", "step-000000024.pt"]
     assert len(losses) == 24 and np.mean(losses[-8:]) < 0.7 * np.mean(losses[:8])
     assert not same(ours.network, ours.average)
 
@@ -66,9 +71,9 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 def test_mixed_precision_gives_nearly_the_same_loss(precision: str, tmp_path: Path) -> None:
     exact = next(trainer(TASK, tmp_path / "fp32").run())
     recipe = replace(TASK, optimiser=replace(TASK.optimiser, precision=precision))
-    ours = trainer(recipe, tmp_path / precision)
+    ours = trainer(recipe, tmp_path / precision, replace(OPTIONS, save_every=100))
     assert ours.scaler.is_enabled() == (precision == "fp16")
-    figures = list(ours.run())
+    figures = list(islice(ours.run(), 6 if precision == "fp16" else 1))
     assert figures[0]["loss"] == pytest.approx(exact["loss"], rel=0.05) and figures[0]["loss"] != exact["loss"]
     assert all(np.isfinite(list(step.values())).all() for step in figures)
     if precision == "fp16":  # its first scale is too large on purpose: such steps are skipped
@@ -77,12 +82,9 @@ def test_mixed_precision_gives_nearly_the_same_loss(precision: str, tmp_path: Pa
 
 
 def distilling_in_fp16(output: Path, first_scale: float) -> Trainer:
-    recipe = replace(RECIPE, optimiser=replace(RECIPE.optimiser, precision="fp16", steps=5))
-    recipe = replace(recipe, losses=replace(recipe.losses, terms=("task", "fine", "coarse")))
-    torch.manual_seed(0)
-    student, average = build_student(recipe.student), build_student(recipe.student)
-    objective = Distillation(recipe.losses, student, build_teacher(TEACHER), None, "fp16", lambda tensor: tensor)
-    ours = Trainer(recipe, student, average, objective, FlatLatents(), output, OPTIONS, make_accelerator("cpu"))  # type: ignore[arg-type]
+    optimiser = replace(RECIPE.optimiser, precision="fp16", steps=5)
+    losses = replace(RECIPE.losses, terms=("task", "fine", "coarse"))
+    ours = trainer(replace(RECIPE, optimiser=optimiser, losses=losses), output, replace(OPTIONS, save_every=100))
     ours.scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, backoff_factor=2.0**-8)
     return ours
 
@@ -119,8 +121,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     expected = list(whole.run())
     cut = trainer(TASK, tmp_path / "cut")
     steps = cut.run()
-    for _ in range(3):  # the checkpoint is of step 2
-        next(steps)
+    assert len(list(islice(steps, 3))) == 3  # the checkpoint is of step 2
     steps.close()
     torch.manual_seed(99)  # as another process would have it
     resumed = trainer(TASK, tmp_path / "cut")
@@ -142,16 +143,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     parts = next(ours.run())
     for name in ("loss", "gradient_norm"):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5)
-
-
-def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"optimiser.batch 4 does not divide into 1 processes of micro-batches of 3"):
         trainer(TASK, tmp_path, replace(OPTIONS, micro_batch=3))
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    list(trainer(TASK, tmp_path, replace(OPTIONS, save_every=1, keep=2)).run())
-    assert [p.name for p in checkpoint_files(tmp_path)] == ["step-000000005.pt", "step-000000006.pt"]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
@@ -171,21 +164,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     assert resumed.resume() and len(list(resumed.run())) == 4
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = trainer(TASK, tmp_path)
-    write = Path.write_bytes
-
-    def full(self: Path, data: Any) -> int:
-        if ours.done == 4:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(MachineError, match=r"cannot write .*step-000000004.pt: the disk is full: free space"):
-        list(ours.run())
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000002.pt"]
-
-
 def start(call: dict[str, Any]) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("training_process.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -196,13 +174,11 @@ def start(call: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(teacher: Path, tmp_path: Path) -> None:
-    recipe = {"optimiser": {"steps": 15}}
-    options = {"save_every": 3}
-    expected = tmp_path / "whole"
-    whole = start({"output": str(expected), "teacher": str(teacher), "recipe": recipe, "options": options})
-    assert whole.wait() == 0
-    rng, output, kills = random.Random(0), tmp_path / "killed", 0
-    call = {"output": str(output), "teacher": str(teacher), "recipe": recipe, "options": options, "resume": True}
+    expected, output = tmp_path / "whole", tmp_path / "killed"
+    call = {"teacher": str(teacher), "recipe": {"optimiser": {"steps": 15}}, "options": {"save_every": 3}}
+    assert start({**call, "output": str(expected)}).wait() == 0
+    call |= {"output": str(output), "resume": True}
+    rng, kills = random.Random(0), 0
     for _ in range(20):
         before = checkpoint_files(output)[-1:]
         process = start(call)
@@ -249,24 +225,19 @@ def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path
 
 
 def test_a_finished_run_is_returned_at_once_and_another_is_refused(teacher: Path, tmp_path: Path) -> None:
-    result = train_stage(RECIPE, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
+    recipe = replace(RECIPE, optimiser=replace(RECIPE.optimiser, steps=2))
+    result = train_stage(recipe, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoints", "recipe.toml", "student.json", "student.safetensors", "tensorboard", "train.json",
     ]  # fmt: skip
     before = result.stat().st_mtime_ns
-    assert train_stage(RECIPE, stage_inputs(teacher=teacher), tmp_path, OPTIONS, resume=True) == result
+    assert train_stage(recipe, stage_inputs(teacher=teacher), tmp_path, OPTIONS, resume=True) == result
     assert result.stat().st_mtime_ns == before
     with pytest.raises(UsageError, match=r"holds a run already: add --resume to go on with it"):
-        train_stage(RECIPE, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
-    other = replace(RECIPE, losses=replace(RECIPE.losses, hole_weight=2.0))
+        train_stage(recipe, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
+    other = replace(recipe, losses=replace(recipe.losses, hole_weight=2.0))
     with pytest.raises(UsageError, match=r"another recipe \(losses.hole_weight is 1.0 there, 2.0 here\)"):
         train_stage(other, stage_inputs(teacher=teacher), tmp_path, OPTIONS, resume=True)
-
-
-def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MachineError, match="PyTorch finds no CUDA GPU here"):
-        make_accelerator("cuda")
 
 
 LAMBDA = "up_blocks.0.attentions.0.attn1.lambda"
@@ -274,7 +245,7 @@ BLOCKS = ("conv_in", "down_blocks.0.attentions.0.ff", "up_blocks.0.attentions.0.
 INT8 = replace(
     RECIPE,
     stage="int8",
-    optimiser=replace(RECIPE.optimiser, batch_norm="running"),
+    optimiser=replace(RECIPE.optimiser, batch_norm="running", steps=4),
     int8=Int8Recipe(blocks=BLOCKS, range_batches=2),
 )
 
@@ -337,19 +308,11 @@ def test_a_stopped_int8_run_goes_on_exactly(student: Path, tmp_path: Path) -> No
     assert [p.name for p in checkpoint_files(tmp_path / "cut")] == ["step-000000002.pt"]
     resumed = load_file(train_stage(INT8, ours, tmp_path / "cut", OPTIONS, resume=True))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    with pytest.raises(
-        UsageError, match=r"another recipe \(int8.blocks is \['conv_in', .* there, \['conv_in'\] here\)"
-    ):
-        other = replace(INT8, int8=replace(INT8.int8, blocks=("conv_in",)))
-        train_stage(other, ours, tmp_path / "cut", OPTIONS, resume=True)
 
 
-def test_int8_needs_a_student_and_blocks_that_it_has(student: Path, tmp_path: Path) -> None:
+def test_int8_needs_a_student(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="stage int8 starts from a trained student: add --student FILE"):
         train_stage(INT8, stage_inputs(), tmp_path / "none", OPTIONS)
-    with pytest.raises(UsageError, match="names blocks that the model does not have: conv_9"):
-        unknown = replace(INT8, int8=Int8Recipe(blocks=("conv_9",)))
-        train_stage(unknown, stage_inputs(student=student), tmp_path / "unknown", OPTIONS)
 
 
 @pytest.mark.gpu

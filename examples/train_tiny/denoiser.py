@@ -32,8 +32,8 @@ from moebius_edge.model import build_student
 from moebius_edge.system.files import atomic_write
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
+from moebius_edge.training.losses import Task
 from moebius_edge.training.networks import identity_start
-from moebius_edge.training.objectives import Task
 from moebius_edge.training.recipe import Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
 

@@ -84,9 +84,12 @@ def _recipe(preset: str, stage: str, config: Path | None, settings: list[str], i
         culprit = next((f"--set {setting!r}" for setting in settings if setting.startswith("stage=")), config)
         raise UsageError(f"{culprit} changes the stage", f"add --stage {recipe.stage} instead")
     if int8_recipe is not None:
-        from ..training.fake_quantise import read_blocks
+        from ..calibration.blocks import Recipe as QuantisationRecipe
+        from ..training.fake_quantise import block_names
 
-        recipe = with_values(recipe, {"int8": {"blocks": read_blocks(int8_recipe, recipe.student)}})
+        quantisation = QuantisationRecipe.load(int8_recipe)
+        quantisation.check(block_names(recipe.student))
+        recipe = with_values(recipe, {"int8": {"blocks": sorted(quantisation.chosen)}})
     if stage == "int8" and not recipe.int8.blocks:
         raise UsageError("stage int8 has to know which blocks will be quantised", "add --int8-recipe FILE.json")
     return recipe

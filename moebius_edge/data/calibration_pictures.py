@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ..errors import UsageError
@@ -14,6 +13,7 @@ from ..imaging.masks import Mask, latent_mask
 from ..spec import LATENT_DOWNSCALE
 from .masks import PRESETS, draw_mask
 from .pictures import Pictures, Place
+from .samples import resize_square
 from .sources import open_pictures
 
 MASK_SIZES = (0.1, 0.25, 1.0)  # the largest share of the network's picture in a small, a medium and a large hole
@@ -84,9 +84,7 @@ def square(pixels: np.ndarray, resolution: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    middle = pixels[top : top + side, left : left + side]
-    interpolation = cv2.INTER_AREA if side > resolution else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(middle, (resolution, resolution), interpolation=interpolation), np.uint8)
+    return resize_square(pixels[top : top + side, left : left + side], resolution)
 
 
 def _subset(pictures: Pictures, indices: Sequence[int]) -> Pictures:

@@ -95,7 +95,7 @@ class MaskedPictures:
         self.pictures, self.transform, self.seed = pictures, transform, seed
         self.unreadable = Unreadable()
         self._reasons: dict[int, str] = {}  # of this process, by the picture's number
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def sample_masks(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample ``index`` with ``count`` masks: uint8 RGB (S, S, 3) and bool (count, S, S), True where to fill.
@@ -123,10 +123,10 @@ class MaskedPictures:
         """The picture whose turn it is, or where that cannot be read the next of the epoch's order that can."""
         total = len(self.pictures)
         epoch, turn = divmod(index, total)
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(total)
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(total)
         for later in range(total):
-            i = int(self._order[1][(turn + later) % total])
+            i = int(self._order[(turn + later) % total])
             if i in self._reasons:
                 continue
             try:
@@ -159,9 +159,13 @@ def _crop(
         part = None if mask is None else _resize_mask(mask[window], transform.resolution)
         if part is None or (part.any() and not part.all()):
             break
-    size = (transform.resolution, transform.resolution)
-    interpolation = cv2.INTER_AREA if side > transform.resolution else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(image[window], size, interpolation=interpolation)), part
+    return resize_square(image[window], transform.resolution), part
+
+
+def resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (S, S, 3) to (size, size, 3)."""
+    interpolation = cv2.INTER_AREA if len(pixels) > size else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(pixels, (size, size), interpolation=interpolation))
 
 
 def _corner_on_edge(rng: np.random.Generator, mask: np.ndarray, side: int) -> tuple[int, int]:

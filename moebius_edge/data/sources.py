@@ -7,7 +7,6 @@ webdataset package reads shards as streams, while a run that resumes bit for bit
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -137,14 +136,14 @@ def _file(root: Path, name: str) -> Place:
 
 def expand(pattern: str) -> list[str]:
     """``a-{008..010}.tar`` to a-008.tar, a-009.tar, a-010.tar; several ranges multiply, no range is one file."""
-    parts = _RANGE.split(pattern)  # text, first, last, text, first, last, text
-    choices = [[text] for text in parts[::3]]
-    for place, (first, last) in enumerate(zip(parts[1::3], parts[2::3], strict=True)):
-        if int(last) < int(first):
-            raise UsageError(f"{pattern}: the range {first}..{last} goes backwards: write {{{last}..{first}}}")
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        choices.insert(2 * place + 1, numbers)
-    return ["".join(choice) for choice in itertools.product(*choices)]
+    match = _RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    if int(last) < int(first):
+        raise UsageError(f"{pattern}: the range {first}..{last} goes backwards: write {{{last}..{first}}}")
+    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [file for n in numbers for file in expand(pattern[: match.start()] + n + pattern[match.end() :])]
 
 
 def index_shard(file: str) -> list[Pair]:

@@ -15,17 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration.blocks import Recipe as QuantisationRecipe
-from ..calibration.ranges import LARGEST, activation_scale
-from ..calibration.statistics import Histogram
 from ..errors import BundleError, UsageError
+from ..export.int8_ranges import LARGEST, Histogram, activation_scale
 from ..export.specialise import phase_kernels, phases_together
 from ..model import Student, StudentConfig, build_student
 from ..model.config import GROUPS
@@ -147,7 +144,7 @@ class Simulation:
 
     @torch.no_grad()
     def calibrate(self, passes: Iterable[Callable[[], object]], method: str) -> None:
-        """Fix the activations' scales by ``method`` of ``calibration.ranges`` over ``passes``, each a forward pass.
+        """Fix the activations' scales by ``method`` of ``int8_ranges.METHODS`` over ``passes``, each a forward pass.
 
         Raises:
             UsageError: a range is zero. BundleError: an activation is not finite. Both name it.
@@ -157,8 +154,8 @@ class Simulation:
         for forward in passes:
             forward()
         for product in self.products:
-            found = zip(product.tensors, product.histograms, strict=True)
-            product.scales = tuple(activation_scale(name, histogram, method) for name, histogram in found)
+            pairs = zip(product.tensors, product.histograms, strict=True)
+            product.scales = tuple(activation_scale(name, histogram, method) for name, histogram in pairs)
             product.histograms = []
 
     @property
@@ -175,12 +172,15 @@ def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
     chosen = set(blocks)
     network = student.diff_model
     places = list(_products(network))
-    QuantisationRecipe(dict.fromkeys(sorted(chosen), True)).check(_block_names(network))
+    if unknown := sorted(chosen - {*_block_names(network)}):
+        problem = f"the recipe names blocks that the model does not have: {', '.join(unknown[:3])}"
+        raise UsageError(problem, "remove them, or use the recipe with the model it was made for")
     products = []
     for path, block in places:
         if block not in chosen:
             continue
-        parent, name = network.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        above, _, name = path.rpartition(".")
+        parent = network.get_submodule(above)
         plain = cast(nn.Conv2d, getattr(parent, name))
         if isinstance(parent, Upsample):
             product: Rounded = RoundedUpsample(plain, path)
@@ -201,15 +201,10 @@ def simulate(student: Student, blocks: Iterable[str]) -> Simulation:
     return Simulation(products, left)
 
 
-def read_blocks(path: Path, config: StudentConfig) -> tuple[str, ...]:
-    """The blocks that the JSON at ``path`` has quantised, for a student of ``config``.
-
-    Raises as ``calibration.blocks.Recipe.load`` and ``check``: UsageError for a block that the student does not have.
-    """
-    recipe = QuantisationRecipe.load(path)
+def block_names(config: StudentConfig) -> list[str]:
+    """The names that ``calibration.blocks`` gives the blocks of the exported student of ``config``."""
     with torch.device("meta"):
-        recipe.check(_block_names(build_student(config).diff_model))
-    return tuple(sorted(recipe.chosen))
+        return _block_names(build_student(config).diff_model)
 
 
 def _products(network: nn.Module) -> Iterator[tuple[str, str]]:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,17 +22,19 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..data.samples import MaskedPictures
-from ..documents import JsonObject, Sha256, read_document
+from ..documents import JsonObject, read_document
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.masks import latent_mask
 from ..progress import Progress, no_progress
 from ..system.files import atomic_directory
-from ..system.fingerprint import fingerprint, first_difference
+from ..system.fingerprint import first_difference
 from .loop import atomic_save, draw_batches, lost_processes_named, make_folder, plain
 
 INDEX = "index.json"
 ARRAYS = ("clean", "masked", "mask")
+UNREADABLE = "unreadable.txt"
 CROP_COVERAGE = (0.05, 0.7)  # the share of the hole in a crop
+_BATCH = 4  # pictures that go through the autoencoder at a time
 _CROP_TRIES = 16
 
 
@@ -42,7 +42,6 @@ class Index(TypedDict):
     """``index.json``: what a folder's latents were made from."""
 
     format: Literal[1]
-    key: Sha256
     parts: JsonObject
 
 
@@ -56,8 +55,8 @@ class Source(Protocol):
         """Clean and masked latents (N, 4, h, w) and the mask (N, 1, h, w), float32."""
 
 
-def shard_name(number: int) -> str:
-    return f"{number:06d}"
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}"
 
 
 def read_index(folder: Path) -> Index:
@@ -66,74 +65,49 @@ def read_index(folder: Path) -> Index:
     return index
 
 
-class Rows:
-    """An array over several ``.npy`` files, ``rows`` rows in each but the last; ``array[i]`` and ``array[i, j]`` work.
-
-    Every access opens its file and reads what was asked for, so that thousands of files need no thousands of
-    descriptors. Raises ValueError or OSError for a file that is missing, no array, or not as long as it should be.
-    """
-
-    def __init__(self, files: Sequence[Path], rows: int, count: int) -> None:
-        self.files, self.rows = files, rows
-        for number, file in enumerate(files):
-            array = np.load(file, mmap_mode="r")
-            if len(array) != (expected := min(rows, count - number * rows)):
-                raise ValueError(f"{file} has {len(array)} rows, not {expected}")
-            self.shape = (count, *array.shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, place: int | tuple[int, ...]) -> np.ndarray:
-        first, *others = place if isinstance(place, tuple) else (place,)
-        if not 0 <= first < len(self):
-            raise IndexError(f"{place} lies outside of {self.shape}")
-        number, row = divmod(first, self.rows)
-        array: np.ndarray = np.load(self.files[number], mmap_mode="r")
-        return np.array(array[row][tuple(others)])
-
-
-@dataclass(frozen=True)
 class LatentCache:
-    """``clean`` (P, 4, h, w), ``masked`` (P, M, 4, h, w) float16, both scaled; ``mask`` (P, M, h, w) uint8.
+    """The folder that ``encode_latents`` wrote, left on the disk: P pictures with M masks each.
 
+    ``read`` gives ``clean`` (4, h, w) of a picture and ``masked`` (4, h, w) of a picture and a mask, float16 and both
+    scaled, and ``mask`` (h, w), uint8. It opens a file at every access, for thousands would not stay open at a time.
     A ``Source`` of random pictures with one of their masks, cut to ``side`` latent positions where that is given.
+
+    Raises:
+        MachineError: it is missing or may not be read. UsageError: its encoding has not come to its end, or the
+            latents are smaller than ``side``. BundleError: it is damaged, or of another version.
     """
 
-    clean: np.ndarray | Rows
-    masked: np.ndarray | Rows
-    mask: np.ndarray | Rows
-    side: int | None = None
-
-    @classmethod
-    def open(cls, folder: Path, side: int | None = None) -> LatentCache:
-        """The folder that ``encode_latents`` wrote, left on the disk.
-
-        Raises:
-            MachineError: it is missing or may not be read. UsageError: its encoding has not come to its end, or the
-                latents are smaller than ``side``. BundleError: it is damaged, or of another version.
-        """
+    def __init__(self, folder: Path, side: int | None = None) -> None:
+        self.folder, self.side = folder, side
         parts = read_index(folder)["parts"]
         try:
-            count, rows = (int(parts[name]) for name in ("count", "shard_size"))  # type: ignore[arg-type]
-            shards = [folder / shard_name(i) for i in range(-(-count // rows))]
+            self._count, self._rows = (int(parts[name]) for name in ("count", "shard_size"))  # type: ignore[arg-type]
+            shards = [_shard(folder, i) for i in range(-(-self._count // self._rows))]
             if missing := sum(not shard.is_dir() for shard in shards):
-                lacking = f"latents {folder} lack {missing} of {len(shards)} shards"
-                raise UsageError(f"{lacking}: encode on with the same command as before")
-            arrays = {name: Rows([shard / f"{name}.npy" for shard in shards], rows, count) for name in ARRAYS}
-            cache = cls(**arrays, side=side)
-            height, width = cache.mask.shape[2:]
+                problem = f"latents {folder} lack {missing} of {len(shards)} shards"
+                raise UsageError(problem, "encode on with the same command as before")
+            for number, shard in enumerate(shards):
+                rows = min(self._rows, self._count - number * self._rows)
+                shapes = {name: np.load(shard / f"{name}.npy", mmap_mode="r").shape for name in ARRAYS}
+                if any(shape[0] != rows for shape in shapes.values()):
+                    raise ValueError(f"{shard} has arrays of {shapes}, not of {rows} pictures")
+            self.masks, height, width = shapes["mask"][1:]
         except PermissionError as error:
             raise MachineError(f"no right to read {error.filename}: run `chmod u+r {error.filename}`") from None
-        except (OSError, EOFError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError) as error:
-            _damaged(folder, error)
+        except (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+            remedy = f"remove {folder}, and the same command encodes anew"
+            raise BundleError(f"latents {folder} are damaged ({' '.join(str(error).split())}): {remedy}") from error
         if side is not None and not 0 < side <= min(height, width):
             raise UsageError(f"a crop of {side} does not fit into latents of {width}x{height}: encode larger pictures")
-        return cache
+
+    def read(self, name: str, picture: int, *place: int) -> np.ndarray:
+        """Of ``clean`` those of a picture, of ``masked`` and ``mask`` those of a picture and the number of its mask."""
+        number, row = divmod(picture, self._rows)
+        return np.array(np.load(_shard(self.folder, number) / f"{name}.npy", mmap_mode="r")[row][place])
 
     def __len__(self) -> int:
-        """Pictures, each with ``self.mask.shape[1]`` masks."""
-        return len(self.clean)
+        """Pictures, each with ``self.masks`` masks."""
+        return self._count
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         """A random picture with one of its masks: clean (4, h, w), masked (4, h, w), mask (1, h, w), float32.
@@ -141,10 +115,10 @@ class LatentCache:
         With ``side``, a random square is cut over some place of the hole, so that the hole covers 5 to 70 percent of
         it; where no try does, the one that comes nearest.
         """
-        i, j = int(rng.integers(len(self.clean))), int(rng.integers(self.mask.shape[1]))
-        mask = self.mask[i, j]
+        i, j = int(rng.integers(len(self))), int(rng.integers(self.masks))
+        mask = self.read("mask", i, j)
         y, x = np.s_[:, :] if self.side is None else _crop(rng, mask, self.side)
-        clean, masked = self.clean[i][:, y, x], self.masked[i, j][:, y, x]
+        clean, masked = self.read("clean", i)[:, y, x], self.read("masked", i, j)[:, y, x]
         return clean.astype(np.float32), masked.astype(np.float32), mask[y, x][None].astype(np.float32)
 
     def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,33 +127,21 @@ class LatentCache:
         return clean, masked, mask
 
 
-def _damaged(folder: Path, error: Exception) -> NoReturn:
-    remedy = f"remove {folder}, and the same command encodes anew"
-    raise BundleError(f"latents {folder} are damaged ({' '.join(str(error).split())}): {remedy}") from error
-
-
 def _crop(rng: np.random.Generator, mask: np.ndarray, size: int) -> tuple[slice, slice]:
     """The rows and columns of a random square of ``size`` positions over the hole, see ``LatentCache.draw``."""
-    hole = np.argwhere(mask)
-    if not len(hole):
-        hole = np.argwhere(mask == 0)  # there is no hole to look for: anywhere
-    best: tuple[float, tuple[slice, slice]] | None = None
+    hole = np.argwhere(mask if mask.any() else mask == 0)  # where there is no hole to look for: anywhere
+    least, best = np.inf, (slice(0, size), slice(0, size))
     for _ in range(_CROP_TRIES):
         places = zip(hole[int(rng.integers(len(hole)))].tolist(), mask.shape, strict=True)
         y, x = (int(rng.integers(max(0, place - size + 1), min(place, n - size) + 1)) for place, n in places)
         window = np.s_[y : y + size, x : x + size]
         share = float(np.mean(mask[window] != 0))
         miss = max(CROP_COVERAGE[0] - share, share - CROP_COVERAGE[1], 0.0)
-        if best is None or miss < best[0]:
-            best = miss, window
+        if miss < least:
+            least, best = miss, window
         if miss == 0:
             break
-    assert best is not None
-    return best[1]
-
-
-UNREADABLE = "unreadable.txt"
-_BATCH = 4  # pictures that go through the autoencoder at a time
+    return best
 
 
 class EncodedPictures:
@@ -248,31 +210,36 @@ def encode_latents(
     """
     settings = {"count": count, "masks_per_picture": masks_per_picture, "shard_size": shard_size}
     _check_folder(folder, plain({"vae": vae_hash(vae), "samples": samples.identity(), **settings}))
-    missing = [i for i in range(-(-count // shard_size)) if not (folder / shard_name(i)).is_dir()]
-    shards = {i: range(i * shard_size, min(count, (i + 1) * shard_size)) for i in missing}
-    batches = {i: [of[k : k + _BATCH] for k in range(0, len(of), _BATCH)] for i, of in shards.items()}
-    numbers = [batch for of_shard in batches.values() for batch in of_shard]
-    done = count - sum(map(len, numbers))
+    batches: dict[Path, list[range]] = {}
+    for start in range(0, count, shard_size):
+        shard, end = _shard(folder, start // shard_size), min(count, start + shard_size)
+        if not shard.is_dir():
+            batches[shard] = [range(k, min(k + _BATCH, end)) for k in range(start, end, _BATCH)]
+    missing = [batch for of_shard in batches.values() for batch in of_shard]
+    done = count - sum(map(len, missing))
 
     def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
         return samples.sample_masks(number, masks_per_picture)
 
-    with lost_processes_named(), closing(draw_batches(draw, numbers, workers)) as drawn:
-        for shard in missing:
-            columns: tuple[list[np.ndarray], ...] = ([], [], [])
-            for _ in batches[shard]:
+    with lost_processes_named(), closing(draw_batches(draw, missing, workers)) as drawn:
+        for shard, of_shard in batches.items():
+            encoded = []
+            for _ in of_shard:
                 images, masks = next(drawn)
-                for column, encoded in zip(columns, _stored(*encode_batch(vae, images, masks)), strict=True):
-                    column.append(encoded)
+                encoded.append(_stored(*encode_batch(vae, images, masks)))
                 done += len(images)
                 progress("encoding pictures", done, count)
-            _write_shard(folder / shard_name(shard), [np.concatenate(column) for column in columns])
+            with atomic_directory(shard) as temporary:
+                for name, column in zip(ARRAYS, zip(*encoded, strict=True), strict=True):
+                    buffer = io.BytesIO()  # numpy itself reports a full disk without saying that it is one
+                    np.save(buffer, np.concatenate(column))
+                    (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
             samples.unreadable.write(folder / UNREADABLE)
-    return LatentCache.open(folder)
+    return LatentCache(folder)
 
 
 def vae_hash(vae: AutoencoderKL) -> str:
-    """SHA-256 of the VAE's weights and of its configuration but for notes on where it came from."""
+    """SHA-256 of the VAE's weights and of its configuration, without the notes on where it came from."""
     settings = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -289,21 +256,13 @@ def _stored(clean: Tensor, masked: Tensor, mask: Tensor) -> tuple[np.ndarray, ..
     return *latents, mask.byte().cpu().numpy()
 
 
-def _write_shard(folder: Path, columns: Sequence[np.ndarray]) -> None:
-    with atomic_directory(folder) as temporary:
-        for name, column in zip(ARRAYS, columns, strict=True):
-            buffer = io.BytesIO()  # numpy itself reports a full disk without saying that it is one
-            np.save(buffer, column)
-            (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
-
-
 def _check_folder(folder: Path, parts: dict[str, Any]) -> None:
     """Note in the folder's index what its latents are made from, or check that they are made from the same."""
     make_folder(folder)
     if not (folder / INDEX).exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no {INDEX}: name a new folder for latents")
-        atomic_save({"format": 1, "key": fingerprint(parts), "parts": parts}, folder / INDEX)
+        atomic_save({"format": 1, "parts": parts}, folder / INDEX)
     elif (there := read_index(folder)["parts"]) != parts:
         difference = first_difference(there, parts)
         raise UsageError(f"{folder} holds other latents ({difference}): name a new folder, or remove this one")

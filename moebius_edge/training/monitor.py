@@ -26,7 +26,6 @@ from ..system.files import atomic_write, utf8_path
 from .loop import make_folder
 
 _RECENT = 100  # steps that a shown figure is the mean of
-_WEIGHTS = ("w_out", "w_perceptual", "w_cross")
 _LATEST = ("step", "images_per_s", "learning_rate")  # shown as they are, not as a mean
 
 
@@ -63,13 +62,14 @@ class Monitor:
 
     def line(self) -> str:
         """The losses and the speed, for a line of progress."""
-        hidden = ("step", "gradient_norm", "learning_rate", *_WEIGHTS)
-        return "  ".join(f"{name} {value:.4g}" for name, value in self.means().items() if name not in hidden)
+        hidden = ("step", "gradient_norm", "learning_rate")
+        shown = [(n, v) for n, v in self.means().items() if n not in hidden and not n.startswith("w_")]
+        return "  ".join(f"{name} {value:.4g}" for name, value in shown)
 
     def write(self, step: int) -> None:
         """The running means as scalars at ``step``."""
         for name, value in self.means().items():
-            group = "weights" if name in _WEIGHTS else "run" if name in _LATEST else "losses"
+            group = "weights" if name.startswith("w_") else "run" if name in _LATEST else "losses"
             self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def picture(self, step: int, grid: np.ndarray) -> None:
@@ -86,29 +86,24 @@ class SampleGrid:
     ``vae`` is a diffusers ``AutoencoderKL``; ``clean``, ``masked`` (N, 4, h, w) and ``mask`` (N, 1, h, w).
     """
 
-    def __init__(
-        self, vae: Any, clean: Tensor, masked: Tensor, mask: Tensor, steps: int = 20, guidance: float = 1.0
-    ) -> None:
-        self._vae, self._steps, self._guidance = vae, steps, guidance
+    def __init__(self, vae: Any, clean: Tensor, masked: Tensor, mask: Tensor, steps: int = 20) -> None:
+        self._vae, self._steps = vae, steps
         self._mask, self._masked = mask.cpu().numpy(), masked.cpu().numpy()
-        self._clean = self._decode(clean)
-        self._holes = np.where(in_pixels(self._mask), np.uint8(255), self._clean)
+        pixels = self._mask[:, 0].repeat(LATENT_DOWNSCALE, 1).repeat(LATENT_DOWNSCALE, 2)
+        self._clean, self._hole = self._decode(clean), pixels[..., None] > 0.5
 
     def draw(self, student: nn.Module) -> np.ndarray:
         """The grid, uint8 RGB, with the fills of ``student``, which is put into evaluation mode and runs where it is.
 
         Raises BundleError for a student whose prediction is not finite.
         """
-        size = self._mask.shape[-1] * LATENT_DOWNSCALE
-        components = resolved_components(size)
-        sampling = Sampling(DDIM(self._steps), self._guidance)
-        noise = initial_noise(0, 0, (len(self._mask), *self._masked.shape[1:]))
+        components = resolved_components(self._mask.shape[-1] * LATENT_DOWNSCALE)
+        noise = initial_noise(0, 0, self._masked.shape)
         with TorchRuntime(student, self._vae, components) as runtime:
-            latents = denoise(runtime, noise, self._mask, self._masked, sampling)
-        fills = self._decode(torch.from_numpy(latents))
-        fills = np.where(in_pixels(self._mask), fills, self._clean)
-        rows = zip(self._clean, self._holes, fills, strict=True)
-        return np.concatenate([np.concatenate(row, axis=1) for row in rows])
+            latents = denoise(runtime, noise, self._mask, self._masked, Sampling(DDIM(self._steps), guidance=1.0))
+        holes = np.where(self._hole, np.uint8(255), self._clean)
+        fills = np.where(self._hole, self._decode(torch.from_numpy(latents)), self._clean)
+        return np.concatenate(list(np.concatenate([self._clean, holes, fills], axis=2)))
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> np.ndarray:
@@ -116,9 +111,3 @@ class SampleGrid:
         scaled = latents.to(weight) / self._vae.config["scaling_factor"]
         pictures = self._vae.decode(scaled).sample.float().clamp(-1, 1)
         return ((pictures.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
-
-
-def in_pixels(mask: np.ndarray) -> np.ndarray:
-    """Latent masks (N, 1, h, w) as bool (N, H, W, 1), each cell its pixels."""
-    pixels: np.ndarray = mask[:, 0].repeat(LATENT_DOWNSCALE, 1).repeat(LATENT_DOWNSCALE, 2)[..., None] > 0.5
-    return pixels

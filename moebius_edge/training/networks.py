@@ -24,10 +24,8 @@ def load_teacher(path: Path, device: torch.device | str = "cpu") -> Teacher:
 
     Raises as ``model.load_checkpoint``, and UsageError where ``teacher.json`` describes no teacher.
     """
-    file = path.with_name("teacher.json")
-    config = TeacherConfig()
-    if file.exists():
-        config = read_document(file, TeacherConfig, UsageError, "mend it, or remove it for the published shape")
+    file, remedy = path.with_name("teacher.json"), "mend it, or remove it for the published shape"
+    config = read_document(file, TeacherConfig, UsageError, remedy) if file.exists() else TeacherConfig()
     teacher = build_teacher(config)
     load_checkpoint(teacher, path)
     return teacher.to(device).float().eval().requires_grad_(False)
@@ -67,9 +65,8 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 def set_training(module: nn.Module, running: bool) -> None:
     """Training mode; with ``running`` the batch norms use their stored statistics, and do not change them."""
     module.train()
-    if running:
-        for norm in batch_norms(module):
-            norm.eval()
+    for norm in batch_norms(module):
+        norm.train(not running)
 
 
 def spread_momentum(module: nn.Module, micro_batches: int) -> None:

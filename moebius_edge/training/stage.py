@@ -35,9 +35,9 @@ from ..system.machine import machine_info, package_version
 from .fake_quantise import simulate
 from .latents import INDEX, UNREADABLE, EncodedPictures, LatentCache, Source, encode_latents, read_index, vae_hash
 from .loop import atomic_save, checkpoint_files, make_folder, plain
+from .losses import Distillation, Guidance, Objective, QuantisationAware, Task
 from .monitor import Monitor, SampleGrid
 from .networks import identity_start, load_student, load_teacher
-from .objectives import Distillation, Guidance, Objective, QuantisationAware, Task
 from .perceptual import choose_distance
 from .recipe import Inputs, Recipe, RunOptions
 from .trainer import Trainer, make_accelerator, mean_over_processes
@@ -64,10 +64,6 @@ class StageInputs:
     vae: Any = None
     pictures: MaskedPictures | None = None
 
-    def write_unreadable(self, output: Path) -> int:
-        """List the pictures that could not be read in ``output``; return how many there are."""
-        return 0 if self.pictures is None else self.pictures.unreadable.write(output / UNREADABLE)
-
 
 def open_inputs(
     recipe: Recipe, inputs: Inputs, output: Path, device: str, progress: Progress = no_progress
@@ -84,34 +80,29 @@ def open_inputs(
     for path in (inputs.teacher, inputs.student):
         if path is not None and not path.is_file():
             raise MachineError(f"there is no checkpoint {path}: name a file of weights")
-    accelerator, side = make_accelerator(device), recipe.student.latent_size
+    accelerator, data, samples = make_accelerator(device), recipe.data, None
     vae = None if inputs.vae is None else open_vae(inputs.vae).to(accelerator.device)
-    files: dict[str, Any] = {"teacher": inputs.teacher, "student": inputs.student, "vae": vae}
     folder = inputs.latents or output / "latents"
-    if not inputs.images and (folder / INDEX).is_file():
-        return StageInputs(LatentCache.open(folder, side), _origin(folder), **files)
-    if not inputs.images:
+    origin: dict[str, Any] = {}
+    if inputs.images:
+        if vae is None:
+            raise UsageError("pictures are encoded before a network sees them: add --vae DIR, a diffusers VAE folder")
+        pictures = open_pictures(inputs.images, inputs.masks or None)
+        transform = Transform(recipe.resolution, data.min_scale, data.flip, data.masks, data.coverage)
+        samples = MaskedPictures(pictures, transform, recipe.seed)
+        origin = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures)}
+        if not data.cache:
+            origin["made_from"] = plain({**samples.identity(), "vae": vae_hash(vae)})
+            encoded = EncodedPictures(vae, samples)
+            return StageInputs(encoded, origin, inputs.teacher, inputs.student, vae, samples)
+        with accelerator.main_process_first():
+            count = data.pictures or len(pictures)
+            encode_latents(vae, samples, folder, count, data.masks_per_picture, progress=progress)
+    elif not (folder / INDEX).is_file():
         raise UsageError("there is nothing to train on: add --images SOURCE, or --latents DIR with encoded pictures")
-    if vae is None:
-        raise UsageError("pictures are encoded before a network sees them: add --vae DIR, a diffusers VAE folder")
-    pictures = open_pictures(inputs.images, inputs.masks or None)
-    data = recipe.data
-    transform = Transform(recipe.resolution, data.min_scale, data.flip, data.masks, data.coverage)
-    samples = MaskedPictures(pictures, transform, recipe.seed)
-    origin: dict[str, Any] = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures)}
-    if not data.cache:
-        origin["made_from"] = plain({**samples.identity(), "vae": vae_hash(vae)})
-        return StageInputs(EncodedPictures(vae, samples), origin, **files, pictures=samples)
-    with accelerator.main_process_first():
-        count = data.pictures or len(pictures)
-        encode_latents(vae, samples, folder, count, data.masks_per_picture, progress=progress)
-    source = LatentCache.open(folder, side)
-    return StageInputs(source, origin | _origin(folder), **files, pictures=samples)
-
-
-def _origin(folder: Path) -> dict[str, Any]:
-    """Where latents lie, and what they were made from: the autoencoder's hash, the transform, the pictures."""
-    return {"latents": str(folder), "made_from": read_index(folder)}
+    source = LatentCache(folder, recipe.student.latent_size)
+    origin |= {"latents": str(folder), "made_from": read_index(folder)}
+    return StageInputs(source, origin, inputs.teacher, inputs.student, vae, samples)
 
 
 def train(
@@ -129,8 +120,8 @@ def train(
     try:
         return train_stage(recipe, opened, output, options, resume, progress)
     finally:
-        if number := opened.write_unreadable(output):
-            print(f"{number} pictures could not be read: see {output / 'unreadable.txt'}", file=sys.stderr)
+        if opened.pictures is not None and (number := opened.pictures.unreadable.write(output / UNREADABLE)):
+            print(f"{number} pictures could not be read: see {output / UNREADABLE}", file=sys.stderr)
 
 
 def train_stage(
@@ -154,7 +145,8 @@ def train_stage(
         return result
     accelerator = make_accelerator(options.device)
     torch.manual_seed(recipe.seed)
-    network, average, objective = _networks(recipe, inputs, accelerator)
+    network, average = _networks(recipe, inputs, accelerator.device)
+    objective = _objective(recipe, inputs, network, accelerator)
     if options.gradient_checkpointing:
         network.diff_model.checkpoint_gradients()
     trainer = Trainer(recipe, network, average, objective, inputs.source, output, options, accelerator)
@@ -202,24 +194,18 @@ def check_output_dir(output: Path, recipe: Recipe, resume: bool) -> None:
         raise UsageError(f"{output} holds a run of another recipe ({difference}): give the same, or another output")
 
 
-def _networks(recipe: Recipe, inputs: StageInputs, accelerator: Accelerator) -> tuple[Any, nn.Module, Objective]:
-    """The network to train, on its device, one of the same shape for its average, and its objective."""
+def _networks(recipe: Recipe, inputs: StageInputs, device: torch.device) -> tuple[Any, nn.Module]:
+    """The network to train, on its device, and one of the same shape for its average."""
     teaches = recipe.stage == "teacher"
     start = inputs.teacher if teaches else inputs.student
-
-    def build() -> Any:
-        return build_teacher(recipe.teacher) if teaches else build_student(recipe.student)
-
-    if start is None:
+    build: Any = partial(build_teacher, recipe.teacher) if teaches else partial(build_student, recipe.student)
+    if start is not None:
+        network = load_teacher(start) if teaches else load_student(start, recipe.student)
+    else:
         network = build()
         if recipe.optimiser.identity_start:
             identity_start(network)
-    else:
-        network = load_teacher(start) if teaches else load_student(start, recipe.student)
-    network = network.requires_grad_(True).to(accelerator.device)
-    average = build()
-    objective = _objective(recipe, inputs, network, accelerator)
-    return network, average, objective
+    return network.requires_grad_(True).to(device), build()
 
 
 def _objective(recipe: Recipe, inputs: StageInputs, network: Any, accelerator: Accelerator) -> Objective:
@@ -291,20 +277,14 @@ def _write_result(average: nn.Module, recipe: Recipe, result: Path, start: Path 
 
 def _record(recipe: Recipe, inputs: StageInputs, options: RunOptions, trainer: Trainer) -> dict[str, Any]:
     """``train.json``: recipe, inputs with hashes, versions, machine. What the user should know is printed as well."""
-
-    def described(path: Path | None) -> dict[str, str] | None:
-        return None if path is None else {"path": str(path), "sha256": sha256_file(path)}
-
+    files = {"teacher": inputs.teacher, "student": inputs.student}
+    hashes = {name: path and {"path": str(path), "sha256": sha256_file(path)} for name, path in files.items()}
     record = {
         "moebius_edge": __version__,
         "command": sys.argv,
         "recipe": plain(asdict(recipe)),
         "options": asdict(options),
-        "inputs": {
-            "samples": inputs.origin,
-            "teacher": described(inputs.teacher),
-            "student": described(inputs.student),
-        },
+        "inputs": {"samples": inputs.origin, **hashes},
         "processes": trainer.accelerator.num_processes,
         "micro_batch": trainer.micro_batch,
         "machine": {**machine_info(), "device": str(trainer.device), "threads": torch.get_num_threads()},

@@ -34,11 +34,13 @@ from .loop import (
     save_checkpoint,
     update_average,
 )
+from .losses import Figures, Objective, autocast
 from .networks import average_statistics, measure_statistics, set_training, spread_momentum
 from .noising import Batch, Noising, draw_noise, prompt_ids
-from .objectives import Figures, Objective, autocast
 from .optimiser import MuonAdamW
 from .recipe import Recipe, RunOptions
+
+_STATE = ("network", "average", "optimiser", "scaler")  # what of a trainer a checkpoint holds
 
 
 def make_accelerator(device: str) -> Accelerator:
@@ -62,9 +64,7 @@ def make_accelerator(device: str) -> Accelerator:
 
 def mean_over_processes(accelerator: Accelerator, value: Tensor) -> Tensor:
     """The mean of ``value`` over the processes; itself where there is one."""
-    if accelerator.num_processes == 1:
-        return value
-    mean: Tensor = accelerator.reduce(value.clone(), "mean")
+    mean: Tensor = value if accelerator.num_processes == 1 else accelerator.reduce(value.clone(), "mean")
     return mean
 
 
@@ -88,8 +88,15 @@ class Trainer:
         self.recipe, self.objective, self.source, self.output = recipe, objective, source, output
         self.options, self.accelerator = options, accelerator
         self.device = accelerator.device
-        self.micro_batch, self.micro_batches = self._divide()
-        if accelerator.num_processes > 1 and self.device.type == "cuda":
+        batch, processes = recipe.optimiser.batch, accelerator.num_processes
+        self.micro_batch = options.micro_batch or batch // processes
+        if self.micro_batch == 0 or batch % (self.micro_batch * processes):
+            raise UsageError(
+                f"optimiser.batch {batch} does not divide into {processes} processes of micro-batches of "
+                f"{self.micro_batch}: use a batch that is a multiple of {max(self.micro_batch, 1) * processes}"
+            )
+        self.micro_batches = batch // (self.micro_batch * processes)
+        if processes > 1 and self.device.type == "cuda":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         spread_momentum(network, self.micro_batches)
         self.network = network
@@ -101,17 +108,6 @@ class Trainer:
         self.noising = Noising(self.device)
         self.mean = partial(mean_over_processes, accelerator)
         self.done = 0
-
-    def _divide(self) -> tuple[int, int]:
-        """Samples in a micro-batch of this process, and how many micro-batches make its share of a step."""
-        batch, processes = self.recipe.optimiser.batch, self.accelerator.num_processes
-        micro = self.options.micro_batch or batch // processes
-        if micro == 0 or batch % (micro * processes):
-            raise UsageError(
-                f"optimiser.batch {batch} does not divide into {processes} processes of micro-batches of {micro}: "
-                f"use a batch that is a multiple of {max(micro, 1) * processes}"
-            )
-        return micro, batch // (micro * processes)
 
     def draw(self, number: int, seed: int | None = None) -> tuple[Any, ...]:
         """Sample ``number`` with its noise, timestep and branch."""
@@ -162,7 +158,11 @@ class Trainer:
     def _backward(self, batch: Batch, micro_batches: int) -> Figures:
         scale = self.scaler.get_scale()
         total, figures = self.objective(self.model, batch, scale)
-        if not self._overflowed(figures, scale):
+        infinite = [name for name, value in figures.items() if not torch.isfinite(value)]
+        # Where the loss scale of fp16 takes the adaptive weights' gradients alone out of range, the total is NaN and so
+        # are its gradients: the scaler skips the step and lowers its scale.
+        overflowed = bool(infinite) and all(name.startswith("w_") for name in infinite)
+        if not (overflowed and self.scaler.is_enabled() and scale >= 1):
             self._check(total, figures, batch)
         self.scaler.scale(total / micro_batches).backward()
         return {"loss": total.detach(), **figures}
@@ -180,15 +180,6 @@ class Trainer:
         self.done += 1
         update_average(self.average, self.network, min(recipe.ema_decay, self.done / (self.done + 10)))
         return float(norm)
-
-    def _overflowed(self, figures: Figures, scale: float) -> bool:
-        """Whether it is the loss scale of fp16 that takes the adaptive weights' gradients out of range.
-
-        The total is NaN then, and so are its gradients: the scaler skips the step and lowers its scale.
-        """
-        finite = {name: bool(torch.isfinite(value)) for name, value in figures.items()}
-        losses = all(ok for name, ok in finite.items() if not name.startswith("w_"))
-        return self.scaler.is_enabled() and scale >= 1 and losses and not all(finite.values())
 
     def _check(self, value: Tensor, figures: Figures, batch: Batch) -> None:
         """Raise BundleError where ``value`` is not finite."""
@@ -217,16 +208,13 @@ class Trainer:
         def draw(number: int) -> tuple[Any, ...]:
             return self.draw(int(np.random.default_rng([seed, number]).integers(1 << 31)), seed)
 
-        numbers = [range(i * size, (i + 1) * size) for i in range(batches)]
-        with closing(draw_batches(draw, numbers)) as drawn:
+        def forward(batch: Batch) -> None:
+            with autocast(self.device, self.recipe.optimiser.precision):
+                network(batch.sample, batch.timestep, prompt_ids(prompts, batch.unconditional))
+
+        with closing(draw_batches(draw, [range(i * size, (i + 1) * size) for i in range(batches)])) as drawn:
             for arrays in drawn:
-                batch = self.batch(arrays)
-
-                def forward(batch: Batch = batch) -> None:
-                    with autocast(self.device, self.recipe.optimiser.precision):
-                        network(batch.sample, batch.timestep, prompt_ids(prompts, batch.unconditional))
-
-                yield forward
+                yield partial(forward, self.batch(arrays))
 
     def save(self) -> None:
         """Write the checkpoint that ``resume`` reads; the batch norms' statistics become the processes' mean."""
@@ -234,7 +222,7 @@ class Trainer:
             average_statistics(self.network, self.mean)
             average_statistics(self.average, self.mean)
         if self.accelerator.is_main_process:
-            parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimiser", "scaler")}
+            parts = {name: getattr(self, name).state_dict() for name in _STATE}
             save_checkpoint(self.output, asdict(self.recipe), self.done, self.options.keep, **parts)
         self.accelerator.wait_for_everyone()
 
@@ -247,7 +235,7 @@ class Trainer:
         state = load_state(files[-1], asdict(self.recipe), str(self.device)) if files else None
         if state is None:
             return False
-        for name in ("network", "average", "optimiser", "scaler"):
+        for name in _STATE:
             getattr(self, name).load_state_dict(state[name])
         self.done = state["step"]
         return True

@@ -43,6 +43,22 @@ def test_the_matrices_of_a_student_are_its_dense_maps() -> None:
         assert not names[name]
 
 
+def test_a_first_step_of_muon_turns_a_gradient_into_its_orthogonal_factor() -> None:
+    """U Vᵀ of the gradient's singular value decomposition, times the rate; Newton and Schulz come near it."""
+    torch.manual_seed(0)
+    net = nn.Conv2d(24, 16, 1)
+    net.weight.grad = torch.randn(16, 24, 1, 1)
+    u, _, v = torch.linalg.svd(net.weight.grad.flatten(1), full_matrices=False)
+    before = net.weight.detach().clone()
+    MuonAdamW(net, 0.1, weight_decay=0.0).step()
+    moved = (before - net.weight.detach()).flatten(1) / 0.1
+    scale = 0.2 * 24**0.5  # that of an AdamW step's root mean square
+    singular = torch.linalg.svdvals(moved) / scale
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    cosine = (moved * (u @ v)).sum() / (moved.norm() * (u @ v).norm())
+    assert cosine > 0.95
+
+
 def test_a_saved_state_goes_on_exactly() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 3, 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import struct
 import zlib
@@ -38,23 +37,20 @@ def save(path: Path, array: np.ndarray, **options: object) -> Path:
     return path
 
 
-LOSSLESS = [
-    (suffix, dtype, channels)
-    for suffix, dtype, channels in itertools.product((".png", ".tiff", ".TIF"), (np.uint8, np.uint16), (1, 2, 3, 4))
-    if not (suffix != ".png" and dtype is np.uint16 and channels == 2)  # see test_what_a_format_cannot_hold
-]
-
-
-@pytest.mark.parametrize(("suffix", "dtype", "channels"), LOSSLESS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [(".png", np.uint8), (".png", np.uint16), (".tiff", np.uint8), (".TIF", np.uint16)]
+)
 def test_lossless_round_trip(tmp_path: Path, suffix: str, dtype: type, channels: int) -> None:
-    array = samples(channels, dtype)
     icc = RGB_PROFILE if channels > 2 else GREY_PROFILE
     path = tmp_path / f"picture{suffix}"
-    assert write_picture(path, Picture.from_array(array, Metadata(icc))) == ()
-    picture = read_picture(path)
-    assert picture.pixels.dtype == dtype and picture.metadata.icc == icc and picture.notes == ()
-    assert (picture.alpha is None) == (channels in (1, 3))
-    np.testing.assert_array_equal(picture.samples, array)
+    for size in ((21, 34), (1, 1), (1, 9), (9, 1)) if (suffix, channels) != (".TIF", 2) else ():  # see CANNOT_HOLD
+        array = samples(channels, dtype, *size)
+        assert write_picture(path, Picture.from_array(array, Metadata(icc))) == ()
+        picture = read_picture(path)
+        assert picture.pixels.dtype == dtype and picture.metadata.icc == icc and picture.notes == ()
+        assert (picture.alpha is None) == (channels in (1, 3))
+        np.testing.assert_array_equal(picture.samples, array)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -114,30 +110,26 @@ def test_orientation(tmp_path: Path, name: str, orientation: int) -> None:
     """Against Pillow's own turning, at 16 bits of the upper bytes; the result is written upright, without the tag."""
     path, exif = tmp_path / name, Image.Exif()
     exif[0x0112] = orientation
-    array = samples(3, np.uint16 if "deep" in name else np.uint8)
+    array = samples(3)
     if name == "deep.png":
-        write_picture(path, Picture.from_array(array))
+        write_picture(path, Picture.from_array(array.astype(np.uint16) * 257))
         path.write_bytes(with_chunk(path.read_bytes(), b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
     elif name == "deep.tif":
         with path.open("wb") as stream:
-            write_tiff(stream, array, {0x0112: orientation})
+            write_tiff(stream, array.astype(np.uint16) * 257, {0x0112: orientation})
     else:
         save(path, array, exif=exif)
-    if "deep" in name:
-        high = Image.fromarray((array >> 8).astype(np.uint8))
-        high.getexif()[0x0112] = orientation
-        expected = np.asarray(ImageOps.exif_transpose(high))
-    else:
-        with Image.open(path) as image:
-            image.load()
-            expected = np.asarray(ImageOps.exif_transpose(image))
+    if name in ("a.jpg", "a.webp"):  # which have changed them
+        array = np.asarray(Image.open(path))
+    image = Image.fromarray(array)
+    image.getexif()[0x0112] = orientation
     picture = read_picture(path)
     assert picture.size == ((34, 21) if orientation < 5 else (21, 34)) and picture.orientation == orientation
-    np.testing.assert_array_equal(picture.pixels >> 8 if "deep" in name else picture.pixels, expected)
+    pixels = picture.pixels >> 8 if "deep" in name else picture.pixels
+    np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(image)))
     write_picture(tmp_path / "upright.png", picture)
     with Image.open(tmp_path / "upright.png") as upright:
         assert 0x0112 not in upright.getexif()
-    np.testing.assert_array_equal(read_picture(tmp_path / "upright.png").pixels, picture.pixels)
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
@@ -188,16 +180,12 @@ def test_modes_become_what_they_mean(tmp_path: Path) -> None:
     np.testing.assert_array_equal(keyed.pixels, rgb)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_transparent_colour_at_16_bits(tmp_path: Path, channels: int) -> None:
-    array = samples(channels, np.uint16)
+def test_a_transparent_colour_at_16_bits_is_refused(tmp_path: Path) -> None:
     plain = io.BytesIO()
-    write_png(plain, array)
-    (tmp_path / "a.png").write_bytes(with_chunk(plain.getvalue(), b"tRNS", array[5, 5].astype(">u2").tobytes()))
-    picture = read_picture(tmp_path / "a.png")
-    assert picture.alpha is not None
-    np.testing.assert_array_equal(picture.pixels, array)
-    np.testing.assert_array_equal(picture.alpha, np.where((array == array[5, 5]).all(2), 0, 65535))
+    write_png(plain, samples(3, np.uint16))
+    (tmp_path / "a.png").write_bytes(with_chunk(plain.getvalue(), b"tRNS", bytes(6)))
+    with pytest.raises(UsageError, match="a transparent colour at 16 bits is not supported, an alpha channel is"):
+        read_picture(tmp_path / "a.png")
 
 
 def test_cmyk_is_converted_with_a_note(tmp_path: Path) -> None:
@@ -268,24 +256,14 @@ def test_damage_is_one_line_that_names_the_file(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", ""), "the libraries beneath print nothing of their own"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "notes.png",
-            b"hello, world, hello",
-            r"known kind, or its header is damaged \(it begins with b'hello, world, he'",
-        ),
-        ("empty.jpg", b"", r"empty\.jpg is empty \(0 bytes\): copy it again"),
-    ],
-)
-def test_messages_for_no_picture(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        read_picture(tmp_path / name)
-
-
-def test_missing_folder_pipe_and_forbidden(tmp_path: Path) -> None:
+def test_what_is_no_picture_file(tmp_path: Path) -> None:
+    for content, message in (
+        (b"hello, world, hello", r"known kind, or its header is damaged \(it begins with b'hello, world, he'"),
+        (b"", r"a\.png is empty \(0 bytes\): copy it again"),
+    ):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            read_picture(tmp_path / "a.png")
     with pytest.raises(MachineError, match=r"there is no picture .*gone\.png: check the name with `ls "):
         read_picture(tmp_path / "gone.png")
     with pytest.raises(UsageError, match="is a folder: name a picture in it"):
@@ -300,29 +278,20 @@ def test_missing_folder_pipe_and_forbidden(tmp_path: Path) -> None:
             read_picture(path)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_the_smallest_pictures(tmp_path: Path, dtype: type, size: tuple[int, int]) -> None:
-    array = samples(3, dtype, *size)
-    for name in ("a.png", "a.tif"):
-        write_picture(tmp_path / name, Picture.from_array(array))
-        np.testing.assert_array_equal(read_picture(tmp_path / name).pixels, array)
+CANNOT_HOLD = [
+    ("a.gif", samples(3), r"extension \.gif: use one of \.png, \.jpg, \.jpeg, \.tif, \.tiff, \.webp"),
+    ("a", samples(3), "has no extension: use one of"),
+    ("a.jpg", samples(4), r"JPEG cannot hold an alpha channel: use \.png"),
+    ("a.jpg", samples(3, np.uint16), r"JPEG cannot hold 16-bit samples: use \.png"),
+    ("a.webp", samples(3, np.uint16), "WEBP cannot hold 16-bit samples"),
+    ("a.bmp", samples(2), "BMP cannot hold an alpha channel"),
+    ("a.tif", samples(2, np.uint16), "TIFF cannot hold 16-bit grey with alpha"),
+    ("a.webp", samples(1, height=1, width=16384), "WEBP cannot hold a side of 16384 pixels"),
+    ("a.jpg", samples(1, height=65501, width=1), "JPEG cannot hold a side of 65501 pixels"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "picture", "message"),
-    [
-        ("a.gif", samples(3), r"extension \.gif: use one of \.png, \.jpg, \.jpeg, \.tif, \.tiff, \.webp"),
-        ("a", samples(3), "has no extension: use one of"),
-        ("a.jpg", samples(4), r"JPEG cannot hold an alpha channel: use \.png"),
-        ("a.jpg", samples(3, np.uint16), r"JPEG cannot hold 16-bit samples: use \.png"),
-        ("a.webp", samples(3, np.uint16), "WEBP cannot hold 16-bit samples"),
-        ("a.bmp", samples(2), "BMP cannot hold an alpha channel"),
-        ("a.tif", samples(2, np.uint16), "TIFF cannot hold 16-bit grey with alpha"),
-        ("a.webp", samples(1, height=1, width=16384), "WEBP cannot hold a side of 16384 pixels"),
-        ("a.jpg", samples(1, height=65501, width=1), "JPEG cannot hold a side of 65501 pixels"),
-    ],
-)
+@pytest.mark.parametrize(("name", "picture", "message"), CANNOT_HOLD)
 def test_what_a_format_cannot_hold(tmp_path: Path, name: str, picture: np.ndarray, message: str) -> None:
     """Refused, rather than converted in silence; nothing is written."""
     for ask in (check_output, write_picture):

@@ -49,13 +49,6 @@ def test_threshold_refuses(values: np.ndarray, message: str) -> None:
         threshold(values)
 
 
-def test_bounds() -> None:
-    mask = np.zeros((9, 8), bool)
-    assert bounds(mask) is None
-    mask[2, 3] = mask[6, 5] = True
-    assert bounds(mask) == (2, 3, 7, 6)
-
-
 def test_distance_is_euclidean_and_dilation_agrees() -> None:
     rng = np.random.default_rng(0)
     mask = rng.random((40, 50)) < 0.005
@@ -67,12 +60,12 @@ def test_distance_is_euclidean_and_dilation_agrees() -> None:
         np.testing.assert_array_equal(dilate(mask, radius), expected <= radius)
 
 
-def test_dilate_keeps_its_input() -> None:
+def test_dilate_keeps_its_input_and_bounds_hold_it() -> None:
     mask = np.zeros((20, 20), bool)
-    mask[10, 10] = True
-    dilate(mask, 4)
-    assert mask.sum() == 1
-    assert not dilate(np.zeros((5, 5), bool), 3).any()
+    assert bounds(mask) is None and not dilate(mask, 3).any()
+    mask[10, 9] = mask[12, 13] = True
+    assert bounds(mask) == (10, 9, 13, 14) and bounds(dilate(mask, 4)) == (6, 5, 17, 18)
+    assert mask.sum() == 2
 
 
 def test_latent_mask_of_solid_shapes_is_nearest() -> None:

@@ -47,14 +47,10 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return mask.astype(bool)
 
 
-def test_a_small_hole_gets_a_window_at_the_pictures_own_scale() -> None:
-    (window,) = plan_windows(boxes(300, 400, (100, 200, 20, 30)), R)
-    assert window == Window(110 - 32, 215 - 32, R, (100, 200, 120, 230))
-
-
 @pytest.mark.parametrize(
     ("hole", "side", "top", "left"),
     [
+        ((100, 200, 20, 30), 64, 110 - 32, 215 - 32),  # at the picture's own scale
         ((0, 0, 20, 20), 64, 0, 0),  # moved inside at a corner
         ((290, 390, 10, 10), 64, 236, 336),
         ((100, 100, 32, 32), 64, 84, 84),  # half the resolution still is at the picture's own scale
@@ -87,19 +83,16 @@ def test_a_wire_is_covered_by_windows_at_the_pictures_own_scale() -> None:
         assert before.overlaps(after), "each sees what the one before has filled"
 
 
-def test_only_the_thick_part_of_a_hole_is_scaled_down() -> None:
-    """A balloon of 200 pixels on a string of 600."""
+def test_only_what_is_thick_is_scaled_down() -> None:
+    """A balloon of 200 pixels on a string of 600, a thick band, and a frame round the picture."""
     mask = boxes(1000, 600, (300, 298, 600, 4))
     cv2.circle(mask.view(np.uint8), (300, 200), 100, 1, -1)
     first, *others = plan_windows(mask, R)
     assert 390 <= first.side <= 420 and first.fills[:2] == (100, 200) and first.fills[2] < 330
     assert {w.side for w in others} == {R}
-
-
-def test_a_thick_band_and_a_frame_round_the_picture() -> None:
     windows = plan_windows(boxes(600, 3000, (200, 0, 100, 3000)), R)
     assert all(190 <= w.side <= 220 for w in windows) and 15 <= len(windows) <= 25, "twice as large as it is thick"
-    windows = plan_windows(frame(400, 500), R)
+    windows = plan_windows(~boxes(400, 500, (9, 9, 382, 482)), R)
     assert {w.side for w in windows} == {R} and len(windows) <= 2 * 900 / (0.75 * R) + 4
 
 
@@ -108,9 +101,10 @@ def test_near_specks_share_a_window_and_distant_ones_do_not() -> None:
     assert [w.fills for w in apart] == [(20, 20, 30, 30), (250, 300, 260, 310)]
     (together,) = plan_windows(boxes(300, 400, (100, 100, 5, 5), (110, 140, 5, 5)), R)
     assert together.fills == (100, 100, 115, 145) and together.side == R
+    assert plan_windows(np.zeros((50, 60), bool), R) == []
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_planned_windows_keep_their_promises(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 700, 2)
@@ -129,10 +123,6 @@ def test_planned_windows_keep_their_promises(seed: int) -> None:
         assert box[0].any() and box[-1].any() and box[:, 0].any() and box[:, -1].any(), "the box is tight"
         box[...] = False
     assert not pending.any(), "a masked pixel is in no window"
-
-
-def test_no_hole_no_window() -> None:
-    assert plan_windows(np.zeros((50, 60), bool), R) == []
 
 
 @pytest.mark.parametrize(("density", "most"), [(1e-5, 240), (1e-3, 800), (0.5, 1000)])
@@ -240,69 +230,37 @@ def test_the_seam_of_a_part_takes_its_width_from_the_whole_hole() -> None:
     np.testing.assert_allclose(alpha[47:53, 20:40], seam(sliver, 8)[47:53, 20:40], atol=1e-6)
 
 
-def line(height: int, width: int, thickness: int, degrees: float) -> np.ndarray:
-    mask = np.zeros((height, width), np.uint8)
-    middle = np.array([width / 2, height / 2])
-    along = np.array([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]) * (width + height)
-    ends = (tuple(int(v) for v in np.rint(middle + sign * along)) for sign in (-1, 1))
-    cv2.line(mask, *ends, 1, thickness)
+def drawn(draw: Callable[[np.ndarray], object]) -> np.ndarray:
+    draw(mask := np.zeros((700, 1100), np.uint8))
     return mask.astype(bool)
-
-
-def specks(height: int, width: int, number: int) -> np.ndarray:
-    rng, mask = np.random.default_rng(0), np.zeros((height, width), np.uint8)
-    for _ in range(number):
-        cv2.circle(mask, (int(rng.integers(width)), int(rng.integers(height))), int(rng.integers(1, 7)), 1, -1)
-    return mask.astype(bool)
-
-
-def text(height: int, width: int) -> np.ndarray:
-    mask = np.zeros((height, width), np.uint8)
-    cv2.putText(mask, "2026-11-27 12:30", (20, height - 40), cv2.FONT_HERSHEY_SIMPLEX, 1.4, 1, 4)
-    return mask.astype(bool)
-
-
-def frame(height: int, width: int) -> np.ndarray:
-    mask = np.ones((height, width), bool)
-    mask[9:-9, 9:-9] = False
-    return mask
 
 
 THIN = {
-    **{
-        f"wire of {t} px at {d} degrees": line(700, 1100, t, d)
-        for t, d in ((2, 0), (3, 17), (5, 45), (7, 90), (12, 121))
-    },
-    "80 specks": specks(700, 1100, 80),
-    "a text line": text(700, 1100),
-    "a frame": frame(700, 1100),
+    "a level wire": drawn(lambda mask: cv2.line(mask, (0, 350), (1100, 350), 1, 2)),
+    "a slanting wire": drawn(lambda mask: cv2.line(mask, (200, 0), (900, 700), 1, 5)),
+    "an upright cable": drawn(lambda mask: cv2.line(mask, (550, 0), (550, 700), 1, 12)),
+    "a text line": drawn(lambda mask: cv2.putText(mask, "2026-11-27", (20, 660), cv2.FONT_HERSHEY_SIMPLEX, 1.4, 1, 4)),
+    "a frame": ~boxes(700, 1100, (9, 9, 682, 1082)),
 }
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
 @pytest.mark.parametrize("name", THIN)
-def test_a_thin_mask_changes_little_outside_of_it_and_keeps_the_pictures_sharpness(name: str, resolution: int) -> None:
-    """Whatever the network makes, here white: at most three times the mask's own area, in windows of its own scale.
-
-    What it makes can be as sharp as the picture: nothing is scaled on the way, so a network that gives back what it
-    sees gives back the picture, bit for bit.
-    """
+def test_a_thin_mask_changes_little_outside_of_it(name: str, resolution: int) -> None:
+    """Whatever the network makes, here white: at most three times the mask's own area, in windows of its own scale."""
     mask = THIN[name]
     picture = np.random.default_rng(1).integers(0, 200, (*mask.shape, 3), dtype=np.uint8)
-    white, same = Filling(picture, mask, resolution), Filling(picture, mask, resolution)
-    for window in white.windows:
+    filling = Filling(picture, mask, resolution)
+    for window in filling.windows:
         assert window.side == resolution
-        white.paste(window, np.full((resolution, resolution, 3), 1, np.float32))
-        same.paste(window, same.view(window)[0])
-    np.testing.assert_array_equal(same.canvas, picture)
-    changed = (white.canvas != picture).any(axis=2)
-    assert changed[mask].all()
-    assert (changed & ~mask).sum() <= 3 * mask.sum()
+        filling.paste(window, np.full((resolution, resolution, 3), 1, np.float32))
+    changed = (filling.canvas != picture).any(axis=2)
+    assert changed[mask].all() and (changed & ~mask).sum() <= 3 * mask.sum()
     inner = (0.75 * resolution) ** 2
-    assert len(white.windows) <= 4 + min(80, 4 * mask.sum() / (resolution * 2) + mask.size / inner)
+    assert len(filling.windows) <= 4 + 4 * mask.sum() / (resolution * 2) + mask.size / inner
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_beyond_the_seam_every_byte_is_kept_through_png(tmp_path: Path, seed: int) -> None:
     """Random sizes, masks, depths and channels; what comes back from the file, compared bit for bit."""
     rng = np.random.default_rng(seed)
@@ -381,8 +339,7 @@ def test_the_seam_never_reaches_the_edge_of_its_window() -> None:
 @pytest.mark.parametrize(("size", "widest"), [(10, 4), (120, 7), (200, 12)])
 def test_the_widest_seam_grows_with_the_window(size: int, widest: int) -> None:
     filling = Filling(np.zeros((500, 500, 3), np.uint8), boxes(500, 500, (100, 100, size, size)), 128)
-    (window,) = filling.windows
-    assert filling.feather(window) == widest
+    assert filling.feather(filling.windows[0]) == widest
 
 
 def test_matched_colours_undo_a_shift_that_varies_slowly() -> None:

@@ -79,12 +79,10 @@ class Metadata:
             return [] if chunks[b"cICP"] == _SRGB_CODE_POINTS else ["cICP"]
         if self.icc is not None or b"sRGB" in chunks:
             return []
-        special = []
-        for name, srgb in _SRGB_VALUES.items():
-            values = np.frombuffer(chunks.get(name, np.array(srgb, ">u4").tobytes()), ">u4").astype(np.int64)
-            if np.abs(values - srgb).max() > 500:
-                special.append(name.decode())
-        return special
+        present = {name: np.frombuffer(chunks[name], ">u4") for name in _SRGB_VALUES if name in chunks}
+        return [
+            name.decode() for name, v in present.items() if not np.allclose(v, _SRGB_VALUES[name], rtol=0, atol=500)
+        ]
 
 
 def plausible_dpi(x: float, y: float) -> tuple[float, float] | None:

@@ -54,17 +54,14 @@ def test_white_on_black_of_any_mode(tmp_path: Path, mode: str) -> None:
     np.testing.assert_array_equal(read(path, invert=True).hole, ~HOLE)
 
 
-@pytest.mark.parametrize(("dtype", "half"), [(np.uint8, 128), (np.uint16, 32768)])
-def test_the_threshold_is_at_half(tmp_path: Path, dtype: type, half: int) -> None:
-    save(tmp_path / "m.png", np.array([[0, half - 1, half, np.iinfo(dtype).max]], dtype))
-    assert read(tmp_path / "m.png").hole.tolist() == [[False, False, True, True]]
-
-
-def test_an_antialiased_edge_moves_by_less_than_a_pixel(tmp_path: Path) -> None:
+def test_the_threshold_is_at_half(tmp_path: Path) -> None:
     y, x = np.mgrid[:64, :64] - 31.5
     soft = np.clip(20.5 - np.hypot(x, y), 0, 1) * 255
     save(tmp_path / "m.png", soft.round().astype(np.uint8))
     np.testing.assert_array_equal(read(tmp_path / "m.png").hole, np.hypot(x, y) < 20)
+    for dtype, half in ((np.uint8, 128), (np.uint16, 32768)):
+        save(tmp_path / "m.png", np.array([[0, half - 1, half, np.iinfo(dtype).max]], dtype))
+        assert read(tmp_path / "m.png").hole.tolist() == [[False, False, True, True]]
 
 
 @pytest.mark.parametrize(
@@ -150,30 +147,13 @@ def on_layer(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.dstack([np.clip(straight, 0, 255), alpha]).astype(np.uint8)
 
 
-def palette_labels(rng: Generator, hole: np.ndarray) -> Image.Image:
-    label = int(rng.integers(1, 256))
-    image = Image.fromarray(hole * np.uint8(label), "P")
-    image.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
-    return image
-
-
-def opaque(rng: Generator, kind: str, cover: np.ndarray) -> np.ndarray | Image.Image:
-    opacity = rng.uniform(0.3, 1)
-    backgrounds = {"black": 0, "grey": 128, "white": 255}
-    if kind.startswith("colour on "):
-        return mixed([backgrounds[kind.removeprefix("colour on ")]] * 3, strong_colour(rng), cover * opacity)
-    if kind == "white":
-        return np.round(cover * 255).astype(np.uint8)
-    if kind == "translucent white":
-        return np.round(cover * opacity * 255).astype(np.uint8)
-    if kind == "white in colour mode":
-        return mixed((0, 0, 0), (255, 255, 255), cover)
-    assert kind == "white on blue"
-    return mixed((20, 40, 160), (255, 255, 255), cover)
-
-
-OPAQUE = ("white", "translucent white", "white in colour mode", "white on blue")
-COLOURED = tuple(f"colour on {background}" for background in ("black", "grey", "white"))
+OPAQUE = {  # from the share of each pixel that strokes cover
+    "white": lambda rng, cover: np.round(cover * 255).astype(np.uint8),
+    "translucent white": lambda rng, cover: np.round(cover * rng.uniform(0.3, 1) * 255).astype(np.uint8),
+    "white in colour mode": lambda rng, cover: mixed((0, 0, 0), (255, 255, 255), cover),
+    "white on blue": lambda rng, cover: mixed((20, 40, 160), (255, 255, 255), cover),
+}
+COLOURED = {"colour on black": 0, "colour on grey": 128, "colour on white": 255}
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -182,8 +162,13 @@ def test_strokes_on_an_opaque_background(tmp_path: Path, kind: str, suffix: str)
     for seed in range(6):
         rng = np.random.default_rng([seed, len(kind), len(suffix)])
         cover, hole = brush(rng)
+        if kind in OPAQUE:
+            array = OPAQUE[kind](rng, cover)
+        else:
+            opacity = rng.uniform(0.3, 1)
+            array = mixed([COLOURED[kind]] * 3, strong_colour(rng), cover * opacity)
         options = {} if suffix == "png" else {"quality": int(rng.integers(60, 96))}  # and chroma at half the size
-        marked, notes = read(save(tmp_path / f"m.{suffix}", opaque(rng, kind, cover), **options))
+        marked, notes = read(save(tmp_path / f"m.{suffix}", array, **options))
         # Chroma of half the size blurs the edges of faint colours by a pixel or two, of strokes from 10 pixels on.
         assert overlap(marked, hole) >= (0.9 if suffix == "jpg" and kind in COLOURED else 0.95), seed
         assert kind not in COLOURED or "strokes are filled" in notes[-1]
@@ -202,46 +187,38 @@ def test_strokes_on_a_transparent_layer(tmp_path: Path, suffix: str) -> None:
         assert notes == (f"mask {path} has a transparent background: what is painted on it is filled",)
 
 
-@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("layer", [False, True])
-def test_a_translucent_brush_laid_over_itself(tmp_path: Path, layer: bool, seed: int) -> None:
-    rng = np.random.default_rng([seed, 2])
-    opacity, alpha, hole = rng.uniform(0.3, 0.6), np.zeros((240, 320)), np.zeros((240, 320), bool)
-    for _ in range(3):
-        cover = strokes(rng, 240, 320, 1)
-        alpha, hole = 1 - (1 - alpha) * (1 - cover * opacity), hole | (cover > 0.5)
-    array = on_layer(strong_colour(rng), alpha) if layer else np.round(alpha * 255).astype(np.uint8)
-    assert overlap(read(save(tmp_path / "m.png", array)).hole, hole) >= 0.95
+def test_a_translucent_brush_laid_over_itself(tmp_path: Path, layer: bool) -> None:
+    for seed in range(6):
+        rng = np.random.default_rng([seed, 2])
+        opacity, alpha, hole = rng.uniform(0.3, 0.6), np.zeros((240, 320)), np.zeros((240, 320), bool)
+        for _ in range(3):
+            cover = strokes(rng, 240, 320, 1)
+            alpha, hole = 1 - (1 - alpha) * (1 - cover * opacity), hole | (cover > 0.5)
+        array = on_layer(strong_colour(rng), alpha) if layer else np.round(alpha * 255).astype(np.uint8)
+        assert overlap(read(save(tmp_path / "m.png", array)).hole, hole) >= 0.95, seed
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_faint_stroke_beside_a_strong_one(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng([seed, 3])
-    strong, faint = strokes(rng, 120, 300, 1), strokes(rng, 120, 300, 1)
-    cover = cv2.GaussianBlur(np.vstack([strong, np.zeros((40, 300)), faint]), (0, 0), 3)
-    alpha = np.vstack([np.full((140, 300), 1.0), np.full((140, 300), 0.2)]) * cover
-    found = read(save(tmp_path / "m.png", on_layer(strong_colour(rng), alpha))).hole
-    assert overlap(found, cover > 0.5) >= 0.9  # where faint strokes are narrow, half of their own peak is meant
+def test_a_faint_stroke_beside_a_strong_one(tmp_path: Path) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng([seed, 3])
+        strong, faint = strokes(rng, 120, 300, 1), strokes(rng, 120, 300, 1)
+        cover = cv2.GaussianBlur(np.vstack([strong, np.zeros((40, 300)), faint]), (0, 0), 3)
+        alpha = np.vstack([np.full((140, 300), 1.0), np.full((140, 300), 0.2)]) * cover
+        found = read(save(tmp_path / "m.png", on_layer(strong_colour(rng), alpha))).hole
+        assert overlap(found, cover > 0.5) >= 0.9, seed  # where faint strokes are narrow, half of their own peak counts
 
 
-@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
-def test_one_label_of_a_palette(tmp_path: Path, suffix: str, seed: int) -> None:
-    rng = np.random.default_rng([seed, 4])
-    _, hole = brush(rng)
-    palette_labels(rng, hole).save(tmp_path / f"m.{suffix}")
-    np.testing.assert_array_equal(read(tmp_path / f"m.{suffix}").hole, hole)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_strokes_reduced_to_a_palette(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng([seed, 5])
-    cover, hole = brush(rng)
-    Image.fromarray(mixed((0, 0, 0), strong_colour(rng), cover)).quantize(64).save(tmp_path / "m.png")
-    assert overlap(read(tmp_path / "m.png").hole, hole) >= 0.95
-
-
-def test_palette_indices_tell_apart_what_its_colours_do_not(tmp_path: Path) -> None:
+def test_one_label_of_a_palette(tmp_path: Path, suffix: str) -> None:
+    """Whatever its colour is; and where all colours of the palette are black, a note says so."""
+    for seed in range(8):
+        rng = np.random.default_rng([seed, 4])
+        _, hole = brush(rng)
+        image = Image.fromarray(hole * np.uint8(rng.integers(1, 256)), "P")
+        image.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
+        image.save(tmp_path / f"m.{suffix}")
+        np.testing.assert_array_equal(read(tmp_path / f"m.{suffix}").hole, hole)
     image = Image.fromarray(HOLE.astype(np.uint8), "P")
     image.putpalette([0, 0, 0] * 256)
     image.save(tmp_path / "m.png")
@@ -250,24 +227,27 @@ def test_palette_indices_tell_apart_what_its_colours_do_not(tmp_path: Path) -> N
     assert notes == (f"mask {tmp_path}/m.png tells its parts apart by palette index: 1 is filled",)
 
 
+def test_strokes_reduced_to_a_palette(tmp_path: Path) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng([seed, 5])
+        cover, hole = brush(rng)
+        Image.fromarray(mixed((0, 0, 0), strong_colour(rng), cover)).quantize(64).save(tmp_path / "m.png")
+        assert overlap(read(tmp_path / "m.png").hole, hole) >= 0.95, seed
+
+
 @pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("value", [1, 255])
 def test_grey_or_alpha_of_two_values_in_any_mode(tmp_path: Path, channels: int, value: int) -> None:
-    grey = np.dstack(
-        [HOLE * np.uint8(value)] * min(3, channels) + [np.full_like(HOLE, 255, np.uint8)] * (channels // 4)
-    )
-    layer = np.dstack([np.zeros((*HOLE.shape, channels - 1), np.uint8), HOLE * np.uint8(value)])
-    np.testing.assert_array_equal(read(save(tmp_path / "m.png", layer if channels == 2 else grey)).hole, HOLE)
+    marked, clear = HOLE * np.uint8(value), np.zeros(HOLE.shape, np.uint8)
+    planes = {2: [clear, marked], 3: [marked] * 3, 4: [marked] * 3 + [clear + np.uint8(255)]}
+    np.testing.assert_array_equal(read(save(tmp_path / "m.png", np.dstack(planes[channels]))).hole, HOLE)
 
 
 def test_black_and_white_on_a_transparent_layer(tmp_path: Path) -> None:
-    painted = np.zeros((21, 34, 4), np.uint8)
-    painted[..., 3] = 255
-    painted[HOLE, :3] = 255
-    np.testing.assert_array_equal(read(save(tmp_path / "opaque.png", painted)).hole, HOLE)
-    painted[:8, :, 3] = 0  # what is transparent counts as black
-    visible = HOLE.copy()
-    visible[:8] = False
+    """What is transparent counts as black."""
+    painted = np.dstack([HOLE * np.uint8(255)] * 3 + [np.full(HOLE.shape, 255, np.uint8)])
+    painted[:8, :, 3] = 0
+    visible = HOLE & (np.arange(21) >= 8)[:, None]
     np.testing.assert_array_equal(read(save(tmp_path / "cut.png", painted)).hole, visible)
 
 
@@ -339,9 +319,9 @@ def test_what_is_not_certain_is_refused(tmp_path: Path, array: np.ndarray, messa
     assert "\n" not in str(refusal.value) and str(refusal.value).endswith("save the hole as white on black")
 
 
-@pytest.mark.parametrize("quality", [60, 95])
-def test_photographs_are_recognised_as_jpeg_too(tmp_path: Path, quality: int) -> None:
-    for array in (PHOTOGRAPH, PHOTOGRAPH[::2, ::2], PHOTOGRAPH[100:250, 200:400], scribbled()):
+def test_photographs_are_recognised_as_jpeg_too(tmp_path: Path) -> None:
+    arrays = (PHOTOGRAPH, PHOTOGRAPH[::2, ::2], PHOTOGRAPH[100:250, 200:400], scribbled())
+    for array, quality in itertools.product(arrays, (60, 95)):
         with pytest.raises(UsageError, match=SWAPPED):
             read(save(tmp_path / "m.jpg", array, quality=quality))
 
@@ -401,38 +381,26 @@ def test_what_the_file_does_not_have_is_named(tmp_path: Path, source: str, messa
 
 def test_a_mask_of_another_size_names_both(tmp_path: Path) -> None:
     path = save(tmp_path / "m.png", HOLE * np.uint8(255))
-    expected = r"mask .*m\.png is 34x21 and the picture is 21x34: resize the mask to 21x34"
-    for orientation in (1, 3):
-        with pytest.raises(UsageError, match=expected):
-            read(path, (21, 34), orientation)
-    with pytest.raises(UsageError, match="is 34x21 and the picture is 34x22"):
-        read(path, (34, 22), 6)
-
-
-def test_sizes_are_compared_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save(tmp_path / "m.png", HOLE * np.uint8(255), exif=exif)
-    found, notes = read(tmp_path / "m.png", (21, 34), 6)
-    np.testing.assert_array_equal(found, np.rot90(HOLE, -1))
-    assert notes == ()
+    for size, orientation in (((21, 34), 1), ((21, 34), 3), ((34, 22), 6)):
+        shown = f"{size[0]}x{size[1]}"
+        with pytest.raises(UsageError, match=rf"mask .*m\.png is 34x21 and the picture is {shown}: .* to {shown}"):
+            read(path, size, orientation)
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-@pytest.mark.parametrize("kind", ["grey", "palette"])
-def test_a_mask_of_the_stored_picture_is_turned_with_it(tmp_path: Path, kind: str, orientation: int) -> None:
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_a_mask_of_the_stored_picture_is_turned_with_it(tmp_path: Path, mode: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright = read(save(tmp_path / "upright.png", HOLE * np.uint8(255), exif=exif), (21, 34)).hole
-    image = Image.fromarray(HOLE.astype(np.uint8) * np.uint8(255))
-    if kind == "palette":
-        image = image.convert("P")
-    image.save(tmp_path / "m.png")
+    path = save(tmp_path / "upright.png", HOLE * np.uint8(255), exif=exif)
+    upright, notes = read(path, (21, 34), orientation)
+    assert notes == () and (orientation != 6 or np.array_equal(upright, np.rot90(HOLE, -1)))
+    with pytest.raises(UsageError, match="resize the mask"):
+        read(path, (34, 21), orientation)  # it says itself how it stands
+    Image.fromarray(HOLE * np.uint8(255)).convert(mode).save(tmp_path / "m.png")
     found, notes = read(tmp_path / "m.png", (21, 34), orientation)
     np.testing.assert_array_equal(found, upright)
     assert notes == (f"mask {tmp_path}/m.png has the sides of the picture before its EXIF rotation: turned with it",)
-    with pytest.raises(UsageError, match="resize the mask"):
-        read(tmp_path / "upright.png", (34, 21), orientation)  # it says itself how it stands
 
 
 # Anything at all

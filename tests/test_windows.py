@@ -69,11 +69,6 @@ def test_one_window_for_a_compact_hole(hole: tuple[int, int, int, int], side: in
     assert window.fills == (hole[0], hole[1], hole[0] + hole[2], hole[1] + hole[3])
 
 
-def test_a_picture_smaller_than_the_model_is_centred_and_not_enlarged() -> None:
-    (window,) = plan_windows(boxes(30, 41, (10, 10, 5, 5)), R)
-    assert window == Window(-17, -11, R, (10, 10, 15, 15))
-
-
 def test_a_wire_is_covered_by_windows_at_the_pictures_own_scale() -> None:
     windows = plan_windows(boxes(300, 1000, (150, 0, 6, 1000)), R)
     assert {w.side for w in windows} == {R}
@@ -102,6 +97,8 @@ def test_near_specks_share_a_window_and_distant_ones_do_not() -> None:
     (together,) = plan_windows(boxes(300, 400, (100, 100, 5, 5), (110, 140, 5, 5)), R)
     assert together.fills == (100, 100, 115, 145) and together.side == R
     assert plan_windows(np.zeros((50, 60), bool), R) == []
+    (centred,) = plan_windows(boxes(30, 41, (10, 10, 5, 5)), R)  # of a picture smaller than the model, not enlarged
+    assert centred == Window(-17, -11, R, (10, 10, 15, 15))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -152,19 +149,15 @@ def test_a_panorama_takes_little_more_memory_than_its_picture() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_extract_at_native_scale_is_exact(dtype: type, channels: int) -> None:
+def test_extract_is_exact_and_averages_what_it_scales_down(dtype: type, channels: int) -> None:
     top = np.iinfo(dtype).max
-    pixels = np.random.default_rng(0).integers(0, top, (200, 180, channels), dtype=dtype, endpoint=True)
+    pixels = np.random.default_rng(0).integers(0, top, (300, 300, channels), dtype=dtype, endpoint=True)
     image = extract(pixels, Window(30, 40, R, (50, 60, 52, 62)), R)
     assert image.shape == (R, R, 3) and image.dtype == np.float32
     np.testing.assert_array_equal(image, np.broadcast_to(pixels[30:94, 40:104], (R, R, 3)) / np.float32(top))
-
-
-def test_extract_scales_down_by_averaging() -> None:
-    pixels = np.random.default_rng(0).integers(0, 65536, (300, 300, 3), dtype=np.uint16)
     image = extract(pixels, Window(10, 20, 4 * R, (100, 100, 200, 200)), R)
-    expected = pixels[10:266, 20:276].reshape(R, 4, R, 4, 3).mean(axis=(1, 3)) / 65535
-    np.testing.assert_allclose(image, expected, atol=1 / 65535)
+    expected = pixels[10:266, 20:276].reshape(R, 4, R, 4, channels).mean(axis=(1, 3)) / top
+    np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=1 / top)
 
 
 @pytest.mark.parametrize("size", [(30, 41), (1, 1), (1, 200), (63, 3), (9, 500)])
@@ -224,10 +217,8 @@ def test_the_seam_is_a_quarter_as_wide_as_the_hole_is_thick_at_that_place() -> N
 
 def test_the_seam_of_a_part_takes_its_width_from_the_whole_hole() -> None:
     mask = boxes(100, 100, (30, 10, 40, 80))
-    sliver = mask.copy()
-    sliver[:, 20:] = False  # what is left of a large hole, ten pixels wide
-    alpha = seam(sliver, 8, mask)
-    np.testing.assert_allclose(alpha[47:53, 20:40], seam(sliver, 8)[47:53, 20:40], atol=1e-6)
+    sliver = boxes(100, 100, (30, 10, 40, 10))  # what is left of a large hole, ten pixels wide
+    np.testing.assert_allclose(seam(sliver, 8, mask)[47:53, 20:40], seam(sliver, 8)[47:53, 20:40], atol=1e-6)
 
 
 def drawn(draw: Callable[[np.ndarray], object]) -> np.ndarray:
@@ -325,8 +316,11 @@ def test_an_enlarged_crop_is_smooth_and_in_place(dtype: type) -> None:
     assert np.abs(error).max() <= max(1, 0.003 * top)
 
 
-def test_the_seam_never_reaches_the_edge_of_its_window() -> None:
+def test_the_seam_grows_with_the_window_and_never_reaches_its_edge() -> None:
     """A feather wider than the room is narrowed: no step where the square ends."""
+    for size, widest in ((10, 4), (120, 7), (200, 12)):
+        filling = Filling(np.zeros((500, 500, 3), np.uint8), boxes(500, 500, (100, 100, size, size)), 128)
+        assert filling.feather(filling.windows[0]) == widest
     mask = boxes(400, 400, (180, 180, 32, 32))
     filling = Filling(np.zeros((400, 400, 1), np.uint8), mask, R, 1000, match=False)
     (window,) = filling.windows
@@ -334,12 +328,6 @@ def test_the_seam_never_reaches_the_edge_of_its_window() -> None:
     filling.paste(window, np.ones((R, R, 3), np.float32))
     row = filling.canvas[196, :, 0].astype(int)
     assert np.abs(np.diff(row)).max() < 45 and row[window.left] == 0 and row[200] == 255
-
-
-@pytest.mark.parametrize(("size", "widest"), [(10, 4), (120, 7), (200, 12)])
-def test_the_widest_seam_grows_with_the_window(size: int, widest: int) -> None:
-    filling = Filling(np.zeros((500, 500, 3), np.uint8), boxes(500, 500, (100, 100, size, size)), 128)
-    assert filling.feather(filling.windows[0]) == widest
 
 
 def test_matched_colours_undo_a_shift_that_varies_slowly() -> None:

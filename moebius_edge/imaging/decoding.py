@@ -124,8 +124,6 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except FileNotFoundError:
         raise MachineError(f"there is no picture {path}: check the name with `ls {path.parent}`") from None
-    except PermissionError:
-        raise MachineError(f"no right to read {path}: run `chmod u+r {path}`") from None
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from None
 
@@ -179,10 +177,9 @@ def _header(stream: BinaryIO, form: str) -> Image.Image:
 def _check_size(image: Image.Image, form: str, bits: int) -> None:
     """Raise ``TooLarge`` where decoding would take gigabytes above the samples, or many seconds."""
     most, of_what = _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else ""
-    if bits == 16:
-        channels = len(image.getbands())
-        if most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
-            most, of_what = deepest, f" with {channels} channels of 16 bits"
+    channels = len(image.getbands())
+    if bits == 16 and most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
+        most, of_what = deepest, f" with {channels} channels of 16 bits"
     check_size(*image.size, most, of_what)
 
 

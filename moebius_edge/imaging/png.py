@@ -122,8 +122,6 @@ def _take_metadata(picture: FirstPicture, name: bytes, body: bytes) -> bool:
         if len(body) != PNG_COLOUR_BYTES[name]:
             return False
         picture.png_colour.append((name, body))
-    elif name == b"pHYs" and (len(body) != 9 or body[8] != 1) and body[:4] != body[4:8]:
-        picture.notes.append("gives the shape of its pixels without a unit: left out")
     return True
 
 

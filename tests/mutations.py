@@ -204,21 +204,23 @@ def make_checkpoint(folder: Path, seed: int) -> tuple[str, Path]:
 
 
 def change_archive(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A zip archive whose members are right again after a change in its pickle, in their sizes or packing."""
+    """A zip archive whose members are right again after a change in its pickle, in their number or packing."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     (name,) = (name for name in members if name.endswith("data.pkl"))
-    what = rng.choice(("bytes", "bytes", "operation", "operation", "deflated", "lacking"))
+    what = rng.choice(("bytes", "operation", "operation", "deflated", "lacking"))
     if what == "bytes":
         _, members[name] = change_bytes(members[name], rng)
     elif what == "operation":
         members[name] = change_operation(members[name], rng)
     elif what == "lacking":
         del members[rng.choice(list(members))]
+    else:
+        members[name] += bytes(100_000_000)
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED if what == "deflated" else zipfile.ZIP_STORED) as archive:
         for member, content in members.items():
-            archive.writestr(member, content + bytes(100_000_000 if what == "deflated" and member == name else 0))
+            archive.writestr(member, content)
     return what, stream.getvalue()
 
 
@@ -267,14 +269,13 @@ def odd_object(rng: random.Random) -> tuple[str, Any]:
         "deep": deep,
         "doubling": {"model": bomb},
         "view": {"w": one.expand(1 << 20, 1 << 20)},
-        "no strides": {"w": one.as_strided((1 << 30, 1 << 10), (0, 0))},
         "meta": {"w": torch.empty(1 << 40, device="meta")},
         "sparse": {"w": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 30, 1 << 30))},
         "quantised": {"w": torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.quint8)},
         "keys": {float("nan"): one, None: one, (1, 2): one, b"x": one, 2**200: one},
         "names": {"w" * 1_000_000: one, "w\n\x1b[2J": one},
         "values": {"w": {1, 2}, "u": 1j, "t": torch.Size((2,)), "s": torch.float32},
-        "no dictionary": rng.choice(([one] * 1000, 2**10_000)),
+        "no dictionary": [one] * 1000,
     }
     what = rng.choice(sorted(objects))
     return what, objects[what]

@@ -88,10 +88,7 @@ def test_tiff_of_any_layout(tmp_path: Path, kind: str, dtype: type) -> None:
     tifffile = pytest.importorskip("tifffile", reason="comes with scikit-image")
     array = photo().astype(dtype) * (np.iinfo(dtype).max // 255)
     stored = np.moveaxis(array, -1, 0) if kind == "planar" else array
-    try:
-        tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", metadata=None, **TIFFS[kind])
-    except (ImportError, ValueError) as error:
-        pytest.skip(f"tifffile needs another package: {error}")
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", metadata=None, **TIFFS[kind])
     if kind == "planar" and dtype is np.uint16:
         with pytest.raises(UsageError, match="16-bit samples of this kind"):
             read_picture(tmp_path / "a.tif")
@@ -163,8 +160,7 @@ def test_a_part_of_a_picture_is_never_taken_for_one(
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_png_without_an_end(tmp_path: Path, dtype: type) -> None:
-    stream = io.BytesIO()
-    write_png(stream, photo().astype(dtype))
+    write_png(stream := io.BytesIO(), photo().astype(dtype))
     whole = stream.getvalue()
     picture = read(tmp_path, whole[:-12])
     np.testing.assert_array_equal(picture.pixels, photo())
@@ -182,7 +178,7 @@ def test_png_that_ends_early_and_black_ones_that_do_not(tmp_path: Path) -> None:
                 read(tmp_path, png_of(10, 20, pixels=zlib.compress(row * rows)))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (13, 21)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (13, 21)])
 def test_a_black_interlaced_png_is_whole(tmp_path: Path, size: tuple[int, int]) -> None:
     """The bytes of its seven passes are counted from the pattern of the specification, 8x8 pixels."""
     pattern = ["16462646", "77777777", "56565656", "77777777", "36463646", "77777777", "56565656", "77777777"]
@@ -252,33 +248,20 @@ def longs(*values: int) -> tuple[int, bytes]:
     return 4, struct.pack(f"<{len(values)}I", *values)
 
 
-def write_directory(stream: io.BytesIO, directory: dict[int, tuple[int, bytes]]) -> int:
-    """Append a TIFF directory of tags, of which each is a type and values; return its place."""
-    entries = []
-    for tag, (kind, values) in sorted(directory.items()):
-        number = len(values) // {3: 2, 4: 4, 5: 8, 9: 4, 11: 4, 12: 8}.get(kind, 1)
-        if len(values) > 4:
-            stream.write(values)
-            values = struct.pack("<I", stream.tell() - len(values))
-        entries.append(struct.pack("<HHI", tag, kind, number) + values.ljust(4, b"\0"))
-    place = stream.tell()
-    stream.write(struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4))
-    return place
-
-
 def tiff_of(tags: dict, data: bytes = b"", directories: int = 1) -> bytes:
-    """A grey TIFF of 8x8 pixels but for ``tags``; its directory stands at the end, and there may be many."""
-    stream = io.BytesIO(b"II*\0\0\0\0\0" + bytes(64) + data)
-    stream.seek(0, io.SEEK_END)
+    """A grey TIFF of 8x8 pixels but for ``tags``, each a type and values; its directory may come many times."""
     base = {256: longs(8), 257: longs(8), 258: shorts(8), 259: shorts(1), 262: shorts(1), 273: longs(8)}
-    directory = base | {278: longs(8), 279: longs(64)} | tags
-    places = [write_directory(stream, directory) for _ in range(directories)]
-    contents = bytearray(stream.getvalue())
-    ends = [*(place - 4 for place in places[1:]), len(contents) - 4]  # of each directory: the place of the next
-    struct.pack_into("<I", contents, 4, places[0])
-    for end, place in zip(ends, places[1:], strict=False):
-        struct.pack_into("<I", contents, end, place)
-    return bytes(contents)
+    body, entries = bytes(64) + data, b""
+    for tag, (kind, values) in sorted((base | {278: longs(8), 279: longs(64)} | tags).items()):
+        number = len(values) // {3: 2, 4: 4, 5: 8, 12: 8}.get(kind, 1)
+        if len(values) > 4:
+            values, body = struct.pack("<I", 8 + len(body)), body + values
+        entries += struct.pack("<HHI", tag, kind, number) + values.ljust(4, b"\0")
+    entries = struct.pack("<H", len(entries) // 12) + entries
+    start = 8 + len(body)
+    following = [start + n * (len(entries) + 4) for n in range(1, directories)] + [0]
+    chain = b"".join(entries + struct.pack("<I", place) for place in following)
+    return b"II*\0" + struct.pack("<I", start) + body + chain
 
 
 def jpeg_scans(scans: int, side: int) -> bytes:

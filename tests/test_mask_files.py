@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -95,12 +96,13 @@ def test_dilate_grows_by_a_disc_after_inverting(tmp_path: Path) -> None:
 
 def test_a_mask_that_is_mostly_white_names_the_option(tmp_path: Path) -> None:
     """Strokes are black in the sample masks of the network's authors."""
-    path = save(tmp_path / "m.png", ~HOLE * np.uint8(255))
-    says = f"mask {path} fills 83% of the picture: "
-    assert read(path).notes == (f"{says}add --invert-mask if black marks the hole",)
-    assert read(path, invert=True).notes == ()
-    save(path, HOLE * np.uint8(255))
-    assert read(path, invert=True).notes == (f"{says}leave out --invert-mask if white marks the hole",)
+    path, says = tmp_path / "m.png", f"mask {tmp_path}/m.png fills 83% of the picture: "
+    for white, invert, advice in (
+        (~HOLE, False, "add --invert-mask if black marks the hole"),
+        (HOLE, True, "leave out --invert-mask if white marks the hole"),
+    ):
+        save(path, white * np.uint8(255))
+        assert read(path, invert=invert).notes == (says + advice,) and read(path, invert=not invert).notes == ()
 
 
 # Masks of every kind, drawn by seed
@@ -406,37 +408,35 @@ def test_a_mask_of_the_stored_picture_is_turned_with_it(tmp_path: Path, mode: st
 # Anything at all
 
 
-def odd_contents() -> list[tuple[np.ndarray, np.ndarray | None]]:
+def odd_contents() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Samples of any kind, with palette indices or without."""
-    rng, contents = np.random.default_rng(0), []
-    shapes = [(1, 1), (1, 7), (7, 1), (2, 2), (40, 50)]
-    for shape, channels, dtype in itertools.product(shapes, (1, 3), (np.uint8, np.uint16)):
-        top = np.iinfo(dtype).max
-        size, noise = (*shape, channels), rng.integers(0, top, (*shape, channels), dtype, endpoint=True)
-        flat = [np.full(size, value, dtype) for value in (0, top // 3, top)]
-        few = [rng.integers(0, 2, size, dtype) * dtype(top), rng.integers(0, 3, size, dtype)]
-        for pixels in (*flat, *few, noise, np.full(size, rng.integers(0, top, channels), dtype)):
-            alphas = [np.full(shape, value, dtype) for value in (0, top // 2, top)] + [noise[..., 0]]
-            contents += [(pixels, None), *((np.dstack([pixels, alpha]), None) for alpha in alphas)]
+    rng = np.random.default_rng(0)
+    for shape, channels, dtype in itertools.product([(1, 1), (1, 7), (7, 1), (40, 50)], (1, 3), (np.uint8, np.uint16)):
+        top, size = np.iinfo(dtype).max, (*shape, channels)
+        noise = rng.integers(0, top, size, dtype, endpoint=True)
+        flat = [np.full(size, value, dtype) for value in (0, top // 3, top, rng.integers(0, top, channels))]
+        for pixels in (*flat, rng.integers(0, 2, size, dtype) * dtype(top), rng.integers(0, 3, size, dtype), noise):
+            yield pixels, None
+            for alpha in (*(np.full(shape, value, dtype) for value in (0, top // 2, top)), noise[..., 0]):
+                yield np.dstack([pixels, alpha]), None
         indices = rng.integers(0, 256, shape, np.uint8)
-        contents.append((rng.integers(0, 256, (256, 3), np.uint8)[indices], indices))
-        contents.append((np.zeros((*shape, 3), np.uint8), indices % 2))
-    return contents
+        yield rng.integers(0, 256, (256, 3), np.uint8)[indices], indices
+        yield np.zeros((*shape, 3), np.uint8), indices % 2
 
 
 @pytest.mark.parametrize("source", [None, "alpha", "luma", "green", "index:0"])
 def test_odd_contents_are_a_mask_or_one_line(source: str | None) -> None:
-    results = {"mask": 0, "refused": 0}
+    masks = refused = 0
     for samples, indices in odd_contents():
         try:
             hole, note = read_hole(samples, "mask m.png", source, indices)
         except UsageError as error:
             assert "\n" not in str(error) and "nan" not in str(error)
-            results["refused"] += 1
-        else:
-            assert hole.dtype == np.bool_ and hole.shape == samples.shape[:2] and "nan" not in note
-            results["mask"] += 1
-            pixels = samples[..., : 1 if samples.shape[2] < 3 else 3]
-            something = pixels.max() > 16 and (samples.shape[2] in (1, 3) or samples[..., -1].max() > 16)
-            assert source is not None or hole.any() or not something
-    assert results["mask"] > 0 and (results["refused"] > 0 or source in ("luma", "green"))
+            refused += 1
+            continue
+        masks += 1
+        assert hole.dtype == np.bool_ and hole.shape == samples.shape[:2] and "nan" not in note
+        pixels = samples[..., : 1 if samples.shape[2] < 3 else 3]
+        something = pixels.max() > 16 and (samples.shape[2] in (1, 3) or samples[..., -1].max() > 16)
+        assert source is not None or hole.any() or not something
+    assert masks > 0 and (refused > 0 or source in ("luma", "green"))

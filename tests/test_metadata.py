@@ -112,28 +112,23 @@ def test_resolution_turns_with_the_picture_and_none_is_made_up(tmp_path: Path) -
 
 def photographed(folder: Path, suffix: str, order: str = "<") -> Path:
     """A photograph on its side with all that cameras write: a thumbnail, a maker note with another, a place."""
-    thumbnail = io.BytesIO()
-    Image.fromarray(PIXELS).resize((16, 10)).save(thumbnail, "JPEG")
-    exif = Image.Exif()
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).resize((16, 10)).save(stream, "JPEG")
+    thumbnail, exif = stream.getvalue(), Image.Exif()
     exif.endian = order
-    exif[0x0112], exif[0x010F], exif[0x8298] = 6, "Maker", "the owner"
-    exif[0x013B] = "José Müller".encode()
-    exif[0x00FE + 0xC000] = thumbnail.getvalue()  # a private tag
-    inner = exif.get_ifd(0x8769)
-    inner[0x9003], inner[0x829A], inner[0xA002], inner[0xA003] = "2026:01:02 03:04:05", 0.01, 34, 21
-    inner[0x927C] = b"MAKER NOTE" + thumbnail.getvalue()
-    inner[0x9286] = b"ASCII\0\0\0" + thumbnail.getvalue()
-    exif.get_ifd(0x8825)[2] = (52.0, 30.0, 15.0)
-    exif.get_ifd(0x8825)[1] = "N"
+    exif.update({0x0112: 6, 0x010F: "Maker", 0x8298: "the owner", 0x013B: "José Müller".encode()})
+    exif[0x00FE + 0xC000] = thumbnail  # a private tag
+    inner = {0x9003: "2026:01:02 03:04:05", 0x829A: 0.01, 0xA002: 34, 0xA003: 21}
+    exif.get_ifd(0x8769).update(inner | {0x927C: b"MAKER NOTE" + thumbnail, 0x9286: b"ASCII\0\0\0" + thumbnail})
+    exif.get_ifd(0x8825).update({1: "N", 2: (52.0, 30.0, 15.0)})
     block = exif.tobytes()
     if suffix != ".tif":  # the directory of the thumbnail, which Pillow does not write
         tiff = bytearray(block.removeprefix(b"Exif\0\0"))
         (count,) = struct.unpack_from(order + "H", tiff, 8)
         struct.pack_into(order + "I", tiff, 10 + 12 * count, len(tiff))
-        place = len(tiff) + 2 + 24 + 4
-        entries = [(513, 4, 1, place), (514, 4, 1, len(thumbnail.getvalue()))]
+        entries = [(513, 4, 1, len(tiff) + 2 + 24 + 4), (514, 4, 1, len(thumbnail))]
         tiff += struct.pack(order + "H", 2) + b"".join(struct.pack(order + "HHII", *e) for e in entries) + bytes(4)
-        block = b"Exif\0\0" + bytes(tiff) + thumbnail.getvalue()
+        block = b"Exif\0\0" + bytes(tiff) + thumbnail
     path = folder / f"photo{suffix}"
     Image.fromarray(PIXELS).save(path, exif=block)
     assert b"MAKER NOTE\xff\xd8\xff" in path.read_bytes()

@@ -132,17 +132,14 @@ def test_a_million_specks_take_little_time(density: float, most: int) -> None:
 
 
 def test_a_panorama_takes_little_more_memory_than_its_picture() -> None:
-    mask = np.zeros((1600, 20000), bool)
-    mask[800:809] = True
+    mask = boxes(1600, 20000, (800, 0, 9, 20000))
     picture = np.zeros((*mask.shape, 3), np.uint8)
     tracemalloc.start()
-    try:
-        filling = Filling(picture, mask, 256)
-        for window in filling.windows:
-            filling.paste(window, np.ones((256, 256, 3), np.float32))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    filling = Filling(picture, mask, 256)
+    for window in filling.windows:
+        filling.paste(window, np.ones((256, 256, 3), np.float32))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert len(filling.windows) <= 110
     assert peak < 1.5 * (picture.nbytes + mask.nbytes) + 50e6, "a copy of the picture and one of the mask"
 
@@ -342,8 +339,7 @@ def test_matched_colours_undo_a_shift_that_varies_slowly() -> None:
 
 def test_prefill_changes_only_the_hole_and_takes_its_surroundings() -> None:
     image = np.random.default_rng(0).random((R, R, 3), np.float32) * 0.01 + np.float32(0.6)
-    hole = np.zeros((R, R), bool)
-    hole[20:40, 20:40] = True
+    hole = boxes(R, R, (20, 20, 20, 20))
     image[hole] = (1, 0, 0)
     filled = prefill(image, hole)
     np.testing.assert_array_equal(filled[~hole], image[~hole])

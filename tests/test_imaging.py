@@ -185,10 +185,6 @@ def test_cmyk_is_converted_with_a_note(tmp_path: Path) -> None:
     assert picture.pixels.shape == (6, 8, 3) and picture.metadata.icc is None
     assert picture.pixels[3, 3, 0] > 240 and picture.pixels[3, 3, 1:].max() < 15
     assert picture.notes == (f"{tmp_path}/a.jpg is CMYK: converted to sRGB without a profile",)
-    image.save(tmp_path / "bad.jpg", icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 108)
-    damaged = read_picture(tmp_path / "bad.jpg")
-    assert damaged.notes[0].endswith("converted to sRGB without its profile, which is damaged or not for CMYK")
-    np.testing.assert_array_equal(damaged.pixels, picture.pixels)
 
 
 def test_a_profile_that_does_not_fit_is_left_out_with_a_note(tmp_path: Path) -> None:
@@ -222,21 +218,20 @@ def test_a_huge_header_is_refused_before_decoding(tmp_path: Path) -> None:
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    contents = {"short data": huge_png(300, 300), "signature only": b"\x89PNG\r\n\x1a\n", "text": b"no pixels at all"}
-    for suffix, dtype in (("png", np.uint8), ("jpg", np.uint8), ("png", np.uint16), ("tif", np.uint16)):
-        whole = tmp_path / f"whole.{suffix}"
-        write_picture(whole, Picture.from_array(samples(3, dtype, height=80, width=90)))
-        data = bytearray(whole.read_bytes())
-        contents[f"half {suffix} {dtype}"] = bytes(data[: len(data) // 2])
+    contents = [huge_png(300, 300), b"\x89PNG\r\n\x1a\n", b"no pixels at all"]
+    for suffix, dtype in ((".png", np.uint8), (".jpg", np.uint8), (".png", np.uint16), (".tif", np.uint16)):
+        write_picture(tmp_path / f"whole{suffix}", Picture.from_array(samples(3, dtype, height=80, width=90)))
+        data = bytearray((tmp_path / f"whole{suffix}").read_bytes())
+        contents.append(bytes(data[: len(data) // 2]))
         data[len(data) // 2] ^= 0xFF
-        contents |= {f"flipped {suffix} {dtype}": bytes(data)} if suffix == "png" else {}
-    for name, content in contents.items():
+        contents += [bytes(data)] if suffix == ".png" else []
+    for content in contents:
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(UsageError) as caught:
             read_picture(tmp_path / "a.png")
         message = str(caught.value)
-        assert f"{tmp_path}/a.png" in message and "\n" not in message and len(message) < 400, name
-        assert message.endswith(("copy it again", "copy or save it again", "GIF")), name
+        assert f"{tmp_path}/a.png" in message and "\n" not in message and len(message) < 400
+        assert message.endswith(("copy it again", "copy or save it again", "GIF"))
     assert capfd.readouterr() == ("", ""), "the libraries beneath print nothing of their own"
 
 

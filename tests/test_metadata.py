@@ -169,6 +169,13 @@ def test_damaged_exif_is_left_out_with_a_note_and_what_is_sound_of_it_counts(tmp
         write_picture(tmp_path / "out.png", picture)
 
 
+def test_an_exif_field_of_another_type_is_left_out_with_a_note(tmp_path: Path) -> None:
+    artist = struct.pack("<HHHII", 1, 0x013B, 5, 1, 26) + bytes(4) + struct.pack("<II", 1, 2)  # a fraction, no text
+    picture = read(tmp_path, png_with((b"eXIf", b"II*\0\x08\0\0\0" + artist)))
+    assert picture.metadata.exif == {} and "has damaged EXIF metadata" in picture.notes[0]
+    write_picture(tmp_path / "out.png", picture)
+
+
 def test_xmp_is_left_out_with_a_note(tmp_path: Path) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")

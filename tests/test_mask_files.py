@@ -329,15 +329,16 @@ def test_photographs_are_recognised_as_jpeg_too(tmp_path: Path) -> None:
 
 
 def test_several_labels_of_a_palette_are_listed(tmp_path: Path) -> None:
-    image = Image.fromarray(labelled(1, 7, 200), "P")
+    path, labels = tmp_path / "m.png", labelled(1, 7, 200)
+    image = Image.fromarray(labels, "P")
     image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
-    image.save(tmp_path / "m.png")
+    image.save(path)
     message = r"has 3 palette labels besides 0, 1 \(15%\), 7 \(15%\) and 200 \(15%\): fill one with --mask-from index:N"
     with pytest.raises(UsageError, match=message):
-        read(tmp_path / "m.png")
-    np.testing.assert_array_equal(read(tmp_path / "m.png", source="index:7").hole, labelled(1, 7, 200) == 7)
+        read(path)
+    np.testing.assert_array_equal(read(path, source="index:7").hole, labels == 7)
     with pytest.raises(UsageError, match="has no pixel of index 3: it holds 0, 1, 7 and 200"):
-        read(tmp_path / "m.png", source="index:3")
+        read(path, source="index:3")
 
 
 # The option

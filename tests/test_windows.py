@@ -175,15 +175,13 @@ def test_a_square_beyond_the_picture_is_reflected(size: tuple[int, int]) -> None
 
 
 def test_a_mask_scaled_down_covers_all_it_touches() -> None:
-    mask = boxes(400, 400, (100, 100, 150, 150))
-    mask[100, 251] = True  # a single pixel, 1/25 of a pixel of the model
+    mask = boxes(400, 400, (100, 100, 150, 150), (100, 251, 1, 1))  # the last is 1/25 of a pixel of the model
     (window,) = plan_windows(mask, R)
     assert window.side > 4 * R
     hole = extract_mask(mask, window, R)
     y, x = ((np.array([100, 251]) - [window.top, window.left]) * R) // window.side
-    assert hole[y, x]
     picture = np.where(mask[..., None], 255, 0).astype(np.uint8)  # nothing of it shows outside of the hole
-    assert extract(picture, window, R)[~hole].max() == 0
+    assert hole[y, x] and extract(picture, window, R)[~hole].max() == 0
 
 
 def test_seam_falls_smoothly_from_one_to_exactly_zero() -> None:
@@ -278,8 +276,7 @@ def test_what_was_made_is_pasted_and_blended_by_the_seam() -> None:
     mask = boxes(200, 220, (90, 100, 16, 12))
     filling = Filling(original, mask, R, 9, match=False)
     (window,) = filling.windows
-    generated = rng.random((R, R, 3), np.float32)
-    filling.paste(window, generated)
+    filling.paste(window, generated := rng.random((R, R, 3), np.float32))
     full = np.zeros(original.shape)
     full[window.top : window.top + R, window.left : window.left + R] = generated * 65535.0
     alpha = seam(mask, 9)[..., None].astype(float)
@@ -302,15 +299,13 @@ def test_pasting_back_what_was_seen_changes_nothing() -> None:
 def test_an_enlarged_crop_is_smooth_and_in_place(dtype: type) -> None:
     """A ramp survives being averaged down and interpolated up, so nothing is shifted."""
     top = np.iinfo(dtype).max
-    ramp = np.linspace(0.1, 0.9, 500) * top
-    pixels = np.repeat(np.rint(ramp)[None, :, None], 500, axis=0).repeat(3, axis=2).astype(dtype)
+    pixels = np.broadcast_to(np.rint(np.linspace(0.1, 0.9, 500) * top)[None, :, None], (500, 500, 3)).astype(dtype)
     mask = boxes(500, 500, (150, 150, 200, 200))
     filling = Filling(pixels, mask, R, 12, match=False)
     (window,) = filling.windows
     assert window.side > 6 * R
     filling.paste(window, filling.view(window)[0])
-    error = (filling.canvas.astype(int) - pixels)[mask]
-    assert np.abs(error).max() <= max(1, 0.003 * top)
+    assert np.abs(filling.canvas.astype(int) - pixels)[mask].max() <= max(1, 0.003 * top)
 
 
 def test_the_seam_grows_with_the_window_and_never_reaches_its_edge() -> None:

@@ -1,39 +1,37 @@
-"""Damages pictures at random, from a seed, and reads them: for the test of hostile files, and to repeat one by hand.
+"""Files damaged by seed, each opened in a process of its own that has a limit of time and of memory. Not a test.
 
-``python tests/mutations.py FIRST COUNT`` prints a line of JSON for each picture of the seeds FIRST, FIRST + 1, ...;
-with ``--keep FOLDER`` it writes the damaged files there and reads none.
+    python tests/mutations.py picture|checkpoint|bundle FIRST COUNT FOLDER
+
+prints one line of JSON for each seed: what was changed, how it ended (an exit code, "traceback", "time" or a signal),
+the seconds, the peak of the memory, and what was printed. The same seed makes the same file.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import itertools
 import json
 import os
+import pickle
+import pickletools
 import random
 import resource
+import select
+import shutil
+import signal
 import struct
 import sys
-import tempfile
 import time
+import traceback
+import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin
-
-from moebius_edge.errors import MoebiusError
-from moebius_edge.imaging.mask_files import read_mask
-from moebius_edge.imaging.pictures import OUTPUT_FORMATS, Picture, check_output, read_picture, write_picture
-
-MEMORY_LIMIT = 8 << 30  # bytes of address space: what asks for more is ended, and the seed is known
-_SIZE = (72, 60)  # of all the pictures, so that where a file gives its size can be found
-_NUMBERS = (0, 1, 2, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+SECONDS = 60  # of a case; a machine that does other things as well is slow
+BYTES = 2 << 30  # of address space above this process's own
+NUMBERS = (-1, 0, 1, 3, 7, 255, 65536, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1)
 
 
 def share(count: int) -> int:
@@ -41,37 +39,81 @@ def share(count: int) -> int:
     return max(10, round(count * float(os.environ.get("MUTATION_SHARE", "1"))))
 
 
+def change_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Some bytes turned, copied, removed, doubled or replaced by a large number."""
+    changed = bytearray(data)
+    kind = rng.choice(("flip", "copy", "cut", "double", "number"))
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at, length = rng.randrange(len(changed)), rng.choice((1, 4, 16, 64, 256))
+        if kind == "flip":
+            changed[at] ^= 1 << rng.randrange(8)
+        elif kind == "copy":
+            source = rng.randrange(len(changed))
+            changed[at : at + length] = changed[source : source + length]
+        elif kind == "cut":
+            return kind, bytes(changed[: at + 1])
+        elif kind == "double":
+            changed[at:at] = changed[at : at + length]
+        else:
+            changed[at : at + 1] = rng.choice((b"\xff\xff\xff\xff\x0f", b"\xff" * 8, (1 << 40).to_bytes(8, "little")))
+    return kind, bytes(changed)
+
+
+def change_start(data: bytes, rng: random.Random, lengths: tuple[int, ...]) -> tuple[str, bytes]:
+    """As ``change_bytes``, often among the first bytes alone, which decide more than what is behind them."""
+    head = rng.choice((*lengths, len(data)))
+    what, changed = change_bytes(data[:head], rng)
+    return what, changed if what == "cut" else changed + data[head:]
+
+
+def exit_code(call: Callable[..., object], *arguments: object) -> int:
+    """How the command line would end: 0, or the code of the error, which is printed."""
+    from moebius_edge.errors import MoebiusError
+
+    try:
+        call(*arguments)
+    except MoebiusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+# --- pictures --------------------------------------------------------------------------------------------
+
+_SIZE = (72, 60)  # of all the pictures, so that where a file gives its size can be found
+
+
 def corpus() -> dict[str, bytes]:
     """Valid small pictures, all of one size, in all the modes and formats that are read, by name."""
+    import numpy as np
+    from PIL import Image, ImageCms, PngImagePlugin
+
     y, x = np.mgrid[: _SIZE[1], : _SIZE[0]]
     smooth = np.stack([3 * x, 4 * y, (x * y) % 256], 2)
     rgb = np.clip(smooth + np.random.default_rng(0).integers(0, 20, smooth.shape), 0, 255).astype(np.uint8)
-    colour = Image.fromarray(rgb)
-    clear = Image.fromarray(np.dstack([rgb, 255 - rgb[..., 0]]))
+    colour, clear = Image.fromarray(rgb), Image.fromarray(np.dstack([rgb, 255 - rgb[..., 0]]))
     frames = [colour.quantize(64), colour.rotate(90).resize(_SIZE).quantize(64)]
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "Maker"
     exif.get_ifd(0x8769)[0x9003] = "2026:01:01 00:00:00"
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    described = {"exif": exif.tobytes(), "icc_profile": profile}
+    described = {"exif": exif.tobytes(), "icc_profile": profile, "dpi": (300, 300)}
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", "a comment " * 50, zip=True)
     text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
     grey = Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)
     several = {"save_all": True, "append_images": frames[1:]}
     pictures = {
-        "rgb.png": (colour, described | {"pnginfo": text, "dpi": (300, 300)}),
+        "rgb.png": (colour, described | {"pnginfo": text}),
         "rgba.png": (clear, {}),
         "palette.png": (frames[0], {"transparency": 3}),
-        "bits.png": (colour.convert("1"), {}),
         "grey16.png": (grey, {}),
-        "baseline.jpg": (colour, described | {"dpi": (300, 300)}),
+        "baseline.jpg": (colour, described),
         "progressive.jpg": (colour, {"progressive": True}),
         "cmyk.jpg": (colour.convert("CMYK"), {}),
         "raw.tif": (colour, described),
         "lzw.tif": (clear, {"compression": "tiff_lzw"}),
         "deflate16.tif": (grey, {"compression": "tiff_adobe_deflate"}),
-        "raw16.tif": (grey, {}),
         "fax.tif": (colour.convert("1"), {"compression": "group4"}),
         "jpeg.tif": (colour, {"compression": "jpeg"}),
         "pages.tif": (frames[0], several),
@@ -83,144 +125,304 @@ def corpus() -> dict[str, bytes]:
         "rgb.jp2": (colour, {}),
     }
     Image.init()
-    return {name: _saved(name, image, options) for name, (image, options) in pictures.items()}
+    contents = {}
+    for name, (image, options) in pictures.items():
+        stream = io.BytesIO()
+        image.save(stream, Image.EXTENSION[Path(name).suffix], **options)
+        contents[name] = stream.getvalue()
+    return contents
 
 
-def _saved(name: str, image: Image.Image, options: dict) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, Image.EXTENSION[Path(name).suffix], **options)
-    return stream.getvalue()
+def make_picture(folder: Path, seed: int) -> tuple[str, Path]:
+    rng = random.Random(seed)
+    original = rng.choice(sorted(folder.glob("*.valid")))
+    data = original.read_bytes()
+    code = rng.choice((">H", "<H", ">I", "<I"))
+    if rng.random() < 0.25 and (at := data.find(struct.pack(code, rng.choice(_SIZE)), rng.randrange(32))) >= 0:
+        number = rng.choice((*NUMBERS, rng.randrange(20_000))) % (1 << 8 * struct.calcsize(code))
+        what, data = "size", data[:at] + struct.pack(code, number) + data[at + struct.calcsize(code) :]
+    else:
+        what, data = change_start(data, rng, (64, 600))
+    path = folder / f"{seed}-{original.stem}"
+    path.write_bytes(with_checksums(data) if rng.random() < 0.7 else data)
+    return f"{original.stem}: {what}", path
 
 
-def mutate(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """``data`` with one to four kinds of damage; ``other`` is another file, of which a part may be copied in."""
-    damaged = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        near_start = rng.random() < 0.6  # where the headers are
-        at = rng.randrange(min(len(damaged), 600 if near_start else len(damaged)) or 1)
-        length = min(rng.choice((1, 2, 4, 16, 64, 1024)), len(damaged) - at)
-        kind = rng.choice(("flip", "number", "number", "size", "size", "cut", "remove", "repeat", "splice", "move"))
-        code = rng.choice((">H", "<H", ">I", "<I", "B"))
-        if kind == "size":
-            at = max(damaged.find(struct.pack(code, rng.choice(_SIZE)), rng.randrange(32)), 0)
-        if kind == "flip":
-            for place in range(at, at + length):
-                damaged[place] ^= rng.randrange(256)
-        elif kind in ("number", "size"):
-            if at + struct.calcsize(code) <= len(damaged):
-                number = rng.choice((*_NUMBERS, rng.randrange(20_000)))
-                struct.pack_into(code, damaged, at, number % (1 << 8 * struct.calcsize(code)))
-        elif kind == "cut":
-            del damaged[max(at, 8) :]
-        elif kind == "remove":
-            del damaged[at : at + length]
-        elif kind == "repeat":
-            damaged[at:at] = damaged[at : at + length] * rng.choice((1, 3, 200))
-        elif kind == "splice":
-            start = rng.randrange(len(other))
-            damaged[at : at + length] = other[start : start + length]
-        else:
-            part = damaged[at : at + length]
-            del damaged[at : at + length]
-            place = rng.randrange(len(damaged) + 1)
-            damaged[place:place] = part
-    return _with_checksums(bytes(damaged)) if rng.random() < 0.7 else bytes(damaged)
-
-
-def _with_checksums(data: bytes) -> bytes:
+def with_checksums(data: bytes) -> bytes:
     """A damaged PNG with right checksums, or damage would never get further than to them; others as they are."""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data
-    fixed, at = bytearray(data), 8
-    while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
-        if end + 4 > len(data):
-            break
+    fixed, at = bytearray(data), 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
+    while at + 12 <= len(data) and (end := at + 8 + int.from_bytes(data[at : at + 4], "big")) + 4 <= len(data):
         struct.pack_into(">I", fixed, end, zlib.crc32(data[at + 4 : end]))
         at = end + 4
     return bytes(fixed)
 
 
-def mutated(seed: int, pictures: dict[str, bytes]) -> tuple[str, bytes]:
-    """The picture of ``seed``: the name of the one that it was, and the damaged file."""
-    rng = random.Random(seed)
-    name = list(pictures)[seed % len(pictures)]
-    return name, mutate(pictures[name], pictures[rng.choice(list(pictures))], rng)
+def prepare_pictures(folder: Path) -> Any:
+    """The files that are changed; how one is opened: as picture and as mask, then written in every format."""
+    import numpy as np
 
+    from moebius_edge.errors import MoebiusError
+    from moebius_edge.imaging.mask_files import read_mask
+    from moebius_edge.imaging.pictures import OUTPUT_FORMATS, read_picture, write_picture
 
-@dataclass(frozen=True)
-class Figures:
-    """What became of a file: ``read`` or the error, the processor's time, and the memory above the samples'."""
+    for name, data in corpus().items():
+        (folder / f"{name}.valid").write_bytes(data)
 
-    outcome: str
-    seconds: float
-    bytes: int
-
-
-def measure(read: Callable[[], int]) -> Figures:
-    """Figures of ``read``, which returns the bytes of the samples that it has read."""
-    _forget_peak()
-    before, start = _peak_bytes(), time.process_time()
-    outcome, needed = "read", 0
-    try:
-        needed = read()
-    except MoebiusError as error:
-        outcome = f"{type(error).__name__}: {error}"
-    return Figures(outcome, time.process_time() - start, _peak_bytes() - before - needed)
-
-
-def sample_bytes(picture: Picture) -> int:
-    """The memory that the samples of ``picture`` take."""
-    return picture.pixels.nbytes + (0 if picture.alpha is None else picture.alpha.nbytes)
-
-
-def use(path: Path, folder: Path) -> int:
-    """Read a file as picture and as mask and write it in every format; return the bytes of its samples."""
-    picture = read_picture(path)
-    with suppress(MoebiusError):
-        read_mask(path, picture)
-    for suffix in OUTPUT_FORMATS if picture.pixels.size < 1 << 18 else ():
+    def use(path: Path) -> None:
+        picture = read_picture(path)
         with suppress(MoebiusError):
-            form = check_output(folder / f"out{suffix}", picture)
-            write_picture(folder / f"out{suffix}", picture)
-            again = read_picture(folder / f"out{suffix}")
-            assert form not in ("PNG", "TIFF") or np.array_equal(again.samples, picture.samples)
-    return sample_bytes(picture)
+            read_mask(path, picture)
+        for suffix, form in OUTPUT_FORMATS.items() if picture.pixels.size < 1 << 18 else ():
+            with suppress(MoebiusError):
+                write_picture(folder / f"out{suffix}", picture)
+                again = read_picture(folder / f"out{suffix}")
+                assert form not in ("PNG", "TIFF") or np.array_equal(again.samples, picture.samples)
+
+    return make_picture, lambda path: exit_code(use, path)
 
 
-def _peak_bytes() -> int:
-    """The most memory that this process held since ``_forget_peak``."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+# --- checkpoints -----------------------------------------------------------------------------------------
 
 
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def make_checkpoint(folder: Path, seed: int) -> tuple[str, Path]:
+    rng = random.Random(seed)
+    path = folder / f"{seed}{rng.choice(('.bin', '.pt', '.ckpt', '.safetensors'))}"
+    kind = rng.choice(("zip", "old", "safetensors", "archive", "header", "object"))
+    if kind == "object":
+        import torch
+
+        what, content = odd_object(rng)
+        torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+        return f"{kind}: {what}", path
+    original = (folder / f"{ {'archive': 'zip', 'header': 'safetensors'}.get(kind, kind) }.weights").read_bytes()
+    if kind in ("archive", "header"):
+        what, data = (change_archive if kind == "archive" else change_header)(original, rng)
+    else:
+        what, data = change_start(original, rng, (200, 4000, 100_000))
+    path.write_bytes(data)
+    return f"{kind}: {what}", path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("first", type=int)
-    parser.add_argument("count", type=int)
-    parser.add_argument("--keep", type=Path)
-    options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    pictures = corpus()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in pictures.items():  # what is imported or allocated once does not count
-            (Path(folder) / name).write_bytes(data)
-            use(Path(folder) / name, Path(folder))
-        for seed in itertools.islice(itertools.count(options.first), options.count):
-            name, data = mutated(seed, pictures)
-            if options.keep:
-                (options.keep / f"{seed}-{name}").write_bytes(data)
-                continue
-            path = Path(folder) / name
-            path.write_bytes(data)
-            print(json.dumps({"seed": seed, "name": name}), flush=True)
-            figures = measure(partial(use, path, Path(folder)))
-            print(json.dumps({"seed": seed, "name": name, **asdict(figures)}), flush=True)
+def change_archive(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """A zip archive whose members are right again after a change in its pickle, in their number or packing."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in members if name.endswith("data.pkl"))
+    what = rng.choice(("bytes", "operation", "operation", "deflated", "lacking"))
+    if what == "bytes":
+        _, members[name] = change_bytes(members[name], rng)
+    elif what == "operation":
+        members[name] = change_operation(members[name], rng)
+    elif what == "lacking":
+        del members[rng.choice(list(members))]
+    else:
+        members[name] += bytes(100_000_000)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED if what == "deflated" else zipfile.ZIP_STORED) as archive:
+        for member, content in members.items():
+            archive.writestr(member, content)
+    return what, stream.getvalue()
+
+
+def change_operation(data: bytes, rng: random.Random) -> bytes:
+    """A pickle with some of its instructions replaced, by others of its own or by numbers."""
+    places = [place for _, _, place in pickletools.genops(data)]
+    parts = [data[a:b] for a, b in zip(places, [*places[1:], len(data)], strict=True)]
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        number = pickle.dumps(rng.choice(NUMBERS), 2)[2:-1]
+        parts[rng.randrange(1, len(parts))] = rng.choice((rng.choice(parts), number, b"}", b"]", b"R", b"2", b"N"))
+    return b"".join(parts)
+
+
+def change_header(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """A safetensors file with some values of its header replaced."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    what = rng.choice(("shape", "data_offsets", "dtype", "entry", "names"))
+    for name in rng.sample(sorted(header), rng.choice((1, 1, 5))):
+        if what in ("shape", "data_offsets") and header[name][what]:
+            values = header[name][what]
+            values[rng.randrange(len(values))] = rng.choice((*NUMBERS, None, "1", 1.5, [1]))
+        elif what == "dtype":
+            header[name]["dtype"] = rng.choice(("F64", "I8", "F8_E4M3", "X", None, 3, []))
+        elif what == "names":
+            header[rng.choice(("x", "\n", "\x1b[31m", "a" * 10_000, "lora_up.weight"))] = header.pop(name)
+        else:
+            header[name] = rng.choice((None, 1, "x", [], {}, {"shape": []}))
+    text = json.dumps(header).encode()
+    return what, len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def odd_object(rng: random.Random) -> tuple[str, Any]:
+    """What torch.save writes and no network has."""
+    import torch
+
+    cycle: dict[str, Any] = {}
+    cycle["model"] = cycle
+    deep: Any = {"state_dict": {}}
+    bomb: Any = ()
+    for _ in range(60):
+        deep, bomb = {"state_dict": deep}, (bomb, bomb)
+    one = torch.ones(1)
+    objects = {
+        "cycle": cycle,
+        "deep": deep,
+        "doubling": {"model": bomb},
+        "view": {"w": one.expand(1 << 20, 1 << 20)},
+        "meta": {"w": torch.empty(1 << 40, device="meta")},
+        "sparse": {"w": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 30, 1 << 30))},
+        "quantised": {"w": torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.quint8)},
+        "keys": {float("nan"): one, None: one, (1, 2): one, b"x": one, 2**200: one},
+        "names": {"w" * 1_000_000: one, "w\n\x1b[2J": one},
+        "values": {"w": {1, 2}, "u": 1j, "t": torch.Size((2,)), "s": torch.float32},
+        "no dictionary": [one] * 1000,
+    }
+    what = rng.choice(sorted(objects))
+    return what, objects[what]
+
+
+def prepare_checkpoints(folder: Path) -> Any:
+    """The files that are changed; how one is opened."""
+    import torch
+    from golden import golden_state
+    from safetensors.torch import save_file
+
+    from moebius_edge.model import StudentConfig, build_student, load_checkpoint
+
+    torch.set_num_threads(1)
+    student = build_student(StudentConfig((32, 32), 2, 16, 16, latent_size=8, window=3, layers_per_block=1))
+    state = golden_state(student)
+    torch.save(state, folder / "zip.weights")
+    torch.save({"state_dict": state}, folder / "old.weights", _use_new_zipfile_serialization=False)
+    save_file(state, folder / "safetensors.weights")
+
+    return make_checkpoint, lambda path: exit_code(load_checkpoint, student, path)
+
+
+# --- bundles ---------------------------------------------------------------------------------------------
+
+
+def make_bundle(folder: Path, seed: int) -> tuple[str, Path]:
+    from toy import describe_again
+
+    rng = random.Random(seed)
+    made = folder / str(seed)
+    shutil.copytree(folder / rng.choice(("tiny", "toy")), made)
+    path = rng.choice(sorted(made.glob("*.onnx")))
+    kind, data = (change_bytes if rng.random() < 0.4 else change_graph)(path.read_bytes(), rng)
+    path.write_bytes(data)
+    return f"{path.stem}: {kind}", describe_again(made)
+
+
+def change_graph(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """A graph with attributes, sizes, edges, operators or functions replaced, well formed as a message."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(data)
+    nodes = list(model.graph.node)
+    operators = ("Tile", "Expand", "ConstantOfShape", "Range", "Loop", "NonZero", "Conv", "Resize", "Pad", "If")
+    kind = rng.choice(("attribute", "dims", "edge", "operator", "function", "shape", "many"))
+    for _ in range(rng.choice((1, 1, 3))):
+        if kind == "attribute" and (attributes := [a for n in nodes for a in n.attribute if a.i or a.ints]):
+            attribute = rng.choice(attributes)
+            if attribute.ints:
+                attribute.ints[rng.randrange(len(attribute.ints))] = rng.choice(NUMBERS)
+            else:
+                attribute.i = rng.choice(NUMBERS)
+        elif kind == "dims" and (tensor := rng.choice(model.graph.initializer)).dims:
+            tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice(NUMBERS)
+        elif kind == "edge":
+            node = rng.choice([n for n in nodes if n.input])
+            names = [name for n in nodes for name in n.output] + [t.name for t in model.graph.initializer]
+            node.input[rng.randrange(len(node.input))] = rng.choice(names)
+        elif kind == "operator":
+            rng.choice(nodes).op_type = rng.choice(operators)
+        elif kind == "function" and model.functions:
+            node = rng.choice(rng.choice(model.functions).node)
+            node.op_type, node.domain = rng.choice(("LocalLambda", "InteractiveLambda")), "moebius"
+        elif kind == "shape":
+            value = rng.choice([*model.graph.value_info, *model.graph.input, *model.graph.output])
+            if dims := value.type.tensor_type.shape.dim:
+                dims[rng.randrange(len(dims))].dim_value = rng.choice(NUMBERS)
+        elif kind == "many":
+            model.graph.node.extend([rng.choice(nodes)] * rng.choice((100, 30_000)))
+    return kind, model.SerializeToString()
+
+
+def prepare_bundles(folder: Path) -> Any:
+    import onnxruntime  # noqa: F401 - once, and not in every process
+    from toy import make_toy_bundle
+
+    from moebius_edge.bundle.bundle import ASSETS
+    from moebius_edge.cli import main
+
+    make_toy_bundle(folder / "toy", deep=True)
+    shutil.copytree(ASSETS / "tiny", folder / "tiny", ignore=shutil.ignore_patterns("checkpoint"))
+    examples = Path(__file__).parents[1] / "examples"
+
+    def opens(bundle: Path) -> int:
+        image, mask, output = examples / "coffee.png", examples / "coffee_mask.png", f"{bundle}.png"
+        settings = ["--steps", "4", "--cache-interval", "2", "--runtime", "onnxruntime", "--device", "cpu"]
+        os.environ["MOEBIUS_EDGE_OWNS_PROCESS"] = "1"  # as of the command itself
+        return main(["run", str(image), str(mask), "--bundle", str(bundle), "--output", output, *settings])
+
+    return make_bundle, opens
+
+
+# --- the processes ---------------------------------------------------------------------------------------
+
+
+def run_case(opens: Any, path: Path) -> dict[str, Any]:
+    """``opens(path)`` in a fork of this process."""
+    reading, writing = os.pipe()
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        for stream in (1, 2):
+            os.dup2(writing, stream)
+        sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)  # theirs would go on as files of the old kind
+        own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (own + BYTES, own + BYTES))
+        code = 99
+        try:
+            code = opens(path)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    os.close(writing)
+    said, ended = b"", False
+    while (left := start + SECONDS - time.monotonic()) > 0 and not ended:
+        if select.select([reading], [], [], left)[0]:
+            said += (part := os.read(reading, 65536))
+            ended = not part
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    os.close(reading)
+    _, status, usage = os.wait4(child, 0)
+    text = said.decode(errors="replace")
+    outcome: Any = os.waitstatus_to_exitcode(status)
+    return {
+        "outcome": "time" if not ended else "traceback" if "Traceback" in text else outcome,
+        "seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mb": usage.ru_maxrss // 1024,
+        "said": text.strip().splitlines()[-50:],
+    }
+
+
+PREPARE = {"picture": prepare_pictures, "checkpoint": prepare_checkpoints, "bundle": prepare_bundles}
+
+
+def work(kind: str, first: int, count: int, folder: Path) -> None:
+    make, opens = PREPARE[kind](folder)
+    for seed in range(first, first + count):
+        what, path = make(folder, seed)
+        print(json.dumps({"seed": seed, "what": what, **run_case(opens, path)}), flush=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

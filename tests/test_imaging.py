@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import struct
 import zlib
@@ -38,23 +37,20 @@ def save(path: Path, array: np.ndarray, **options: object) -> Path:
     return path
 
 
-LOSSLESS = [
-    (suffix, dtype, channels)
-    for suffix, dtype, channels in itertools.product((".png", ".tiff", ".TIF"), (np.uint8, np.uint16), (1, 2, 3, 4))
-    if not (suffix != ".png" and dtype is np.uint16 and channels == 2)  # see test_what_a_format_cannot_hold
-]
-
-
-@pytest.mark.parametrize(("suffix", "dtype", "channels"), LOSSLESS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("suffix", "dtype"), [(".png", np.uint8), (".png", np.uint16), (".tiff", np.uint8), (".TIF", np.uint16)]
+)
 def test_lossless_round_trip(tmp_path: Path, suffix: str, dtype: type, channels: int) -> None:
-    array = samples(channels, dtype)
     icc = RGB_PROFILE if channels > 2 else GREY_PROFILE
     path = tmp_path / f"picture{suffix}"
-    assert write_picture(path, Picture.from_array(array, Metadata(icc))) == ()
-    picture = read_picture(path)
-    assert picture.pixels.dtype == dtype and picture.metadata.icc == icc and picture.notes == ()
-    assert (picture.alpha is None) == (channels in (1, 3))
-    np.testing.assert_array_equal(picture.samples, array)
+    for size in ((21, 34), (1, 1), (1, 9), (9, 1)) if (suffix, channels) != (".TIF", 2) else ():  # see CANNOT_HOLD
+        array = samples(channels, dtype, *size)
+        assert write_picture(path, Picture.from_array(array, Metadata(icc))) == ()
+        picture = read_picture(path)
+        assert picture.pixels.dtype == dtype and picture.metadata.icc == icc and picture.notes == ()
+        assert (picture.alpha is None) == (channels in (1, 3))
+        np.testing.assert_array_equal(picture.samples, array)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -73,30 +69,26 @@ def test_other_programs_read_what_is_written(tmp_path: Path, suffix: str, channe
         np.testing.assert_array_equal(read[..., {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[channels]], deep)
 
 
-def test_webp_is_lossless_also_under_full_transparency(tmp_path: Path) -> None:
-    array = samples(4)
-    write_picture(tmp_path / "a.webp", Picture.from_array(array, Metadata(RGB_PROFILE)))
+def test_webp_is_lossless_and_bmp_drops_the_profile(tmp_path: Path) -> None:
+    """WebP also under full transparency; the RGB that it has in place of grey does not fit a profile for grey."""
+    write_picture(tmp_path / "a.webp", Picture.from_array(samples(4), Metadata(RGB_PROFILE)))
     picture = read_picture(tmp_path / "a.webp")
-    np.testing.assert_array_equal(picture.samples, array)
+    np.testing.assert_array_equal(picture.samples, samples(4))
     assert picture.metadata.icc == RGB_PROFILE
     write_picture(tmp_path / "grey.webp", Picture.from_array(samples(1), Metadata(GREY_PROFILE)))
     grey = read_picture(tmp_path / "grey.webp")
     np.testing.assert_array_equal(grey.pixels, samples(1).repeat(3, axis=2))
-    assert grey.metadata.icc is None, "a profile for grey does not fit the RGB that WebP holds"
-
-
-def test_bmp_keeps_pixels_and_says_it_drops_the_profile(tmp_path: Path) -> None:
-    notes = write_picture(tmp_path / "a.bmp", Picture.from_array(samples(3), Metadata(RGB_PROFILE)))
-    assert len(notes) == 1 and "holds no ICC profile" in notes[0]
+    assert grey.metadata.icc is None
+    (note,) = write_picture(tmp_path / "a.bmp", Picture.from_array(samples(3), Metadata(RGB_PROFILE)))
+    assert "holds no ICC profile" in note
     np.testing.assert_array_equal(read_picture(tmp_path / "a.bmp").pixels, samples(3))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_is_written_well_and_called_lossy(tmp_path: Path, channels: int) -> None:
+@pytest.mark.parametrize(("channels", "icc"), [(1, GREY_PROFILE), (3, RGB_PROFILE)])
+def test_jpeg_is_written_well_and_called_lossy(tmp_path: Path, channels: int, icc: bytes) -> None:
     smooth = cv2.GaussianBlur(samples(channels, height=64, width=64), (0, 0), 3).reshape(64, 64, channels)
-    icc = RGB_PROFILE if channels == 3 else GREY_PROFILE
-    notes = write_picture(tmp_path / "a.jpg", Picture.from_array(smooth, Metadata(icc)))
-    assert len(notes) == 1 and "lossy" in notes[0] and ".png keeps them" in notes[0]
+    (note,) = write_picture(tmp_path / "a.jpg", Picture.from_array(smooth, Metadata(icc)))
+    assert "lossy" in note and ".png keeps them" in note
     picture = read_picture(tmp_path / "a.jpg")
     assert picture.pixels.shape == smooth.shape and picture.metadata.icc == icc
     assert np.abs(picture.pixels.astype(int) - smooth).mean() < 1.5
@@ -114,36 +106,33 @@ def test_orientation(tmp_path: Path, name: str, orientation: int) -> None:
     """Against Pillow's own turning, at 16 bits of the upper bytes; the result is written upright, without the tag."""
     path, exif = tmp_path / name, Image.Exif()
     exif[0x0112] = orientation
-    array = samples(3, np.uint16 if "deep" in name else np.uint8)
+    array = samples(3)
     if name == "deep.png":
-        write_picture(path, Picture.from_array(array))
+        write_picture(path, Picture.from_array(array.astype(np.uint16) * 257))
         path.write_bytes(with_chunk(path.read_bytes(), b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
     elif name == "deep.tif":
         with path.open("wb") as stream:
-            write_tiff(stream, array, {0x0112: orientation})
+            write_tiff(stream, array.astype(np.uint16) * 257, {0x0112: orientation})
     else:
         save(path, array, exif=exif)
-    if "deep" in name:
-        high = Image.fromarray((array >> 8).astype(np.uint8))
-        high.getexif()[0x0112] = orientation
-        expected = np.asarray(ImageOps.exif_transpose(high))
-    else:
-        with Image.open(path) as image:
-            image.load()
-            expected = np.asarray(ImageOps.exif_transpose(image))
+    if name in ("a.jpg", "a.webp"):  # which have changed them
+        array = np.asarray(Image.open(path))
+    image = Image.fromarray(array)
+    image.getexif()[0x0112] = orientation
     picture = read_picture(path)
     assert picture.size == ((34, 21) if orientation < 5 else (21, 34)) and picture.orientation == orientation
-    np.testing.assert_array_equal(picture.pixels >> 8 if "deep" in name else picture.pixels, expected)
+    pixels = picture.pixels >> 8 if "deep" in name else picture.pixels
+    np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(image)))
     write_picture(tmp_path / "upright.png", picture)
     with Image.open(tmp_path / "upright.png") as upright:
         assert 0x0112 not in upright.getexif()
-    np.testing.assert_array_equal(read_picture(tmp_path / "upright.png").pixels, picture.pixels)
 
 
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
-def test_16_bit_grey_tiff_of_another_program(tmp_path: Path, compression: str) -> None:
+def test_16_bit_grey_tiff_of_another_program(tmp_path: Path) -> None:
     array = samples(1, np.uint16)
-    np.testing.assert_array_equal(read_picture(save(tmp_path / "a.tif", array, compression=compression)).pixels, array)
+    for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate"):
+        path = save(tmp_path / "a.tif", array, compression=compression)
+        np.testing.assert_array_equal(read_picture(path).pixels, array)
 
 
 @pytest.mark.parametrize(
@@ -166,38 +155,27 @@ def test_tiff_that_would_be_misread_is_refused(tmp_path: Path, array: np.ndarray
 
 
 def test_modes_become_what_they_mean(tmp_path: Path) -> None:
-    rgb = samples(3)
+    rgb, path = samples(3), tmp_path / "a.png"
     palette = Image.fromarray(rgb).quantize(16)
-    palette.save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(read_picture(tmp_path / "palette.png").samples, palette.convert("RGB"))
-    palette.save(tmp_path / "transparent.png", transparency=3)
-    seen = read_picture(tmp_path / "transparent.png")
-    assert seen.alpha is not None
-    np.testing.assert_array_equal(seen.alpha == 0, np.asarray(palette) == 3)
-
+    palette.save(path)
+    np.testing.assert_array_equal(read_picture(path).samples, palette.convert("RGB"))
+    palette.save(path, transparency=3)
+    np.testing.assert_array_equal(read_picture(path).samples[..., 3] == 0, np.asarray(palette) == 3)
     bits = samples(1)[..., 0] > 127
-    Image.fromarray(bits).save(tmp_path / "bits.png")
-    picture = read_picture(tmp_path / "bits.png")
-    assert picture.pixels.shape == (21, 34, 1)
-    np.testing.assert_array_equal(picture.pixels[..., 0], bits * np.uint8(255))
-
-    key = tuple(int(v) for v in rgb[5, 5])
-    Image.fromarray(rgb).save(tmp_path / "key.png", transparency=key)
-    keyed = read_picture(tmp_path / "key.png")
-    assert keyed.alpha is not None and keyed.alpha[5, 5] == 0 and keyed.alpha.mean() > 250
+    Image.fromarray(bits).save(path)
+    np.testing.assert_array_equal(read_picture(path).pixels, bits[..., None] * np.uint8(255))
+    Image.fromarray(rgb).save(path, transparency=tuple(rgb[5, 5].tolist()))
+    keyed = read_picture(path)
     np.testing.assert_array_equal(keyed.pixels, rgb)
+    np.testing.assert_array_equal(keyed.samples[..., 3] == 0, (rgb == rgb[5, 5]).all(axis=2))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_transparent_colour_at_16_bits(tmp_path: Path, channels: int) -> None:
-    array = samples(channels, np.uint16)
+def test_a_transparent_colour_at_16_bits_is_refused(tmp_path: Path) -> None:
     plain = io.BytesIO()
-    write_png(plain, array)
-    (tmp_path / "a.png").write_bytes(with_chunk(plain.getvalue(), b"tRNS", array[5, 5].astype(">u2").tobytes()))
-    picture = read_picture(tmp_path / "a.png")
-    assert picture.alpha is not None
-    np.testing.assert_array_equal(picture.pixels, array)
-    np.testing.assert_array_equal(picture.alpha, np.where((array == array[5, 5]).all(2), 0, 65535))
+    write_png(plain, samples(3, np.uint16))
+    (tmp_path / "a.png").write_bytes(with_chunk(plain.getvalue(), b"tRNS", bytes(6)))
+    with pytest.raises(UsageError, match="a transparent colour at 16 bits is not supported, an alpha channel is"):
+        read_picture(tmp_path / "a.png")
 
 
 def test_cmyk_is_converted_with_a_note(tmp_path: Path) -> None:
@@ -207,32 +185,22 @@ def test_cmyk_is_converted_with_a_note(tmp_path: Path) -> None:
     assert picture.pixels.shape == (6, 8, 3) and picture.metadata.icc is None
     assert picture.pixels[3, 3, 0] > 240 and picture.pixels[3, 3, 1:].max() < 15
     assert picture.notes == (f"{tmp_path}/a.jpg is CMYK: converted to sRGB without a profile",)
-    image.save(tmp_path / "bad.jpg", icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 108)
-    damaged = read_picture(tmp_path / "bad.jpg")
-    assert damaged.notes[0].endswith("converted to sRGB without its profile, which is damaged or not for CMYK")
-    np.testing.assert_array_equal(damaged.pixels, picture.pixels)
 
 
 def test_a_profile_that_does_not_fit_is_left_out_with_a_note(tmp_path: Path) -> None:
-    save(tmp_path / "a.png", samples(1), icc_profile=RGB_PROFILE)
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_picture(save(tmp_path / "a.png", samples(1), icc_profile=RGB_PROFILE))
     assert picture.metadata.icc is None and "does not fit its pixels: left out" in picture.notes[0]
 
 
-def test_first_of_several_frames_with_a_note(tmp_path: Path) -> None:
-    frames = [Image.new("L", (9, 7), v).convert("P") for v in (10, 200)]
-    for name in ("a.gif", "a.tif"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+def test_the_first_of_several_frames_is_read(tmp_path: Path) -> None:
+    """With a note, but for a phone's JPEG, whose second picture is a preview."""
+    frames = [Image.new("L", (9, 7), v) for v in (10, 200)]
+    for name, form in (("a.gif", "GIF"), ("a.tif", "TIFF"), ("a.jpg", "MPO")):
+        frames[0].save(tmp_path / name, form, save_all=True, append_images=frames[1:])
         picture = read_picture(tmp_path / name)
-        assert picture.pixels.max() == 10
-        assert "has more frames or pages than one: only the first is used" in picture.notes[0]
-
-
-def test_a_phones_jpeg_with_a_second_picture_leaves_no_note(tmp_path: Path) -> None:
-    first, second = Image.fromarray(samples(3)), Image.new("RGB", (5, 5))
-    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
-    picture = read_picture(tmp_path / "a.jpg")
-    assert picture.size == (34, 21) and picture.notes == ()
+        assert picture.size == (9, 7) and picture.pixels.max() == 10
+        note = f"{tmp_path / name} has more frames or pages than one: only the first is used"
+        assert picture.notes == (() if form == "MPO" else (note,))
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -250,42 +218,31 @@ def test_a_huge_header_is_refused_before_decoding(tmp_path: Path) -> None:
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    contents = {"short data": huge_png(300, 300), "signature only": b"\x89PNG\r\n\x1a\n", "text": b"no pixels at all"}
-    for suffix, dtype in (("png", np.uint8), ("jpg", np.uint8), ("png", np.uint16), ("tif", np.uint16)):
-        whole = tmp_path / f"whole.{suffix}"
-        write_picture(whole, Picture.from_array(samples(3, dtype, height=80, width=90)))
-        data = bytearray(whole.read_bytes())
-        contents[f"half {suffix} {dtype}"] = bytes(data[: len(data) // 2])
+    contents = [huge_png(300, 300), b"\x89PNG\r\n\x1a\n", b"no pixels at all"]
+    for suffix, dtype in ((".png", np.uint8), (".jpg", np.uint8), (".png", np.uint16), (".tif", np.uint16)):
+        write_picture(tmp_path / f"whole{suffix}", Picture.from_array(samples(3, dtype, height=80, width=90)))
+        data = bytearray((tmp_path / f"whole{suffix}").read_bytes())
+        contents.append(bytes(data[: len(data) // 2]))
         data[len(data) // 2] ^= 0xFF
-        contents |= {f"flipped {suffix} {dtype}": bytes(data)} if suffix == "png" else {}
-    for name, content in contents.items():
+        contents += [bytes(data)] if suffix == ".png" else []
+    for content in contents:
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(UsageError) as caught:
             read_picture(tmp_path / "a.png")
         message = str(caught.value)
-        assert f"{tmp_path}/a.png" in message and "\n" not in message and len(message) < 400, name
-        assert message.endswith(("copy it again", "copy or save it again", "GIF")), name
+        assert f"{tmp_path}/a.png" in message and "\n" not in message and len(message) < 400
+        assert message.endswith(("copy it again", "copy or save it again", "GIF"))
     assert capfd.readouterr() == ("", ""), "the libraries beneath print nothing of their own"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "notes.png",
-            b"hello, world, hello",
-            r"known kind, or its header is damaged \(it begins with b'hello, world, he'",
-        ),
-        ("empty.jpg", b"", r"empty\.jpg is empty \(0 bytes\): copy it again"),
-    ],
-)
-def test_messages_for_no_picture(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        read_picture(tmp_path / name)
-
-
-def test_missing_folder_pipe_and_forbidden(tmp_path: Path) -> None:
+def test_what_is_no_picture_file(tmp_path: Path) -> None:
+    for content, message in (
+        (b"hello, world, hello", r"known kind, or its header is damaged \(it begins with b'hello, world, he'"),
+        (b"", r"a\.png is empty \(0 bytes\): copy it again"),
+    ):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            read_picture(tmp_path / "a.png")
     with pytest.raises(MachineError, match=r"there is no picture .*gone\.png: check the name with `ls "):
         read_picture(tmp_path / "gone.png")
     with pytest.raises(UsageError, match="is a folder: name a picture in it"):
@@ -296,33 +253,24 @@ def test_missing_folder_pipe_and_forbidden(tmp_path: Path) -> None:
     path = save(tmp_path / "secret.png", samples(3))
     path.chmod(0)
     if not os.access(path, os.R_OK):
-        with pytest.raises(MachineError, match="no right to read .*chmod u\\+r"):
+        with pytest.raises(MachineError, match="cannot read .*: Permission denied"):
             read_picture(path)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_the_smallest_pictures(tmp_path: Path, dtype: type, size: tuple[int, int]) -> None:
-    array = samples(3, dtype, *size)
-    for name in ("a.png", "a.tif"):
-        write_picture(tmp_path / name, Picture.from_array(array))
-        np.testing.assert_array_equal(read_picture(tmp_path / name).pixels, array)
+CANNOT_HOLD = [
+    ("a.gif", samples(3), r"extension \.gif: use one of \.png, \.jpg, \.jpeg, \.tif, \.tiff, \.webp"),
+    ("a", samples(3), "has no extension: use one of"),
+    ("a.jpg", samples(4), r"JPEG cannot hold an alpha channel: use \.png"),
+    ("a.jpg", samples(3, np.uint16), r"JPEG cannot hold 16-bit samples: use \.png"),
+    ("a.webp", samples(3, np.uint16), "WEBP cannot hold 16-bit samples"),
+    ("a.bmp", samples(2), "BMP cannot hold an alpha channel"),
+    ("a.tif", samples(2, np.uint16), "TIFF cannot hold 16-bit grey with alpha"),
+    ("a.webp", samples(1, height=1, width=16384), "WEBP cannot hold a side of 16384 pixels"),
+    ("a.jpg", samples(1, height=65501, width=1), "JPEG cannot hold a side of 65501 pixels"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "picture", "message"),
-    [
-        ("a.gif", samples(3), r"extension \.gif: use one of \.png, \.jpg, \.jpeg, \.tif, \.tiff, \.webp"),
-        ("a", samples(3), "has no extension: use one of"),
-        ("a.jpg", samples(4), r"JPEG cannot hold an alpha channel: use \.png"),
-        ("a.jpg", samples(3, np.uint16), r"JPEG cannot hold 16-bit samples: use \.png"),
-        ("a.webp", samples(3, np.uint16), "WEBP cannot hold 16-bit samples"),
-        ("a.bmp", samples(2), "BMP cannot hold an alpha channel"),
-        ("a.tif", samples(2, np.uint16), "TIFF cannot hold 16-bit grey with alpha"),
-        ("a.webp", samples(1, height=1, width=16384), "WEBP cannot hold a side of 16384 pixels"),
-        ("a.jpg", samples(1, height=65501, width=1), "JPEG cannot hold a side of 65501 pixels"),
-    ],
-)
+@pytest.mark.parametrize(("name", "picture", "message"), CANNOT_HOLD)
 def test_what_a_format_cannot_hold(tmp_path: Path, name: str, picture: np.ndarray, message: str) -> None:
     """Refused, rather than converted in silence; nothing is written."""
     for ask in (check_output, write_picture):

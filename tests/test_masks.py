@@ -49,13 +49,6 @@ def test_threshold_refuses(values: np.ndarray, message: str) -> None:
         threshold(values)
 
 
-def test_bounds() -> None:
-    mask = np.zeros((9, 8), bool)
-    assert bounds(mask) is None
-    mask[2, 3] = mask[6, 5] = True
-    assert bounds(mask) == (2, 3, 7, 6)
-
-
 def test_distance_is_euclidean_and_dilation_agrees() -> None:
     rng = np.random.default_rng(0)
     mask = rng.random((40, 50)) < 0.005
@@ -67,12 +60,12 @@ def test_distance_is_euclidean_and_dilation_agrees() -> None:
         np.testing.assert_array_equal(dilate(mask, radius), expected <= radius)
 
 
-def test_dilate_keeps_its_input() -> None:
+def test_dilate_keeps_its_input_and_bounds_hold_it() -> None:
     mask = np.zeros((20, 20), bool)
-    mask[10, 10] = True
-    dilate(mask, 4)
-    assert mask.sum() == 1
-    assert not dilate(np.zeros((5, 5), bool), 3).any()
+    assert bounds(mask) is None and not dilate(mask, 3).any()
+    mask[10, 9] = mask[12, 13] = True
+    assert bounds(mask) == (10, 9, 13, 14) and bounds(dilate(mask, 4)) == (6, 5, 17, 18)
+    assert mask.sum() == 2
 
 
 def test_latent_mask_of_solid_shapes_is_nearest() -> None:
@@ -91,17 +84,10 @@ def test_latent_mask_of_solid_shapes_is_nearest() -> None:
 
 def test_latent_mask_keeps_thin_strokes_whole() -> None:
     """A line of 3 pixels covers every cell it passes, and nearest alone would lose most of them."""
-    mask = np.zeros((64, 64), bool)
-    for i in range(64):
-        mask[max(0, i - 1) : i + 2, i] = True
-    touched = mask.reshape(8, 8, 8, 8).any(axis=(1, 3))
-    np.testing.assert_array_equal(latent_mask(mask, 8), touched)
-    mask = np.zeros((64, 64), bool)
-    mask[:, 60:] = True  # narrower than a cell, at the edge
-    assert latent_mask(mask, 8)[:, 7].all() and latent_mask(mask, 8).sum() == 8
-    mask[:] = False
-    mask[35, 13] = True
-    assert np.argwhere(latent_mask(mask, 8)).tolist() == [[4, 1]]
+    y, x = np.mgrid[:64, :64]
+    edge, speck = x >= 60, (y == 35) & (x == 13)  # narrower than a cell
+    for mask in (abs(y - x) <= 1, edge, speck):
+        np.testing.assert_array_equal(latent_mask(mask, 8), mask.reshape(8, 8, 8, 8).any(axis=(1, 3)))
 
 
 def test_latent_mask_of_nothing_everything_and_a_grid_that_does_not_divide() -> None:

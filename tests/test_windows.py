@@ -47,14 +47,10 @@ def random_mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return mask.astype(bool)
 
 
-def test_a_small_hole_gets_a_window_at_the_pictures_own_scale() -> None:
-    (window,) = plan_windows(boxes(300, 400, (100, 200, 20, 30)), R)
-    assert window == Window(110 - 32, 215 - 32, R, (100, 200, 120, 230))
-
-
 @pytest.mark.parametrize(
     ("hole", "side", "top", "left"),
     [
+        ((100, 200, 20, 30), 64, 110 - 32, 215 - 32),  # at the picture's own scale
         ((0, 0, 20, 20), 64, 0, 0),  # moved inside at a corner
         ((290, 390, 10, 10), 64, 236, 336),
         ((100, 100, 32, 32), 64, 84, 84),  # half the resolution still is at the picture's own scale
@@ -73,11 +69,6 @@ def test_one_window_for_a_compact_hole(hole: tuple[int, int, int, int], side: in
     assert window.fills == (hole[0], hole[1], hole[0] + hole[2], hole[1] + hole[3])
 
 
-def test_a_picture_smaller_than_the_model_is_centred_and_not_enlarged() -> None:
-    (window,) = plan_windows(boxes(30, 41, (10, 10, 5, 5)), R)
-    assert window == Window(-17, -11, R, (10, 10, 15, 15))
-
-
 def test_a_wire_is_covered_by_windows_at_the_pictures_own_scale() -> None:
     windows = plan_windows(boxes(300, 1000, (150, 0, 6, 1000)), R)
     assert {w.side for w in windows} == {R}
@@ -87,19 +78,16 @@ def test_a_wire_is_covered_by_windows_at_the_pictures_own_scale() -> None:
         assert before.overlaps(after), "each sees what the one before has filled"
 
 
-def test_only_the_thick_part_of_a_hole_is_scaled_down() -> None:
-    """A balloon of 200 pixels on a string of 600."""
+def test_only_what_is_thick_is_scaled_down() -> None:
+    """A balloon of 200 pixels on a string of 600, a thick band, and a frame round the picture."""
     mask = boxes(1000, 600, (300, 298, 600, 4))
     cv2.circle(mask.view(np.uint8), (300, 200), 100, 1, -1)
     first, *others = plan_windows(mask, R)
     assert 390 <= first.side <= 420 and first.fills[:2] == (100, 200) and first.fills[2] < 330
     assert {w.side for w in others} == {R}
-
-
-def test_a_thick_band_and_a_frame_round_the_picture() -> None:
     windows = plan_windows(boxes(600, 3000, (200, 0, 100, 3000)), R)
     assert all(190 <= w.side <= 220 for w in windows) and 15 <= len(windows) <= 25, "twice as large as it is thick"
-    windows = plan_windows(frame(400, 500), R)
+    windows = plan_windows(~boxes(400, 500, (9, 9, 382, 482)), R)
     assert {w.side for w in windows} == {R} and len(windows) <= 2 * 900 / (0.75 * R) + 4
 
 
@@ -108,9 +96,12 @@ def test_near_specks_share_a_window_and_distant_ones_do_not() -> None:
     assert [w.fills for w in apart] == [(20, 20, 30, 30), (250, 300, 260, 310)]
     (together,) = plan_windows(boxes(300, 400, (100, 100, 5, 5), (110, 140, 5, 5)), R)
     assert together.fills == (100, 100, 115, 145) and together.side == R
+    assert plan_windows(np.zeros((50, 60), bool), R) == []
+    (centred,) = plan_windows(boxes(30, 41, (10, 10, 5, 5)), R)  # of a picture smaller than the model, not enlarged
+    assert centred == Window(-17, -11, R, (10, 10, 15, 15))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(20))
 def test_planned_windows_keep_their_promises(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 700, 2)
@@ -131,10 +122,6 @@ def test_planned_windows_keep_their_promises(seed: int) -> None:
     assert not pending.any(), "a masked pixel is in no window"
 
 
-def test_no_hole_no_window() -> None:
-    assert plan_windows(np.zeros((50, 60), bool), R) == []
-
-
 @pytest.mark.parametrize(("density", "most"), [(1e-5, 240), (1e-3, 800), (0.5, 1000)])
 def test_a_million_specks_take_little_time(density: float, most: int) -> None:
     mask = np.random.default_rng(0).random((4000, 6000)) < density
@@ -145,36 +132,29 @@ def test_a_million_specks_take_little_time(density: float, most: int) -> None:
 
 
 def test_a_panorama_takes_little_more_memory_than_its_picture() -> None:
-    mask = np.zeros((1600, 20000), bool)
-    mask[800:809] = True
+    mask = boxes(1600, 20000, (800, 0, 9, 20000))
     picture = np.zeros((*mask.shape, 3), np.uint8)
     tracemalloc.start()
-    try:
-        filling = Filling(picture, mask, 256)
-        for window in filling.windows:
-            filling.paste(window, np.ones((256, 256, 3), np.float32))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    filling = Filling(picture, mask, 256)
+    for window in filling.windows:
+        filling.paste(window, np.ones((256, 256, 3), np.float32))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert len(filling.windows) <= 110
     assert peak < 1.5 * (picture.nbytes + mask.nbytes) + 50e6, "a copy of the picture and one of the mask"
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_extract_at_native_scale_is_exact(dtype: type, channels: int) -> None:
+def test_extract_is_exact_and_averages_what_it_scales_down(dtype: type, channels: int) -> None:
     top = np.iinfo(dtype).max
-    pixels = np.random.default_rng(0).integers(0, top, (200, 180, channels), dtype=dtype, endpoint=True)
+    pixels = np.random.default_rng(0).integers(0, top, (300, 300, channels), dtype=dtype, endpoint=True)
     image = extract(pixels, Window(30, 40, R, (50, 60, 52, 62)), R)
     assert image.shape == (R, R, 3) and image.dtype == np.float32
     np.testing.assert_array_equal(image, np.broadcast_to(pixels[30:94, 40:104], (R, R, 3)) / np.float32(top))
-
-
-def test_extract_scales_down_by_averaging() -> None:
-    pixels = np.random.default_rng(0).integers(0, 65536, (300, 300, 3), dtype=np.uint16)
     image = extract(pixels, Window(10, 20, 4 * R, (100, 100, 200, 200)), R)
-    expected = pixels[10:266, 20:276].reshape(R, 4, R, 4, 3).mean(axis=(1, 3)) / 65535
-    np.testing.assert_allclose(image, expected, atol=1 / 65535)
+    expected = pixels[10:266, 20:276].reshape(R, 4, R, 4, channels).mean(axis=(1, 3)) / top
+    np.testing.assert_allclose(image, np.broadcast_to(expected, image.shape), atol=1 / top)
 
 
 @pytest.mark.parametrize("size", [(30, 41), (1, 1), (1, 200), (63, 3), (9, 500)])
@@ -195,15 +175,13 @@ def test_a_square_beyond_the_picture_is_reflected(size: tuple[int, int]) -> None
 
 
 def test_a_mask_scaled_down_covers_all_it_touches() -> None:
-    mask = boxes(400, 400, (100, 100, 150, 150))
-    mask[100, 251] = True  # a single pixel, 1/25 of a pixel of the model
+    mask = boxes(400, 400, (100, 100, 150, 150), (100, 251, 1, 1))  # the last is 1/25 of a pixel of the model
     (window,) = plan_windows(mask, R)
     assert window.side > 4 * R
     hole = extract_mask(mask, window, R)
     y, x = ((np.array([100, 251]) - [window.top, window.left]) * R) // window.side
-    assert hole[y, x]
     picture = np.where(mask[..., None], 255, 0).astype(np.uint8)  # nothing of it shows outside of the hole
-    assert extract(picture, window, R)[~hole].max() == 0
+    assert hole[y, x] and extract(picture, window, R)[~hole].max() == 0
 
 
 def test_seam_falls_smoothly_from_one_to_exactly_zero() -> None:
@@ -234,75 +212,41 @@ def test_the_seam_is_a_quarter_as_wide_as_the_hole_is_thick_at_that_place() -> N
 
 def test_the_seam_of_a_part_takes_its_width_from_the_whole_hole() -> None:
     mask = boxes(100, 100, (30, 10, 40, 80))
-    sliver = mask.copy()
-    sliver[:, 20:] = False  # what is left of a large hole, ten pixels wide
-    alpha = seam(sliver, 8, mask)
-    np.testing.assert_allclose(alpha[47:53, 20:40], seam(sliver, 8)[47:53, 20:40], atol=1e-6)
+    sliver = boxes(100, 100, (30, 10, 40, 10))  # what is left of a large hole, ten pixels wide
+    np.testing.assert_allclose(seam(sliver, 8, mask)[47:53, 20:40], seam(sliver, 8)[47:53, 20:40], atol=1e-6)
 
 
-def line(height: int, width: int, thickness: int, degrees: float) -> np.ndarray:
-    mask = np.zeros((height, width), np.uint8)
-    middle = np.array([width / 2, height / 2])
-    along = np.array([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]) * (width + height)
-    ends = (tuple(int(v) for v in np.rint(middle + sign * along)) for sign in (-1, 1))
-    cv2.line(mask, *ends, 1, thickness)
+def drawn(draw: Callable[[np.ndarray], object]) -> np.ndarray:
+    draw(mask := np.zeros((700, 1100), np.uint8))
     return mask.astype(bool)
-
-
-def specks(height: int, width: int, number: int) -> np.ndarray:
-    rng, mask = np.random.default_rng(0), np.zeros((height, width), np.uint8)
-    for _ in range(number):
-        cv2.circle(mask, (int(rng.integers(width)), int(rng.integers(height))), int(rng.integers(1, 7)), 1, -1)
-    return mask.astype(bool)
-
-
-def text(height: int, width: int) -> np.ndarray:
-    mask = np.zeros((height, width), np.uint8)
-    cv2.putText(mask, "2026-11-27 12:30", (20, height - 40), cv2.FONT_HERSHEY_SIMPLEX, 1.4, 1, 4)
-    return mask.astype(bool)
-
-
-def frame(height: int, width: int) -> np.ndarray:
-    mask = np.ones((height, width), bool)
-    mask[9:-9, 9:-9] = False
-    return mask
 
 
 THIN = {
-    **{
-        f"wire of {t} px at {d} degrees": line(700, 1100, t, d)
-        for t, d in ((2, 0), (3, 17), (5, 45), (7, 90), (12, 121))
-    },
-    "80 specks": specks(700, 1100, 80),
-    "a text line": text(700, 1100),
-    "a frame": frame(700, 1100),
+    "a level wire": drawn(lambda mask: cv2.line(mask, (0, 350), (1100, 350), 1, 2)),
+    "a slanting wire": drawn(lambda mask: cv2.line(mask, (200, 0), (900, 700), 1, 5)),
+    "an upright cable": drawn(lambda mask: cv2.line(mask, (550, 0), (550, 700), 1, 12)),
+    "a text line": drawn(lambda mask: cv2.putText(mask, "2026-11-27", (20, 660), cv2.FONT_HERSHEY_SIMPLEX, 1.4, 1, 4)),
+    "a frame": ~boxes(700, 1100, (9, 9, 682, 1082)),
 }
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
 @pytest.mark.parametrize("name", THIN)
-def test_a_thin_mask_changes_little_outside_of_it_and_keeps_the_pictures_sharpness(name: str, resolution: int) -> None:
-    """Whatever the network makes, here white: at most three times the mask's own area, in windows of its own scale.
-
-    What it makes can be as sharp as the picture: nothing is scaled on the way, so a network that gives back what it
-    sees gives back the picture, bit for bit.
-    """
+def test_a_thin_mask_changes_little_outside_of_it(name: str, resolution: int) -> None:
+    """Whatever the network makes, here white: at most three times the mask's own area, in windows of its own scale."""
     mask = THIN[name]
     picture = np.random.default_rng(1).integers(0, 200, (*mask.shape, 3), dtype=np.uint8)
-    white, same = Filling(picture, mask, resolution), Filling(picture, mask, resolution)
-    for window in white.windows:
+    filling = Filling(picture, mask, resolution)
+    for window in filling.windows:
         assert window.side == resolution
-        white.paste(window, np.full((resolution, resolution, 3), 1, np.float32))
-        same.paste(window, same.view(window)[0])
-    np.testing.assert_array_equal(same.canvas, picture)
-    changed = (white.canvas != picture).any(axis=2)
-    assert changed[mask].all()
-    assert (changed & ~mask).sum() <= 3 * mask.sum()
+        filling.paste(window, np.full((resolution, resolution, 3), 1, np.float32))
+    changed = (filling.canvas != picture).any(axis=2)
+    assert changed[mask].all() and (changed & ~mask).sum() <= 3 * mask.sum()
     inner = (0.75 * resolution) ** 2
-    assert len(white.windows) <= 4 + min(80, 4 * mask.sum() / (resolution * 2) + mask.size / inner)
+    assert len(filling.windows) <= 4 + 4 * mask.sum() / (resolution * 2) + mask.size / inner
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_beyond_the_seam_every_byte_is_kept_through_png(tmp_path: Path, seed: int) -> None:
     """Random sizes, masks, depths and channels; what comes back from the file, compared bit for bit."""
     rng = np.random.default_rng(seed)
@@ -332,8 +276,7 @@ def test_what_was_made_is_pasted_and_blended_by_the_seam() -> None:
     mask = boxes(200, 220, (90, 100, 16, 12))
     filling = Filling(original, mask, R, 9, match=False)
     (window,) = filling.windows
-    generated = rng.random((R, R, 3), np.float32)
-    filling.paste(window, generated)
+    filling.paste(window, generated := rng.random((R, R, 3), np.float32))
     full = np.zeros(original.shape)
     full[window.top : window.top + R, window.left : window.left + R] = generated * 65535.0
     alpha = seam(mask, 9)[..., None].astype(float)
@@ -356,19 +299,20 @@ def test_pasting_back_what_was_seen_changes_nothing() -> None:
 def test_an_enlarged_crop_is_smooth_and_in_place(dtype: type) -> None:
     """A ramp survives being averaged down and interpolated up, so nothing is shifted."""
     top = np.iinfo(dtype).max
-    ramp = np.linspace(0.1, 0.9, 500) * top
-    pixels = np.repeat(np.rint(ramp)[None, :, None], 500, axis=0).repeat(3, axis=2).astype(dtype)
+    pixels = np.broadcast_to(np.rint(np.linspace(0.1, 0.9, 500) * top)[None, :, None], (500, 500, 3)).astype(dtype)
     mask = boxes(500, 500, (150, 150, 200, 200))
     filling = Filling(pixels, mask, R, 12, match=False)
     (window,) = filling.windows
     assert window.side > 6 * R
     filling.paste(window, filling.view(window)[0])
-    error = (filling.canvas.astype(int) - pixels)[mask]
-    assert np.abs(error).max() <= max(1, 0.003 * top)
+    assert np.abs(filling.canvas.astype(int) - pixels)[mask].max() <= max(1, 0.003 * top)
 
 
-def test_the_seam_never_reaches_the_edge_of_its_window() -> None:
+def test_the_seam_grows_with_the_window_and_never_reaches_its_edge() -> None:
     """A feather wider than the room is narrowed: no step where the square ends."""
+    for size, widest in ((10, 4), (120, 7), (200, 12)):
+        filling = Filling(np.zeros((500, 500, 3), np.uint8), boxes(500, 500, (100, 100, size, size)), 128)
+        assert filling.feather(filling.windows[0]) == widest
     mask = boxes(400, 400, (180, 180, 32, 32))
     filling = Filling(np.zeros((400, 400, 1), np.uint8), mask, R, 1000, match=False)
     (window,) = filling.windows
@@ -376,13 +320,6 @@ def test_the_seam_never_reaches_the_edge_of_its_window() -> None:
     filling.paste(window, np.ones((R, R, 3), np.float32))
     row = filling.canvas[196, :, 0].astype(int)
     assert np.abs(np.diff(row)).max() < 45 and row[window.left] == 0 and row[200] == 255
-
-
-@pytest.mark.parametrize(("size", "widest"), [(10, 4), (120, 7), (200, 12)])
-def test_the_widest_seam_grows_with_the_window(size: int, widest: int) -> None:
-    filling = Filling(np.zeros((500, 500, 3), np.uint8), boxes(500, 500, (100, 100, size, size)), 128)
-    (window,) = filling.windows
-    assert filling.feather(window) == widest
 
 
 def test_matched_colours_undo_a_shift_that_varies_slowly() -> None:
@@ -397,8 +334,7 @@ def test_matched_colours_undo_a_shift_that_varies_slowly() -> None:
 
 def test_prefill_changes_only_the_hole_and_takes_its_surroundings() -> None:
     image = np.random.default_rng(0).random((R, R, 3), np.float32) * 0.01 + np.float32(0.6)
-    hole = np.zeros((R, R), bool)
-    hole[20:40, 20:40] = True
+    hole = boxes(R, R, (20, 20, 20, 20))
     image[hole] = (1, 0, 0)
     filled = prefill(image, hole)
     np.testing.assert_array_equal(filled[~hole], image[~hole])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from .jpeg import END as JPEG_END
 from .jpeg import first_jpeg
 from .metadata import Metadata, is_profile, plausible_dpi, read_exif, set_size
 from .picture import Picture
-from .png import first_png, with_transparent_colour
+from .png import first_png
 from .tiff import check_tiff
 
 _SUFFIXES = {  # by format; none of these starts another program
@@ -76,10 +75,10 @@ def picture_format(head: bytes) -> str | None:
 def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None) -> Picture:
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
-    Grey stays grey and 16 bits stay 16. Palettes become RGB, a transparent colour becomes alpha, 1 bit
-    becomes 8. CMYK becomes sRGB, by its profile if it has one, and of several frames the first is read: these
-    two leave a note. With ``contents`` they are read in place of a file, as from a member of an archive, and
-    ``path`` is their name in errors.
+    Grey stays grey and 16 bits stay 16, but AVIF, and JPEG 2000 in colour, are read at 8 bits. Palettes become RGB, a
+    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes sRGB, by its profile if it has one, and of several
+    frames the first is read: these two leave a note. With ``contents`` they are read in place of a file, as from a
+    member of an archive, and ``path`` is their name in errors.
 
     Raises:
         MachineError: the file is missing or may not be read.
@@ -89,15 +88,17 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         first = {"PNG": first_png, "JPEG": first_jpeg}.get(form, FirstPicture)(stream)
         image = _header(first.file, form)
         exif, orientation, exif_dpi, sound = read_exif(image, first.exif)
-        _complete(first, image, form)
+        if isinstance(image, TiffImageFile):
+            check_tiff(first, image)
+        elif form != "PNG":
+            first.icc, first.xmp = image.info.get("icc_profile"), first.xmp or "xmp" in image.info
+            first.several |= form != "JPEG" and getattr(image, "is_animated", False)
         _check_size(image, form, first.bits)
         notes = _notes(first, form, sound)
         if first.bits == 16 and form in ("PNG", "TIFF"):
             samples = _decode16(first, form, len(image.getbands()))
         else:
             samples = _decode8(first, image, form, notes)
-        if first.bits > 8 * samples.itemsize:
-            notes.append(f"has {first.bits} bits a sample, of which {8 * samples.itemsize} are read")
         turn = 1 if form == "TIFF" else orientation  # both decoders turn a TIFF upright
         samples = upright(samples, turn)
         indices = upright(np.asarray(image), turn) if image.mode == "P" else None
@@ -123,8 +124,6 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except FileNotFoundError:
         raise MachineError(f"there is no picture {path}: check the name with `ls {path.parent}`") from None
-    except PermissionError:
-        raise MachineError(f"no right to read {path}: run `chmod u+r {path}`") from None
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from None
 
@@ -178,31 +177,10 @@ def _header(stream: BinaryIO, form: str) -> Image.Image:
 def _check_size(image: Image.Image, form: str, bits: int) -> None:
     """Raise ``TooLarge`` where decoding would take gigabytes above the samples, or many seconds."""
     most, of_what = _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else ""
-    if bits == 16:
-        channels = len(image.getbands())
-        if most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
-            most, of_what = deepest, f" with {channels} channels of 16 bits"
+    channels = len(image.getbands())
+    if bits == 16 and most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
+        most, of_what = deepest, f" with {channels} channels of 16 bits"
     check_size(*image.size, most, of_what)
-
-
-def _complete(first: FirstPicture, image: Image.Image, form: str) -> None:
-    """Fill in what Pillow says of a picture, and of AVIF and JPEG 2000 what it does not say."""
-    if isinstance(image, TiffImageFile):
-        check_tiff(first, image)
-        return
-    if form != "PNG":
-        first.icc, first.xmp = image.info.get("icc_profile"), first.xmp or "xmp" in image.info
-    first.several |= form != "JPEG" and getattr(image, "is_animated", False)
-    first.file.seek(0)
-    head = first.file.read(1 << 16) if form in ("AVIF", "JPEG2000") else b""
-    if form == "JPEG2000" and (start := head.find(b"\xff\x4f\xff\x51")) >= 0 and len(head) > start + 42:
-        first.bits = max(8, (head[start + 42] & 127) + 1)
-    if form == "AVIF" and (start := head.find(b"av1C")) >= 0 and len(head) > start + 6:
-        first.bits = {0: 8, 0x40: 10}.get(head[start + 6] & 0x60, 12)
-    if form == "AVIF" and (start := head.find(b"colrnclx")) >= 0 and len(head) > start + 12:
-        primaries, curve = struct.unpack_from(">HH", head, start + 8)
-        if (primaries not in (1, 2) or curve not in (1, 2, 6, 13)) and max(primaries, curve) < 256:  # not as sRGB
-            first.png_colour = [(b"cICP", bytes([primaries, curve, 0, 1]))]
 
 
 def _notes(first: FirstPicture, form: str, exif_sound: bool) -> list[str]:
@@ -246,8 +224,7 @@ def _decode16(first: FirstPicture, form: str, channels: int) -> np.ndarray:
             part[...] = cv2.cvtColor(part, order)
     if form == "PNG" and data[25] == 4:  # grey and alpha, which OpenCV spreads over four channels
         return np.ascontiguousarray(samples[..., [0, 3]])
-    samples = np.ascontiguousarray(samples[..., :channels])
-    return samples if first.transparent_colour is None else with_transparent_colour(samples, first.transparent_colour)
+    return np.ascontiguousarray(samples[..., :channels])
 
 
 def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str]) -> np.ndarray:

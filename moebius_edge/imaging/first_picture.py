@@ -28,7 +28,6 @@ class FirstPicture:
         bits: of one sample in the file, 8 for less.
         ended: the end of the picture is marked, or its length is checked.
         several: the file holds further pictures (frames or pages).
-        transparent_colour: body of a PNG's tRNS chunk.
         icc, png_colour: as of ``Metadata``; the profile unchecked.
         exif: the EXIF block of a PNG or JPEG.
         xmp: the file has XMP or IPTC metadata, which are not kept.
@@ -39,7 +38,6 @@ class FirstPicture:
     bits: int = 8
     ended: bool = True
     several: bool = False
-    transparent_colour: bytes | None = None
     icc: bytes | None = None
     exif: bytes | None = None
     png_colour: list[tuple[bytes, bytes]] = field(default_factory=list)

@@ -101,16 +101,9 @@ def check_source(text: str) -> str:
 def read_hole(
     samples: np.ndarray, name: str, source: str | None = None, indices: np.ndarray | None = None
 ) -> tuple[Mask, str]:
-    """Decide which pixels of a mask file are to be filled.
+    """The hole, bool (H, W), and a sentence on how it was read, empty for plain white on black.
 
-    Args:
-        samples: (H, W, C) uint8 or uint16, with C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
-        name: what to call the mask in errors and notes.
-        source: a value of --mask-from, None to find out.
-        indices: (H, W), of a palette.
-
-    Returns:
-        The hole, bool (H, W), and a sentence on how it was read; empty for plain white on black.
+    ``samples`` are as ``Picture.samples``, ``source`` is as for ``read_mask``, and ``indices`` (H, W) are a palette's.
 
     Raises:
         UsageError: the content may be meant in several ways, is no mask, or does not have what ``source`` names.

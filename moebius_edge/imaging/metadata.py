@@ -79,12 +79,10 @@ class Metadata:
             return [] if chunks[b"cICP"] == _SRGB_CODE_POINTS else ["cICP"]
         if self.icc is not None or b"sRGB" in chunks:
             return []
-        special = []
-        for name, srgb in _SRGB_VALUES.items():
-            values = np.frombuffer(chunks.get(name, np.array(srgb, ">u4").tobytes()), ">u4").astype(np.int64)
-            if np.abs(values - srgb).max() > 500:
-                special.append(name.decode())
-        return special
+        present = {name: np.frombuffer(chunks[name], ">u4") for name in _SRGB_VALUES if name in chunks}
+        return [
+            name.decode() for name, v in present.items() if not np.allclose(v, _SRGB_VALUES[name], rtol=0, atol=500)
+        ]
 
 
 def plausible_dpi(x: float, y: float) -> tuple[float, float] | None:
@@ -116,7 +114,7 @@ def read_exif(image: Image.Image, block: bytes | None) -> tuple[Fields, int, tup
                 exif.load(block or image.info.get("exif", b""))
             kept = _kept(exif, _DESCRIPTION)
             for pointer, numbers in _KEPT.items():
-                if inner := _kept(exif.get_ifd(pointer), numbers):
+                if inner := _kept(exif.get_ifd(pointer), numbers, pointer):
                     kept[pointer] = inner
         except Exception as error:  # Pillow meets damage with any exception at all
             complaints.append(warnings.WarningMessage(str(error), UserWarning, "", 0))
@@ -124,8 +122,12 @@ def read_exif(image: Image.Image, block: bytes | None) -> tuple[Fields, int, tup
     return kept, orientation, dpi, not complaints
 
 
-def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int]) -> Fields:
-    """Those of ``numbers``, without values that are too long for a field or hold a picture, as private uses might."""
+def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int], pointer: int | None = None) -> Fields:
+    """Those of ``numbers``, without values that are too long for a field or hold a picture, as private uses might.
+
+    A value of another type than its field's is left out with a warning, for it could not be written. ``pointer`` is the
+    field of the outer directory that holds these.
+    """
     kept = {}
     for number in numbers.intersection(fields):
         value = fields[number]
@@ -135,7 +137,11 @@ def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int]) -> Fiel
                 continue
             # Pillow writes text of other than ASCII as question marks, but bytes as they are.
             value = value if isinstance(value, str) and value.isascii() else data
-        kept[number] = value
+        try:
+            exif_block({number: value} if pointer is None else {pointer: {number: value}})
+            kept[number] = value
+        except Exception as error:  # Pillow's writer meets it with any exception at all
+            warnings.warn(f"EXIF field {number}: {error}", stacklevel=1)
     return kept
 
 

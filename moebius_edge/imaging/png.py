@@ -26,7 +26,7 @@ _MAX_ICC_BYTES = 32 << 20
 _MAX_EXIF_BYTES = 1 << 20
 _NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")  # by the decoders
 _METADATA = (b"iCCP", b"pHYs", b"eXIf", *PNG_COLOUR_BYTES)
-_EXIF_TEXT = b"Raw profile type exif\0"  # in hexadecimal digits, as ImageMagick writes it
+_XMP_TEXT = b"XML:com.adobe.xmp"
 _PASSES = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
 
 
@@ -76,14 +76,13 @@ def first_png(stream: BinaryIO) -> FirstPicture:
         if len(head) < 8 or picture.ended:
             break
         picture.several |= name == b"acTL"
-        keyword = stream.read(min(length, len(_EXIF_TEXT))) if name in (b"tEXt", b"zTXt", b"iTXt") else b""
-        picture.xmp |= keyword.startswith(b"XML:com.adobe.xmp")
-        exif = length < _MAX_EXIF_BYTES and (keyword == _EXIF_TEXT or name == b"eXIf")
-        needed, described = name in _NEEDED, (name in _METADATA and name != b"eXIf") or exif
+        needed, described = name in _NEEDED, name in _METADATA and (name != b"eXIf" or length < _MAX_EXIF_BYTES)
         if not needed and (not described or name in seen):
-            stream.seek(length - len(keyword) + 4, io.SEEK_CUR)
+            start = stream.read(min(length, len(_XMP_TEXT)))
+            picture.xmp |= name == b"iTXt" and start == _XMP_TEXT
+            stream.seek(length - len(start) + 4, io.SEEK_CUR)
             continue
-        body, checksum = keyword + stream.read(length - len(keyword)), stream.read(4)
+        body, checksum = stream.read(length), stream.read(4)
         sound = len(checksum) < 4 or zlib.crc32(body, zlib.crc32(name)) == int.from_bytes(checksum, "big")
         if needed and (not sound or (name != b"IDAT" and len(checksum) < 4)):
             raise Unreadable(f"its {name.decode()} chunk is damaged")
@@ -94,8 +93,8 @@ def first_png(stream: BinaryIO) -> FirstPicture:
                 continue
         if name == b"IHDR":
             pixels = _Pixels(body)
-        elif name == b"tRNS":
-            picture.transparent_colour = body
+        elif name == b"tRNS" and pixels is not None and pixels.depth == 16:
+            raise Unreadable("a transparent colour at 16 bits is not supported, an alpha channel is")
         elif name == b"IDAT" and pixels is not None:
             pixels.add(body)
         if needed or name == b"pHYs":  # of the others Pillow limits some, and some it does not know
@@ -110,7 +109,7 @@ def first_png(stream: BinaryIO) -> FirstPicture:
 
 
 def _take_metadata(picture: FirstPicture, name: bytes, body: bytes) -> bool:
-    """Take a chunk of ``_METADATA``, or one of text that holds EXIF; whether it is sound."""
+    """Take a chunk of ``_METADATA``; whether it is sound."""
     if name == b"iCCP":
         start = body.find(b"\0") + 2  # after the profile's name and the method of compression
         try:
@@ -119,29 +118,11 @@ def _take_metadata(picture: FirstPicture, name: bytes, body: bytes) -> bool:
             picture.icc = b""  # it will not fit the pixels
     elif name == b"eXIf":
         picture.exif = body
-    elif name in (b"tEXt", b"zTXt") and picture.exif is None:
-        text = body.removeprefix(_EXIF_TEXT)
-        try:
-            text = zlib.decompressobj().decompress(text[1:], _MAX_EXIF_BYTES) if name == b"zTXt" else text
-            picture.exif = bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("latin-1"))
-        except (zlib.error, ValueError):
-            return False
     elif name in PNG_COLOUR_BYTES:
         if len(body) != PNG_COLOUR_BYTES[name]:
             return False
         picture.png_colour.append((name, body))
-    elif name == b"pHYs" and (len(body) != 9 or body[8] != 1) and body[:4] != body[4:8]:
-        picture.notes.append("gives the shape of its pixels without a unit: left out")
     return True
-
-
-def with_transparent_colour(samples: np.ndarray, key: bytes) -> np.ndarray:
-    """16-bit ``samples`` (H, W, 1 or 3) and an alpha of 0 where they have the colour of the tRNS chunk ``key``."""
-    values = np.frombuffer(key[: len(key) // 2 * 2], ">u2").astype(np.uint16)
-    if values.size != samples.shape[2]:
-        raise Unreadable("its tRNS chunk is damaged")
-    alpha = np.where((samples == values).all(axis=2), 0, 65535).astype(np.uint16)
-    return np.dstack([samples, alpha])
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:

@@ -101,22 +101,16 @@ def test_tiff_of_any_layout(tmp_path: Path, kind: str, dtype: type) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "options"),
-    [("RGB", {}), ("L", {}), ("CMYK", {}), ("RGB", {"restart_marker_rows": 1})],
+    [("RGB", {}), ("L", {}), ("CMYK", {}), ("RGB", {"progressive": True}), ("RGB", {"restart_marker_rows": 1})],
 )
 def test_jpeg_without_an_end(tmp_path: Path, mode: str, options: dict) -> None:
     whole = encoded(Image.fromarray(photo()).convert(mode), "JPEG", **options)
     expected, unmarked = read(tmp_path, whole), read(tmp_path, whole[:-2])
     np.testing.assert_array_equal(unmarked.pixels, expected.pixels)
     assert f"{tmp_path}/picture lacks the mark that ends a JPEG file: its pixels are all there" in unmarked.notes
-    progressive = encoded(Image.fromarray(photo()).convert(mode), "JPEG", progressive=True)
-    lacking = [whole[:-12], whole[:-40], whole[: len(whole) // 2]]
-    for contents in (
-        *lacking,
-        progressive[:-2],
-        progressive[: len(progressive) // 2],
-    ):  # a progressive one needs its end
+    for missing in (12, 40, len(whole) // 3, len(whole) // 2):
         with pytest.raises(UsageError, match="truncated"):
-            read(tmp_path, contents)
+            read(tmp_path, whole[:-missing])
 
 
 def test_jpeg_with_an_end_but_without_its_last_rows(tmp_path: Path) -> None:

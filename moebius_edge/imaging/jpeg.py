@@ -18,7 +18,6 @@ END = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _APP0, _APP15, _COMMENT, _SCAN, _EOI = 0xE0, 0xEF, 0xFE, 0xDA, 0xD9
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _LEFT_TO_PILLOW = (b"JFIF\0", b"Adobe", b"ICC_PROFILE\0")
 _MAX_BYTES = 1 << 29  # of a file
 _MAX_PIXELS_IN_SCANS = 140_000_000  # of several scans all numbers are kept in memory
@@ -34,7 +33,7 @@ def first_jpeg(stream: BinaryIO) -> FirstPicture:
     picture = FirstPicture(io.BytesIO(), ended=False)
     picture.file.write(data[:2])
     width = height = scans = coded_bytes = 0
-    progressive, components, in_one_scan = False, 0, False
+    coefficients: set[tuple[int, int]] = set()  # (component, number) of those that lack digits
     for code, segment, coded in _segments(data):
         body = bytes(segment[4:])
         if _APP0 <= code <= _APP15 or code == _COMMENT:
@@ -44,13 +43,13 @@ def first_jpeg(stream: BinaryIO) -> FirstPicture:
             if not body.startswith(_LEFT_TO_PILLOW):
                 continue
         elif code in _FRAMES:
-            if len(body) < 6:
+            if len(body) < 6 or len(body) < 6 + 3 * body[5]:
                 raise Unreadable("its header is damaged")
             height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-            progressive, components = code in _PROGRESSIVE, body[5]
+            coefficients = {(component, n) for component in body[6 : 6 + 3 * body[5] : 3] for n in range(64)}
         elif code == _SCAN:
             scans, coded_bytes = scans + 1, coded_bytes + len(coded)
-            in_one_scan = not progressive and body[:1] == bytes([components])
+            coefficients -= _finished(body)
         picture.ended |= code == _EOI
         picture.file.write(segment)
         picture.file.write(coded)
@@ -58,10 +57,21 @@ def first_jpeg(stream: BinaryIO) -> FirstPicture:
     check_scans(scans, width * height)
     # A Huffman code takes a bit or more for a block of the finest component: 8x8 pixels, of a quarter of them.
     too_short = width * height > 8 * 256 * coded_bytes + (1 << 16)
-    if not scans or too_short or not (in_one_scan or picture.ended):
+    if not scans or too_short or (coefficients and not picture.ended):
         raise Unreadable(f"it is truncated: {coded_bytes} bytes cannot hold its pixels")
     picture.file.write(b"" if picture.ended else END)
     return picture
+
+
+def _finished(header: bytes) -> set[tuple[int, int]]:
+    """The coefficients (component, number) of which a scan with this header holds the last digit, or all of them."""
+    count = header[0] if header else 0
+    if len(header) < 4 + 2 * count:
+        return set()
+    first, last, position = header[1 + 2 * count : 4 + 2 * count]
+    if position & 15:
+        return set()
+    return {(component, n) for component in header[1 : 1 + 2 * count : 2] for n in range(first, min(last, 63) + 1)}
 
 
 def _segments(data: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:

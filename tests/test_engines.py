@@ -143,17 +143,10 @@ def test_the_update_is_defined_in_float32_with_the_tensors_that_the_runtime_bind
 
 
 def request(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "stage": "build it",
-        "component": name,
-        "plan": str(folder / f"{name}.plan"),
-        "flavour": "tensorrt-rtx",
-        "compute_capabilities": ["8.6"],
-        "workspace_bytes": None,
-        "opt_level": None,
-        "timing_cache": None,
-        **changes,
-    }
+    plan = str(folder / f"{name}.plan")
+    options = {"flavour": "tensorrt-rtx", "compute_capabilities": ["8.6"], "timing_cache": None}
+    request = {"stage": "build it", "component": name, "plan": plan, "workspace_bytes": None, "opt_level": None}
+    return request | options | changes
 
 
 def test_the_update_builds_for_many_rows_and_another_size(tmp_path: Path) -> None:
@@ -164,20 +157,12 @@ def test_the_update_builds_for_many_rows_and_another_size(tmp_path: Path) -> Non
 
 
 def test_options_reach_the_builder(toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = []
-    real = tensorrt_rtx.Builder.create_builder_config
-    monkeypatch.setattr(
-        tensorrt_rtx.Builder, "create_builder_config", lambda builder: configs.append(real(builder)) or configs[-1]
-    )
-    asked = request(
-        tmp_path,
-        "vae_decoder",
-        onnx=str(toy.component_path("vae_decoder")),
-        compute_capabilities=["8.6", "12.0"],
-        profile=engines.profile(toy.components["vae_decoder"], [1, 1, 3]),
-        workspace_bytes=300_000_000,
-        opt_level=2,
-    )
+    configs, builder = [], tensorrt_rtx.Builder
+    real = builder.create_builder_config
+    monkeypatch.setattr(builder, "create_builder_config", lambda own: configs.append(real(own)) or configs[-1])
+    profile = engines.profile(toy.components["vae_decoder"], [1, 1, 3])
+    changes = {"workspace_bytes": 300_000_000, "opt_level": 2, "compute_capabilities": ["8.6", "12.0"]}
+    asked = request(tmp_path, "vae_decoder", onnx=toy.component_path("vae_decoder"), profile=profile, **changes)
     steps: list[tuple[str, int, int]] = []
     record = build(asked, lambda *step: steps.append(step), print)
     (config,) = configs
@@ -343,8 +328,8 @@ def test_a_bundle_is_copied_to_the_output_once(toy: Bundle, tmp_path: Path) -> N
     (copy.path / "engines").mkdir()
     again = copy_bundle_for_engines(str(toy.path), tmp_path / "copy")
     assert again.path == copy.path and (copy.path / "engines").is_dir()
-    assert copy_bundle_for_engines(str(toy.path), None).path == toy.path
-    assert copy_bundle_for_engines(str(toy.path), toy.path).path == toy.path
+    for output in (None, toy.path):
+        assert copy_bundle_for_engines(str(toy.path), output).path == toy.path
 
 
 def test_another_bundle_is_replaced_only_with_force(toy: Bundle, tmp_path: Path) -> None:
@@ -357,18 +342,18 @@ def test_another_bundle_is_replaced_only_with_force(toy: Bundle, tmp_path: Path)
     assert (toy.path / "denoiser.onnx").is_file()
 
 
-def test_a_bundle_that_takes_no_engines_names_the_output(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_no_engines_is_told(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="tiny takes no engines, it is part of the installed package: name a copy wit"):
         copy_bundle_for_engines("tiny", None)
-    monkeypatch.setattr(engines.os, "access", lambda *a: False)
-    with pytest.raises(UsageError, match="takes no engines, its folder is write-protected: name a copy with --output"):
-        copy_bundle_for_engines(str(toy.path), None)
-
-
-def test_an_unwritable_place_is_told(toy: Bundle) -> None:
     (toy.path / "engines").write_text("a file where the folder should be")
     with pytest.raises(MachineError, match=r"cannot (make|write) .*engines.*: "):
         build_engines(toy, OPTIONS)
+    bundle = Bundle.load(call_int8(toy.path, target="cpu"))
+    with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):
+        build_engines(bundle, OPTIONS)
+    monkeypatch.setattr(engines.os, "access", lambda *a: False)
+    with pytest.raises(UsageError, match="takes no engines, its folder is write-protected: name a copy with --output"):
+        copy_bundle_for_engines(str(toy.path), None)
 
 
 # The machine
@@ -429,13 +414,6 @@ def test_a_missing_or_untried_package_names_the_command(
     monkeypatch.setitem(sys.modules, "polygraphy.logger", None)
     with pytest.raises(MachineError, match=rf'polygraphy is missing: run `pip install "moebius-edge\[{extra}\]"`'):
         import_polygraphy(extra)
-
-
-def test_a_bundle_for_the_cpu_is_refused(toy: Bundle) -> None:
-    bundle = Bundle.load(call_int8(toy.path, target="cpu"))
-    with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):
-        build_engines(bundle, OPTIONS)
-    assert engines_of(toy) == []
 
 
 # A build that does not end well; how a process may end is tested in test_subprocess_job

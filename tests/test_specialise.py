@@ -25,7 +25,6 @@ from moebius_edge.export.specialise import (
     SpecialInteractive,
     SpecialLocal,
     SpecialMixFFN,
-    folded,
     specialise,
 )
 from moebius_edge.model import Student, build_student
@@ -61,15 +60,6 @@ def check(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.shape == expected.shape
     worst = float((found - expected).abs().max())
     assert worst <= LIMIT * float(expected.abs().max()), worst
-
-
-@torch.no_grad()
-def test_a_folded_batch_norm() -> None:
-    torch.manual_seed(0)
-    conv, norm = nn.Conv2d(5, 7, 3, bias=False), unsettled(nn.BatchNorm2d(7))
-    assert isinstance(norm, nn.BatchNorm2d)
-    x = torch.randn(2, 5, 6, 6)
-    check(nn.functional.conv2d(x, *folded(conv.weight, norm)), norm(conv(x)))
 
 
 @torch.no_grad()

@@ -28,12 +28,12 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import BundleError, MachineError, UsageError
-from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors
+from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors, tensor_readers
 from ..export.precision import convert
 from ..system.files import utf8_path
 from .blocks import Block, Recipe, block_of, blocks, inlined
 from .ranges import LARGEST, activation_scale
-from .smoothing import norms, smooth, tensor_readers
+from .smoothing import norms, smooth
 from .statistics import Statistics
 
 # Target -> the operators that it computes in INT8.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..errors import UsageError
+from ..export.onnx_graph import tensor_readers
 from .blocks import block_of
 from .ranges import LARGEST
 
@@ -94,15 +95,6 @@ def migration_factors(name: str, activations: npt.ArrayLike, weights: npt.ArrayL
     alive = (x > 0) & (w > 0)
     factors = np.where(alive, x, 1) ** ALPHA / np.where(alive, w, 1) ** (1 - ALPHA)
     return factors.astype(np.float32)
-
-
-def tensor_readers(model: ModelProto) -> dict[str, list[NodeProto]]:
-    """Every tensor that is read, with the nodes that read it."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
 
 
 def _operators_behind(tensor: str, readers: Mapping[str, list[NodeProto]]) -> list[NodeProto]:

@@ -1,4 +1,4 @@
-"""FP16 files: what is typed how, that weights and islands are right, and a trajectory that stays near float32."""
+"""FP16 files: what is typed how, and that weights and islands are right; ``test_export`` has a whole bundle."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from exporting import save_student, save_vae, weight_bytes
+from exporting import element_types, weight_bytes
 from onnx import TensorProto, numpy_helper
 
-from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
-from moebius_edge.export import BundleOptions, export_bundle
-from moebius_edge.export.precision import ISLANDS, convert, to_float16
+from moebius_edge.export.precision import convert, to_float16
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -28,12 +26,6 @@ def small_model(largest: float = 2.0) -> onnx.ModelProto:
     weight[0, 0] = largest
     model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
     return onnx.shape_inference.infer_shapes(model, check_type=True)
-
-
-def element_types(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
-    values = (*inferred.input, *inferred.output, *inferred.value_info)
-    return {v.name: v.type.tensor_type.elem_type for v in values}
 
 
 def test_products_become_fp16_and_islands_and_ends_stay() -> None:
@@ -77,46 +69,3 @@ def test_scales_of_a_resize_stay_float32() -> None:
     onnx.checker.check_model(model, full_check=True)
     assert list(model.graph.node[1].input) == ["x_as_float16", "", "scales"]
     assert [t.data_type for t in model.graph.initializer] == [FLOAT]
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("half")
-    options = BundleOptions(vae=save_vae(folder / "vae"), steps=4, precision="float16")
-    return export_bundle(save_student(folder / "golden.pt"), folder / "bundle", options)
-
-
-def test_a_bundle_passes_its_gate_and_lists_its_islands(half: Bundle) -> None:
-    assert half.precision == "float16" and half.gate["min_psnr_db"] == 40
-    assert 40 <= half.gate["psnr_db"] < 100  # above float32's own differences: something was rounded
-    assert set(half.float32_islands) == {"vae_encoder", "denoiser", "vae_decoder"}
-    listed = half.float32_islands["denoiser"]
-    assert set(ISLANDS) <= set(listed) and {"Sin", "Cos"} <= set(listed)
-    assert half.float32_islands["vae_decoder"] == "all"
-    names = [n.name for n in onnx.load(half.component_path("denoiser")).graph.node]
-    assert all(names.count(name) == 1 for kind in listed.values() for name in kind)
-
-
-def test_its_weights_are_fp16_but_for_the_islands_and_the_decoder(half: Bundle) -> None:
-    sizes = {name: weight_bytes(onnx.load(half.component_path(name))) for name in half.components}
-    assert sizes["denoiser"]["FLOAT16"] > 8 * sizes["denoiser"]["FLOAT"]
-    assert "FLOAT16" not in sizes["vae_decoder"]
-    for name in half.components:
-        types = element_types(onnx.load(half.component_path(name)))
-        declared = [*half.components[name].inputs, *half.components[name].outputs]
-        assert all(types[t.name] == (FLOAT if t.dtype == "float32" else TensorProto.INT64) for t in declared)
-
-
-def test_every_island_computes_in_float32_and_every_product_in_fp16(half: Bundle) -> None:
-    model = onnx.load(half.component_path("denoiser"))
-    types, weights = element_types(model), {t.name: t.data_type for t in model.graph.initializer}
-    islands = {name for names in half.float32_islands["denoiser"].values() for name in names}
-    seen = set()
-    for node in model.graph.node:
-        if node.op_type in ("Softmax", "InstanceNormalization", "LayerNormalization", "MatMul", "Conv", "LocalLambda"):
-            wanted = FLOAT if node.name in islands else HALF
-            given = [types.get(i, weights.get(i)) for i in node.input]
-            assert all(t == wanted for t in given if t in (FLOAT, HALF)), node.name
-            assert types[node.output[0]] == wanted, node.name
-            seen.add((node.op_type, wanted))
-    assert {("Softmax", FLOAT), ("MatMul", HALF), ("Conv", HALF), ("LocalLambda", HALF)} <= seen

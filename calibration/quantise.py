@@ -29,11 +29,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import BundleError, MachineError, UsageError
 from ..export.int8_ranges import LARGEST, activation_scale
-from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors
+from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors, tensor_readers
 from ..export.precision import convert
 from ..system.files import utf8_path
 from .blocks import Block, Recipe, block_of, blocks, inlined
-from .smoothing import norms, smooth, tensor_readers
+from .smoothing import norms, smooth
 from .statistics import Statistics
 
 # Target -> the operators that it computes in INT8.

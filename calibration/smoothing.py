@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..errors import UsageError
 from ..export.int8_ranges import LARGEST
+from ..export.onnx_graph import tensor_readers
 from .blocks import block_of
 
 ALPHA = 0.5  # the paper's for most of its networks
@@ -94,15 +95,6 @@ def migration_factors(name: str, activations: npt.ArrayLike, weights: npt.ArrayL
     alive = (x > 0) & (w > 0)
     factors = np.where(alive, x, 1) ** ALPHA / np.where(alive, w, 1) ** (1 - ALPHA)
     return factors.astype(np.float32)
-
-
-def tensor_readers(model: ModelProto) -> dict[str, list[NodeProto]]:
-    """Every tensor that is read, with the nodes that read it."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
 
 
 def _operators_behind(tensor: str, readers: Mapping[str, list[NodeProto]]) -> list[NodeProto]:

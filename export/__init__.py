@@ -3,7 +3,7 @@
 ``source.py`` finds and loads the networks, ``specialise.py`` rewrites the student for inference with the lambda
 operators of ``operators.py``, ``onnx_file.py`` writes and checks ONNX files, ``precision.py`` types them,
 ``exporter.py`` runs these in order and ends in a measured gate. ``engines.py`` builds engines through
-``build_worker.py`` and ``trt_builder.py``. ``layers.py`` finds where two conversions part.
+``trt_builder.py``. ``layers.py`` finds where two conversions part.
 Importing this package imports neither PyTorch nor onnx.
 """
 

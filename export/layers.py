@@ -21,7 +21,7 @@ from ..errors import BundleError, MachineError, UsageError
 from ..progress import Progress, no_progress
 from ..runtimes.base import drawn_feeds
 from ..spec import Component, Tensor
-from .onnx_graph import constant_tensors, infer_tensors
+from .onnx_graph import constant_tensors, infer_tensors, signature
 from .trt_builder import import_polygraphy
 
 LIMIT_BYTES = 256 << 20  # of the tensors that one file returns at a time
@@ -69,7 +69,8 @@ def compare_layers(
     groups = list(_groups(models))
     if not groups:
         raise UsageError(f"{a} and {b} compute no tensor of the same name: compare two conversions of one network")
-    feeds = dict(feeds or drawn_feeds(_component(models[0]), _ROWS))
+    inputs = [Tensor(name, kind, shape) for name, kind, shape in map(signature, models[0].graph.input)]
+    feeds = dict(feeds or drawn_feeds(Component(models[0].graph.name, tuple(inputs), ()), _ROWS))
     differences = []
     for done, names in enumerate(groups):
         on_progress("compare layers", done, len(groups))
@@ -112,16 +113,6 @@ def _groups(models: list[ModelProto]) -> Iterator[list[str]]:
         yield group
 
 
-def _component(model: ModelProto) -> Component:
-    """The inputs of a model as those of a component; of a free size only the first, the rows, is known."""
-    inputs = []
-    for value in model.graph.input:
-        kind = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-        inputs.append(Tensor(value.name, dtype, tuple(d.dim_value or "N" for d in kind.shape.dim)))
-    return Component(model.graph.name, tuple(inputs), ())
-
-
 def _run(
     models: list[ModelProto], names: list[str], feeds: dict[str, np.ndarray], providers: tuple[str, str]
 ) -> list[Mapping[str, np.ndarray]]:
@@ -149,12 +140,14 @@ def _difference(name: str, operator: str, order: int, first: np.ndarray, second:
         shapes = f"{first.shape} in one file and {second.shape} in the other"
         raise UsageError(f"tensor {name} is {shapes}: compare two conversions of one network")
     error = np.abs(reference - other)
-    if not np.isfinite(error).all():
-        return LayerDifference(name, operator, first.shape, math.inf, math.inf, -math.inf, order)
-    if not error.any():
-        return LayerDifference(name, operator, first.shape, 0.0, 0.0, math.inf, order)
     norm, distance = float(np.linalg.norm(reference)), float(np.linalg.norm(error))
-    if norm == 0:
-        return LayerDifference(name, operator, first.shape, math.inf, float(error.max()), -math.inf, order)
-    psnr = 20 * math.log10(float(np.abs(reference).max()) * math.sqrt(error.size) / distance)
-    return LayerDifference(name, operator, first.shape, distance / norm, float(error.max()), psnr, order)
+    largest = float(error.max(initial=0))
+    if distance == 0:
+        relative, psnr = 0.0, math.inf
+    elif norm == 0 or not math.isfinite(distance):
+        relative, psnr = math.inf, -math.inf
+        largest = largest if math.isfinite(distance) else math.inf
+    else:
+        relative = distance / norm
+        psnr = 20 * math.log10(float(np.abs(reference).max()) * math.sqrt(error.size) / distance)
+    return LayerDifference(name, operator, first.shape, relative, largest, psnr, order)

@@ -23,30 +23,28 @@ from ..errors import BundleError
 from ..model import Student
 from ..spec import Component
 from ..system.files import utf8_path
+from .onnx_graph import signature
 from .specialise import specialise
 from .trt_rules import OPSET, problems
 
 
-class Encoder(nn.Module):
-    """``image`` (N, 3, H, W) in [-1, 1] -> scaled ``latent`` (N, 4, h, w): the posterior's mean, no draw."""
-
+class _Autoencoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         self.scaling_factor = float(vae.config.scaling_factor)
+
+
+class Encoder(_Autoencoder):
+    """``image`` (N, 3, H, W) in [-1, 1] -> scaled ``latent`` (N, 4, h, w): the posterior's mean, no draw."""
 
     def forward(self, image: Tensor) -> Tensor:
         mean: Tensor = self.vae.encode(image).latent_dist.mean
         return mean * self.scaling_factor
 
 
-class Decoder(nn.Module):
+class Decoder(_Autoencoder):
     """Scaled ``latent`` (N, 4, h, w) -> ``image`` (N, 3, H, W), nominally in [-1, 1] and not clipped."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-        self.scaling_factor = float(vae.config.scaling_factor)
 
     def forward(self, latent: Tensor) -> Tensor:
         image: Tensor = self.vae.decode(latent / self.scaling_factor).sample
@@ -55,8 +53,7 @@ class Decoder(nn.Module):
 
 def build_modules(student: Student, vae: Any) -> dict[str, nn.Module]:
     """The modules by component name, in evaluation mode."""
-    modules = {"vae_encoder": Encoder(vae), "denoiser": specialise(student), "vae_decoder": Decoder(vae)}
-    return {name: module.eval() for name, module in modules.items()}
+    return {"vae_encoder": Encoder(vae).eval(), "denoiser": specialise(student), "vae_decoder": Decoder(vae).eval()}
 
 
 def write_onnx(
@@ -111,18 +108,12 @@ def check_onnx(path: Path, component: Component) -> None:
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("")
     if opset != OPSET:
         raise RuntimeError(f"{path.name} was exported with opset {opset}, not {OPSET}")
-    values = [_signature(value) for value in (*model.graph.input, *model.graph.output)]
+    values = [signature(value) for value in (*model.graph.input, *model.graph.output)]
     expected = [(t.name, t.dtype, t.shape) for t in (*component.inputs, *component.outputs)]
     if values != expected:
         raise RuntimeError(f"{path.name} has the inputs and outputs {values} where the contract has {expected}")
     if violations := problems(model):
         raise BundleError(f"{path.name} is not for TensorRT 10.3: {violations[0]}")
-
-
-def _signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
-    tensor = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return value.name, dtype, tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
 
 
 def _drop_metadata(model: Any, name: str) -> None:

@@ -28,6 +28,22 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+def signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+    """The name, the element type and the shape of an input or output of a graph, a free size by its name."""
+    tensor = value.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return value.name, dtype, tuple(d.dim_value or d.dim_param for d in tensor.shape.dim)
+
+
+def tensor_readers(model: ModelProto) -> dict[str, list[NodeProto]]:
+    """Every tensor that is read, with the nodes that read it."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
 def summed_axis(node: NodeProto) -> int:
     """The axis of the first input of a convolution or matrix product that it sums over."""
     return 0 if node.op_type == "Gemm" and attribute(node, "transA", 0) else SUMMED_AXIS[node.op_type]

@@ -80,7 +80,8 @@ def convert(
         if node.op_type == "Cast" and node.output[0] in floats:
             native[node.output[0]] = attribute(node, "to", None)
         if node.op_type not in _EITHER:
-            island = node.op_type in islands or _in_module(node, modules)
+            path = "".join(p.value for p in node.metadata_props if p.key == "namespace")
+            island = node.op_type in islands or any(re.search(rf"\b{module}\b", path) for module in modules)
             kind = TensorProto.FLOAT if island else TensorProto.FLOAT16
             for i, name in enumerate(node.input):
                 if name in floats and i not in _FLOAT_INPUTS.get(node.op_type, ()):
@@ -95,7 +96,8 @@ def convert(
 
     for output in graph.output:
         if output.name in floats and native[output.name] == TensorProto.FLOAT16:
-            _rename(nodes, output.name, f"{output.name}_float16")
+            for names in (names for node in nodes for names in (node.input, node.output)):
+                names[:] = [f"{name}_float16" if name == output.name else name for name in names]
             nodes.append(helper.make_node("Cast", [f"{output.name}_float16"], [output.name], to=TensorProto.FLOAT))
     used = {name for node in nodes for name in node.input}
     remaining = [t for t in (*graph.initializer, *halves.values()) if t.name in used]
@@ -120,14 +122,3 @@ def _rounded(tensor: onnx.TensorProto) -> onnx.TensorProto:
     if not largest <= LARGEST:
         raise BundleError(f"weight {tensor.name} reaches {largest:.3g}, FP16 ends at {LARGEST:g}: use --precision fp32")
     return numpy_helper.from_array(values.astype(np.float16), f"{tensor.name}_float16")
-
-
-def _in_module(node: onnx.NodeProto, modules: tuple[str, ...]) -> bool:
-    path = "".join(p.value for p in node.metadata_props if p.key == "namespace")
-    return any(re.search(rf"\b{module}\b", path) for module in modules)
-
-
-def _rename(nodes: list[onnx.NodeProto], old: str, new: str) -> None:
-    for node in nodes:
-        for names in (node.input, node.output):
-            names[:] = [new if name == old else name for name in names]

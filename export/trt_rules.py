@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from .onnx_graph import PRODUCTS, attribute  # TensorRT fuses each of PRODUCTS with the pairs before it
+from .onnx_graph import PRODUCTS, attribute, tensor_readers  # TensorRT fuses PRODUCTS with the pairs before them
 
 # The highest opset that 10.3 reads. 21 would bring GroupNormalization, whose per-channel scale TensorRT mishandles
 # before 10.9.
@@ -35,12 +35,8 @@ def problems(model: ModelProto) -> list[str]:
 
     Weights are looked at only where a rule concerns them: the scales and zero points of quantisation.
     """
-    return [
-        *_opset_problems(model),
-        *_function_problems(model),
-        *_operator_problems(model),
-        *_quantisation_problems(model),
-    ]
+    rules = (_opset_problems, _function_problems, _operator_problems, _quantisation_problems)
+    return [problem for rule in rules for problem in rule(model)]
 
 
 def _opset_problems(model: ModelProto) -> Iterator[str]:
@@ -86,10 +82,7 @@ def _quantisation_problems(model: ModelProto) -> Iterator[str]:
     nodes = [node for node in model.graph.node if node.op_type == "Constant" and attribute(node, "value", None)]
     constants |= {node.output[0]: attribute(node, "value", None) for node in nodes}
     dequantised = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = tensor_readers(model)
     for node in model.graph.node:
         if node.op_type in PRODUCTS:
             yield from _product_problems(node, dequantised, constants)

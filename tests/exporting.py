@@ -55,6 +55,12 @@ def weight_bytes(model: onnx.ModelProto) -> dict[str, int]:
     return sizes
 
 
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+    values = (*inferred.input, *inferred.output, *inferred.value_info)
+    return {v.name: v.type.tensor_type.elem_type for v in values}
+
+
 class PlainDenoiser(nn.Module):
     """The student as it is, with the denoiser's inputs, for comparison with what is exported.
 

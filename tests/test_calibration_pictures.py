@@ -47,12 +47,8 @@ def test_a_folder_of_pictures_gets_drawn_holes_of_every_size(tmp_path: Path) -> 
         assert hole.shape == (64, 64) and hole.dtype == np.bool_
         sizes.append(int(np.searchsorted(MASK_SIZES[:-1], latent_mask(hole, 8).mean())))
     assert sizes == [0, 1, 2, 0, 1, 2]
-
-
-def test_holes_follow_the_seed() -> None:
-    assert np.array_equal(draw_hole(1, 2, 64), draw_hole(1, 2, 64))
-    assert not np.array_equal(draw_hole(1, 2, 64), draw_hole(2, 2, 64))
-    assert not np.array_equal(draw_hole(1, 2, 64), draw_hole(1, 5, 64))
+    first, *others = (draw_hole(*seeds, 64) for seeds in ((1, 2), (1, 2), (2, 2), (1, 5)))
+    assert [np.array_equal(first, other) for other in others] == [True, False, False]
 
 
 @pytest.mark.parametrize(("number", "held"), [(5, ["004.png"]), (11, ["004.png", "009.png"])])

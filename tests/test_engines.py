@@ -11,18 +11,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import types
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from onnx.inliner import inline_local_functions
 from toy import call_int8, flip_byte, make_toy_bundle
 from trt_network import describe_network, network_facts
@@ -30,9 +27,9 @@ from trt_network import describe_network, network_facts
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
-from moebius_edge.export import EngineOptions, build_engines, engines, trt_builder
+from moebius_edge.export import EngineOptions, build_engines, engines
 from moebius_edge.export.engines import copy_bundle_for_engines, find_engine_key
-from moebius_edge.export.trt_builder import TrtBuilder, build, make_monitor
+from moebius_edge.export.trt_builder import TrtBuilder, build, import_polygraphy, make_monitor
 from moebius_edge.progress import no_progress
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import read_engine
@@ -146,43 +143,26 @@ def test_the_update_is_defined_in_float32_with_the_tensors_that_the_runtime_bind
 
 
 def request(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "stage": "build it",
-        "component": name,
-        "plan": str(folder / f"{name}.plan"),
-        "flavour": "tensorrt-rtx",
-        "compute_capabilities": ["8.6"],
-        "workspace_bytes": None,
-        "opt_level": None,
-        "timing_cache": None,
-        **changes,
-    }
+    plan = str(folder / f"{name}.plan")
+    options = {"flavour": "tensorrt-rtx", "compute_capabilities": ["8.6"], "timing_cache": None}
+    request = {"stage": "build it", "component": name, "plan": plan, "workspace_bytes": None, "opt_level": None}
+    return request | options | changes
 
 
-@pytest.mark.parametrize("capability", ["8.0", "12.0"])
-def test_the_update_builds_for_many_rows_and_other_sizes(tmp_path: Path, capability: str) -> None:
+def test_the_update_builds_for_many_rows_and_another_size(tmp_path: Path) -> None:
     profile = engines.profile(update_component(64), engines.rows("update", 8))
     assert profile["coefficients"] == [[n, 6, 1, 1] for n in (1, 2, 16)]
-    asked = request(tmp_path, "update", onnx=None, compute_capabilities=[capability], profile=profile)
-    record = build(asked, no_progress, print)
+    record = build(request(tmp_path, "update", onnx=None, profile=profile), no_progress, print)
     assert record["bytes"] == (tmp_path / "update.plan").stat().st_size > 1000
 
 
 def test_options_reach_the_builder(toy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = []
-    real = tensorrt_rtx.Builder.create_builder_config
-    monkeypatch.setattr(
-        tensorrt_rtx.Builder, "create_builder_config", lambda builder: configs.append(real(builder)) or configs[-1]
-    )
-    asked = request(
-        tmp_path,
-        "vae_decoder",
-        onnx=str(toy.component_path("vae_decoder")),
-        compute_capabilities=["8.6", "12.0"],
-        profile=engines.profile(toy.components["vae_decoder"], [1, 1, 3]),
-        workspace_bytes=300_000_000,
-        opt_level=2,
-    )
+    configs, builder = [], tensorrt_rtx.Builder
+    real = builder.create_builder_config
+    monkeypatch.setattr(builder, "create_builder_config", lambda own: configs.append(real(own)) or configs[-1])
+    profile = engines.profile(toy.components["vae_decoder"], [1, 1, 3])
+    changes = {"workspace_bytes": 300_000_000, "opt_level": 2, "compute_capabilities": ["8.6", "12.0"]}
+    asked = request(tmp_path, "vae_decoder", onnx=toy.component_path("vae_decoder"), profile=profile, **changes)
     steps: list[tuple[str, int, int]] = []
     record = build(asked, lambda *step: steps.append(step), print)
     (config,) = configs
@@ -236,60 +216,34 @@ def test_a_timing_cache_is_for_tensorrt_and_named_after_the_gpu(
 
 
 def test_typed_fp16_stays_fp16(tmp_path: Path) -> None:
-    """x -> Cast -> MatMul -> Cast -> y: the cast, the weight and the product are in the inner type, and no more."""
+    """The cast, the weight and the product are in the inner type, and no more."""
     counts = []
-    for inner in (TensorProto.FLOAT16, TensorProto.FLOAT):
-        weight = numpy_helper.from_array(np.ones((4, 4), helper.tensor_dtype_to_np_dtype(inner)), "w")
-        nodes = [
-            helper.make_node("Cast", ["x"], ["a"], to=inner),
-            helper.make_node("MatMul", ["a", "w"], ["b"]),
-            helper.make_node("Cast", ["b"], ["y"], to=TensorProto.FLOAT),
-        ]
-        counts.append(network_facts(save(tmp_path / "m.onnx", nodes, [weight]))["tensors"].get("HALF", 0))
+    for inner, number in (("float16", TensorProto.FLOAT16), ("float", TensorProto.FLOAT)):
+        model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 20]>
+            g (float[N, 4] x) => (float[N, 1] y) <{inner}[4, 1] w = {{1, 1, 1, 1}}>
+            {{ a = Cast <to = {number}>(x) b = MatMul(a, w) y = Cast <to = 1>(b) }}""")
+        onnx.save(model, tmp_path / "m.onnx")
+        counts.append(network_facts(tmp_path / "m.onnx")["tensors"].get("HALF", 0))
     assert counts == [3, 0]
 
 
-def save(path: Path, nodes: list[Any], weights: list[Any]) -> Path:
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in "xy"]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
-
-
-def changed(path: Path, change: Callable[[onnx.ModelProto], None]) -> Bundle:
-    """A toy bundle whose denoiser was changed."""
-    folder = make_toy_bundle(path)
-    file = folder / "denoiser.onnx"
-    model = onnx.load(file)
-    change(model)
-    onnx.save(model, file)
-    manifest = json.loads((folder / "bundle.json").read_text())
-    manifest["files"]["denoiser.onnx"] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
-    (folder / "bundle.json").write_text(json.dumps(manifest))
-    return Bundle.load(folder)
-
-
-def newer(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 99
-
-
-def stranger(model: onnx.ModelProto) -> None:
-    node = next(n for n in model.graph.node if n.output[0] == "fill")
-    node.name, node.op_type = "the_stranger", "Strange"
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("opset", "operator", "message"),
     [
-        (newer, r"denoiser\.onnx is not for TensorRT for RTX .*opset 99 is newer than 23"),
-        (stranger, r"cannot parse .*denoiser\.onnx \(node 'the_stranger' \(Strange\): creator && \"Plugin not found"),
+        (99, "Add", r"denoiser\.onnx is not for TensorRT for RTX .*opset 99 is newer than 23"),
+        (20, "Strange", r"cannot parse .*denoiser\.onnx \(node 'the_node' \(Strange\): creator && \"Plugin not found"),
     ],
 )
-def test_what_tensorrt_does_not_take_is_named(tmp_path: Path, change: Any, message: str) -> None:
-    bundle = changed(tmp_path / "changed", change)
+def test_what_tensorrt_does_not_take_is_named(toy: Bundle, opset: int, operator: str, message: str) -> None:
+    file = toy.component_path("denoiser")
+    model = onnx.load(file)
+    model.opset_import[0].version = opset
+    node = next(n for n in model.graph.node if n.output[0] == "fill")
+    node.name, node.op_type = "the_node", operator
+    onnx.save(model, file)
     with pytest.raises(BundleError, match=message) as caught:
-        build_engines(bundle, OPTIONS)
-    assert "\n" not in str(caught.value) and engines_of(bundle) == []
+        TrtBuilder("tensorrt-rtx").parse(file)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_gpu_that_tensorrt_refuses_while_it_builds(tiny: tuple[Any, Bundle], tmp_path: Path) -> None:
@@ -346,25 +300,21 @@ def test_what_changed_is_built_again_and_said(toy: Bundle) -> None:
 
 
 def test_a_folder_that_is_no_engine_is_not_deleted(toy: Bundle) -> None:
-    engine = build_engines(toy, OPTIONS).engine
-    (engine.path / "engine.json").unlink()
+    folder = toy.path / "engines" / find_engine_key(OPTIONS, "float32").folder
+    folder.mkdir(parents=True)
+    (folder / "denoiser.plan").touch()
     with pytest.raises(UsageError, match=r"is not overwritten, it holds no engine\.json"):
         build_engines(toy, OPTIONS)
-    assert (engine.path / "denoiser.plan").is_file()
-
-
-def test_a_distilled_denoiser_is_tuned_for_a_row_a_picture(tmp_path: Path) -> None:
-    bundle = Bundle.load(make_toy_bundle(tmp_path / "distilled", distilled_guidance=2.5))
-    profiles = build_engines(bundle, replace(OPTIONS, max_batch=3)).engine.profiles
-    assert profiles["denoiser"] == profiles["update"] == [1, 1, 3]
+    assert (folder / "denoiser.plan").is_file()
 
 
 def test_profiles_fix_all_but_the_batch(toy: Bundle) -> None:
     assert engines.profile(toy.components["denoiser"], engines.rows("denoiser", 3)) == {
         "sample": [[1, 9, 8, 8], [2, 9, 8, 8], [6, 9, 8, 8]],
-        "timestep": [[1], [2], [6]],
-        "branch": [[1], [2], [6]],
+        **dict.fromkeys(("timestep", "branch"), [[1], [2], [6]]),
     }
+    assert engines.rows("denoiser", 3, branches=1) == engines.rows("update", 3, branches=1) == [1, 1, 3]
+    assert engines.rows("vae_encoder", 3) == [1, 1, 3]
 
 
 # Where the engines go
@@ -378,8 +328,8 @@ def test_a_bundle_is_copied_to_the_output_once(toy: Bundle, tmp_path: Path) -> N
     (copy.path / "engines").mkdir()
     again = copy_bundle_for_engines(str(toy.path), tmp_path / "copy")
     assert again.path == copy.path and (copy.path / "engines").is_dir()
-    assert copy_bundle_for_engines(str(toy.path), None).path == toy.path
-    assert copy_bundle_for_engines(str(toy.path), toy.path).path == toy.path
+    for output in (None, toy.path):
+        assert copy_bundle_for_engines(str(toy.path), output).path == toy.path
 
 
 def test_another_bundle_is_replaced_only_with_force(toy: Bundle, tmp_path: Path) -> None:
@@ -392,18 +342,18 @@ def test_another_bundle_is_replaced_only_with_force(toy: Bundle, tmp_path: Path)
     assert (toy.path / "denoiser.onnx").is_file()
 
 
-def test_a_bundle_that_takes_no_engines_names_the_output(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_no_engines_is_told(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="tiny takes no engines, it is part of the installed package: name a copy wit"):
         copy_bundle_for_engines("tiny", None)
-    monkeypatch.setattr(engines.os, "access", lambda *a: False)
-    with pytest.raises(UsageError, match="takes no engines, its folder is write-protected: name a copy with --output"):
-        copy_bundle_for_engines(str(toy.path), None)
-
-
-def test_an_unwritable_place_is_told(toy: Bundle) -> None:
     (toy.path / "engines").write_text("a file where the folder should be")
     with pytest.raises(MachineError, match=r"cannot (make|write) .*engines.*: "):
         build_engines(toy, OPTIONS)
+    bundle = Bundle.load(call_int8(toy.path, target="cpu"))
+    with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):
+        build_engines(bundle, OPTIONS)
+    monkeypatch.setattr(engines.os, "access", lambda *a: False)
+    with pytest.raises(UsageError, match="takes no engines, its folder is write-protected: name a copy with --output"):
+        copy_bundle_for_engines(str(toy.path), None)
 
 
 # The machine
@@ -413,18 +363,17 @@ def on(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None) -> None:
     monkeypatch.setattr(engines, "find_gpu", lambda: gpu)
 
 
-def capabilities(*asked: str) -> tuple[str, ...]:
-    return find_engine_key(EngineOptions("tensorrt-rtx", compute_capabilities=asked), "float32").compute_capabilities
-
-
 def test_what_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = EngineOptions("tensorrt-rtx")
     on(monkeypatch, None)
-    everywhere = capabilities()
+    key = find_engine_key(options, "float32")
+    everywhere = key.compute_capabilities
     assert set(everywhere) >= {"8.0", "8.6", "8.9", "12.0"} and list(everywhere) == sorted(everywhere, key=float)
-    assert "7.5" not in everywhere, "it compiles no float32 product for Turing"
-    assert find_engine_key(EngineOptions("tensorrt-rtx"), "float32").gpu == "any"
+    assert "7.5" not in everywhere and key.gpu == "any", "it compiles no float32 product for Turing"
     on(monkeypatch, ADA)
-    assert capabilities() == ("8.9",) and capabilities("12.0", "8.6", "8.6") == ("8.6", "12.0")
+    assert find_engine_key(options, "float32").compute_capabilities == ("8.9",)
+    named = replace(options, compute_capabilities=("12.0", "8.6", "8.6"))
+    assert find_engine_key(named, "float32").compute_capabilities == ("8.6", "12.0")
 
 
 def test_an_unsupported_gpu_is_told_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -461,28 +410,16 @@ def test_a_missing_or_untried_package_names_the_command(
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__version__="12.0.0"))
     with pytest.raises(MachineError, match=r"12\.0\.0 is not supported, "):
         find_engine_key(EngineOptions(engine), "float32")
-
-
-def test_polygraphy_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "polygraphy.logger", None)
-    with pytest.raises(MachineError, match=r'polygraphy is missing: run `pip install "moebius-edge\[rtx\]"`'):
-        TrtBuilder("tensorrt-rtx")
-
-
-def test_a_bundle_for_the_cpu_is_refused(toy: Bundle) -> None:
-    bundle = Bundle.load(call_int8(toy.path, target="cpu"))
-    with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):
-        build_engines(bundle, OPTIONS)
-    assert engines_of(toy) == []
+    with pytest.raises(MachineError, match=rf'polygraphy is missing: run `pip install "moebius-edge\[{extra}\]"`'):
+        import_polygraphy(extra)
 
 
 # A build that does not end well; how a process may end is tested in test_subprocess_job
 
 
 def test_a_build_that_dies_is_told_by_its_component(toy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "WORKER", [sys.executable, "-c", "import os; os.abort()"])
-    with pytest.raises(MachineError, match="the build of vae_encoder crashed with SIGABRT"):
-        build_engines(toy, OPTIONS)
     monkeypatch.setattr(engines, "WORKER", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     counts = iter([0, 1])
     monkeypatch.setattr(subprocess_job, "oom_kills", lambda: next(counts))
@@ -491,32 +428,12 @@ def test_a_build_that_dies_is_told_by_its_component(toy: Bundle, monkeypatch: py
     assert engines_of(toy) == []
 
 
-def test_ctrl_c_ends_the_build_and_leaves_nothing(
-    tiny: tuple[Any, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    """A real SIGINT while the denoiser is being built."""
-    bundle = copy_bundle_for_engines(str(tiny[1].path), tmp_path / "copy")
-    children = []
-    real_popen, real_run = subprocess.Popen, subprocess_job.run_job
+def test_ctrl_c_leaves_nothing(toy: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """A real SIGINT while the first component is being built."""
 
-    def popen(*arguments: Any, **options: Any) -> Any:
-        children.append(real_popen(*arguments, **options))
-        return children[-1]
+    def interrupted(command: Any, request: Any, name: str, *rest: Any) -> Any:
+        return subprocess_job.run_job(command, request, name, lambda *step: os.kill(os.getpid(), signal.SIGINT))
 
-    def run_job(command: Any, request: Any, name: str, progress: Any, *rest: Any) -> Any:
-        def interrupted(what: str, done: int, total: int) -> None:
-            if request["component"] == "denoiser" and done > 10:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(5)
-
-        return real_run(command, request, name, interrupted, *rest)
-
-    monkeypatch.setattr(subprocess_job.subprocess, "Popen", popen)
-    monkeypatch.setattr(engines, "run_job", run_job)
-    assert main(["export", str(bundle.path), *COMMAND]) == 130
-    assert "interrupted" in capsys.readouterr().err and engines_of(bundle) == []
-    assert [child.returncode for child in children] == [0, -signal.SIGTERM]
-
-
-def test_the_worker_is_the_module_that_builds() -> None:
-    assert engines.WORKER[1:] == ("-m", trt_builder.__name__)
+    monkeypatch.setattr(engines, "run_job", interrupted)
+    assert main(["export", str(toy.path), *COMMAND]) == 130
+    assert "interrupted" in capsys.readouterr().err and engines_of(toy) == []

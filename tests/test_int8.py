@@ -72,25 +72,20 @@ def quantise(where: Path, pictures: Path, recipe: Recipe | None, **changes: Any)
     return quantise_bundle(reference, where / "out", dataclasses.replace(options, **changes), progress)
 
 
-def exported(tmp_path_factory: pytest.TempPathFactory, pictures: Path, target: str) -> SimpleNamespace:
-    folder, stages = tmp_path_factory.mktemp(target), list[str]()
-
-    def progress(what: str, done: int, total: int) -> None:
-        assert 0 <= done <= total
-        stages.append(what)
-
-    bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=progress)
+def exported(folder: Path, pictures: Path, target: str) -> SimpleNamespace:
+    stages: list[str] = []
+    bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=lambda *step: stages.append(step[0]))
     return SimpleNamespace(bundle=bundle, notes=notes, stages=stages, cache=folder / "cache")
 
 
 @pytest.fixture(scope="module")
 def tensorrt(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
-    return exported(tmp_path_factory, pictures, "tensorrt")
+    return exported(tmp_path_factory.mktemp("tensorrt"), pictures, "tensorrt")
 
 
 @pytest.fixture(scope="module")
 def cpu(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
-    return exported(tmp_path_factory, pictures, "cpu")
+    return exported(tmp_path_factory.mktemp("cpu"), pictures, "cpu")
 
 
 @pytest.fixture
@@ -115,9 +110,6 @@ def weight_types(bundle: Bundle, component: str) -> Counter[str]:
 
 def nodes_of(names: Sequence[str]) -> list[str]:
     return sorted(n for b in blocks(onnx.load(TINY.component_path("denoiser"))) if b.name in names for n in b.nodes)
-
-
-# --- the bundle -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "cpu"])
@@ -178,26 +170,21 @@ def test_for_a_cpu_the_rest_is_float32_and_the_kernels_are_integer(cpu: SimpleNa
     types = weight_types(bundle, "denoiser")
     assert types["INT8"] > 10_000 and types["FLOAT16"] == 0
     assert sum(integer_kernels(bundle.component_path("denoiser")).values()) >= len(bundle.int8["nodes"])
-    for name in ("vae_encoder.onnx", "vae_decoder.onnx"):
-        assert bundle.files[name] == TINY.files[name]
+    assert all(bundle.files[name] == TINY.files[name] for name in ("vae_encoder.onnx", "vae_decoder.onnx"))
     assert bundle.float32_islands == {} and create_runtime("onnxruntime", bundle, "cpu").notes == []
 
 
-def test_a_user_is_told_what_matters(tensorrt: SimpleNamespace, cpu: SimpleNamespace) -> None:
-    for result in (tensorrt, cpu):
-        speed = result.bundle.int8["speed"]
-        assert result.notes[:2] == [
-            "5 calibration pictures are few: ranges may be too narrow for others, give 20",
-            "5 of 5 calibration pictures have no mask: holes are drawn for them",
-        ]
-        assert speed["device"] == "cpu" and speed["other"] == "float32"
-        assert ["does not pay" in note for note in result.notes[2:]] == [True] * (speed["speedup"] <= 1)
+def test_a_user_is_told_what_matters(tensorrt: SimpleNamespace) -> None:
+    speed = tensorrt.bundle.int8["speed"]
+    assert tensorrt.notes[:2] == [
+        "5 calibration pictures are few: ranges may be too narrow for others, give 20",
+        "5 of 5 calibration pictures have no mask: holes are drawn for them",
+    ]
+    assert speed["device"] == "cpu" and speed["other"] == "float32"
+    assert ["does not pay" in note for note in tensorrt.notes[2:]] == [True] * (speed["speedup"] <= 1)
     stages = list(dict.fromkeys(tensorrt.stages))
     assert stages[0] == "record 0.png, 1 of 4" and stages[-1] == "speed beside INT8"
     assert "gate, held-out pictures: float32" in stages and "gate, held-out pictures" in stages
-
-
-# --- what is kept, and what is not ------------------------------------------------------------------------
 
 
 def test_a_missed_gate_saves_nothing_but_the_work(
@@ -215,9 +202,6 @@ def test_a_missed_gate_saves_nothing_but_the_work(
     assert sorted(p.name for p in recorded.iterdir()) == ["cache", "mine.json"]
     measured = json.loads((recorded / "cache" / "sensitivity.json").read_text())["result"]
     assert measured.keys() == {CONVOLUTION}, "the recipe's blocks alone"
-
-
-# --- what is refused --------------------------------------------------------------------------------------
 
 
 def refused(where: Path, pictures: Path, match: str, recipe: Recipe | None = RECIPE, **changes: Any) -> None:
@@ -265,9 +249,6 @@ def test_a_recipe_of_nothing_that_the_target_computes(cpu: SimpleNamespace, pict
     assert not (tmp_path / "out").exists()
 
 
-# --- what is reported -------------------------------------------------------------------------------------
-
-
 def test_the_table_says_of_each_block_what_it_costs_and_brings() -> None:
     """A recipe may name a block that its target computes in floating point, or smooth one that is not quantised."""
     every = [Block(n, (f"{n}/1", f"{n}/2"), frozenset(), macs) for n, macs in (("a", 75), ("b", 20), ("e", 5))]
@@ -291,9 +272,6 @@ def test_advice_where_int8_does_not_pay() -> None:
     assert said(0.8, "cpu", "cpu") == slow
     assert said(0.8, "cpu", "tensorrt").startswith(f"{slow}, or try --target cpu; this file is for TensorRT and GPUs")
     assert said(1.0, "cuda", "tensorrt", "float16").endswith("float16 20.5 ms; use --precision fp16 here")
-
-
-# --- with a search, and as a user has it -------------------------------------------------------------------
 
 
 @pytest.mark.slow

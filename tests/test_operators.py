@@ -41,32 +41,6 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def local_case(n: int, h: int, k: int, v: int, height: int, width: int, window: int) -> tuple[list[torch.Tensor], int]:
-    """Inputs of the plain ``local_lambda``, and the tile's width."""
-    positions = height * width
-    given = [
-        draw(n, h, k, positions, seed=1),
-        draw(n, k, positions, seed=2).softmax(-1),
-        draw(n, v, height, width, seed=3),
-        draw(k, 1, window, window, seed=4),
-        draw(k, seed=5),
-    ]
-    return given, tile_width(width)
-
-
-def local_inputs(given: Sequence[torch.Tensor], tile: int) -> list[torch.Tensor]:
-    """The same, as the operator takes them; ``tile`` 0 convolves."""
-    tiled, tile = bool(tile), max(1, tile)
-    q, k, v, weight, bias = given
-    n, heads, keys, positions = q.shape
-    tokens = q.permute(0, 3, 1, 2).reshape(n, positions // tile, tile * heads, keys)
-    height, width = v.shape[2:]
-    where = torch.from_numpy(window_positions(height, width, weight.shape[-1], tile))
-    if not tiled:
-        where = torch.tensor([-1, 1, height, width])
-    return [tokens, k, v.flatten(2).transpose(1, 2).contiguous(), weight.flatten(1), bias[:, None], where]
-
-
 def check(found: np.ndarray | torch.Tensor, expected: torch.Tensor) -> None:
     worst = float((torch.as_tensor(found) - expected).abs().max())
     assert worst <= 1e-5 * float(expected.abs().max()), worst
@@ -74,13 +48,23 @@ def check(found: np.ndarray | torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("convolved", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_local_lambda_is_the_plain_one(shape: tuple[int, ...], convolved: bool) -> None:
-    given, tile = local_case(*shape)
-    tile = 0 if convolved else tile
-    n, h, _, v, height, width, _ = shape
-    y = local_lambda(*local_inputs(given, tile), h, tile)
-    expected = lambdas.local_lambda(*given)  # (N, H, V, P)
-    check(y.reshape(n, height * width, h, v).permute(0, 2, 3, 1), expected)
+def test_local_lambda_and_its_body_are_the_plain_one(shape: tuple[int, ...], convolved: bool) -> None:
+    n, h, k, v, height, width, window = shape
+    positions = height * width
+    q, keys = draw(n, h, k, positions, seed=1), draw(n, k, positions, seed=2).softmax(-1)
+    maps, weight, bias = draw(n, v, height, width, seed=3), draw(k, 1, window, window, seed=4), draw(k, seed=5)
+    tile = 0 if convolved else tile_width(width)
+    tokens = q.permute(0, 3, 1, 2).reshape(n, positions // max(1, tile), max(1, tile) * h, k)
+    where = torch.tensor([-1, 1, height, width])
+    if tile:
+        where = torch.from_numpy(window_positions(height, width, window, tile))
+    values = maps.flatten(2).transpose(1, 2).contiguous()
+    inputs = [tokens, keys, values, weight.flatten(1), bias[:, None], where]
+    expected = lambdas.local_lambda(q, keys, maps, weight, bias)  # (N, H, V, P)
+    ran = run_function(local_function(OPSET, window, tile, h), inputs, {"heads": h, "tile": tile})
+    for y in (local_lambda(*inputs, h, tile), ran):
+        check(y.reshape(n, positions, h, v), expected.permute(0, 3, 1, 2))
+    torch.library.opcheck(local_lambda, (*inputs, h, tile), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,22 +76,9 @@ def test_interactive_lambda_is_the_plain_one(shape: tuple[int, ...]) -> None:
     tokens = q.permute(0, 3, 1, 2).contiguous()
     inputs = [tokens, k[:, None], v.transpose(1, 2).contiguous(), e.transpose(1, 2).contiguous()]
     expected = lambdas.interactive_lambda(q, k, v, e)
-    y = interactive_lambda(*inputs).reshape(n, positions, h, values).permute(0, 2, 3, 1)
-    check(y, expected)
-    body = interactive_function(OPSET, prompts)
-    ran = run_function(body, inputs, {}).reshape(n, positions, h, values).transpose(0, 2, 3, 1)
-    check(ran, expected)
-
-
-@pytest.mark.parametrize("convolved", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_local_body_is_the_plain_operator(shape: tuple[int, ...], convolved: bool) -> None:
-    given, tile = local_case(*shape)
-    tile = 0 if convolved else tile
-    n, h, _, v, height, width, window = shape
-    body = local_function(OPSET, window, tile, h)
-    ran = run_function(body, local_inputs(given, tile), {"heads": h, "tile": tile})
-    check(ran.reshape(n, height * width, h, v).transpose(0, 2, 3, 1), lambdas.local_lambda(*given))
+    for y in (interactive_lambda(*inputs), run_function(interactive_function(OPSET, prompts), inputs, {})):
+        check(y.reshape(n, positions, h, values), expected.permute(0, 3, 1, 2))
+    torch.library.opcheck(interactive_lambda, tuple(inputs), test_utils="test_faketensor")
 
 
 def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attributes: dict[str, int]) -> np.ndarray:
@@ -132,15 +103,12 @@ def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attri
     return np.asarray(y)
 
 
-def test_windows_of_a_small_grid_by_hand() -> None:
+def test_windows_and_taps_of_a_small_grid_by_hand() -> None:
     """A 2x4 grid, window 3, tiles of two: each sees three rows of four, and 8 stands for what is outside."""
     windows = window_positions(2, 4, 3, 2)
     assert windows.shape == (4, 16)  # 12, and 4 that stand for nothing
     assert windows[0].tolist() == [8, 8, 8, 8, 8, 0, 1, 2, 8, 4, 5, 6, 8, 8, 8, 8]
     assert windows[3].tolist() == [1, 2, 3, 8, 5, 6, 7, 8, 8, 8, 8, 8, 8, 8, 8, 8]
-
-
-def test_taps_of_a_small_window_by_hand() -> None:
     taps = kernel_positions(3, 2)
     assert taps[0].tolist() == [0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9, 9, 9, 9, 9]
     assert taps[1].tolist() == [9, 0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9, 9, 9, 9]
@@ -154,10 +122,3 @@ def test_the_order_of_sums_is_the_cheaper_one() -> None:
     assert best_tile(StudentConfig()) == 8  # 40 keys a head and more: 1.7 to 7 times fewer multiplications
     narrow = StudentConfig(block_out_channels=(64, 96, 128), latent_size=32)
     assert best_tile(narrow) == 0  # 8 to 16 keys: summing over them first saves nothing
-
-
-def test_the_operators_say_their_shapes_and_types_without_running() -> None:
-    given, tile = local_case(*SHAPES[0])
-    torch.library.opcheck(local_lambda, (*local_inputs(given, tile), 2, tile), test_utils="test_faketensor")
-    inputs = (draw(2, 6, 3, 4, seed=0), draw(2, 1, 4, 10, seed=1), draw(2, 10, 5, seed=2), draw(6, 4, 10, seed=3))
-    torch.library.opcheck(interactive_lambda, inputs, test_utils="test_faketensor")

@@ -112,14 +112,9 @@ def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Pat
     assert progress[0][0] == "sensitivity of a" and progress[3][0] == "sensitivity of b, smoothed"
     assert fake.steps == [SEARCH_STEPS]
     assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the candidates are gone"
-
-
-def test_smoothing_is_used_where_it_brings_half_a_decibel(tmp_path: Path) -> None:
-    sensitivity = measured(Fake(THREE), tmp_path)
     assert [smoothing_helps(sensitivity[name]) for name in "abc"] == [False, True, False]
     assert best_psnr_db(sensitivity["b"]) == sensitivity["b"]["smoothed_psnr_db"]
     assert best_psnr_db(sensitivity["c"]) == sensitivity["c"]["psnr_db"]
-    assert best_psnr_db({"psnr_db": 40.0, "smoothed_psnr_db": 30.0}) == 40.0
 
 
 def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(tmp_path: Path) -> None:
@@ -175,11 +170,7 @@ def test_the_recipe_is_the_best_there_is(tmp_path: Path, name: str, floor: float
     assert recipe.quantised.keys() == {p.name for p in fake.parts}, "a person may switch any block"
     assert len(fake.tried) <= 2 + math.ceil(math.log2(len(fake.blocks)))
     assert fake.steps[-1] == 20, "whole trajectories decide"
-
-
-def test_all_at_once_is_tried_first(tmp_path: Path) -> None:
-    fake = Fake([Part(f"b{i}", 10, 60.0) for i in range(16)])
-    assert len(choose(fake, 30.0, tmp_path).chosen) == 16 and len(fake.tried) == 1
+    assert len(fake.tried[0][0]) == max(len(chosen) for chosen, _ in fake.tried), "all at once are tried first"
 
 
 def test_the_worst_case_and_the_margin_count(tmp_path: Path) -> None:

@@ -2,157 +2,98 @@
 
 from __future__ import annotations
 
-import numpy as np
+import re
+
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.export.trt_rules import problems
 from moebius_edge.spec import COMPONENTS
 
-
-def model(
-    *nodes: onnx.NodeProto,
-    opset: int = 20,
-    functions: tuple[onnx.FunctionProto, ...] = (),
-    constants: dict[str, np.ndarray] | None = None,
-) -> onnx.ModelProto:
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in ("x", "y")]
-    tensors = [numpy_helper.from_array(v, k) for k, v in (constants or {}).items()]
-    graph = helper.make_graph(list(nodes), "g", values[:1], values[1:], tensors)
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("moebius", 1), helper.make_opsetid("other", 1)]
-    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
+CONSTANTS = """float s = {0.5}, float zero_scale = {0}, float infinite = {inf}, float undefined = {nan}, int8 z = {0},
+int8 three = {3}, int8[1] w = {1}, int32[1] w32 = {1}, float[1] wf = {1}, float16[1] half = {1}, float[1] b = {1}"""
+CALL = "[the_node] y = moebius.Twice(x)"
+PAIR = "[the_quantiser] q = QuantizeLinear(x, s, z) [the_dequantiser] d = DequantizeLinear(q, s, z) "
+WEIGHT = "dw = DequantizeLinear(w, s) "
+PRODUCT = "[the_product] y = Conv(d, dw)"
 
 
-def node(
-    kind: str, inputs: list[str], name: str = "the_node", domain: str = "", **attributes: object
-) -> onnx.NodeProto:
-    return helper.make_node(kind, inputs, ["y"], name=name, domain=domain, **attributes)
+def model(nodes: str, function: str = "", opset: int = 20, formals: str = "tw_x", inner_opset: int = 20) -> str:
+    """A file of these ``nodes``, with a function ``Twice`` if its body's nodes are given."""
+    if function:
+        domain = f'<domain: "moebius", opset_import: ["": {inner_opset}]>'
+        function = f"{domain} Twice ({formals}) => (tw_y) {{ {function} }}"
+    imports = f'"": {opset}, "moebius": 1'
+    graph = f"g (float[N, 4] x) => (float[N, 4] y) <{CONSTANTS}> {{ {nodes} }}"
+    return f"<ir_version: 10, opset_import: [{imports}]> {graph} {function}"
 
 
-def function(
-    name: str = "Twice", domain: str = "moebius", formals: tuple[str, ...] = ("tw_x",), opset: int = 20
-) -> onnx.FunctionProto:
-    body = [helper.make_node("Add", [formals[0], formals[0]], ["tw_y"])]
-    return helper.make_function(domain, name, list(formals), ["tw_y"], body, [helper.make_opsetid("", opset)])
-
-
-CALL = node("Twice", ["x"], domain="moebius")
-
-
-def quantised(scale: object = 0.5, zero: object = None, weight: str = "int8") -> onnx.ModelProto:
+def dequantised(weight: str = "w", scale: str = "s", zero: str = "") -> str:
     """A convolution with a weight through DequantizeLinear."""
-    weights = np.ones((4, 4, 1, 1), weight)
-    constants = {"w": weights, "s": np.asarray(scale, np.float32)}
-    inputs = ["w", "s"]
-    if zero is not None:
-        constants["z"] = np.asarray(zero, weight)
-        inputs.append("z")
-    return model(
-        helper.make_node("DequantizeLinear", inputs, ["dq"], name="the_node", axis=0),
-        helper.make_node("Conv", ["x", "dq"], ["y"]),
-        constants=constants,
-    )
+    return model(f"[the_node] dq = DequantizeLinear({weight}, {scale}{zero and f', {zero}'}) y = Conv(x, dq)")
 
 
-def pair(
-    user: str = "Conv", weight: bool = True, beside: tuple[str, ...] = (), half: bool = False, data: bool = True
-) -> onnx.ModelProto:
-    """A product with a pair on its data and a dequantised weight; ``beside`` reads the same pair."""
-    linear = user in ("MatMul", "Gemm")
-    shape, axis = ((4, 4), 1) if linear else ((4, 4, 1, 1), 0)
-    constants = {"s": np.float32(0.5), "w": np.ones(shape, "int8"), "ws": np.ones(4, "float16" if half else "float32")}
-    constants |= {"z": np.zeros((), "int8"), "wf": np.ones(shape, np.float32)}
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "the_quantiser"),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "the_dequantiser"),
-        helper.make_node("DequantizeLinear", ["w", "ws"], ["dw"], "of_the_weight", axis=axis),
-        helper.make_node(user, ["d" if data else "x", "dw" if weight else "wf"], ["y"], "the_product"),
-    ]
-    nodes += [helper.make_node(kind, ["d"], [f"d_{kind}"], "stray") for kind in beside]
-    return model(*nodes, constants=constants)
+def found(text: str) -> list[str]:
+    return problems(onnx.parser.parse_model(text))
 
 
-def in_function() -> onnx.ModelProto:
-    body = [helper.make_node("DequantizeLinear", ["tw_x", "tw_x"], ["tw_y"], "inner")]
-    twice = helper.make_function("moebius", "Twice", ["tw_x"], ["tw_y"], body, [helper.make_opsetid("", 20)])
-    return model(CALL, functions=(twice,))
-
-
-def two_matrices() -> onnx.ModelProto:
-    """A product of two tensors, the second alone quantised."""
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
-        helper.make_node("MatMul", ["x", "d"], ["y"], "the_product"),
-    ]
-    return model(*nodes, constants={"s": np.float32(0.5), "z": np.zeros((), "int8")})
+TWICE = "tw_y = Add(tw_x, tw_x)"
+EINSUM = 'Einsum <equation = "ij,ij->ij">'
+TAKES_TWO = {"function": TWICE, "formals": "tw_x, tw_b"}
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (model(node("Relu", ["x"]), opset=21), r"opset 21 is newer than 20"),
-        (model(CALL, functions=(function(opset=22),)), r"opset 22 is newer than 20"),
-        (model(node("Einsum", ["x", "x"], equation="ij,ij->ij")), r"node 'the_node' \(Einsum\): .*write it as MatMul"),
-        (model(node("GroupNormalization", ["x", "s", "b"])), r"node 'the_node' \(GroupNormalization\)"),
-        (model(node("Einsum", ["x", "x"], name="")), r"node 'y' \(Einsum\)"),
-        (model(node("MatMulInteger", ["x", "x"])), r"node 'the_node' \(MatMulInteger\): quantisation is explicit"),
-        (model(node("NoSuch", ["x"], domain="moebius")), r"'the_node' \(NoSuch\): domain 'moebius' has no function"),
+        (model("y = Relu(x)", opset=21), r"opset 21 is newer than 20"),
+        (model(CALL, TWICE, inner_opset=22), r"opset 22 is newer than 20"),
+        (model(f"[the_node] y = {EINSUM}(x, x)"), r"node 'the_node' \(Einsum\): .*write it as MatMul"),
+        (model("[the_node] y = GroupNormalization(x, s, b)"), r"node 'the_node' \(GroupNormalization\)"),
+        (model(f"y = {EINSUM}(x, x)"), r"node 'y' \(Einsum\)"),
+        (model("[the_node] y = MatMulInteger(x, x)"), r"node 'the_node' \(MatMulInteger\): quantisation is explicit"),
+        (model("[the_node] y = moebius.NoSuch(x)"), r"'the_node' \(NoSuch\): domain 'moebius' has no function"),
+        (model(CALL, "tw_y = Add(x, x)", formals="x"), r"function Twice: its tensor 'x' has the name of one in the g"),
+        (model(CALL, **TAKES_TWO), r"'the_node' \(Twice\): leaves out inputs of its function, which takes 2"),
+        (model('y = moebius.Twice(x, "")', **TAKES_TWO), r"leaves out inputs of its function, which takes 2"),
+        (model(CALL, f"[inner] tw_y = {EINSUM}(tw_x, tw_x)"), r"^function Twice, node 'inner' \(Einsum\)"),
+        (dequantised(scale="zero_scale"), r"'the_node' \(DequantizeLinear\): its scale 'zero_scale' is not finite and"),
+        (dequantised(scale="undefined"), r"its scale 'undefined' is not finite and above 0"),
+        (dequantised(scale="infinite"), r"its scale 'infinite' is not finite and above 0"),
+        (dequantised(zero="three"), r"its zero point 'three' is not 0"),
+        (dequantised("w32"), r"dequantises the INT32 'w32'"),
+        (model("y = QuantizeLinear(x, x)"), r"its scale 'x' is not a constant"),
+        (model(PAIR + WEIGHT + PRODUCT + "[stray] r = Relu(d)"), r"'the_dequantiser' .* is read by node 'stray'"),
+        (model(PAIR + WEIGHT + PRODUCT + "[stray] r = Transpose(q)"), r"'the_quantiser' .* is read by node 'stray'"),
+        (model(PAIR + "[the_product] y = Conv(d, wf)"), r"'the_product' \(Conv\): .*'d' is quantised and 'wf' is"),
+        (model(PAIR + "[the_product] y = MatMul(x, d)"), r"'the_product' \(MatMul\): .*'d' is quantised and 'x' is"),
         (
-            model(CALL, functions=(function(formals=("x",)),)),
-            r"function Twice: its tensor 'x' has the name of one in the graph",
+            model(PAIR + "dw = DequantizeLinear(w, half) [the_product] y = Conv(d, dw)"),
+            r"'the_product' \(Conv\): the scales of its inputs differ in type",
         ),
         (
-            model(CALL, functions=(function(formals=("tw_x", "tw_b")),)),
-            r"'the_node' \(Twice\): leaves out inputs of its function, which takes 2",
+            model(CALL, "[inner] tw_y = DequantizeLinear(tw_x, tw_x)"),
+            r"function Twice, node 'inner' \(DequantizeLinear\): .*inline the function",
         ),
-        (
-            model(
-                node("Twice", ["x", ""], domain="moebius"), functions=(function(formals=("tw_x", "tw_b")),)
-            ),
-            r"leaves out inputs of its function, which takes 2",
-        ),
-        (quantised(scale=0.0), r"'the_node' \(DequantizeLinear\): its scale 's' is not finite and above 0"),
-        (quantised(scale=np.nan), r"its scale 's' is not finite and above 0"),
-        (quantised(zero=3), r"its zero point 'z' is not 0"),
-        (quantised(weight="int32"), r"dequantises the INT32 'w'"),
-        (model(node("QuantizeLinear", ["x", "x"])), r"its scale 'x' is not a constant"),
-        (quantised(scale=np.inf), r"its scale 's' is not finite and above 0"),
-        (pair(beside=("Relu",)), r"'the_dequantiser' \(DequantizeLinear\): is read by node 'stray' \(Relu\)"),
-        (pair(weight=False), r"'the_product' \(Conv\): its input 'd' is quantised and 'wf' is not"),
-        (pair(half=True), r"'the_product' \(Conv\): the scales of its inputs differ in type"),
-        (two_matrices(), r"'the_product' \(MatMul\): its input 'd' is quantised and 'x' is not"),
-        (in_function(), r"function Twice, node 'inner' \(DequantizeLinear\): .*inline the function"),
     ],
 )
-def test_a_broken_rule_names_the_node(broken: onnx.ModelProto, message: str) -> None:
-    import re
-
-    found = problems(broken)
-    assert len(found) == 1 and re.search(message, found[0]), found
+def test_a_broken_rule_names_the_node(broken: str, message: str) -> None:
+    (problem,) = found(broken)
+    assert re.search(message, problem), problem
 
 
-def test_rules_inside_functions_are_seen() -> None:
-    body = [helper.make_node("Einsum", ["tw_x", "tw_x"], ["tw_y"], name="inner", equation="ij,ij->ij")]
-    twice = helper.make_function("moebius", "Twice", ["tw_x"], ["tw_y"], body, [helper.make_opsetid("", 20)])
-    assert problems(model(CALL, functions=(twice,)))[0].startswith("function Twice, node 'inner' (Einsum)")
-
-
-def test_what_is_right_passes() -> None:
-    assert problems(model(CALL, functions=(function(),))) == []
-    assert problems(quantised(scale=np.ones(4), zero=np.zeros(4))) == []
-    assert problems(quantised()) == []
-    for user in ("Conv", "MatMul", "Gemm"):
-        assert problems(pair(user)) == []
-    assert problems(pair(data=False)) == []  # weights alone in INT8 are a mode of its own
-
-
-def test_quantised_values_are_read_by_their_dequantiser_alone() -> None:
-    stray = pair()
-    stray.graph.node.append(helper.make_node("Transpose", ["q"], ["t"], "stray"))
-    assert problems(stray)[0].startswith("node 'the_quantiser' (QuantizeLinear): is read by node 'stray' (Transpose)")
+@pytest.mark.parametrize(
+    "right",
+    [
+        model(CALL, TWICE),
+        dequantised(),
+        dequantised(zero="z"),
+        *[model(PAIR + WEIGHT + PRODUCT.replace("Conv", kind)) for kind in ("Conv", "MatMul", "Gemm")],
+        model(PAIR + WEIGHT + "p = MatMul(d, dw) y = Conv(x, dw)"),  # weights alone in INT8 are a mode of its own
+    ],
+)
+def test_what_is_right_passes(right: str) -> None:
+    assert found(right) == []
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

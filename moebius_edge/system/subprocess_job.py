@@ -101,7 +101,7 @@ def serve_job(task: Callable[[dict[str, Any], Progress, Note], dict[str, Any]]) 
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -132,9 +132,8 @@ def end(process: subprocess.Popen[Any], grace_s: float) -> None:
         return
     process.terminate()
     try:
-        process.wait(grace_s)
-    except subprocess.TimeoutExpired:
-        pass
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
     finally:
         process.kill()
         process.wait()
@@ -200,10 +199,6 @@ def _cause_of_death(code: int, last_line: str) -> str:
     else:
         cause = f"crashed with {signal.Signals(-code).name}"
     return f"{cause}: {last_line.strip():.300}" if last_line else cause
-
-
-def _exit_on_signal(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _exit_with_parent() -> None:

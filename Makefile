@@ -19,12 +19,14 @@ demo: $(DEMO)/.installed
 	@mkdir -p $(dir $(DEMO_OUTPUT))
 	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --start prefill --output $(DEMO_OUTPUT)
 
+# The tests of a file share what they make, so a process takes a whole file at a time.
+PARALLEL ?= -n 2 --dist loadfile
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest -q -m "not slow and not gpu" $(PARALLEL)
 
 SLOW ?= slow and not gpu
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q --timeout 900 -m "$(SLOW)"
+	$(VENV)/bin/python -m pytest -q --timeout 900 -m "$(SLOW)" $(PARALLEL)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -631,7 +631,7 @@ def test_a_call_with_the_names_of_a_diffusers_pipeline(photo: np.ndarray, hole: 
             np.testing.assert_array_equal(np.asarray(same), pipe.inpaint(photo, hole, steps=5, seed=7, **start).image)
         both = pipe(image=[image, image.resize((85, 75))], mask_image=[mask, mask.resize((85, 75))], **options)
         assert [picture.size for picture in both.images] == [(170, 150), (85, 75)]
-        with pytest.raises(UsageError, match="takes no prompt, negative_prompt, since .* mask alone: leave it out$"):
-            pipe(image=image, mask_image=mask, prompt="a cat", negative_prompt="")
+        with pytest.raises(UsageError, match="takes no prompt, height, since .* mask alone: leave it out$"):
+            pipe(image=image, mask_image=mask, prompt="a cat", negative_prompt="", height=64)
         with pytest.raises(UsageError, match="there are 2 images and 1 masks: give a mask for each image"):
             pipe(image=[image, image], mask_image=mask)

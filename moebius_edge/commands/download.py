@@ -190,6 +190,7 @@ def _import_hub() -> ModuleType:
         console.note(f"there is no home folder: downloads are kept in {home}; HF_HOME chooses another place")
     with console.needs("download", "download"):
         import huggingface_hub
+        import huggingface_hub.errors  # an attribute of the package only once it was imported
     if not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 

@@ -229,13 +229,14 @@ class Inpainter:
             image, mask_image: a picture and its mask as for ``inpaint``, or a list of each.
             strength: 1 starts from noise, less from the image.
             generator: a seed, or an object with ``initial_seed()``, such as PyTorch's generator.
+            unsupported: other arguments of such pipelines may be None or empty, as in ``prompt=""``.
 
         Raises:
             UsageError: as ``inpaint``, or for an argument that this network has no use for, such as a prompt.
         """
-        if unsupported:
+        if given := [name for name, value in unsupported.items() if value not in (None, "", [])]:
             why = "since it is conditioned on the picture and its mask alone"
-            raise UsageError(f"the network takes no {', '.join(unsupported)}, {why}", "leave it out")
+            raise UsageError(f"the network takes no {', '.join(given)}, {why}", "leave it out")
         images, masks = (value if isinstance(value, (list, tuple)) else [value] for value in (image, mask_image))
         if len(images) != len(masks):
             raise UsageError(f"there are {len(images)} images and {len(masks)} masks", "give a mask for each image")

@@ -17,8 +17,9 @@ from pydantic import Field, JsonValue, TypeAdapter, ValidationError
 
 from .errors import MachineError, MoebiusError
 
-# Of a file, where its type has no ``MAX_BYTES`` of its own: a results.json of hundreds of photographs has several MB.
-MAX_BYTES = 32 << 20
+# Of a file, where its type has no ``MAX_BYTES`` of its own. A bundle.json of the published size, with the names of all
+# quantised nodes, has 0.3 MB.
+MAX_BYTES = 2 << 20
 MAX_DEPTH = 32
 
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # one line

@@ -138,7 +138,7 @@ def compared(exported: SimpleNamespace, chosen: list[str]) -> tuple[float, float
     file, unrounded = (
         onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
             None, exported.feeds
-        )
+        )[0]
         for m in (int8, exported.model)
     )
     with torch.no_grad():

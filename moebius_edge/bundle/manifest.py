@@ -6,7 +6,7 @@ This module reads neither the ONNX files beside it nor their hashes.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 from typing_extensions import NotRequired, TypedDict
@@ -144,8 +144,6 @@ class ComponentTable:
 @dataclass(frozen=True, kw_only=True)
 class BundleDocument(Manifest):
     """All of ``bundle.json``."""
-
-    MAX_BYTES: ClassVar[int] = 2 << 20  # of the file
 
     schema_version: Literal[3]
     components: dict[Text, ComponentTable]

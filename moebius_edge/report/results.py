@@ -147,6 +147,7 @@ ResultsDocument = _object(
     limits=_object("Limits", {Figure | None: "max_latency_ms min_psnr_db max_memory_bytes"}),
     configurations=_each(_CONFIGURATION),
 )
+ResultsDocument.MAX_BYTES = 32 << 20  # of the file: with hundreds of photographs it has several MB
 
 
 def load(path: str | os.PathLike[str]) -> Results:

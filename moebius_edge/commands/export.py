@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance")
 _OF_INT8 = ("calibration_data", "calibration_masks", "target", "int8_recipe", "ranges", "calibration_cache")
 _OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability")
+_SHOWN_OF_GATE = ("hole_psnr_db", "mean_hole_psnr_db", "psnr_db", "ssim", "image_max_difference", "min_psnr_db")
 
 
 def export(
@@ -211,7 +212,8 @@ def _document(bundle: Bundle, built: Built | None, notes: list[str]) -> dict[str
 def _print_bundle(bundle: Bundle) -> None:
     total = console.size(bundle.summary()["total_bytes"])
     print(f"saved {bundle.path} ({bundle.resolution}x{bundle.resolution}, {bundle.precision}, {total})")
-    facts: dict[str, Any] = {"distilled_guidance": bundle.distilled_guidance, "gate": bundle.gate}
+    gate = {name: bundle.gate[name] for name in _SHOWN_OF_GATE if name in bundle.gate}  # `inspect` shows all of it
+    facts: dict[str, Any] = {"distilled_guidance": bundle.distilled_guidance, "gate": gate}
     facts["int8"] = {name: value for name, value in (bundle.int8 or {}).items() if not isinstance(value, list)}
     console.print_facts(facts)
 

@@ -91,4 +91,4 @@ def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> No
 def test_the_bundled_checkpoint_exports_again(tmp_path: Path) -> None:
     from moebius_edge.export import export_bundle
 
-    assert export_bundle("tiny", None, tmp_path / "again").gate["psnr_db"] >= 60
+    assert export_bundle("tiny", tmp_path / "again").gate["psnr_db"] >= 60

@@ -25,7 +25,7 @@ from ..runtimes.engine_files import (
     ANY_GPU,
     ENGINE_FILE,
     ENGINE_SCHEMA_VERSION,
-    FLAVOURS,
+    VARIANTS,
     Engine,
     EngineKey,
     engine_document,
@@ -51,7 +51,7 @@ class EngineOptions:
     a machine without one, all that it builds for. ``force`` builds engines again that are there.
     """
 
-    flavour: str
+    variant: str
     max_batch: int = 1
     workspace_bytes: int | None = None
     opt_level: int | None = None
@@ -78,19 +78,19 @@ def find_engine_key(options: EngineOptions, precision: str) -> EngineKey:
     """
     if options.max_batch < 1:
         raise UsageError(f"max batch is {options.max_batch}: give 1 or more pictures")
-    flavour = FLAVOURS[options.flavour]
-    package = load_package(flavour)
+    variant = VARIANTS[options.variant]
+    package = load_package(variant)
     gpu = find_gpu()
-    key = EngineKey(precision, flavour.name, str(package.__version__), ANY_GPU, ())
-    if not flavour.needs_gpu:
+    key = EngineKey(precision, variant.name, str(package.__version__), ANY_GPU, ())
+    if not variant.needs_gpu:
         if options.timing_cache is not None:
-            raise UsageError(f"{flavour.title} keeps no timing cache: leave --timing-cache out")
+            raise UsageError(f"{variant.title} keeps no timing cache: leave --timing-cache out")
         return replace(key, compute_capabilities=_choose_capabilities(package, gpu, options.compute_capabilities))
     if options.compute_capabilities:
-        problem = f"{flavour.title} builds for the GPU of this machine only"
+        problem = f"{variant.title} builds for the GPU of this machine only"
         raise UsageError(problem, "leave --compute-capability out, or use --engine tensorrt-rtx")
     if gpu is None:
-        problem = f"{flavour.title} builds on the GPU that will run the engine, and this machine shows none"
+        problem = f"{variant.title} builds on the GPU that will run the engine, and this machine shows none"
         remedy = "check with `nvidia-smi`, or build with --engine tensorrt-rtx, which needs no GPU"
         raise MachineError(problem, remedy)
     return replace(key, gpu=gpu.name, compute_capabilities=(_dotted(gpu.compute_capability),))
@@ -195,7 +195,7 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
                 "component": name,
                 "onnx": None if name == UPDATE else os.path.abspath(bundle.component_path(name)),
                 "plan": os.path.abspath(temporary / f"{name}.plan"),
-                "flavour": key.flavour,
+                "variant": key.variant,
                 "compute_capabilities": list(key.compute_capabilities),
                 "profile": profile(component, profiles[name]),
                 "workspace_bytes": options.workspace_bytes,
@@ -235,7 +235,7 @@ def _why_outdated(engine: Engine) -> str:
 
 def _timing_cache(bundle: Bundle, options: EngineOptions, key: EngineKey) -> str | None:
     """Where TensorRT keeps what it measured; the default's name has the GPU and version that it is good for."""
-    if not FLAVOURS[options.flavour].needs_gpu:
+    if not VARIANTS[options.variant].needs_gpu:
         return None
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"timing-{key.version}-{key.gpu}.cache")
     return os.path.abspath(options.timing_cache or bundle.path / ENGINES_FOLDER / name)

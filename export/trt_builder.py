@@ -1,4 +1,4 @@
-"""One ONNX file, or ``update``, -> one TensorRT plan, of either flavour, through Polygraphy's loaders.
+"""One ONNX file, or ``update``, -> one TensorRT plan, of either variant, through Polygraphy's loaders.
 
 ``python -m moebius_edge.export.trt_builder`` answers a request (see ``system.subprocess_job``): a process a plan gives
 all memory back, and Polygraphy imports one of the two packages for good. Networks are always strongly typed: what the
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory
 from ..progress import Progress
-from ..runtimes.engine_files import FLAVOURS, load_package, max_opset, version_of
+from ..runtimes.engine_files import VARIANTS, load_package, max_opset, version_of
 from ..runtimes.latent_loop import COEFFICIENTS, update_component
 from ..runtimes.onnx_check import check_onnx_file
 from ..spec import LATENT_CHANNELS, Component
@@ -51,7 +51,7 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
         MachineError: TensorRT is missing, does not know the GPU, or memory or disk ran out.
     """
     started = time.monotonic()
-    builder = TrtBuilder(request["flavour"])
+    builder = TrtBuilder(request["variant"])
     if request["onnx"] is None:
         network = builder.create_update(request["profile"]["sample"][0][-1])
     else:
@@ -83,17 +83,17 @@ def import_polygraphy(extra: str) -> ModuleType:
 
 
 class TrtBuilder:
-    """Polygraphy's loaders on one flavour of TensorRT. A network is its tuple of builder, network and parser.
+    """Polygraphy's loaders on one variant of TensorRT. A network is its tuple of builder, network and parser.
 
     Raises:
         MachineError: TensorRT or Polygraphy is not installed.
     """
 
-    def __init__(self, flavour: str) -> None:
-        self.flavour = FLAVOURS[flavour]
-        self.package = load_package(self.flavour)
-        self.title = f"{self.flavour.title} {self.package.__version__}"
-        import_polygraphy(self.flavour.extra).config.USE_TENSORRT_RTX = not self.flavour.needs_gpu
+    def __init__(self, variant: str) -> None:
+        self.variant = VARIANTS[variant]
+        self.package = load_package(self.variant)
+        self.title = f"{self.variant.title} {self.package.__version__}"
+        import_polygraphy(self.variant.extra).config.USE_TENSORRT_RTX = not self.variant.needs_gpu
         from polygraphy.backend import trt  # it reads that setting once, when it is imported
 
         self.polygraphy = trt
@@ -104,7 +104,7 @@ class TrtBuilder:
         Raises ``BundleError`` for a file that ``export`` does not write, of too new an opset, or with a node that
         cannot be parsed, which is named.
         """
-        highest, opset = max_opset(self.flavour.name, version_of(self.package)), check_onnx_file(onnx)
+        highest, opset = max_opset(self.variant.name, version_of(self.package)), check_onnx_file(onnx)
         if opset > highest:
             problem = f"{onnx} is not for {self.title}: opset {opset} is newer than {highest}, the highest it parses"
             raise BundleError(problem, "export the bundle again")
@@ -130,7 +130,7 @@ class TrtBuilder:
         }
         if request["workspace_bytes"] is not None:
             options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
-        if self.flavour.needs_gpu:
+        if self.variant.needs_gpu:
             config = polygraphy.CreateConfig(load_timing_cache=cache, **options)
         else:
             from polygraphy.backend.tensorrt_rtx import CreateConfigRTX

@@ -95,16 +95,16 @@ def _onnxruntime_problem(device: str, bundle: Bundle) -> str:
     return start_problem(ort, device)
 
 
-def _tensorrt_problem(flavour: str, bundle: Bundle) -> str:
+def _tensorrt_problem(variant: str, bundle: Bundle) -> str:
     from .cuda import find_gpu
-    from .engine_files import FLAVOURS, choose_engine, load_package
+    from .engine_files import VARIANTS, choose_engine, load_package
 
     gpu = find_gpu()
     if gpu is None:
         return "this machine has no NVIDIA GPU that its driver answers for: check `nvidia-smi`"
     try:
-        package = load_package(FLAVOURS[flavour])
-        choose_engine(bundle, FLAVOURS[flavour], str(package.__version__), gpu, verify=False)
+        package = load_package(VARIANTS[variant])
+        choose_engine(bundle, VARIANTS[variant], str(package.__version__), gpu, verify=False)
     except (MachineError, BundleError) as error:
         return str(error)
     return ""

@@ -4,7 +4,7 @@
 ``engine.json``, which says what they are. An engine fits one bundle's ONNX files, one precision, one version of
 TensorRT and one kind of GPU. What was built for anything else is refused here, before TensorRT sees it, with the
 command that builds the right one. The Python calls of TensorRT and of TensorRT for RTX are the same; what differs
-stands in ``FLAVOURS``.
+stands in ``VARIANTS``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ANY_GPU = "any"  # TensorRT for RTX builds for compute capabilities, whatever th
 
 
 @dataclass(frozen=True)
-class Flavour:
+class Variant:
     """One variant of TensorRT. Versions are (major, minor); ``below`` is the first that is not supported."""
 
     name: str  # on the command line, and in an engine's key
@@ -48,38 +48,38 @@ class Flavour:
     needs_gpu: bool  # to build
 
 
-FLAVOURS = {
+VARIANTS = {
     f.name: f
     for f in (
-        Flavour("tensorrt", "TensorRT", "tensorrt", "tensorrt", (10, 3), (12, 0), True),
-        Flavour("tensorrt-rtx", "TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 7), (2, 0), False),
+        Variant("tensorrt", "TensorRT", "tensorrt", "tensorrt", (10, 3), (12, 0), True),
+        Variant("tensorrt-rtx", "TensorRT for RTX", "tensorrt_rtx", "rtx", (1, 7), (2, 0), False),
     )
 }
 
 
-def max_opset(flavour: str, version: tuple[int, int]) -> int:
-    """The highest opset that ``flavour`` (as in ``FLAVOURS``) of (major, minor) ``version`` is known to parse."""
-    if flavour == "tensorrt-rtx":
+def max_opset(variant: str, version: tuple[int, int]) -> int:
+    """The highest opset that ``variant`` (as in ``VARIANTS``) of (major, minor) ``version`` is known to parse."""
+    if variant == "tensorrt-rtx":
         return 23  # the highest that was tried with 1.7, whose parser refuses none by number
     return 25 if version >= (11, 0) else 24 if version >= (10, 15) else 20
 
 
-def load_package(flavour: Flavour) -> ModuleType:
-    """The Python package of ``flavour``.
+def load_package(variant: Variant) -> ModuleType:
+    """The Python package of ``variant``.
 
     Raises:
         MachineError: it is missing, broken, or of a version that was never tried.
     """
-    install = f'run `pip install "moebius-edge[{flavour.extra}]"`'
+    install = f'run `pip install "moebius-edge[{variant.extra}]"`'
     try:
-        package = importlib.import_module(flavour.module)
+        package = importlib.import_module(variant.module)
     except Exception as error:  # a library that does not load arrives as OSError or RuntimeError too
-        hint = " (a Jetson has it: make the environment with --system-site-packages)" if flavour.needs_gpu else ""
-        problem = f"the package {flavour.module} is missing or broken ({error})"
+        hint = " (a Jetson has it: make the environment with --system-site-packages)" if variant.needs_gpu else ""
+        problem = f"the package {variant.module} is missing or broken ({error})"
         raise MachineError(problem, f"{install}{hint}") from None
-    if not flavour.least <= version_of(package) < flavour.below:
-        least, below = (".".join(map(str, v)) for v in (flavour.least, flavour.below))
-        problem = f"{flavour.title} {package.__version__} is not supported, {least} or newer and below {below} is"
+    if not variant.least <= version_of(package) < variant.below:
+        least, below = (".".join(map(str, v)) for v in (variant.least, variant.below))
+        problem = f"{variant.title} {package.__version__} is not supported, {least} or newer and below {below} is"
         raise MachineError(problem, install)
     return package
 
@@ -129,7 +129,7 @@ class EngineKey:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     precision: Text
-    flavour: Text
+    variant: Text
     version: Text  # TensorRT's, whole: a plan is good for no other
     gpu: Text
     compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d{1,3}\.\d$")], ...]  # such as 8.7
@@ -138,7 +138,7 @@ class EngineKey:
     def folder(self) -> str:
         """The folder's name, such as float32-tensorrt-10.3.0-orin-sm87."""
         capabilities = "-".join(c.replace(".", "") for c in self.compute_capabilities)
-        parts = (self.precision, self.flavour, self.version, self.gpu, f"sm{capabilities}")
+        parts = (self.precision, self.variant, self.version, self.gpu, f"sm{capabilities}")
         return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts)
 
 
@@ -198,13 +198,13 @@ def engine_document(engine: Engine) -> dict[str, Any]:
     return {name: value for name, value in asdict(engine).items() if name != "path"}
 
 
-def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, verify: bool = True) -> Engine:
+def choose_engine(bundle: Bundle, variant: Variant, version: str, gpu: Gpu, verify: bool = True) -> Engine:
     """The engine of ``bundle`` for this machine; ``verify`` also compares each plan's SHA-256.
 
     Raises:
         BundleError: there is none, or it was built with or from something else, or is damaged.
     """
-    remedy = f"run `{build_command(bundle, flavour)}`"
+    remedy = f"run `{build_command(bundle, variant)}`"
     rejected: list[tuple[int, str]] = []  # how many reasons, and the message; the nearest one is told
     for folder in engine_folders(bundle.path):
         try:
@@ -212,20 +212,20 @@ def choose_engine(bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu, veri
         except BundleError as error:
             rejected.append((99, str(error)))
             continue
-        if engine.key.flavour != flavour.name:
+        if engine.key.variant != variant.name:
             continue
-        problems = _mismatches(engine, bundle, flavour, version, gpu)
+        problems = _mismatches(engine, bundle, variant, version, gpu)
         if not problems:
             if verify:
                 engine.verify(f"{remedy} --force")
             return engine
         rejected.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
-    raise BundleError(min(rejected)[1] if rejected else f"bundle {bundle.path} has no {flavour.title} engine: {remedy}")
+    raise BundleError(min(rejected)[1] if rejected else f"bundle {bundle.path} has no {variant.title} engine: {remedy}")
 
 
-def _mismatches(engine: Engine, bundle: Bundle, flavour: Flavour, version: str, gpu: Gpu) -> list[str]:
+def _mismatches(engine: Engine, bundle: Bundle, variant: Variant, version: str, gpu: Gpu) -> list[str]:
     """Why ``engine`` cannot run ``bundle`` here, each as a phrase after "the engine was"; empty if it can."""
-    key, title, problems = engine.key, flavour.title, []
+    key, title, problems = engine.key, variant.title, []
     here = ".".join(map(str, gpu.compute_capability))
     if key.version != version or here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name):
         capabilities = ", ".join(key.compute_capabilities)
@@ -247,8 +247,8 @@ def staleness(engine: Engine, bundle: Bundle) -> str:
     return ""
 
 
-def build_command(bundle: Bundle, flavour: Flavour) -> str:
+def build_command(bundle: Bundle, variant: Variant) -> str:
     """What builds the engines of ``bundle`` on this machine."""
     if bundle.path.parent == ASSETS:  # part of the installed package, where nothing is written
-        return f"moebius-edge export {bundle.path.name} --engine {flavour.name} --output DIR"
-    return f"moebius-edge export {shlex.quote(str(bundle.path))} --engine {flavour.name}"
+        return f"moebius-edge export {bundle.path.name} --engine {variant.name} --output DIR"
+    return f"moebius-edge export {shlex.quote(str(bundle.path))} --engine {variant.name}"

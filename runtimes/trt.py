@@ -20,7 +20,7 @@ from ..sampling.scheduler import Scheduler
 from ..spec import DENOISER, SHALLOW, Component
 from .base import Arrays, LatentBatch, Runtime
 from .cuda import Cuda, CudaError, Gpu
-from .engine_files import FLAVOURS, Engine, build_command, choose_engine, load_package, make_logger
+from .engine_files import VARIANTS, Engine, build_command, choose_engine, load_package, make_logger
 from .latent_loop import SHARED, UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, update_component
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _logged: list[str] = []  # errors that TensorRT logged since the last call
 
 
 class TrtRuntime(Runtime):
-    """One engine a component and one for the sampler's arithmetic, for ``flavour`` ``tensorrt`` or ``tensorrt-rtx``.
+    """One engine a component and one for the sampler's arithmetic, for ``variant`` ``tensorrt`` or ``tensorrt-rtx``.
 
     It takes a bundle, since an engine is chosen by what the bundle's files and this machine are. ``cuda`` and
     ``package`` stand in for the driver and the Python package.
@@ -45,7 +45,7 @@ class TrtRuntime(Runtime):
     def __init__(
         self,
         bundle: Bundle,
-        flavour: str = "tensorrt",
+        variant: str = "tensorrt",
         device: str = "cuda",
         *,
         cuda: Cuda | None = None,
@@ -53,13 +53,13 @@ class TrtRuntime(Runtime):
     ) -> None:
         super().__init__(bundle.components)
         if device != "cuda":
-            raise UsageError(f"runtime {flavour} has no device {device!r}", "leave --device out, or choose cuda")
+            raise UsageError(f"runtime {variant} has no device {device!r}", "leave --device out, or choose cuda")
         self._bundle = bundle
-        self._flavour = FLAVOURS[flavour]
-        self._trt: Any = package or load_package(self._flavour)
+        self._variant = VARIANTS[variant]
+        self._trt: Any = package or load_package(self._variant)
         self._cuda = cuda or Cuda()
         # TensorRT for RTX compiles kernels while it runs, and records a CUDA graph itself when it has them.
-        self._records = self._flavour.needs_gpu
+        self._records = self._variant.needs_gpu
         self._gpu: Gpu | None = None
         self._engine: Engine | None = None
         self._stream = 0
@@ -73,7 +73,7 @@ class TrtRuntime(Runtime):
         """As in ``Runtime``; ``provider`` is the engine's key, and empty until the runtime was entered."""
         graph = "not recorded" if self._loop is None else self._loop.graph_state
         return {
-            "name": self._flavour.name,
+            "name": self._variant.name,
             "version": str(self._trt.__version__),
             "device": "cuda",
             "provider": "" if self._engine is None else self._engine.key.folder,
@@ -89,11 +89,11 @@ class TrtRuntime(Runtime):
     def activate(self) -> None:
         try:
             self._gpu = self._cuda.gpu()
-            self._engine = choose_engine(self._bundle, self._flavour, str(self._trt.__version__), self._gpu)
+            self._engine = choose_engine(self._bundle, self._variant, str(self._trt.__version__), self._gpu)
             self._cuda.open()
             self._open = True
             self._stream = self._cuda.create_stream()
-            runtime = self._call(f"start {self._flavour.title}", self._trt.Runtime, _logger(self._trt))
+            runtime = self._call(f"start {self._variant.title}", self._trt.Runtime, _logger(self._trt))
             for component in self.components.values():
                 # All that the shallow part reads and writes is the denoiser's too.
                 shared = [t.name for t in (*component.inputs, *component.outputs)] if component.name == SHALLOW else ()
@@ -205,7 +205,7 @@ class TrtRuntime(Runtime):
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
         reason = " ".join((_logged[0] if _logged else str(error)).split())
-        message = f"{self._flavour.title} {self._trt.__version__} cannot {what} ({reason})"
+        message = f"{self._variant.title} {self._trt.__version__} cannot {what} ({reason})"
         if getattr(error, "out_of_memory", False) or any(map(_OUT_OF_MEMORY.search, _logged)):
             return OutOfMemory(f"{message}: not enough memory on the GPU", "close other programs")
         if isinstance(error, CudaError):
@@ -213,7 +213,7 @@ class TrtRuntime(Runtime):
         return BundleError(message, self._remedy("--force"))
 
     def _remedy(self, options: str) -> str:
-        return f"run `{build_command(self._bundle, self._flavour)}` with {options}"
+        return f"run `{build_command(self._bundle, self._variant)}` with {options}"
 
 
 @cache

@@ -362,15 +362,15 @@ class _Context:
         return True
 
 
-def trt_runtime(bundle: Bundle, cuda: FakeCuda, flavour: str = "tensorrt") -> tuple[TrtRuntime, FakeTensorRT]:
+def trt_runtime(bundle: Bundle, cuda: FakeCuda, variant: str = "tensorrt") -> tuple[TrtRuntime, FakeTensorRT]:
     """A runtime on the fakes, and the package that it uses."""
-    package = FakeTensorRT(cuda, rtx=flavour == "tensorrt-rtx")
-    return TrtRuntime(bundle, flavour, cuda=cuda, package=package), package  # type: ignore[arg-type]
+    package = FakeTensorRT(cuda, rtx=variant == "tensorrt-rtx")
+    return TrtRuntime(bundle, variant, cuda=cuda, package=package), package  # type: ignore[arg-type]
 
 
 def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
     """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``."""
-    key_fields = {"precision": bundle.precision, "flavour": "tensorrt", "version": VERSION, "gpu": ORIN.name}
+    key_fields = {"precision": bundle.precision, "variant": "tensorrt", "version": VERSION, "gpu": ORIN.name}
     key_fields |= {"compute_capabilities": ("8.7",)}
     key = EngineKey(**{name: changes.pop(name, value) for name, value in key_fields.items()})
     folder = bundle.path / "engines" / key.folder

@@ -25,7 +25,7 @@ from moebius_edge.commands import console
 from moebius_edge.export.int8_ranges import METHODS
 from moebius_edge.pipeline.presets import PRESETS
 from moebius_edge.runtimes.auto import CANDIDATES
-from moebius_edge.runtimes.engine_files import FLAVOURS
+from moebius_edge.runtimes.engine_files import VARIANTS
 from moebius_edge.sampling.scheduler import SCHEDULERS
 
 COMMANDS = ("run", "report", "inspect", "compare", "profile", "doctor", "download", "export", "train")
@@ -115,7 +115,7 @@ def test_usage_errors_are_one_line_and_exit_2(arguments: str, message: str, caps
 def test_the_choices_are_those_of_the_modules_that_implement_them() -> None:
     assert tuple(SCHEDULERS) == options.SCHEDULERS
     assert tuple(PRESETS) == options.PRESETS
-    assert tuple(FLAVOURS) == options.ENGINES
+    assert tuple(VARIANTS) == options.ENGINES
     assert tuple(METHODS) == options.RANGES
     assert tuple(TARGETS) == options.INT8_TARGETS
     assert set(options.RUNTIMES) == {candidate.runtime for candidate in CANDIDATES}

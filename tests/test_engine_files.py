@@ -15,7 +15,7 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.errors import BundleError
 from moebius_edge.runtimes.cuda import Gpu
 from moebius_edge.runtimes.engine_files import (
-    FLAVOURS,
+    VARIANTS,
     Engine,
     EngineKey,
     build_command,
@@ -32,14 +32,14 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.load(make_toy_bundle(tmp_path / "toy"))
 
 
-def choose(bundle: Bundle, flavour: str = "tensorrt", version: str = VERSION, gpu: Gpu = ORIN) -> Engine:
-    return choose_engine(bundle, FLAVOURS[flavour], version, gpu)
+def choose(bundle: Bundle, variant: str = "tensorrt", version: str = VERSION, gpu: Gpu = ORIN) -> Engine:
+    return choose_engine(bundle, VARIANTS[variant], version, gpu)
 
 
 def test_the_key_names_the_folder() -> None:
     key = EngineKey("fp16", "tensorrt", "10.3.0", "Orin (nvgpu)", ("8.7",))
     assert key.folder == "fp16-tensorrt-10.3.0-orin-nvgpu-sm87"
-    several = replace(key, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "12.0"))
+    several = replace(key, variant="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "12.0"))
     assert several.folder == "fp16-tensorrt-rtx-10.3.0-any-sm86-120"
     assert "/" not in replace(key, gpu="../../etc").folder and ".." not in replace(key, gpu="../../etc").folder
 
@@ -86,14 +86,14 @@ def test_one_that_fits_is_found_among_others_and_else_the_nearest_is_explained(b
     write_engine(bundle, version="10.4.0")
     with pytest.raises(BundleError, match=r"built with TensorRT 10\.4\.0"):
         choose(bundle)
-    write_engine(bundle, flavour="tensorrt-rtx", gpu="any")
+    write_engine(bundle, variant="tensorrt-rtx", gpu="any")
     (bundle.path / "engines" / "rubbish").mkdir()
     right = write_engine(bundle)
     assert choose(bundle) == right
 
 
 def test_rtx_engines_run_on_any_card_of_their_generations(bundle: Bundle) -> None:
-    engine = write_engine(bundle, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.9"))
+    engine = write_engine(bundle, variant="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.9"))
     assert choose(bundle, "tensorrt-rtx", gpu=ADA) == engine
     with pytest.raises(BundleError, match=r"for GPU any \(compute capability 8\.6, 8\.9\), this machine has .*8\.7"):
         choose(bundle, "tensorrt-rtx")
@@ -163,7 +163,7 @@ def test_a_damaged_description_is_refused(bundle: Bundle, damage: Any, message: 
 
 
 def test_the_command_suits_the_bundle(tmp_path: Path) -> None:
-    rtx = FLAVOURS["tensorrt-rtx"]
+    rtx = VARIANTS["tensorrt-rtx"]
     assert build_command(Bundle.load("tiny"), rtx) == "moebius-edge export tiny --engine tensorrt-rtx --output DIR"
     spaced = Bundle.load(make_toy_bundle(tmp_path / "a toy"))
     assert build_command(spaced, rtx) == f"moebius-edge export '{tmp_path}/a toy' --engine tensorrt-rtx"

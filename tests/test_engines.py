@@ -144,7 +144,7 @@ def test_the_update_is_defined_in_float32_with_the_tensors_that_the_runtime_bind
 
 def request(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     plan = str(folder / f"{name}.plan")
-    options = {"flavour": "tensorrt-rtx", "compute_capabilities": ["8.6"], "timing_cache": None}
+    options = {"variant": "tensorrt-rtx", "compute_capabilities": ["8.6"], "timing_cache": None}
     request = {"stage": "build it", "component": name, "plan": plan, "workspace_bytes": None, "opt_level": None}
     return request | options | changes
 
@@ -199,7 +199,7 @@ def test_a_timing_cache_is_for_tensorrt_and_named_after_the_gpu(
     """With stand-ins for Polygraphy's loaders: TensorRT itself needs a GPU."""
     given: dict[str, Any] = {}
     builder: Any = object.__new__(TrtBuilder)
-    builder.flavour, builder.title, builder.package = engines.FLAVOURS["tensorrt"], "TensorRT 10.3", tensorrt_rtx
+    builder.variant, builder.title, builder.package = engines.VARIANTS["tensorrt"], "TensorRT 10.3", tensorrt_rtx
     builder.polygraphy = types.SimpleNamespace(
         Profile=dict,
         CreateConfig=lambda **options: given.update(options),
@@ -385,7 +385,7 @@ def test_an_unsupported_gpu_is_told_before_anything_is_done(monkeypatch: pytest.
 
 
 def test_tensorrt_builds_on_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "load_package", lambda flavour: types.SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(engines, "load_package", lambda variant: types.SimpleNamespace(__version__="10.3.0"))
     on(monkeypatch, None)
     with pytest.raises(MachineError, match="this machine shows none: check with `nvidia-smi`.*--engine tensorrt-rtx"):
         find_engine_key(EngineOptions("tensorrt"), "float16")

@@ -191,7 +191,7 @@ def test_a_checkpoint_is_exported_before_its_engines(work: Work, tmp_path: Path,
 
 def test_the_name_tiny_means_its_bundle_when_engines_are_built(work: Work, tmp_path: Path) -> None:
     assert main(["export", "tiny", "-o", str(tmp_path / "b"), "--engine", "tensorrt-rtx"]) == 0
-    assert work.exported == [] and work.options[0].flavour == "tensorrt-rtx"
+    assert work.exported == [] and work.options[0].variant == "tensorrt-rtx"
     (bundle, _) = work.built[0]
     assert bundle.path == tmp_path / "b" and bundle.files == Bundle.load("tiny").files
     other = ["-o", str(tmp_path / "c"), "--engine", "tensorrt", "--precision", "fp16"]

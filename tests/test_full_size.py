@@ -59,7 +59,7 @@ def built(folder: Path, name: str, component: str = "denoiser") -> tuple[dict[st
         "component": component,
         "onnx": str(folder / name),
         "plan": str(folder / "denoiser.plan"),
-        "flavour": "tensorrt-rtx",
+        "variant": "tensorrt-rtx",
         "compute_capabilities": ["8.9"],
         "profile": profile(COMPONENTS[component], rows(component, 1)),
         "workspace_bytes": None,

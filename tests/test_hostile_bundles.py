@@ -29,7 +29,7 @@ from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.bundle.manifest import component_tables, resolved_components
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError
-from moebius_edge.runtimes.engine_files import FLAVOURS, choose_engine
+from moebius_edge.runtimes.engine_files import VARIANTS, choose_engine
 
 BUNDLES = share(500)
 SECONDS = 5.0
@@ -169,7 +169,7 @@ def commands(bundle: Path, bundles: Path, error: Callable[[], str]) -> dict[str,
 
     def engine() -> tuple[int, str]:
         try:
-            choose_engine(Bundle.load(bundle, verify=False), FLAVOURS["tensorrt"], VERSION, ORIN)
+            choose_engine(Bundle.load(bundle, verify=False), VARIANTS["tensorrt"], VERSION, ORIN)
         except (BundleError, MachineError) as problem:
             return problem.exit_code, f"error: {problem}"
         return 0, ""

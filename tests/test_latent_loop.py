@@ -38,10 +38,10 @@ def deep(tmp_path: Path) -> Bundle:
 
 
 def on_gpu(
-    bundle: Bundle, cuda: FakeCuda, max_batch: int = 3, flavour: str = "tensorrt"
+    bundle: Bundle, cuda: FakeCuda, max_batch: int = 3, variant: str = "tensorrt"
 ) -> tuple[TrtRuntime, FakeTensorRT]:
-    write_engine(bundle, max_batch, **({"flavour": flavour, "gpu": "any"} if flavour == "tensorrt-rtx" else {}))
-    return trt_runtime(bundle, cuda, flavour)
+    write_engine(bundle, max_batch, **({"variant": variant, "gpu": "any"} if variant == "tensorrt-rtx" else {}))
+    return trt_runtime(bundle, cuda, variant)
 
 
 def start(batch: int, seed: int = 0, size: int = 8) -> Start:
@@ -74,8 +74,8 @@ def spoil(package: FakeTensorRT, call: int, value: float) -> None:
     engine.compute = spoilt
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
-def test_every_latent_is_numpys_at_any_batch_guidance_interval_reuse_and_sampler(deep: Bundle, flavour: str) -> None:
+@pytest.mark.parametrize("variant", ["tensorrt", "tensorrt-rtx"])
+def test_every_latent_is_numpys_at_any_batch_guidance_interval_reuse_and_sampler(deep: Bundle, variant: str) -> None:
     """On one runtime, one after another, so that nothing of a batch is left over in the next.
 
     Rows come and go on the way, and full and cached calls take turns. DDIM is two products and a sum, in the same
@@ -86,7 +86,7 @@ def test_every_latent_is_numpys_at_any_batch_guidance_interval_reuse_and_sampler
         *[(1, 3.0, (0, 500), 1), (2, 3.0, (500, 1000), 1), (3, 3.0, (200, 800), 1), (1, 3.0, (0, 0), 1)],
         *[(1, 3.0, None, 3), (2, 3.0, (0, 500), 3), (3, 3.0, (200, 800), 3), (1, 3.0, None, 100), (1, 2.0, None, 1)],
     ]
-    with on_gpu(deep, FakeCuda(), flavour=flavour)[0] as runtime, create_runtime("onnxruntime", deep, "cpu", 1) as host:
+    with on_gpu(deep, FakeCuda(), variant=variant)[0] as runtime, create_runtime("onnxruntime", deep, "cpu", 1) as host:
         for name, tolerance in TOLERANCES.items():
             for seed, (batch, guidance, interval, cache) in enumerate(runs):
                 sampling = Sampling(SCHEDULERS[name](10, 0.9), guidance, interval, cache)

@@ -223,8 +223,8 @@ def test_native_engines_come_first_where_they_fit(bundle: Bundle, monkeypatch: p
     monkeypatch.setattr(cuda, "find_gpu", lambda: gpu)
     asked: list[Any] = []
 
-    def package(flavour: engine_files.Flavour) -> Any:
-        if flavour.name != "tensorrt":
+    def package(variant: engine_files.Variant) -> Any:
+        if variant.name != "tensorrt":
             raise MachineError("the package tensorrt_rtx is missing")
         return SimpleNamespace(__version__="10.3.0")
 
@@ -232,7 +232,7 @@ def test_native_engines_come_first_where_they_fit(bundle: Bundle, monkeypatch: p
     assert "has no TensorRT engine: run `moebius-edge export" in native.problem(bundle)
     monkeypatch.setattr(engine_files, "choose_engine", lambda *given, **options: asked.append((given, options)))
     assert native.problem(bundle) == ""
-    assert asked == [((bundle, engine_files.FLAVOURS["tensorrt"], "10.3.0", gpu), {"verify": False})]
+    assert asked == [((bundle, engine_files.VARIANTS["tensorrt"], "10.3.0", gpu), {"verify": False})]
     assert rtx.problem(bundle) == "the package tensorrt_rtx is missing"
 
 

@@ -70,7 +70,7 @@ def test_run_is_onnxruntimes_byte_for_byte(
     """The command, from picture to picture, and what its report says of the runtime."""
     engine = write_engine(bundle)
     cuda = FakeCuda()
-    monkeypatch.setattr("moebius_edge.runtimes.trt.load_package", lambda flavour: FakeTensorRT(cuda))
+    monkeypatch.setattr("moebius_edge.runtimes.trt.load_package", lambda variant: FakeTensorRT(cuda))
     monkeypatch.setattr("moebius_edge.runtimes.trt.Cuda", lambda: cuda)
     picture, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     pixels = np.random.default_rng(5).integers(0, 256, (96, 80, 3), np.uint8)
@@ -92,7 +92,7 @@ def test_run_is_onnxruntimes_byte_for_byte(
 
 
 def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle) -> None:
-    write_engine(bundle, flavour="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.7"))
+    write_engine(bundle, variant="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.7"))
     cuda = FakeCuda()
     runtime, package = trt_runtime(bundle, cuda, "tensorrt-rtx")
     with runtime:
@@ -179,18 +179,18 @@ def test_what_is_missing_names_the_command(bundle: Bundle, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
-def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, flavour: str) -> None:
+@pytest.mark.parametrize("variant", ["tensorrt", "tensorrt-rtx"])
+def test_a_real_engine_agrees_with_onnxruntime(bundle: Bundle, variant: str) -> None:
     """Build the toy's engines, run each component through recording and replay, compare."""
     from moebius_edge.export import EngineOptions, build_engines
     from moebius_edge.runtimes.cuda import find_gpu
 
     if find_gpu() is None:
         pytest.skip("no GPU in this machine")
-    pytest.importorskip(flavour.replace("-", "_"), reason=f"{flavour} is not installed")
-    options = EngineOptions(flavour, max_batch=2)
+    pytest.importorskip(variant.replace("-", "_"), reason=f"{variant} is not installed")
+    options = EngineOptions(variant, max_batch=2)
     build_engines(bundle, options)
-    with TrtRuntime(bundle, flavour) as runtime, create_runtime("onnxruntime", bundle, "cpu") as reference:
+    with TrtRuntime(bundle, variant) as runtime, create_runtime("onnxruntime", bundle, "cpu") as reference:
         for seed, rows in enumerate([2, 2, 2, 4, 1, 1, 1]):
             actual, right = (r.run("denoiser", feeds(rows, seed))["noise"] for r in (runtime, reference))
             np.testing.assert_allclose(actual, right, rtol=1e-3, atol=1e-3)

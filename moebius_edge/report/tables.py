@@ -143,7 +143,7 @@ def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, st
 
 
 def render_markdown(results: Results) -> str:
-    """The report as GitHub-flavoured Markdown; what comes from the document is escaped."""
+    """The report as GitHub-specific Markdown; what comes from the document is escaped."""
     results = clean(results)
     parts = [f"# {TITLE}", f"{_escaped(summary(results))}. Charts, pictures and all tables are in report.html."]
     parts += ["## Recommendation", _escaped(basis(results)), ranking_note(results)]

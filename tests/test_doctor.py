@@ -93,7 +93,7 @@ def test_a_gpu_and_the_builds_of_onnxruntime(capsys: Captured, monkeypatch: pyte
     monkeypatch.setattr(machine, "machine_info", lambda: {**plain(), "gpus": [gpu]})
     assert checks(capsys, 0)["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')
     (line,) = (line for line in printed(capsys, "doctor") if line.startswith("GPU 0"))
-    assert "name H100" in line and "memory bytes 85.9 GB" in line and "compute capability 9.0" in line
+    assert "name H100" in line and "memory 85.9 GB" in line and "compute capability 9.0" in line
     monkeypatch.setattr(machine, "package_version", lambda *names: (names[0], "1.0"))
     assert "two builds overwrite each other" in checks(capsys, 0)["onnxruntime"]["detail"]
 

@@ -97,7 +97,7 @@ def print_json(document: Mapping[str, Any], code: int = 0) -> None:
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     """A line for each value that is there: its name, and the value as ``shown`` writes it."""
-    texts = {name.replace("_", " "): shown(name, value) for name, value in facts.items()}
+    texts = {_label(name): shown(name, value) for name, value in facts.items()}
     width = max(map(len, texts))
     for name, text in texts.items():
         if text:
@@ -113,10 +113,15 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for name in columns:
         are_numbers = all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if are_numbers else "left", overflow="fold")
+        table.add_column(_label(name), justify="right" if are_numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(shown(name, row.get(name)) for name in columns))
     _console(sys.stdout).print(table)
+
+
+def _label(name: str) -> str:
+    """A name as a person reads it; a size is shown with its own unit."""
+    return name.removesuffix("_bytes").replace("_", " ")
 
 
 def shown(name: str, value: Any) -> str:
@@ -124,7 +129,7 @@ def shown(name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
-        parts = ((key.replace("_", " "), shown(key, each)) for key, each in _leaves(value))
+        parts = ((_label(key), shown(key, each)) for key, each in _leaves(value))
         return ", ".join(f"{key} {text}" for key, text in parts if text)
     if isinstance(value, (list, tuple)):
         texts = [shown(name, each) for each in value]

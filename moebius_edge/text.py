@@ -50,3 +50,8 @@ def printable_values(document: Any) -> Any:
 def json_text(document: Any, **options: Any) -> str:
     """JSON that every reader takes, with a line break at its end; a NaN in ``document`` is a ``ValueError``."""
     return json.dumps(printable_values(document), allow_nan=False, **options) + "\n"
+
+
+def counted(count: int, noun: str) -> str:
+    """``count`` with its noun in the right number, such as "1 file" or "2 files"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -135,7 +135,7 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
 
     said, _ = trained("t", "teacher", "--images", images)
     assert f"saved {tmp_path}/t/teacher.safetensors\n" in said and "next:" not in said
-    assert f"could not be read: see {tmp_path}/t/unreadable.txt" in said
+    assert f"1 picture could not be read: see {tmp_path}/t/unreadable.txt" in said
     assert (tmp_path / "t" / "unreadable.txt").read_text().startswith("damaged.png\t")
 
     teacher, student = tmp_path / "t" / "teacher.safetensors", tmp_path / "s" / "student.safetensors"

@@ -160,11 +160,6 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def counted(number: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -101,7 +101,7 @@ def _model() -> Check:
 
         tiny = Bundle.load("tiny")
     except (MoebiusError, ImportError) as error:
-        return Check("model tiny", BROKEN, str(error).partition(": ")[0], _REINSTALL, required=True)
+        return Check("model tiny", BROKEN, getattr(error, "problem", str(error)), _REINSTALL, required=True)
     total = console.size(tiny.summary()["total_bytes"])
     detail = f"{tiny.resolution}x{tiny.resolution}, {total}, hashes verified"
     return Check("model tiny", OK, detail, required=True)

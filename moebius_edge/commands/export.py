@@ -14,6 +14,7 @@ from typer import Argument, Context, Option
 
 from ..errors import UsageError
 from ..options import PRECISIONS, Engine, Int8Target, Precision, Ranges
+from ..text import counted
 from . import console
 from .shared import AsJson, Force, Guidance
 
@@ -225,6 +226,6 @@ def _print_engine(built: Built) -> None:
         print(f"nothing to do: {engine.path} is there, built from these files with these options ({total})")
         print("  --force builds it again")
         return
-    print(f"saved {engine.path} ({console.counted(len(engine.plans), 'plan')}, {total})")
+    print(f"saved {engine.path} ({counted(len(engine.plans), 'plan')}, {total})")
     for name, record in engine.plans.items():
         print(f"  {name} {console.size(record['bytes'])}, built in {record['build_seconds']:.1f} s")

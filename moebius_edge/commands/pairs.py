@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import MachineError, UsageError
+from ..text import counted
 from . import console
 
 MASK_ENDING = "_mask"
@@ -199,7 +200,7 @@ def _by_name(images: PictureFolder, masks: PictureFolder | None, output: Path, n
     unused = [] if masks is None else [path for key in candidates if key not in fitting for path in candidates[key]]
     if masks is not None and unused:
         names = console.listed([str(path.relative_to(masks.path)) for path in unused])
-        notes.append(f"{console.counted(len(unused), 'mask')} without an image: {names}")
+        notes.append(f"{counted(len(unused), 'mask')} without an image: {names}")
     return jobs
 
 
@@ -251,10 +252,10 @@ def find_pictures(folder: Path, recursive: bool | None = None, leave_out: Sequen
                 others.append(str(path.relative_to(folder)))
     notes, hint = [], "" if recursive is None else "; add --recursive"
     if others:
-        what = console.counted(len(others), "file")
+        what = counted(len(others), "file")
         notes.append(f"{what} of {folder} skipped, no readable pictures: {console.listed(others)}")
     if folders:
-        what = console.counted(len(folders), "sub-folder")
+        what = counted(len(folders), "sub-folder")
         notes.append(f"{what} of {folder} skipped: {console.listed(folders)}{hint}")
     return PictureFolder(folder, sorted(pictures, key=lambda path: path.relative_to(folder).parts), notes)
 

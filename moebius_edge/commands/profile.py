@@ -14,6 +14,7 @@ from typer import Option
 
 from ..errors import OutOfMemory
 from ..progress import Progress
+from ..text import counted
 from . import console
 from .shared import AsJson
 
@@ -86,7 +87,7 @@ def _measure(
         if free is not None and free < needed:
             problem = f"the {name} needs {console.size(needed)} of memory and {console.size(free)} are free"
             raise OutOfMemory(problem, "close other programs, or leave --measure out")
-        label = f"{name}, {console.counted(runs, 'shallow call' if shallow else 'timed call')} of two rows"
+        label = f"{name}, {counted(runs, 'shallow call' if shallow else 'timed call')} of two rows"
 
         def on_run(done: int) -> None:
             on_progress(label, done, runs)
@@ -119,7 +120,7 @@ def _print(document: dict[str, Any], measured: bool) -> None:
         "quoted": f"{QUOTED_FROM}; how many rows its step has is not said",
     }
     if measured:
-        cpu, threads = document["machine"]["cpu"]["model"], console.counted(document["threads"], "thread")
+        cpu, threads = document["machine"]["cpu"]["model"], counted(document["threads"], "thread")
         facts["measured"] = f"the median call on {cpu}, {threads}, random weights"
     else:
         memory = console.size(_BYTES_A_PARAMETER * QUOTED["teacher"]["parameters"])

@@ -14,6 +14,7 @@ from typer import Argument, Context, Option
 
 from ..errors import PartialFailure, UsageError
 from ..options import PRESETS, SCHEDULERS, STARTS
+from ..text import counted
 from . import console
 from .shared import AsJson, Seed
 
@@ -117,7 +118,7 @@ def _merge(files: Sequence[str], output: Path, limits: dict[str, Any], force: bo
     output.mkdir(parents=True, exist_ok=True)
     sources = [(folder, document) for folder, (_, document) in zip(folders, documents, strict=True)]
     if missing := copy_pictures(merged, sources, output):
-        console.note(f"{console.counted(len(missing), 'picture')} not found beside their results, such as {missing[0]}")
+        console.note(f"{counted(len(missing), 'picture')} not found beside their results, such as {missing[0]}")
     save(merged, output)
     return _finish(merged, output, as_json)
 

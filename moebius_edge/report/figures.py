@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..text import counted
+
 Configuration = dict[str, Any]
 Results = dict[str, Any]
 TRUTH, REFERENCE = "truth", "reference"
@@ -33,11 +35,6 @@ def clean(document: Any) -> Any:
     if isinstance(document, dict):
         return {clean(key): clean(value) for key, value in document.items()}
     return [clean(value) for value in document] if isinstance(document, list) else document
-
-
-def counted(count: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def row_numbers(results: Results) -> dict[str, int]:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
+from ..text import counted
 from . import figures
-from .figures import Configuration, Results, at, clean, counted, drift, full_label, is_ok, latency_ms, row_numbers
+from .figures import Configuration, Results, at, clean, drift, full_label, is_ok, latency_ms, row_numbers
 from .recommend import basis, ranking_note, recommend, standings
 
 TITLE = "Accuracy against latency, memory and energy"

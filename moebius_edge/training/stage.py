@@ -32,6 +32,7 @@ from ..progress import Progress, no_progress
 from ..system.files import atomic_write, sha256_file
 from ..system.fingerprint import first_difference
 from ..system.machine import machine_info, package_version
+from ..text import counted
 from .fake_quantise import simulate
 from .latents import INDEX, UNREADABLE, EncodedPictures, LatentCache, Source, encode_latents, read_index, vae_hash
 from .loop import atomic_save, checkpoint_files, make_folder, plain
@@ -121,7 +122,7 @@ def train(
         return train_stage(recipe, opened, output, options, resume, progress)
     finally:
         if opened.pictures is not None and (number := opened.pictures.unreadable.write(output / UNREADABLE)):
-            print(f"{number} pictures could not be read: see {output / UNREADABLE}", file=sys.stderr)
+            print(f"{counted(number, 'picture')} could not be read: see {output / UNREADABLE}", file=sys.stderr)
 
 
 def train_stage(

@@ -44,7 +44,7 @@ SEARCH_CASES = 2
 REST = {"tensorrt": "float16", "cpu": "float32"}  # what is not quantised
 _INHERITED = (  # what an INT8 bundle has in common with the one that it was made from
     *("description", "licence", "model", "resolution", "scaling_factor"),
-    *("distilled_guidance", "deep_channels", "defaults", "source"),
+    *("distilled_guidance", "deep_channels", "latent_channels", "defaults", "source"),
 )
 
 

@@ -170,7 +170,7 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
         )
     key = find_engine_key(options, bundle.precision)
     folder = bundle.path / ENGINES_FOLDER / key.folder
-    components = {**bundle.components, UPDATE: update_component(bundle.latent_size)}
+    components = {**bundle.components, UPDATE: update_component(bundle.latent_size, bundle.latent_channels)}
     hashes = {name: bundle.files[component.file]["sha256"] for name, component in bundle.components.items()}
     settings: Any = {name: getattr(options, name) for name in ("max_batch", "workspace_bytes", "opt_level")}
     profiles = {name: rows(name, options.max_batch, bundle.branches) for name in components}

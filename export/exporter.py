@@ -144,7 +144,8 @@ def _export(
 
     progress(f"load weights, VAE scaling factor {files.scaling_factor:g}", 0, 0)
     config = load_config(files)
-    components = resolved_components(config.latent_size * LATENT_DOWNSCALE, config.deep_channels)
+    resolution = config.latent_size * LATENT_DOWNSCALE
+    components = resolved_components(resolution, config.deep_channels, config.latent_channels)
     student, vae = load_student(files, config), load_vae(files)
     islands = _write_components(folder, components, student, vae, options.precision == "float16", progress)
     reference = trajectory(TorchRuntime(student, vae, components), "gate, PyTorch")
@@ -207,6 +208,7 @@ def _description(name: str, files: Source, config: StudentConfig) -> dict[str, A
         "scaling_factor": files.scaling_factor,
         "distilled_guidance": files.distilled_guidance,
         "deep_channels": config.deep_channels,
+        "latent_channels": config.latent_channels,
         "source": files.provenance(),
     }
 

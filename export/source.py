@@ -19,6 +19,7 @@ from ..checkpoints.network_names import STUDENT, network_tensors, refuse_other_n
 from ..checkpoints.weights_file import open_weights
 from ..documents import JsonObject, read_document
 from ..errors import BundleError, MachineError, UsageError
+from ..spec import MAX_LATENT_CHANNELS
 from ..system.files import sha256_file
 from .weights_metadata import find_guidance
 
@@ -42,13 +43,13 @@ _Channels = Annotated[int, Field(strict=True, ge=1, le=1 << 14)]  # more would o
 
 
 class VaeConfig(TypedDict):
-    """What a VAE's ``config.json`` must say: an autoencoder that reduces images eightfold to four channels.
+    """What a VAE's ``config.json`` must say: an autoencoder that reduces images eightfold.
 
     diffusers' own default of the scaling factor is another model's, so that its absence is no answer.
     """
 
     _class_name: Literal["AutoencoderKL"]
-    latent_channels: Literal[4]
+    latent_channels: Annotated[int, Field(strict=True, ge=1, le=MAX_LATENT_CHANNELS)]
     block_out_channels: Annotated[list[_Channels], Field(min_length=4, max_length=4)]
     layers_per_block: NotRequired[_Layers]
     in_channels: NotRequired[_Channels]
@@ -72,6 +73,7 @@ class Source:
     vae: Path
     vae_weights: Path
     scaling_factor: float
+    latent_channels: int
     distilled_guidance: float | None = None
 
     def provenance(self) -> dict[str, Any]:
@@ -110,23 +112,28 @@ def find_source(
     refuse_other_network(checkpoint, network_tensors(checkpoint, open_weights(checkpoint).content, []), STUDENT)
     if vae is None:
         raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
-    vae_weights, scaling_factor = _find_vae(Path(vae))
+    vae_weights, autoencoder = _find_vae(Path(vae))
     guidance = find_guidance(checkpoint, distilled_guidance)
     config = _find_config(checkpoint, config)
-    return Source(bundled, checkpoint, config, Path(vae), vae_weights, scaling_factor, guidance)
+    numbers = float(autoencoder["scaling_factor"]), int(autoencoder["latent_channels"])
+    return Source(bundled, checkpoint, config, Path(vae), vae_weights, *numbers, guidance)
 
 
 def load_config(source: Source) -> StudentConfig:
-    """The student's configuration. Raises UsageError for a file that does not describe one."""
+    """The student's configuration. Raises UsageError for a file that does not describe one, or not one for the VAE."""
     from ..model import StudentConfig
 
-    if source.config is None:
-        return StudentConfig()
-    values = _read_config(source.config)
-    try:
-        return StudentConfig.from_dict(values)
-    except (UsageError, BundleError) as error:
-        raise type(error)(f"{source.config}: {error}") from None
+    config = StudentConfig()
+    if source.config is not None:
+        try:
+            config = StudentConfig.from_dict(_read_config(source.config))
+        except (UsageError, BundleError) as error:
+            raise type(error)(f"{source.config}: {error}") from None
+    if config.latent_channels != source.latent_channels:
+        channels = f"latents of {config.latent_channels} channels, but the autoencoder {source.vae} makes"
+        problem = f"the student works on {channels} {source.latent_channels}"
+        raise UsageError(problem, "name the autoencoder that it was trained with, --vae DIR")
+    return config
 
 
 def load_student(source: Source, config: StudentConfig) -> Student:
@@ -183,16 +190,16 @@ def _current_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _find_vae(folder: Path) -> tuple[Path, float]:
-    """The weights' file and the scaling factor of a diffusers VAE folder."""
+def _find_vae(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The weights' file and the configuration of a diffusers VAE folder."""
     if not (folder / VAE_CONFIG).is_file():
         remedy = "name a diffusers AutoencoderKL folder, `moebius-edge download places2` fetches the published one"
         raise MachineError(f"there is no VAE in {folder}, which has no {VAE_CONFIG}", remedy)
     remedy = "name the diffusers folder of the student's own VAE (the published scaling_factor is 0.13025)"
-    config = read_document(folder / VAE_CONFIG, VaeConfig, UsageError, remedy)
+    config: dict[str, Any] = read_document(folder / VAE_CONFIG, VaeConfig, UsageError, remedy)
     for name in VAE_WEIGHTS:
         if (folder / name).is_file():
-            return folder / name, float(config["scaling_factor"])
+            return folder / name, config
     raise MachineError(f"{folder} holds no weights, neither {' nor '.join(VAE_WEIGHTS)}: copy or download it again")
 
 

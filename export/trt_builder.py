@@ -25,16 +25,15 @@ from ..progress import Progress
 from ..runtimes.engine_files import VARIANTS, load_package, max_opset, version_of
 from ..runtimes.latent_loop import COEFFICIENTS, update_component
 from ..runtimes.onnx_check import check_onnx_file
-from ..spec import LATENT_CHANNELS, Component
+from ..spec import MAX_LATENT_CHANNELS, Component, sample_channels
 from ..system.files import atomic_write, sha256_file, utf8_path
 from ..system.machine import peak_memory_bytes
 from ..system.subprocess_job import Note, serve_job
 
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|failed to allocate|insufficient memory", re.IGNORECASE)
 _UNSUPPORTED_GPU = re.compile(r"not supported by this TensorRT|for Turing|unsupported SM", re.IGNORECASE)
-_SAMPLE_CHANNELS = 2 * LATENT_CHANNELS + 1
 # Indices of channels. TensorRT reads them where they lie until the plan is built: never a temporary array.
-_CHANNELS = np.arange(_SAMPLE_CHANNELS, dtype=np.int32)
+_CHANNELS = np.arange(sample_channels(MAX_LATENT_CHANNELS), dtype=np.int32)
 _ALL_BUT_ROWS = 0b1110  # axes to sum over, a bit each
 # What TensorRT and Polygraphy log: TensorRT's calls themselves return nothing but None.
 _LOG = BufferingHandler(capacity=100_000)
@@ -53,7 +52,7 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     started = time.monotonic()
     builder = TrtBuilder(request["variant"])
     if request["onnx"] is None:
-        network = builder.create_update(request["profile"]["sample"][0][-1])
+        network = builder.create_update(*request["profile"]["noise"][0][2:0:-1])
     else:
         network = builder.parse(Path(request["onnx"]))
     plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
@@ -111,10 +110,10 @@ class TrtBuilder:
         with utf8_path(onnx) as name:
             return self._call(f"parse {onnx}", self.polygraphy.NetworkFromOnnxPath(name, strongly_typed=True))
 
-    def create_update(self, latent_size: int) -> Any:
-        """The network of ``update`` for latents of that size."""
+    def create_update(self, latent_size: int, latent_channels: int) -> Any:
+        """The network of ``update`` for latents of that size and number of channels."""
         network = self._call("start", self.polygraphy.CreateNetwork(strongly_typed=True))
-        define_update(self.package, network[1], update_component(latent_size))
+        define_update(self.package, network[1], update_component(latent_size, latent_channels))
         return network
 
     def build(self, network: Any, request: dict[str, Any], on_percent: Callable[[int], None]) -> Any:
@@ -235,8 +234,8 @@ def define_update(trt: Any, network: Any, component: Component) -> None:
     unconditional, conditional = (gather(inputs["noise"], inputs[n], 0) for n in ("unconditional", "conditional"))
     difference = combine(trt.ElementWiseOperation.SUB, conditional, unconditional)
     noise = add(unconditional, times("guidance", difference))
-    latent = channels(inputs["sample"], 0, LATENT_CHANNELS)
-    mask_and_masked = channels(inputs["sample"], LATENT_CHANNELS, _SAMPLE_CHANNELS)
+    split, end = (int(t.shape[1]) for name in ("noise", "sample") for t in component.inputs if t.name == name)
+    latent, mask_and_masked = channels(inputs["sample"], 0, split), channels(inputs["sample"], split, end)
     moved = add(add(times("latent", latent), times("noise", noise)), times("previous", inputs["clean"]))
     joined = network.add_concatenation([moved, mask_and_masked])
     joined.axis = 1

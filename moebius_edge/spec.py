@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LATENT_CHANNELS = 4
+LATENT_CHANNELS = 4  # of the published autoencoder; a bundle says its own
 LATENT_DOWNSCALE = 8  # image pixels per latent position, each way
 NUM_PROMPTS = 10  # prompt ids 0..9 condition, 10..19 are the unconditional branch
 NOISE_OFFSET = 0.0357  # upstream's: one extra normal draw per image and channel, added to the noise
 NUM_TRAIN_TIMESTEPS = 1000
+MAX_LATENT_CHANNELS = 128  # more would only take memory
 BETA_START, BETA_END = 0.00085, 0.012  # scaled linear
 
 
@@ -20,19 +21,26 @@ BETA_START, BETA_END = 0.00085, 0.012  # scaled linear
 class Tensor:
     """Name, type and symbolic shape of one graph input or output.
 
-    ``shape`` holds ints for fixed sizes and strings for free ones: ``N`` batch, ``h``/``w`` the
-    latent size, ``H``/``W`` the image size. A bundle fixes all but ``N``.
+    ``shape`` holds ints for fixed sizes and strings for free ones: ``N`` batch, ``c`` the channels of a
+    latent, ``2c+1`` those of the denoiser's input, ``h``/``w`` the latent size, ``H``/``W`` the image
+    size. A bundle fixes all but ``N``.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
 
-    def resolved(self, resolution: int) -> Tensor:
+    def resolved(self, resolution: int, latent_channels: int = LATENT_CHANNELS) -> Tensor:
         """The same tensor with the sizes of a model of ``resolution`` pixels filled in."""
         latent = resolution // LATENT_DOWNSCALE
         sizes: dict[int | str, int] = {"h": latent, "w": latent, "H": resolution, "W": resolution}
+        sizes |= {"c": latent_channels, "2c+1": sample_channels(latent_channels)}
         return Tensor(self.name, self.dtype, tuple(sizes.get(d, d) for d in self.shape))
+
+
+def sample_channels(latent_channels: int) -> int:
+    """The channels of the denoiser's input: the noisy latent, the mask, the masked image's latent."""
+    return 2 * latent_channels + 1
 
 
 @dataclass(frozen=True)
@@ -56,20 +64,20 @@ COMPONENTS: dict[str, Component] = {
         Component(
             "vae_encoder",
             (Tensor("image", "float32", ("N", 3, "H", "W")),),
-            (Tensor("latent", "float32", ("N", 4, "h", "w")),),
+            (Tensor("latent", "float32", ("N", "c", "h", "w")),),
         ),
         Component(
             "denoiser",
             (
-                Tensor("sample", "float32", ("N", 9, "h", "w")),  # noisy latent 4, mask 1, masked-image latent 4
+                Tensor("sample", "float32", ("N", "2c+1", "h", "w")),  # noisy latent, mask, masked image's latent
                 Tensor("timestep", "float32", ("N",)),
                 Tensor("branch", "int64", ("N",)),  # 0 conditional, 1 unconditional
             ),
-            (Tensor("noise", "float32", ("N", 4, "h", "w")),),
+            (Tensor("noise", "float32", ("N", "c", "h", "w")),),
         ),
         Component(
             "vae_decoder",
-            (Tensor("latent", "float32", ("N", 4, "h", "w")),),
+            (Tensor("latent", "float32", ("N", "c", "h", "w")),),
             (Tensor("image", "float32", ("N", 3, "H", "W")),),
         ),
     )

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..sampling.calls import Call
 from ..sampling.scheduler import LinearStep, Scheduler
-from ..spec import DENOISER, LATENT_CHANNELS, Component, Tensor
+from ..spec import DENOISER, Component, Tensor, sample_channels
 from .base import Arrays, LatentBatch, batched, branches, check_finite
 from .cuda import Cuda, CudaError
 
@@ -32,7 +32,7 @@ COEFFICIENTS = ("guidance", *LinearStep._fields)
 SHARED = ("sample", "noise")  # tensors of the denoiser that are the update's too
 
 
-def update_component(latent_size: int) -> Component:
+def update_component(latent_size: int, latent_channels: int) -> Component:
     """The tensors of ``update``. An engine with others is refused, so new arithmetic needs a new name here.
 
     With e = eu + guidance (ec - eu), x and m the latent and the rest of ``sample``, p ``clean``, and the coefficients:
@@ -41,10 +41,10 @@ def update_component(latent_size: int) -> Component:
     """
 
     def latents(name: str) -> Tensor:
-        return Tensor(name, "float32", ("N", LATENT_CHANNELS, latent_size, latent_size))
+        return Tensor(name, "float32", ("N", latent_channels, latent_size, latent_size))
 
     def sample(name: str) -> Tensor:
-        return Tensor(name, "float32", ("N", 2 * LATENT_CHANNELS + 1, latent_size, latent_size))
+        return Tensor(name, "float32", ("N", sample_channels(latent_channels), latent_size, latent_size))
 
     # ``unconditional`` is the row of ``noise`` that is this row's eu, ``conditional`` its ec.
     rows = [Tensor(name, "int32", ("N",)) for name in ("unconditional", "conditional")]
@@ -217,7 +217,7 @@ class LatentLoop:
             self._destroy_graph(network)
 
     def load(self, sample: np.ndarray, batch: int) -> None:
-        """Upload the first ``sample`` (N, 9, h, w) of ``batch`` pictures, and what stays while they are sampled."""
+        """Upload the first ``sample`` (N, 2C+1, h, w) of ``batch`` pictures, and what stays while they are sampled."""
         self._set_branches(len(sample), batch)
         self._denoiser.put({"sample": sample})
         self._update.put({"clean": np.float32(0)})
@@ -262,7 +262,7 @@ class LatentLoop:
         return self._update.get("magnitude").reshape(-1)
 
     def sample(self) -> np.ndarray:
-        """(N, 9, h, w): what the next call of the denoiser would be fed."""
+        """(N, 2C+1, h, w): what the next call of the denoiser would be fed."""
         self._denoiser.download(("sample",))
         self._cuda.synchronise(self._stream)
         return self._denoiser.get("sample")
@@ -300,6 +300,7 @@ class DeviceLatents(LatentBatch):
 
     def __init__(self, loop: LatentLoop, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> None:
         self._loop, self._batch, self._scheduler = loop, len(latents), scheduler
+        self._channels = latents.shape[1]
         self._sample = np.concatenate([latents, condition], axis=1)
         self._guidance: float | None = None  # of the last call
         self._latents: np.ndarray | None = None  # once they were read
@@ -324,7 +325,7 @@ class DeviceLatents(LatentBatch):
         self._check()
         if self._latents is None:
             with self._loop.errors("read the latents"):
-                self._latents = np.ascontiguousarray(self._loop.sample()[: self._batch, :LATENT_CHANNELS])
+                self._latents = np.ascontiguousarray(self._loop.sample()[: self._batch, : self._channels])
         return self._latents
 
     def _check(self) -> None:

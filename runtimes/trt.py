@@ -98,7 +98,7 @@ class TrtRuntime(Runtime):
                 # All that the shallow part reads and writes is the denoiser's too.
                 shared = [t.name for t in (*component.inputs, *component.outputs)] if component.name == SHALLOW else ()
                 self._load(component, runtime, shared)
-            self._load(update_component(self._bundle.latent_size), runtime, SHARED)
+            self._load(update_component(self._bundle.latent_size, self._bundle.latent_channels), runtime, SHARED)
             networks = [self._executors[name] for name in (DENOISER, SHALLOW) if name in self._executors]
             update = self._executors[UPDATE]
             self._loop = LatentLoop(

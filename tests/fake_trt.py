@@ -260,7 +260,7 @@ class _Engine:
     def __init__(self, package: FakeTensorRT, plan: dict[str, Any]) -> None:
         self.package, self.rows = package, plan["rows"]
         if "update" in plan:
-            self._update = update_component(plan["update"])
+            self._update = update_component(*plan["update"])
             self.inputs, self.outputs = (
                 {t.name: (t.dtype, t.shape) for t in tensors} for tensors in (self._update.inputs, self._update.outputs)
             )
@@ -380,7 +380,11 @@ def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
         path = folder / f"{name}.plan"
         repeated = name in (DENOISER, SHALLOW, UPDATE)
         profiles[name] = [1, 2, 2 * max_batch] if repeated else [1, 1, max_batch]
-        made = {"update": bundle.latent_size} if name == UPDATE else {"onnx": str(bundle.component_path(name))}
+        made = (
+            {"update": [bundle.latent_size, bundle.latent_channels]}
+            if name == UPDATE
+            else {"onnx": str(bundle.component_path(name))}
+        )
         path.write_text(json.dumps({**made, "rows": profiles[name]}))
         plans[name] = {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
     fields: dict[str, Any] = {

@@ -128,9 +128,10 @@ def test_the_network_is_what_the_file_asked_for(tiny: tuple[Any, Bundle]) -> Non
         assert facts["outputs"] == {t.name: kinds[t.dtype] for t in component.outputs}
 
 
-def test_the_update_is_defined_in_float32_with_the_tensors_that_the_runtime_binds() -> None:
-    network = TrtBuilder("tensorrt-rtx").create_update(32)[1]
-    facts, component = describe_network(network), update_component(32)
+@pytest.mark.parametrize("channels", [4, 16])
+def test_the_update_is_defined_in_float32_with_the_tensors_that_the_runtime_binds(channels: int) -> None:
+    network = TrtBuilder("tensorrt-rtx").create_update(32, channels)[1]
+    facts, component = describe_network(network), update_component(32, channels)
     assert set(facts["tensors"]) == {"FLOAT", "INT32"} and facts["layers"]["REDUCE"] == 1
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     assert {t.name: tuple(t.shape) for t in outputs} == {t.name: (-1, *t.shape[1:]) for t in component.outputs}
@@ -150,7 +151,7 @@ def request(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_the_update_builds_for_many_rows_and_another_size(tmp_path: Path) -> None:
-    profile = engines.profile(update_component(64), engines.rows("update", 8))
+    profile = engines.profile(update_component(64, 4), engines.rows("update", 8))
     assert profile["coefficients"] == [[n, 6, 1, 1] for n in (1, 2, 16)]
     record = build(request(tmp_path, "update", onnx=None, profile=profile), no_progress, print)
     assert record["bytes"] == (tmp_path / "update.plan").stat().st_size > 1000

@@ -36,6 +36,7 @@ from moebius_edge.export.precision import ISLANDS
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
 from moebius_edge.export.weights_metadata import guidance_metadata
 from moebius_edge.model import StudentConfig, build_student
+from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.pytorch import TorchRuntime
 from moebius_edge.spec import DEEP, DENOISER, SHALLOW, components
@@ -81,6 +82,20 @@ def reference(parts: SimpleNamespace) -> TorchRuntime:
     config = load_config(source)
     contract = resolved_components(8 * config.latent_size, config.deep_channels)
     return TorchRuntime(load_student(source, config), load_vae(source), contract)
+
+
+def test_latents_of_another_number_of_channels(parts: SimpleNamespace, tmp_path: Path) -> None:
+    student = save_student(tmp_path / "wide.pt", replace(CONFIG, latent_channels=6))
+    options = replace(parts.options, vae=save_vae(tmp_path / "vae", latent_channels=6))
+    bundle = export_bundle(student, tmp_path / "bundle", options)
+    assert bundle.latent_channels == 6 and bundle.gate["psnr_db"] >= 60
+    assert [t.shape[1] for t in bundle.components[DENOISER].inputs[:1]] == [13]
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    hole = np.zeros((64, 64), bool)
+    hole[24:40, 24:40] = True
+    with Inpainter(bundle, runtime="onnxruntime") as inpainter:
+        filled = inpainter.inpaint(picture, hole, steps=2, feather=0).image
+    assert (filled[~hole] == picture[~hole]).all() and (filled[hole] != picture[hole]).any()
 
 
 # What was written

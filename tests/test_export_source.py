@@ -98,7 +98,7 @@ def test_vae_weights_that_are_unfit(parts: SimpleNamespace, tmp_path: Path, bias
     ("change", "message"),
     [
         ({"scaling_factor": None}, r"scaling_factor is None, expected .*the published scaling_factor is 0\.13025"),
-        ({"latent_channels": 16}, "latent_channels is 16, expected .*4"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
         ({"_class_name": "VQModel"}, "_class_name is 'VQModel', expected .*AutoencoderKL"),
         ({"block_out_channels": [8, 16]}, "block_out_channels is "),  # it does not reduce images eightfold
         ({"shift_factor": 0.1}, "shift_factor is 0.1"),
@@ -114,6 +114,11 @@ def test_vae_weights_that_are_unfit(parts: SimpleNamespace, tmp_path: Path, bias
 )
 def test_a_vae_of_another_model(parts: SimpleNamespace, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     refused(UsageError, f"config.json:? {message}", parts, tmp_path, vae=changed_vae(parts, tmp_path / "vae", **change))
+
+
+def test_a_vae_of_other_latents_than_the_student_s(parts: SimpleNamespace, tmp_path: Path) -> None:
+    message = "the student works on latents of 4 channels, but the autoencoder .*vae makes 16: .*--vae DIR"
+    refused(UsageError, message, parts, tmp_path, vae=changed_vae(parts, tmp_path / "vae", latent_channels=16))
 
 
 def test_things_that_are_not_there(parts: SimpleNamespace, tmp_path: Path) -> None:

@@ -308,6 +308,8 @@ def test_a_driver_that_fails_is_one_line_and_frees_all(bundle: Bundle, call: str
 
 def test_an_update_of_other_tensors_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, _ = on_gpu(bundle, FakeCuda())
-    monkeypatch.setattr("moebius_edge.runtimes.trt.update_component", lambda size: update_component(size + 1))
+    monkeypatch.setattr(
+        "moebius_edge.runtimes.trt.update_component", lambda size, channels: update_component(size + 1, channels)
+    )
     with pytest.raises(BundleError, match=r"the engine of update has .* and should have .*--force"), runtime:
         raise AssertionError("never entered")

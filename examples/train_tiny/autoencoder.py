@@ -43,6 +43,7 @@ class Recipe:
 
     block_out_channels: tuple[int, ...] = (16, 32, 96, 128)
     layers_per_block: int = 1
+    latent_channels: int = 4
     norm_num_groups: int = 1
     attention: bool = False
     learning_rate: float = 1e-3
@@ -67,7 +68,7 @@ def build_autoencoder(recipe: Recipe) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=recipe.block_out_channels,
         layers_per_block=recipe.layers_per_block,
-        latent_channels=4,
+        latent_channels=recipe.latent_channels,
         norm_num_groups=recipe.norm_num_groups,
         mid_block_add_attention=recipe.attention,
         sample_size=NETWORK_SIDE,

@@ -30,7 +30,7 @@ from moebius_edge.pipeline.loop import initial_noise
 from moebius_edge.runtimes.pytorch import TorchRuntime
 from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.scheduler import DDIM
-from moebius_edge.spec import LATENT_CHANNELS, LATENT_DOWNSCALE
+from moebius_edge.spec import LATENT_DOWNSCALE
 
 from .data import list_photographs, open_cache, to_network, validation_pictures
 from .losses import texture_loss
@@ -49,11 +49,12 @@ def fill(
     Nothing of what lies under the mask is seen. Raises BundleError for a prediction that is not finite.
     """
     size = len(cases[0].mask)
-    components = resolved_components(size)
+    channels = int(vae.config.latent_channels)
+    components = resolved_components(size, latent_channels=channels)
     fills = []
     with TorchRuntime(student, vae, components) as runtime:
         for number, case in enumerate(cases):
-            noise = initial_noise(number, 0, (1, LATENT_CHANNELS, size // LATENT_DOWNSCALE, size // LATENT_DOWNSCALE))
+            noise = initial_noise(number, 0, (1, channels, size // LATENT_DOWNSCALE, size // LATENT_DOWNSCALE))
             sampling = Sampling(DDIM(steps), guidance)
             result = fill_holes(runtime, to_network(case.image[None]), case.mask[None], noise, sampling)
             image = result.images[0].transpose(1, 2, 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..documents import read_document
 from ..errors import BundleError, MachineError
-from ..spec import LATENT_DOWNSCALE, Component
+from ..spec import LATENT_CHANNELS, LATENT_DOWNSCALE, Component
 from ..system.files import atomic_write, safe_join, sha256_file
 from ..text import json_text
 from .manifest import (
@@ -57,7 +57,8 @@ class Bundle(Manifest):
         for name, record in document.files.items():
             check_file(safe_join(folder, name), record, verify, remedy)
         content = {field.name: getattr(document, field.name) for field in fields(Manifest)}
-        return cls(path=folder, components=resolved_components(document.resolution, document.deep_channels), **content)
+        sizes = document.resolution, document.deep_channels, document.latent_channels
+        return cls(path=folder, components=resolved_components(*sizes), **content)
 
     @property
     def branches(self) -> int:
@@ -113,7 +114,12 @@ def resolve_bundle(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def write_bundle(
-    folder: str | os.PathLike[str], *, resolution: int, deep_channels: int | None = None, **others: Any
+    folder: str | os.PathLike[str],
+    *,
+    resolution: int,
+    deep_channels: int | None = None,
+    latent_channels: int = LATENT_CHANNELS,
+    **others: Any,
 ) -> None:
     """Write ``bundle.json`` for the ONNX files that are in ``folder``, hashing every file there.
 
@@ -130,13 +136,14 @@ def write_bundle(
         "resolution": resolution,
         "latent_size": resolution // LATENT_DOWNSCALE,
         "deep_channels": deep_channels,
+        "latent_channels": latent_channels,
         "scheduler": SCHEDULER,
         "files": _file_records(root),
     }
     document = {
         "schema_version": SCHEMA_VERSION,
         **{f.name: content[f.name] for f in fields(Manifest) if content.get(f.name) is not None},
-        "components": component_tables(resolved_components(resolution, deep_channels)),
+        "components": component_tables(resolved_components(resolution, deep_channels, latent_channels)),
     }
     text = json_text(document, indent=2, ensure_ascii=False)
     with atomic_write(root / BUNDLE_FILE) as temporary:

@@ -16,7 +16,9 @@ from ..sampling.guidance import MAX_GUIDANCE
 from ..spec import (
     BETA_END,
     BETA_START,
+    LATENT_CHANNELS,
     LATENT_DOWNSCALE,
+    MAX_LATENT_CHANNELS,
     NOISE_OFFSET,
     NUM_TRAIN_TIMESTEPS,
     Component,
@@ -120,6 +122,7 @@ class Manifest:
     # Channels of the feature that calls may reuse, see ``deep_cache``. Without it they cannot.
     deep_channels: Annotated[int, Field(strict=True, ge=1, le=MAX_DEEP_CHANNELS)] | None = None
     int8: Int8 | None = None
+    latent_channels: Annotated[int, Field(strict=True, ge=1, le=MAX_LATENT_CHANNELS)] = LATENT_CHANNELS
     resolution: Annotated[int, Field(strict=True, ge=8, le=MAX_RESOLUTION, multiple_of=LATENT_DOWNSCALE)]  # pixels
     latent_size: Positive  # latent positions, each way
     scaling_factor: Annotated[Number, Field(gt=0, le=1000)]
@@ -161,7 +164,7 @@ class BundleDocument(Manifest):
             raise ValueError(f"defaults.guidance is {guidance}, expected {distilled}, which is distilled")
         if self.int8 is not None and self.precision != "int8":
             raise ValueError(f"precision is {self.precision!r}, expected 'int8' with the field int8")
-        expected = component_tables(resolved_components(self.resolution, self.deep_channels))
+        expected = component_tables(resolved_components(self.resolution, self.deep_channels, self.latent_channels))
         if missing := [table["file"] for table in expected.values() if table["file"] not in self.files]:
             raise ValueError(f"files lacks {missing[0]!r}")
         recorded = {name: asdict(table) for name, table in self.components.items()}
@@ -169,13 +172,15 @@ class BundleDocument(Manifest):
             raise ValueError(first_difference(recorded, expected, "components"))
 
 
-def resolved_components(resolution: int, deep_channels: int | None = None) -> dict[str, Component]:
+def resolved_components(
+    resolution: int, deep_channels: int | None = None, latent_channels: int = LATENT_CHANNELS
+) -> dict[str, Component]:
     """``spec.components`` with all sizes but the batch filled in."""
     return {
         name: Component(
             name,
-            tuple(t.resolved(resolution) for t in component.inputs),
-            tuple(t.resolved(resolution) for t in component.outputs),
+            tuple(t.resolved(resolution, latent_channels) for t in component.inputs),
+            tuple(t.resolved(resolution, latent_channels) for t in component.outputs),
         )
         for name, component in components(deep_channels).items()
     }

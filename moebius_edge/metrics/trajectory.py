@@ -21,7 +21,6 @@ from ..pipeline.loop import Step, fill, initial_noise
 from ..runtimes import Runtime
 from ..sampling.calls import Sampling
 from ..sampling.scheduler import DDIM
-from ..spec import LATENT_CHANNELS
 
 SEED = 20
 Scene = tuple[np.ndarray, np.ndarray]  # image (1, 3, H, W) float32 in [-1, 1], hole (H, W) bool, True = fill
@@ -99,9 +98,10 @@ def run_trajectory(
     Raises:
         BundleError: a component's output is not finite.
     """
-    side, size = (int(runtime.components[name].inputs[0].shape[-1]) for name in ("vae_encoder", "denoiser"))
+    side = int(runtime.components["vae_encoder"].inputs[0].shape[-1])
+    channels, size = (int(runtime.components["denoiser"].outputs[0].shape[axis]) for axis in (1, 2))
     image, hole = draw_scene(side, seed) if scene is None else scene
-    noise = initial_noise(seed, 0, (1, LATENT_CHANNELS, size, size))
+    noise = initial_noise(seed, 0, (1, channels, size, size))
     latents: list[np.ndarray] = []
 
     def keep(step: Step) -> None:

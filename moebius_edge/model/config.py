@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from ..documents import Number, check_document
 from ..errors import BundleError, UsageError
-from ..spec import NUM_PROMPTS
+from ..spec import LATENT_CHANNELS, MAX_LATENT_CHANNELS, NUM_PROMPTS
 
 GROUPS = 32  # of every group norm; all channel counts are multiples of it
 
@@ -32,7 +32,7 @@ class NetworkConfig:
     ``block_out_channels``: channels per level, finest first. ``num_heads``: heads at every level, so the head
     dimension is channels / heads. ``cross_attention_dim``: width of a projected prompt, which ``encoder_hid_proj``
     makes from ``prompt_embedding_dim``. ``num_prompts``: prompts per branch; the embedding has two branches.
-    ``layers_per_block``: resnets per down block; an up block has one more.
+    ``layers_per_block``: resnets per down block; an up block has one more. ``latent_channels``: the autoencoder's.
 
     Raises ValueError where the fields together make no network.
     """
@@ -45,6 +45,7 @@ class NetworkConfig:
     prompt_embedding_dim: Embedding = 3072
     num_prompts: Size = NUM_PROMPTS
     layers_per_block: Annotated[int, Field(strict=True, ge=1, le=16)] = 2
+    latent_channels: Annotated[int, Field(strict=True, ge=1, le=MAX_LATENT_CHANNELS)] = LATENT_CHANNELS
 
     def __post_init__(self) -> None:
         for width in self.block_out_channels:

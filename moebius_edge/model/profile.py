@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..spec import sample_channels
 from .config import StudentConfig
 from .student import Student, build_student
 from .teacher import build_teacher
-from .unet import INPUT_CHANNELS
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {"student": build_student, "teacher": build_teacher}
 
@@ -87,7 +87,7 @@ def measure_step(
 def _inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """A sample, timesteps and prompts of the published size."""
     config = StudentConfig()
-    sample = torch.randn(rows, INPUT_CHANNELS, config.latent_size, config.latent_size)
+    sample = torch.randn(rows, sample_channels(config.latent_channels), config.latent_size, config.latent_size)
     prompts = torch.arange(rows * config.num_prompts).reshape(rows, -1) % (2 * config.num_prompts)
     return sample, torch.full((rows,), 500), prompts
 

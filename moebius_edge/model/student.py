@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..spec import LATENT_DOWNSCALE
+from ..spec import LATENT_DOWNSCALE, sample_channels
 from .config import StudentConfig
 from .lambdas import InteractiveLambda, LocalLambda
 from .layers import SpatialTransformer
-from .unet import INPUT_CHANNELS, Block, Denoised, Network
+from .unet import Block, Denoised, Network
 
 
 class SeparableConv(nn.Module):
@@ -103,9 +103,10 @@ class Student(Network):
 
     def check(self, sample: Tensor) -> None:
         size = self.config.latent_size
-        if tuple(sample.shape[1:]) != (INPUT_CHANNELS, size, size):
+        channels = sample_channels(self.config.latent_channels)
+        if tuple(sample.shape[1:]) != (channels, size, size):
             pixels = size * LATENT_DOWNSCALE
-            shape, takes = tuple(sample.shape), f"(N, {INPUT_CHANNELS}, {size}, {size})"
+            shape, takes = tuple(sample.shape), f"(N, {channels}, {size}, {size})"
             problem = f"sample has shape {shape}; this network takes {takes}, that is images of {pixels}x{pixels} only"
             raise UsageError(problem, "resize or crop to that")
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..spec import sample_channels
 from .config import TeacherConfig
 from .gla import GatedLinearAttention
 from .layers import SpatialTransformer
-from .unet import INPUT_CHANNELS, Denoised, Network
+from .unet import Denoised, Network
 
 
 class CrossAttention(nn.Module):
@@ -119,8 +120,9 @@ class Teacher(Network):
 
     def check(self, sample: Tensor) -> None:
         step = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.dim() != 4 or sample.shape[1] != INPUT_CHANNELS or any(s % step for s in sample.shape[2:]):
-            problem = f"sample has shape {tuple(sample.shape)}; the teacher takes (N, {INPUT_CHANNELS}, h, w)"
+        channels = sample_channels(self.config.latent_channels)
+        if sample.dim() != 4 or sample.shape[1] != channels or any(s % step for s in sample.shape[2:]):
+            problem = f"sample has shape {tuple(sample.shape)}; the teacher takes (N, {channels}, h, w)"
             raise UsageError(f"{problem} with h and w multiples of {step}", "crop or pad to that")
 
 

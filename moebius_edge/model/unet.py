@@ -14,18 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..spec import LATENT_CHANNELS
+from ..spec import sample_channels
 from .config import GROUPS, NetworkConfig
 from .layers import Conv3x3, Downsample, Resnet, TimeEmbedding, Upsample
-
-INPUT_CHANNELS = 2 * LATENT_CHANNELS + 1  # noisy latent, mask, masked-image latent
 
 # (level, channels) -> what follows a resnet there, called with (x, prompts); None at a level without
 Attention = Callable[[int, int], nn.Module | None]
 
 
 class Denoised(NamedTuple):
-    """What a network returns: ``noise`` (N, 4, h, w), and each block's output in order, for distillation."""
+    """What a network returns: ``noise`` (N, C, h, w), and each block's output in order, for distillation."""
 
     noise: Tensor
     blocks: list[Tensor]
@@ -127,7 +125,7 @@ class UNet(nn.Module):
         channels, layers = config.block_out_channels, config.layers_per_block
         time_width = 4 * channels[0]
         last = len(channels) - 1
-        self.conv_in = conv(INPUT_CHANNELS, channels[0])
+        self.conv_in = conv(sample_channels(config.latent_channels), channels[0])
         self.time_embedding = TimeEmbedding(channels[0], time_width)
         self.encoder_hid_proj = nn.Linear(config.prompt_embedding_dim, config.cross_attention_dim)
 
@@ -160,7 +158,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(ups)
 
         self.conv_norm_out = nn.GroupNorm(GROUPS, channels[0], eps=1e-5)
-        self.conv_out = conv(channels[0], LATENT_CHANNELS)
+        self.conv_out = conv(channels[0], config.latent_channels)
 
     def checkpoint_gradients(self) -> None:
         """Keeps every layer's input alone for the backward pass and computes the rest again: less memory, more time."""
@@ -169,7 +167,7 @@ class UNet(nn.Module):
                 block.checkpointing = True
 
     def forward(self, sample: Tensor, timesteps: Tensor, prompts: Tensor) -> Denoised:
-        """sample (N, 9, h, w), timesteps (N,), prompts (N, M, prompt_embedding_dim)."""
+        """sample (N, 2C+1, h, w), timesteps (N,), prompts (N, M, prompt_embedding_dim)."""
         time, prompts = self.time_embedding(timesteps), self.encoder_hid_proj(prompts)
         blocks, skips = self.encode(sample, time, prompts)
         x = blocks[-1]
@@ -219,8 +217,8 @@ class Network(nn.Module):
     def forward(self, sample: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Denoised:
         """The noise in ``sample``.
 
-        sample (N, 9, h, w): noisy latent, mask, masked-image latent; timesteps (N,) int64 or float; prompt_ids (N, M)
-        int64: 0..M-1 conditional, M..2M-1 unconditional. Raises UsageError for a sample of another shape.
+        sample (N, 2C+1, h, w): noisy latent, mask, masked-image latent; timesteps (N,) int64 or float; prompt_ids
+        (N, M) int64: 0..M-1 conditional, M..2M-1 unconditional. Raises UsageError for a sample of another shape.
         """
         self.check(sample)
         return cast(Denoised, self.diff_model(sample, timesteps, self.embedding_layer(prompt_ids)))

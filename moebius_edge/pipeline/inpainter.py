@@ -26,7 +26,6 @@ from ..runtimes import AUTO, Runtime, create_runtime
 from ..sampling.calls import Sampling
 from ..sampling.guidance import Interval, check_interval, choose_guidance
 from ..sampling.scheduler import SCHEDULERS
-from ..spec import LATENT_CHANNELS
 from .latency import StageTimer
 from .loop import Floats, OnStep, Step, check_cache_interval, fill, initial_noise
 
@@ -175,7 +174,7 @@ class Inpainter:
                 self._open()
             groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
             calls = len(sampling.scheduler.timesteps)
-            shape = (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size)
+            shape = (1, self.bundle.latent_channels, self.bundle.latent_size, self.bundle.latent_size)
             for done, group in enumerate(groups):
 
                 def report(step: Step, before: int = done * calls) -> None:

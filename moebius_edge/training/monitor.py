@@ -97,7 +97,7 @@ class SampleGrid:
 
         Raises BundleError for a student whose prediction is not finite.
         """
-        components = resolved_components(self._mask.shape[-1] * LATENT_DOWNSCALE)
+        components = resolved_components(self._mask.shape[-1] * LATENT_DOWNSCALE, latent_channels=self._masked.shape[1])
         noise = initial_noise(0, 0, self._masked.shape)
         with TorchRuntime(student, self._vae, components) as runtime:
             latents = denoise(runtime, noise, self._mask, self._masked, Sampling(DDIM(self._steps), guidance=1.0))

@@ -64,9 +64,20 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
         "file": path.name,
         "sha256": sha256_file(path),
         "bytes": path.stat().st_size,
+        "weights_bytes": logged_bytes("Weights"),
+        "activation_bytes": logged_bytes("Activation"),
         "build_seconds": round(time.monotonic() - started, 1),
         "build_peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def logged_bytes(what: str) -> int | None:
+    """The memory for ``Weights`` or ``Activation`` that the build has logged, of several engines in a plan the largest.
+
+    Without a GPU a plan cannot be opened, so the builder's log is the only source; None where it says nothing.
+    """
+    sizes = (re.search(rf"Total {what} Memory: (\d+) bytes", record.getMessage()) for record in _LOG.buffer)
+    return max((int(size[1]) for size in sizes if size), default=None)
 
 
 def import_polygraphy(extra: str) -> ModuleType:
@@ -78,6 +89,8 @@ def import_polygraphy(extra: str) -> ModuleType:
         raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
     logger = logging.getLogger("Polygraphy")
     G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
+    G_LOGGER.module_severity = G_LOGGER.VERBOSE  # TensorRT's information, which has the sizes
+    logger.setLevel(logging.DEBUG)
     logger.addHandler(_LOG)
     return polygraphy
 

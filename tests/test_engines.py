@@ -43,7 +43,7 @@ Captured = pytest.CaptureFixture[str]
 OPTIONS = EngineOptions("tensorrt-rtx", compute_capabilities=("8.6",))
 COMMAND = ("--engine", "tensorrt-rtx", "--compute-capability", "8.6")
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24_000_000_000, False, "13.0")
-ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
+ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6", 8)
 
 
 @pytest.fixture
@@ -83,6 +83,8 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
     assert str(folder) in done.stdout and "build denoiser_shallow (3 of 5)" in done.stderr
     engine = read_engine(folder)
     engine.verify("")
+    for component, plan in engine.plans.items():  # what TensorRT logged; update has indices for weights
+        assert 0 < plan["weights_bytes"] < plan["bytes"] and plan["activation_bytes"] > 0, component
     names = [*bundle.components, "update"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["engine.json", *(f"{name}.plan" for name in names)])
     assert engine.onnx == {n: bundle.files[f"{n}.onnx"]["sha256"] for n in bundle.components}
@@ -394,7 +396,7 @@ def test_tensorrt_builds_on_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UsageError, match="max batch is 0: give 1 or more pictures"):
         find_engine_key(EngineOptions("tensorrt", max_batch=0), "float16")
     on(monkeypatch, ORIN)
-    assert find_engine_key(EngineOptions("tensorrt"), "float16").folder == "float16-tensorrt-10.3.0-orin-sm87"
+    assert find_engine_key(EngineOptions("tensorrt"), "float16").folder == "float16-tensorrt-10.3.0-orin-8-sm-8-gb-sm87"
 
 
 @pytest.mark.parametrize(

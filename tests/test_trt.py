@@ -112,7 +112,7 @@ def test_info_says_what_executes_and_too_many_rows_name_the_option(bundle: Bundl
     most = r"denoiser takes 2 rows and this call has 6: run .* --max-batch 3"
     with runtime, pytest.raises(BundleError, match=most):
         named = {"name": "tensorrt", "version": "10.3.0", "device": "cuda", "provider": engine.key.folder}
-        assert runtime.info == {**named, "gpu": "Orin", "cuda_graph": "not recorded"}
+        assert runtime.info == {**named, "gpu": "Orin", "cuda_graph": "recorded"}
         runtime.run("denoiser", feeds(6))
 
 

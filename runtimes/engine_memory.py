@@ -8,8 +8,8 @@ themselves is not in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutOfMemory
 from ..system.machine import available_memory_bytes
@@ -54,6 +54,11 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         return self.weights_bytes + self.activation_bytes + self.buffers_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        sums = ("weights_bytes", "activation_bytes", "buffers_bytes", "total_bytes")
+        graphs = [asdict(graph) for graph in self.graphs]
+        return {"graphs": graphs, "pictures": self.pictures, **{name: getattr(self, name) for name in sums}}
 
     def pictures_in(self, free: int) -> int:
         """How many pictures at a time fit in ``free`` bytes; all but the weights is in proportion to them."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -437,8 +437,13 @@ def trt_runtime(bundle: Bundle, cuda: FakeCuda, variant: str = "tensorrt") -> tu
     return TrtRuntime(bundle, variant, cuda=cuda, package=package), package  # type: ignore[arg-type]
 
 
-def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
-    """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``."""
+def write_engine(
+    bundle: Bundle, max_batch: int = 1, figures: Mapping[str, dict[str, int]] = MappingProxyType({}), **changes: Any
+) -> Engine:
+    """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``.
+
+    ``figures`` are what the build of each component has measured.
+    """
     key_fields = {"precision": bundle.precision, "variant": "tensorrt", "version": VERSION, "gpu": ORIN.model}
     key_fields |= {"compute_capabilities": ("8.7",)}
     key = EngineKey(**{name: changes.pop(name, value) for name, value in key_fields.items()})
@@ -452,6 +457,7 @@ def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
         made = {"update": bundle.latent_size} if name == UPDATE else {"onnx": str(bundle.component_path(name))}
         path.write_text(json.dumps({**made, "rows": profiles[name]}))
         plans[name] = {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
+        plans[name] |= figures.get(name, {})
     fields: dict[str, Any] = {
         "onnx": {n: bundle.files[c.file]["sha256"] for n, c in bundle.components.items()},
         "plans": plans,

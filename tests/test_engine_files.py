@@ -60,7 +60,7 @@ def test_what_was_written_is_read(bundle: Bundle) -> None:
     [
         (
             {"version": "10.4.0"},
-            r"built with TensorRT 10\.4\.0 for GPU Orin .*this machine has TensorRT 10\.3\.0 and Orin 8 SM 8 GB \(8\.7\)",
+            r"built with TensorRT 10\.4\.0 for GPU Orin .*, this machine has TensorRT 10\.3\.0 and Orin 8 SM 8 GB \(8",
         ),
         ({"gpu": "Xavier"}, r"for GPU Xavier \(compute capability 8\.7\), this machine has .* and Orin"),
         ({"gpu": "Orin 16 SM 64 GB"}, r"for GPU Orin 16 SM 64 GB \(.*, this machine has .* and Orin 8 SM 8 GB \(8"),

@@ -71,7 +71,9 @@ def profile(
         _print(document, measure)
 
 
-def _measure(name: str, form: str, runs: int, threads: int, calls: int | None, on_progress: Progress) -> dict[str, Any]:
+def _measure(
+    name: str, form: str, runs: int, threads: int, calls: int | None, on_progress: Progress
+) -> dict[str, Any]:
     """A network's figures; its latency is the median of ``runs`` steps, and of a picture all its ``calls``.
 
     Only some of a picture's calls are shallow, so that such a row has no calls and no total of its own.

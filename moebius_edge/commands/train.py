@@ -93,3 +93,4 @@ def _recipe(preset: str, stage: str, config: Path | None, settings: list[str], i
     if stage == "int8" and not recipe.int8.blocks:
         raise UsageError("stage int8 has to know which blocks will be quantised", "add --int8-recipe FILE.json")
     return recipe
+

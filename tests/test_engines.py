@@ -84,7 +84,8 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
     engine = read_engine(folder)
     engine.verify("")
     for component, plan in engine.plans.items():  # what TensorRT logged; update has indices for weights
-        assert 0 < plan["weights_bytes"] < plan["bytes"] and plan["activation_bytes"] > 0, component
+        assert 0 < plan["weights_bytes"] < plan["bytes"], component
+        assert (plan["activation_bytes"] > 1_000_000) == (component != "update"), component
     names = [*bundle.components, "update"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["engine.json", *(f"{name}.plan" for name in names)])
     assert engine.onnx == {n: bundle.files[f"{n}.onnx"]["sha256"] for n in bundle.components}

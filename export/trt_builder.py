@@ -76,7 +76,7 @@ def logged_bytes(what: str) -> int | None:
 
     Without a GPU a plan cannot be opened, so the builder's log is the only source; None where it says nothing.
     """
-    sizes = (re.search(rf"Total {what} Memory: (\d+) bytes", record.getMessage()) for record in _LOG.buffer)
+    sizes = (re.search(rf"Total {what} Memory: (\d+)", record.getMessage()) for record in _LOG.buffer)
     return max((int(size[1]) for size in sizes if size), default=None)
 
 

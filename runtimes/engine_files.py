@@ -255,8 +255,9 @@ def read_engine(folder: Path) -> Engine:
     safe_join(folder, ENGINE_FILE)
     engine: Engine = read_document(path, Engine, BundleError, remedy, path=folder)
     for component in (*engine.onnx, UPDATE):
-        if component not in engine.plans:
-            raise BundleError(f"{path}: plans.{component} is missing", remedy)
+        for name, entries in (("plans", engine.plans), ("profiles", engine.profiles)):
+            if component not in entries:
+                raise BundleError(f"{path}: {name}.{component} is missing", remedy)
     for component in engine.plans:
         engine.plan_path(component)
     return engine

@@ -16,6 +16,7 @@ come are copied within the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -197,7 +198,7 @@ class Executor:
 
 def tensor_bytes(tensor: Tensor, rows: int) -> int:
     """The size of ``tensor`` at that many rows."""
-    return int(np.prod(batched(tensor, rows))) * np.dtype(tensor.dtype).itemsize
+    return math.prod(batched(tensor, rows)) * np.dtype(tensor.dtype).itemsize
 
 
 class LatentLoop:

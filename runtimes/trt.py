@@ -95,6 +95,7 @@ class TrtRuntime(Runtime):
         return self._executors[DENOISER].max_rows // self._bundle.branches if self._executors else 1
 
     def activate(self) -> None:
+        self._cache = None
         try:
             self._gpu = self._cuda.gpu()
             self._engine = choose_engine(self._bundle, self._variant, str(self._trt.__version__), self._gpu)

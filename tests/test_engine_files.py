@@ -143,6 +143,7 @@ def change(*keys: str | int, value: Any = None) -> Any:
         (change("plans"), "plans is missing"),
         (change("plans", "denoiser"), "plans.denoiser is missing"),
         (change("plans", "update"), "plans.update is missing"),
+        (change("profiles", "update"), "profiles.update is missing"),
         (change("plans", "denoiser", "bytes", value="many"), "plans.denoiser.bytes is 'many', expected a valid int"),
         (change("plans", "update", "sha256", value="0"), "plans.update.sha256 is '0', expected to match pattern"),
         (change("plans", "denoiser", "file", value="../../x"), r"'\.\./\.\./x' leaves the folder"),

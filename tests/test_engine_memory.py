@@ -64,7 +64,7 @@ def check(plan: MemoryPlan, bundle: Bundle, free: int, monkeypatch: pytest.Monke
 
 
 def test_the_published_models_plan() -> None:
-    """Activations count once: in five contexts of their own they would take 6.9 GB, and the set 8.4 GB."""
+    """Activations count once: in five contexts of their own they would take 6.9 GB, and the set 8.3 GB."""
     plan = plan_memory(*published("float32", 1), DESKTOP)
     assert plan.weights_bytes == 1_361_022_240 and plan.activation_bytes == 3_358_769_152
     picture, latents, deep = 3 * 512 * 512 * 4, 64 * 64 * 4, StudentConfig().deep_channels * 64 * 64 * 4
@@ -137,6 +137,9 @@ def test_inspect_shows_the_plan(tmp_path: Path, capsys: Captured, monkeypatch: p
     assert engine["memory"]["pictures"] == 3 and engine["memory"]["activation_bytes"] == 3_000_000_000
     assert engine["memory"]["graphs"][0]["activation_bytes"] is None, "this build has logged none"
     assert "memory" not in as_json(capsys, "inspect", toy)["engines"][0]
+    make_toy_bundle(toy, deep=True)
+    (engine,) = as_json(capsys, "inspect", toy, "--memory")["engines"]
+    assert engine["state"].startswith("stale") and "memory" not in engine, "it is not this bundle's"
 
 
 def _note(capsys: Captured, toy: Path) -> str:

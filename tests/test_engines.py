@@ -214,6 +214,7 @@ def test_a_timing_cache_is_for_tensorrt_and_named_after_the_gpu(
     key = replace(find_engine_key(OPTIONS, "float32"), version="10.3.0", gpu="Orin (nvgpu)")
     default = engines._timing_cache(toy, EngineOptions("tensorrt"), key)
     assert default == str(toy.path / "engines" / "timing-10.3.0-Orin-nvgpu-.cache")
+    assert engines._timing_cache(toy, OPTIONS, key) is None, "its own are no-ops"
     with pytest.raises(UsageError, match="TensorRT for RTX keeps no timing cache: leave --timing-cache out"):
         build_engines(toy, replace(OPTIONS, timing_cache=tmp_path / "x"))
 

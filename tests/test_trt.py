@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.loop import denoise
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.base import Arrays, drawn_feeds
-from moebius_edge.runtimes.engine_files import read_engine
+from moebius_edge.runtimes.engine_files import make_logger, read_engine
 from moebius_edge.runtimes.trt import TrtRuntime
 from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M
@@ -112,6 +113,10 @@ def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle, rtx: Path) -> None:
         assert [config.cuda_graph_strategy for config in package.configs] == ["whole"] * 4
         assert runtime.info["cuda_graph"] == "TensorRT's own" and runtime.info["runtime_cache"] == "new"
     assert cuda.left() == [] and (rtx / "runtime-orin.cache").is_file()
+    with runtime:
+        np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
+        assert runtime.info["runtime_cache"] == "loaded"
+    assert cuda.left() == []
 
 
 def use_once(bundle: Bundle, environment: str = "driver 580") -> tuple[TrtRuntime, FakeTensorRT]:
@@ -313,6 +318,28 @@ def test_what_is_missing_names_the_command(bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MachineError, match=r"package tensorrt is missing .*moebius-edge\[tensorrt\]"):
         create_runtime("tensorrt", bundle)
+
+
+def test_the_real_package_has_what_the_fake_one_has(tmp_path: Path) -> None:
+    """The names, and that it takes a mapped plan, which it refuses here, and lets go of it."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    names = {
+        "IRuntimeConfig": "create_runtime_cache set_runtime_cache set_execution_context_allocation_strategy "
+        "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeCache": "deserialize serialize",
+        "ICudaEngine": "create_runtime_config create_execution_context device_memory_size_v2 get_tensor_profile_shape",
+        "IExecutionContext": "set_device_memory set_tensor_address set_input_shape get_tensor_shape execute_async_v3",
+        "CudaGraphStrategy": "WHOLE_GRAPH_CAPTURE",
+        "DynamicShapesKernelSpecializationStrategy": "EAGER",
+        "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    }
+    for owner, members in names.items():
+        assert [m for m in members.split() if not hasattr(getattr(trt, owner), m)] == [], owner
+    (tmp_path / "x.plan").write_bytes(b"x" * 5000)
+    logged: list[str] = []
+    runtime = trt.Runtime(make_logger(trt, lambda severity, text: logged.append(text)))
+    with (tmp_path / "x.plan").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        assert runtime.deserialize_cuda_engine(plan) is None and any("header.magicTag" in text for text in logged)
 
 
 # --- a real GPU ------------------------------------------------------------------------------------------

@@ -67,12 +67,14 @@ def _engines(bundle: Bundle, verify: bool, memory: bool) -> Iterator[dict[str, A
         try:
             engine = read_engine(folder)
             row |= engine_document(engine)
+            if stale := staleness(engine, bundle):
+                row["state"] = f"stale: {stale}"
+                yield row
+                continue
             if memory:
                 row["memory"] = plan_memory(bundle, engine, gpu).to_dict()
                 row["memory"]["gpu_memory_bytes"] = None if gpu is None else gpu.memory_bytes
-            if stale := staleness(engine, bundle):
-                row["state"] = f"stale: {stale}"
-            elif verify:
+            if verify:
                 engine.verify("build it again")
         except BundleError as error:  # of the bundle's good parts it takes nothing away
             row["state"] = f"damaged: {error}"

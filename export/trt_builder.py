@@ -66,13 +66,14 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
         "bytes": path.stat().st_size,
         "weights_bytes": logged_bytes("Weights"),
         "activation_bytes": logged_bytes("Activation"),
+        "persistent_bytes": logged_bytes("Device Persistent"),
         "build_seconds": round(time.monotonic() - started, 1),
         "build_peak_memory_bytes": peak_memory_bytes(),
     }
 
 
 def logged_bytes(what: str) -> int | None:
-    """The memory for ``Weights`` or ``Activation`` that the build has logged, of several engines in a plan the largest.
+    """The memory for ``what`` that the build has logged; of several GPU generations in a plan it is the largest.
 
     Without a GPU a plan cannot be opened, so the builder's log is the only source; None where it says nothing.
     """

@@ -114,6 +114,7 @@ class Plan(FileRecord):
     file: FileName
     weights_bytes: NotRequired[Count | None]
     activation_bytes: NotRequired[Count | None]
+    persistent_bytes: NotRequired[Count | None]  # of each context
     build_seconds: NotRequired[Number]
     build_peak_memory_bytes: NotRequired[Count | None]
 

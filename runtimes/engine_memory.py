@@ -1,8 +1,8 @@
 """What the engines of a bundle take on the GPU, known before they are loaded, and the refusal where it is too much.
 
-Weights and activations are the figures that TensorRT logged while it built; buffers follow from the tensors. Of the
-activations the largest counts alone, for all contexts compute in one piece of memory. What CUDA and TensorRT take for
-themselves is not in it.
+Weights, activations and what each context holds for itself are the figures that TensorRT logged while it built; buffers
+follow from the tensors. Of the activations the largest counts alone, for all contexts compute in one piece of memory.
+What CUDA and TensorRT take for themselves is not in it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutOfMemory
+from ..spec import DENOISER, SHALLOW
 from ..system.machine import available_memory_bytes
 from .cuda import Cuda, Gpu
 from .engine_files import Engine, Variant, build_command
-from .latent_loop import shared_tensors, tensor_bytes, update_component
+from .latent_loop import UPDATE, shared_tensors, tensor_bytes, update_component
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -28,6 +29,7 @@ class GraphMemory:
     graph: str
     weights_bytes: int
     activation_bytes: int | None
+    contexts_bytes: int
     buffers_bytes: int
 
 
@@ -48,27 +50,31 @@ class MemoryPlan:
         return max(graph.activation_bytes or 0 for graph in self.graphs)
 
     @property
+    def contexts_bytes(self) -> int:
+        return sum(graph.contexts_bytes for graph in self.graphs)
+
+    @property
     def buffers_bytes(self) -> int:
         return sum(graph.buffers_bytes for graph in self.graphs)
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.activation_bytes + self.buffers_bytes
+        return self.weights_bytes + self.activation_bytes + self.contexts_bytes + self.buffers_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        sums = ("weights_bytes", "activation_bytes", "buffers_bytes", "total_bytes")
+        sums = ("weights_bytes", "activation_bytes", "contexts_bytes", "buffers_bytes", "total_bytes")
         graphs = [asdict(graph) for graph in self.graphs]
         return {"graphs": graphs, "pictures": self.pictures, **{name: getattr(self, name) for name in sums}}
 
     def pictures_in(self, free: int) -> int:
-        """How many pictures at a time fit in ``free`` bytes; all but the weights is in proportion to them."""
+        """How many pictures at a time fit in ``free`` bytes; activations and buffers are in proportion to them."""
         each = (self.activation_bytes + self.buffers_bytes) / self.pictures
-        return max(0, math.floor((free - self.weights_bytes) / each))
+        return max(0, math.floor((free - self.weights_bytes - self.contexts_bytes) / each))
 
 
 def plan_memory(bundle: Bundle, engine: Engine, gpu: Gpu | None) -> MemoryPlan:
     """The plan for ``engine``; buffers of an integrated GPU and their twins on the host are in the same memory."""
-    integrated = gpu is not None and gpu.integrated
+    integrated, pictures = gpu is not None and gpu.integrated, engine.settings["max_batch"]
     graphs = []
     for component in (*bundle.components.values(), update_component(bundle.latent_size)):
         record, rows = engine.plans[component.name], engine.profiles[component.name][2]
@@ -76,8 +82,11 @@ def plan_memory(bundle: Bundle, engine: Engine, gpu: Gpu | None) -> MemoryPlan:
         buffers = sum(tensor_bytes(t, rows) for t in own) * (2 if integrated else 1)
         weights = record.get("weights_bytes")
         weights = record["bytes"] if weights is None else weights
-        graphs.append(GraphMemory(component.name, weights, record.get("activation_bytes"), buffers))
-    return MemoryPlan(tuple(graphs), engine.settings["max_batch"], integrated)
+        branches = bundle.branches if component.name in (DENOISER, SHALLOW, UPDATE) else 1
+        contexts = len({1, branches, pictures, branches * pictures})  # those that are made on loading
+        persistent = contexts * (record.get("persistent_bytes") or 0)
+        graphs.append(GraphMemory(component.name, weights, record.get("activation_bytes"), persistent, buffers))
+    return MemoryPlan(tuple(graphs), pictures, integrated)
 
 
 def free_memory(gpu_is_integrated: bool, cuda: Cuda) -> int:
@@ -91,9 +100,9 @@ def check_fits(plan: MemoryPlan, bundle: Bundle, variant: Variant, cuda: Cuda) -
     free = free_memory(plan.integrated, cuda)
     if plan.total_bytes <= free:
         return
+    rest = plan.contexts_bytes + plan.buffers_bytes
     need, has, weights, activation, buffers = (
-        f"{size / 1e9:.2f} GB"
-        for size in (plan.total_bytes, free, plan.weights_bytes, plan.activation_bytes, plan.buffers_bytes)
+        f"{size / 1e9:.2f} GB" for size in (plan.total_bytes, free, plan.weights_bytes, plan.activation_bytes, rest)
     )
     where = (
         "of the memory that the GPU shares with the system (swap does not help)" if plan.integrated else "on the GPU"

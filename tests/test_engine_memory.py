@@ -49,6 +49,7 @@ def published(precision: str, pictures: int) -> tuple[Bundle, Engine]:
     components = resolved_components(512, StudentConfig().deep_channels)
     bundle: Any = object.__new__(Bundle)
     bundle.__dict__.update(path=Path("places2"), components=components, latent_size=64, precision=precision)
+    bundle.__dict__.update(distilled_guidance=None)
     plans: Any = {}
     for name, (weights, activations) in PUBLISHED[precision].items():
         plans[name] = {"bytes": 1, "weights_bytes": weights, "activation_bytes": activations * pictures}
@@ -76,6 +77,10 @@ def test_the_published_models_plan() -> None:
     assert sizes["denoiser"] == denoiser and sizes["update"] == update
     assert sizes["vae_encoder"] + sizes["vae_decoder"] == autoencoder
     assert plan.total_bytes == 4_719_791_392 + sum(sizes.values())
+    bundle, engine = published("float32", 4)
+    engine.plans["denoiser"]["persistent_bytes"] = engine.plans["vae_decoder"]["persistent_bytes"] = 1_000_000
+    contexts = {graph.graph: graph.contexts_bytes for graph in plan_memory(bundle, engine, DESKTOP).graphs}
+    assert (contexts["denoiser"], contexts["vae_decoder"], contexts["update"]) == (4_000_000, 2_000_000, 0)
     assert plan_memory(*published("float32", 1), ORIN).buffers_bytes == 2 * plan.buffers_bytes, "its host twins too"
 
 
@@ -131,7 +136,7 @@ def test_inspect_shows_the_plan(tmp_path: Path, capsys: Captured, monkeypatch: p
     write_engine(Bundle.load(toy), max_batch=3, figures=figures)
     monkeypatch.setattr("moebius_edge.runtimes.cuda.find_gpu", lambda: ORIN)
     lines = printed(capsys, "inspect", toy, "--memory")
-    assert "denoiser 2.0 GB 3.0 GB 40.1 kB" in lines and "update 32 B 52.7 kB" in lines
+    assert "denoiser 2.0 GB 3.0 GB 0 B 40.1 kB" in lines and "update 32 B 0 B 52.7 kB" in lines
     assert lines[-2:] == ["total 5.0 GB", "gpu memory 8.0 GB"]
     (engine,) = as_json(capsys, "inspect", toy, "--memory")["engines"]
     assert engine["memory"]["pictures"] == 3 and engine["memory"]["activation_bytes"] == 3_000_000_000

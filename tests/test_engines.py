@@ -7,6 +7,7 @@ else is built from toys. No engine is executed here: that takes a GPU, see ``tes
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from trt_network import describe_network, network_facts
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
-from moebius_edge.export import EngineOptions, build_engines, engines
+from moebius_edge.export import EngineOptions, build_engines, engines, trt_builder
 from moebius_edge.export.engines import copy_bundle_for_engines, find_engine_key
 from moebius_edge.export.trt_builder import TrtBuilder, build, import_polygraphy, make_monitor
 from moebius_edge.progress import no_progress
@@ -85,6 +86,7 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
     engine.verify("")
     for component, plan in engine.plans.items():  # what TensorRT logged; update has indices for weights
         assert 0 < plan["weights_bytes"] < plan["bytes"], component
+        assert plan["persistent_bytes"] is not None, component
         assert (plan["activation_bytes"] > 1_000_000) == (component != "update"), component
     names = [*bundle.components, "update"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["engine.json", *(f"{name}.plan" for name in names)])
@@ -277,6 +279,15 @@ def test_the_first_error_that_tensorrt_logs_is_the_cause(logged: str | None, kin
 
     with pytest.raises(kind, match=message):
         builder._call("build x", load)
+
+
+def test_the_sizes_that_a_build_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT 10.3 and as TensorRT for RTX 1.7 write them; a plan for two GPU generations has two of each."""
+    texts = ["[I] Total Weights Memory: 16066278400", "Total Activation Memory: 5 bytes", "Total Activation Memory: 29"]
+    records = [logging.makeLogRecord({"msg": text}) for text in texts]
+    monkeypatch.setattr(trt_builder, "_LOG", types.SimpleNamespace(buffer=records))
+    sizes = [trt_builder.logged_bytes(what) for what in ("Weights", "Activation", "Device Persistent")]
+    assert sizes == [16_066_278_400, 29, None]
 
 
 # When engines are built again

@@ -72,15 +72,6 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     }
 
 
-def logged_bytes(what: str) -> int | None:
-    """The memory for ``what`` that the build has logged; of several GPU generations in a plan it is the largest.
-
-    Without a GPU a plan cannot be opened, so the builder's log is the only source; None where it says nothing.
-    """
-    sizes = (re.search(rf"Total {what} Memory: (\d+)", record.getMessage()) for record in _LOG.buffer)
-    return max((int(size[1]) for size in sizes if size), default=None)
-
-
 def import_polygraphy(extra: str) -> ModuleType:
     """The package, whose messages are kept and not printed. Raises ``MachineError`` that names our ``extra``."""
     try:
@@ -183,6 +174,15 @@ def _tidy(message: str) -> str:
     text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.removeprefix("[E] ").split()))
     text = re.sub(r"In node -?\d+ with name: (.*?) and operator: (\S+) \(\w+\): \w+: ", r"node '\1' (\2): ", text)
     return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
+
+
+def logged_bytes(what: str) -> int | None:
+    """The memory for ``what`` that the build has logged; of several GPU generations in a plan it is the largest.
+
+    Without a GPU a plan cannot be opened, so the builder's log is the only source; None where it says nothing.
+    """
+    sizes = (re.search(rf"Total {what} Memory: (\d+)", record.getMessage()) for record in _LOG.buffer)
+    return max((int(size[1]) for size in sizes if size), default=None)
 
 
 def make_monitor(trt: Any, on_percent: Callable[[int], None]) -> Any:

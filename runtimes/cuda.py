@@ -9,7 +9,6 @@ same primary context. This module knows no TensorRT.
 from __future__ import annotations
 
 import ctypes
-import math
 import sys
 from ctypes import byref, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ import numpy as np
 from ..errors import MachineError
 
 _OUT_OF_MEMORY = 2
-_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS = 75, 76, 18, 16  # CUdevice_attribute
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may go on allocating
 _NON_BLOCKING = 1  # CUstream_flags
+_MULTIPROCESSORS = 16  # CUdevice_attribute
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Gpu:
         """
         if not self.integrated:
             return self.name
-        gigabytes = 1 << max(0, math.ceil(math.log2(self.memory_bytes / 2**30)))
+        gigabytes = 1 << ((self.memory_bytes - 1) >> 30).bit_length()
         return f"{self.name} {self.multiprocessors} SM {gigabytes} GB"
 
 

@@ -12,7 +12,7 @@ from fake_trt import NOT_PERMITTED, FakeCuda, FakeTensorRT, trt_runtime, write_e
 from toy import expected_latent, make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
-from moebius_edge.errors import BundleError, MachineError
+from moebius_edge.errors import BundleError, MachineError, OutOfMemory
 from moebius_edge.pipeline.latency import StageTimer
 from moebius_edge.pipeline.loop import Step, denoise
 from moebius_edge.pipeline.presets import preset_settings
@@ -319,6 +319,22 @@ def test_a_driver_that_fails_is_one_line_and_frees_all(bundle: Bundle, call: str
             cuda.fail[call] = 700
         with pytest.raises(MachineError, match=r"cannot (run denoiser|start sampling) .*the GPU with `nvidia-smi`"):
             denoise(runtime, *start(1), Sampling(DDIM(5), 2.0), fail_after)
+    assert cuda.left() == []
+
+
+def test_memory_that_runs_out_while_rows_are_prepared_spoils_nothing(bundle: Bundle) -> None:
+    """Two pictures were not prepared on loading: once memory is there again, they are."""
+    cuda, sampling = FakeCuda(), Sampling(DDIM(4), 2.0)
+    runtime, package = on_gpu(bundle, cuda)
+    with runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as host:
+        package.refuse_launches, package.refusal = True, "Error Code 1: Cuda Runtime (out of memory)"
+        with pytest.raises(OutOfMemory, match="cannot start sampling .*not enough memory on the GPU"):
+            denoise(runtime, *start(2), sampling)
+        package.refuse_launches = False
+        for batch in (1, 2):
+            actual, expected = (denoise(r, *start(batch), sampling) for r in (runtime, host))
+            np.testing.assert_array_equal(actual, expected)
+        assert cuda.calls["begin_capture"] == 5 and cuda.calls["launch_graph"] == 8
     assert cuda.left() == []
 
 

@@ -93,7 +93,7 @@ def find_engine_key(options: EngineOptions, precision: str) -> EngineKey:
         problem = f"{variant.title} builds on the GPU that will run the engine, and this machine shows none"
         remedy = "check with `nvidia-smi`, or build with --engine tensorrt-rtx, which needs no GPU"
         raise MachineError(problem, remedy)
-    return replace(key, gpu=gpu.name, compute_capabilities=(_dotted(gpu.compute_capability),))
+    return replace(key, gpu=gpu.model, compute_capabilities=(_dotted(gpu.compute_capability),))
 
 
 def _choose_capabilities(package: Any, gpu: Gpu | None, asked: tuple[str, ...]) -> tuple[str, ...]:

@@ -63,6 +63,9 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
         "file": path.name,
         "sha256": sha256_file(path),
         "bytes": path.stat().st_size,
+        "weights_bytes": logged_bytes("Weights"),
+        "activation_bytes": logged_bytes("Activation"),
+        "persistent_bytes": logged_bytes("Device Persistent"),
         "build_seconds": round(time.monotonic() - started, 1),
         "build_peak_memory_bytes": peak_memory_bytes(),
     }
@@ -77,6 +80,8 @@ def import_polygraphy(extra: str) -> ModuleType:
         raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
     logger = logging.getLogger("Polygraphy")
     G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
+    G_LOGGER.module_severity = G_LOGGER.VERBOSE  # TensorRT's information, which has the sizes
+    logger.setLevel(logging.DEBUG)
     logger.addHandler(_LOG)
     return polygraphy
 
@@ -168,6 +173,15 @@ def _tidy(message: str) -> str:
     text = re.sub(r"\[[\w./]+::[^\]]*\]\s*", "", " ".join(message.removeprefix("[E] ").split()))
     text = re.sub(r"In node -?\d+ with name: (.*?) and operator: (\S+) \(\w+\): \w+: ", r"node '\1' (\2): ", text)
     return re.sub(r"^(IBuilder::\w+: )?Error Code \d+: ", "", text).strip()
+
+
+def logged_bytes(what: str) -> int | None:
+    """The memory for ``what`` that the build has logged; of several GPU generations in a plan it is the largest.
+
+    Without a GPU a plan cannot be opened, so the builder's log is the only source; None where it says nothing.
+    """
+    sizes = (re.search(rf"Total {what} Memory: (\d+)", record.getMessage()) for record in _LOG.buffer)
+    return max((int(size[1]) for size in sizes if size), default=None)
 
 
 def make_monitor(trt: Any, on_percent: Callable[[int], None]) -> Any:

@@ -104,7 +104,7 @@ def _tensorrt_problem(variant: str, bundle: Bundle) -> str:
         return "this machine has no NVIDIA GPU that its driver answers for: check `nvidia-smi`"
     try:
         package = load_package(VARIANTS[variant])
-        choose_engine(bundle, VARIANTS[variant], str(package.__version__), gpu, verify=False)
+        choose_engine(bundle, VARIANTS[variant], str(package.__version__), gpu)
     except (MachineError, BundleError) as error:
         return str(error)
     return ""

@@ -41,10 +41,13 @@ class Runtime(ABC):
     """Executes ONNX components. A subclass implements ``activate``, ``deactivate``, ``_run`` and ``info``.
 
     Attributes:
+        executes_onnx: whether it reads the bundle's ONNX files, which its caller then verifies.
         components: the tensors of each component by name, every size fixed but the batch ``N``.
-        notes: what a user should know before the runtime is entered.
+        notes: what a user should know; entering the runtime may add to them.
         selection: how it was chosen, where that was left to ``auto``.
     """
+
+    executes_onnx = True
 
     def __init__(self, components: Mapping[str, Component]) -> None:
         self.components = dict(components)

@@ -22,6 +22,7 @@ _OUT_OF_MEMORY = 2
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may go on allocating
 _NON_BLOCKING = 1  # CUstream_flags
+_MULTIPROCESSORS = 16  # CUdevice_attribute
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,19 @@ class Gpu:
     memory_bytes: int
     integrated: bool
     driver: str  # the newest CUDA it supports, such as 12.6
+    multiprocessors: int = 0
+
+    @property
+    def model(self) -> str:
+        """What an engine is built for: the name, and for an integrated GPU its multiprocessors and the board's memory.
+
+        The driver calls every module of a generation "Orin", though they have 4 to 16 multiprocessors and 4 to 64 GB.
+        The memory is the next power of two, for the system reserves some of it.
+        """
+        if not self.integrated:
+            return self.name
+        gigabytes = 1 << ((self.memory_bytes - 1) >> 30).bit_length()
+        return f"{self.name} {self.multiprocessors} SM {gigabytes} GB"
 
 
 class CudaError(Exception):
@@ -76,9 +90,18 @@ class Cuda:
         self._call("cuDriverGetVersion", byref(version))
         self._call("cuDeviceGetName", name, len(name), device)
         self._call("cuDeviceTotalMem_v2", byref(memory), device)
-        major, minor, integrated = (self._attribute(a, device) for a in (_MAJOR, _MINOR, _INTEGRATED))
+        attributes = (_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS)
+        major, minor, integrated, count = (self._attribute(a, device) for a in attributes)
         driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        return Gpu(name.value.decode(errors="replace"), (major, minor), memory.value, bool(integrated), driver)
+        text = name.value.decode(errors="replace")
+        return Gpu(text, (major, minor), memory.value, bool(integrated), driver, count)
+
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated on the device. On an integrated GPU this leaves out what the system would
+        give back, such as cached files."""
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
 
     def open(self) -> None:
         device, context = c_int(), c_void_p()

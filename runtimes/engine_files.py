@@ -9,7 +9,9 @@ stands in ``VARIANTS``.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import mmap
 import os
 import re
 import shlex
@@ -25,8 +27,8 @@ from typing_extensions import NotRequired, TypedDict
 from ..bundle.bundle import ASSETS, ENGINES_FOLDER, Bundle, check_file
 from ..bundle.manifest import FileRecord
 from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, Text, read_document
-from ..errors import BundleError, MachineError
-from ..system.files import safe_join
+from ..errors import BundleError, MachineError, MoebiusError
+from ..system.files import atomic_write, safe_join
 from .cuda import Gpu
 from .latent_loop import UPDATE
 
@@ -107,9 +109,12 @@ def make_logger(package: Any, sink: Callable[[str, str], None]) -> Any:
 
 
 class Plan(FileRecord):
-    """One component's plan, and what its build measured."""
+    """One component's plan, and what its build measured. Sizes that TensorRT has not logged are None."""
 
     file: FileName
+    weights_bytes: NotRequired[Count | None]
+    activation_bytes: NotRequired[Count | None]
+    persistent_bytes: NotRequired[Count | None]  # of each context
     build_seconds: NotRequired[Number]
     build_peak_memory_bytes: NotRequired[Count | None]
 
@@ -124,7 +129,7 @@ class Settings(TypedDict):
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What an engine runs with. ``gpu`` is a name as the driver gives it, or ``any``."""
+    """What an engine runs with. ``gpu`` is as ``Gpu.model`` gives it, or ``any``."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -136,10 +141,14 @@ class EngineKey:
 
     @property
     def folder(self) -> str:
-        """The folder's name, such as float32-tensorrt-10.3.0-orin-sm87."""
+        """The folder's name, such as float32-tensorrt-10.3.0-orin-8-sm-8-gb-sm87."""
         capabilities = "-".join(c.replace(".", "") for c in self.compute_capabilities)
         parts = (self.precision, self.variant, self.version, self.gpu, f"sm{capabilities}")
-        return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts)
+        return "-".join(map(_slug, parts))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 @dataclass(frozen=True)
@@ -158,10 +167,71 @@ class Engine:
     def plan_path(self, component: str) -> Path:
         return safe_join(self.path, self.plans[component]["file"])
 
-    def verify(self, remedy: str) -> None:
-        """Raise ``BundleError`` unless every plan is there with the size and SHA-256 recorded."""
+    def verify(self, remedy: str, hashes: bool = True) -> None:
+        """Raise ``BundleError`` unless every plan is there with the size and, with ``hashes``, the SHA-256 recorded."""
         for component, record in self.plans.items():
-            check_file(self.plan_path(component), record, True, remedy)
+            check_file(self.plan_path(component), record, hashes, remedy)
+
+    def map_plan(self, component: str, remedy: str) -> mmap.mmap:
+        """A plan as mapped, read-only memory, to be closed; its SHA-256 is compared in that memory.
+
+        So what is loaded is what was checked, it is read from the disk once, and no copy of it is made.
+
+        Raises:
+            BundleError: the plan is missing or was altered.
+            MachineError: it cannot be read.
+        """
+        path, record = self.plan_path(component), self.plans[component]
+        check_file(path, record, False, remedy)
+        try:
+            with open(path, "rb") as file:
+                plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            raise MachineError(f"cannot read {path}: {error}", f"check it with `ls -l {path}`") from error
+        if hashlib.sha256(plan).hexdigest() != record["sha256"].lower():
+            plan.close()
+            raise BundleError(f"{path} was altered, its SHA-256 is not the recorded one", remedy)
+        return plan
+
+
+class RuntimeCache:
+    """The kernels that TensorRT for RTX compiles for one GPU, kept beside ``engine.json`` so that it is done once.
+
+    ``config``, a runtime configuration of TensorRT's, makes the cache, and those of other engines may use it as well.
+    A file that TensorRT refuses, for it is damaged or of another driver, GPU or version, is replaced. ``state`` says
+    what was there, ``notes`` what a user should know of it.
+
+    Raises:
+        BundleError: the file is a link that leads out of ``folder``.
+    """
+
+    def __init__(self, config: Any, folder: Path, gpu: str) -> None:
+        self.path = safe_join(folder, f"runtime-{_slug(gpu)}.cache")
+        self.handle: Any = config.create_runtime_cache()
+        self.state, self.notes = "new", list[str]()
+        self._writable = os.access(folder, os.W_OK)
+        try:
+            self._content = self.path.read_bytes() if self.path.is_file() else b""
+        except OSError as error:
+            raise MachineError(f"cannot read {self.path}: {error.strerror}", f"remove it: `rm {self.path}`") from error
+        slow = "TensorRT compiles its kernels again, which takes up to a minute"
+        if self._content:
+            self.state = "loaded" if self.handle.deserialize(self._content) else "rebuilt"
+            if self.state == "rebuilt":
+                self.notes.append(f"{self.path} is damaged, or of another driver, GPU or version: {slow}")
+        if not self._writable:
+            self.notes.append(f"{folder} is write-protected, so no runtime cache is kept there: {slow}")
+
+    def save(self) -> None:
+        """Write what was compiled since; where that fails, ``state`` says why: a cache is no reason to fail."""
+        try:
+            memory = self.handle.serialize() if self._writable else None
+            if memory is None or (content := bytes(memory)) == self._content:
+                return
+            with atomic_write(self.path) as temporary:
+                temporary.write_bytes(content)
+        except (MoebiusError, RuntimeError) as error:
+            self.state = f"not written: {error}"
 
 
 def engine_folders(bundle: Path) -> list[Path]:
@@ -186,8 +256,9 @@ def read_engine(folder: Path) -> Engine:
     safe_join(folder, ENGINE_FILE)
     engine: Engine = read_document(path, Engine, BundleError, remedy, path=folder)
     for component in (*engine.onnx, UPDATE):
-        if component not in engine.plans:
-            raise BundleError(f"{path}: plans.{component} is missing", remedy)
+        for name, entries in (("plans", engine.plans), ("profiles", engine.profiles)):
+            if component not in entries:
+                raise BundleError(f"{path}: {name}.{component} is missing", remedy)
     for component in engine.plans:
         engine.plan_path(component)
     return engine
@@ -198,11 +269,11 @@ def engine_document(engine: Engine) -> dict[str, Any]:
     return {name: value for name, value in asdict(engine).items() if name != "path"}
 
 
-def choose_engine(bundle: Bundle, variant: Variant, version: str, gpu: Gpu, verify: bool = True) -> Engine:
-    """The engine of ``bundle`` for this machine; ``verify`` also compares each plan's SHA-256.
+def choose_engine(bundle: Bundle, variant: Variant, version: str, gpu: Gpu) -> Engine:
+    """The engine of ``bundle`` for this machine. Its plans have their sizes; ``Engine.map_plan`` compares the hashes.
 
     Raises:
-        BundleError: there is none, or it was built with or from something else, or is damaged.
+        BundleError: there is none, or it was built with or from something else, or a plan has not its size.
     """
     remedy = f"run `{build_command(bundle, variant)}`"
     rejected: list[tuple[int, str]] = []  # how many reasons, and the message; the nearest one is told
@@ -216,8 +287,7 @@ def choose_engine(bundle: Bundle, variant: Variant, version: str, gpu: Gpu, veri
             continue
         problems = _mismatches(engine, bundle, variant, version, gpu)
         if not problems:
-            if verify:
-                engine.verify(f"{remedy} --force")
+            engine.verify(f"{remedy} --force", hashes=False)
             return engine
         rejected.append((len(problems), f"the engine {folder} was {' and '.join(problems)}: {remedy}"))
     raise BundleError(min(rejected)[1] if rejected else f"bundle {bundle.path} has no {variant.title} engine: {remedy}")
@@ -227,11 +297,11 @@ def _mismatches(engine: Engine, bundle: Bundle, variant: Variant, version: str, 
     """Why ``engine`` cannot run ``bundle`` here, each as a phrase after "the engine was"; empty if it can."""
     key, title, problems = engine.key, variant.title, []
     here = ".".join(map(str, gpu.compute_capability))
-    if key.version != version or here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.name):
+    if key.version != version or here not in key.compute_capabilities or key.gpu not in (ANY_GPU, gpu.model):
         capabilities = ", ".join(key.compute_capabilities)
         problems.append(
             f"built with {title} {key.version} for GPU {key.gpu} (compute capability {capabilities}), "
-            f"this machine has {title} {version} and {gpu.name} ({here})"
+            f"this machine has {title} {version} and {gpu.model} ({here})"
         )
     if key.precision != bundle.precision:
         problems.append(f"built with precision {key.precision}, the bundle has {bundle.precision}")

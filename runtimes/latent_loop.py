@@ -7,14 +7,16 @@ picture carry the same latent. ``update`` may not write what it reads, so its re
 where they are read next. From the host comes the timestep and a row of coefficients, to the host goes one number a
 row. In a cached call ``denoiser_shallow`` takes the denoiser's place; all its tensors lie in the denoiser's buffers.
 
-The first step at a number of rows is launched piece by piece, for TensorRT prepares itself then; the second is recorded
-with its copies as a CUDA graph, and from then on a step is one launch, also in the next picture. Full and cached
-calls have a graph each. Another number of rows starts afresh, also where guidance begins or ends on the way: a
-picture's rows are alike, so those that stay, stay where they are, and those that come are copied within the device.
+Every network has a context of TensorRT's for each number of rows, whose shapes are set once: a recorded launch is void
+when they change. ``LatentLoop.prepare`` launches what a step consists of once, for TensorRT prepares itself then, and
+records it as a CUDA graph, for full and cached calls; from then on every step is one launch. Where guidance begins or
+ends on the way, rows come or go: a picture's rows are alike, so those that stay, stay where they are, and those that
+come are copied within the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,13 +25,19 @@ import numpy as np
 
 from ..sampling.calls import Call
 from ..sampling.scheduler import LinearStep, Scheduler
-from ..spec import DENOISER, Component, Tensor, sample_channels
+from ..spec import DENOISER, SHALLOW, Component, Tensor, sample_channels
 from .base import Arrays, LatentBatch, batched, branches, check_finite
 from .cuda import Cuda, CudaError
 
 UPDATE = "update"
 COEFFICIENTS = ("guidance", *LinearStep._fields)
-SHARED = ("sample", "noise")  # tensors of the denoiser that are the update's too
+
+
+def shared_tensors(component: Component) -> tuple[str, ...]:
+    """The tensors of ``component`` that lie in the denoiser's buffers: of its shallow part, all that it has."""
+    if component.name == SHALLOW:
+        return tuple(t.name for t in (*component.inputs, *component.outputs))
+    return ("sample", "noise") if component.name == UPDATE else ()
 
 
 def update_component(latent_size: int, latent_channels: int) -> Component:
@@ -68,46 +76,49 @@ class LaunchError(Exception):
 
 
 class Executor:
-    """One engine's buffers and launches, for ``component`` on TensorRT's ``context`` with at most ``max_rows`` rows.
+    """One engine's buffers and launches, for ``component`` with at most ``max_rows`` rows.
 
-    Buffers hold the most rows, so that an address never changes. ``shared`` are tensors that lie in the buffers of
-    another executor. Methods raise ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
+    Buffers hold the most rows, so that an address never changes. ``create_context`` makes a context of TensorRT's, one
+    for each number of rows; all of them use the buffers. ``shared`` are tensors that lie in the buffers of another
+    executor. Methods raise ``LaunchError`` or ``CudaError`` for what TensorRT or CUDA refuses.
     """
 
     def __init__(
         self,
         cuda: Cuda,
         stream: int,
-        context: Any,
+        create_context: Callable[[], Any],
         component: Component,
         max_rows: int,
         shared: Mapping[str, Executor] | None = None,
     ) -> None:
-        self._cuda, self._stream, self._context = cuda, stream, context
+        self._cuda, self._stream, self._create_context = cuda, stream, create_context
         self._inputs = {t.name: t for t in component.inputs}
         self._outputs = {t.name: t for t in component.outputs}
         self._tensors = {**self._inputs, **self._outputs}
         self._shared = dict(shared or {})
-        self.max_rows = max_rows
+        self.name, self.max_rows = component.name, max_rows
         self.rows = 0
-        self.shapes_set = 0  # how often: a recorded launch is void once its context's shapes have changed
-        self.graph, self.graph_shapes = 0, (0, 0)  # of a network: its recorded step, and what that is good for
+        self._contexts: dict[int, Any] = {}  # by rows
         self._device: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}
 
     def allocate(self) -> None:
-        """Take the buffers; ``close`` frees them, also after a failure here."""
+        """Take the buffers; ``free`` frees them, also after a failure here."""
         for name, tensor in self._tensors.items():
             if name not in self._shared:
-                size = _bytes(tensor, self.max_rows)
+                size = tensor_bytes(tensor, self.max_rows)
                 self._device[name] = self._cuda.allocate(size)
                 self._host[name] = self._cuda.allocate_host(size)
             else:
                 self._host[name] = self._shared[name]._host[name]
-            if not self._context.set_tensor_address(name, self.address(name)):
-                raise LaunchError(f"no address for {name}")
 
-    def close(self) -> None:
+    def destroy_contexts(self) -> None:
+        """Let go of the contexts, which must go before the stream, the buffers and the engine do."""
+        self.rows = 0
+        self._contexts.clear()
+
+    def free(self) -> None:
         while self._device:
             self._cuda.free(self._device.popitem()[1])
         while self._host:
@@ -130,22 +141,32 @@ class Executor:
 
     def size(self, name: str) -> int:
         """Bytes of a tensor at the present number of rows."""
-        return _bytes(self._tensors[name], self.rows)
+        return tensor_bytes(self._tensors[name], self.rows)
 
     def set_rows(self, rows: int) -> None:
-        """Fix all shapes, if ``rows`` is another number than before."""
-        if rows == self.rows:
-            return
-        self.rows = 0  # until all of it is done
-        self.shapes_set += 1
+        """Take the context for ``rows`` rows, which is made the first time."""
+        if rows not in self._contexts:
+            self.rows = 0  # until all of it is done
+            # It is held here alone: the frame of a function that fails would hold it longer than the stream lives.
+            self._contexts[rows] = self._create_context()
+            try:
+                self._configure(rows)
+            except BaseException:
+                del self._contexts[rows]
+                raise
+        self.rows = rows
+
+    def _configure(self, rows: int) -> None:
+        for name in self._tensors:
+            if not self._contexts[rows].set_tensor_address(name, self.address(name)):
+                raise LaunchError(f"no address for {name}")
         for name, tensor in self._inputs.items():
-            if not self._context.set_input_shape(name, batched(tensor, rows)):
+            if not self._contexts[rows].set_input_shape(name, batched(tensor, rows)):
                 raise LaunchError(f"no {rows} rows of {name}")
         for name, tensor in self._outputs.items():
-            shape = tuple(self._context.get_tensor_shape(name))
+            shape = tuple(self._contexts[rows].get_tensor_shape(name))
             if shape != batched(tensor, rows):
                 raise LaunchError(f"{name} would have shape {shape}, not {batched(tensor, rows)}")
-        self.rows = rows
 
     def put(self, feeds: Mapping[str, Any]) -> None:
         """Write inputs into page-locked host memory, from where ``upload`` takes them."""
@@ -159,7 +180,7 @@ class Executor:
 
     def launch(self) -> None:
         """Queue the network."""
-        if not self._context.execute_async_v3(self._stream):
+        if not self._contexts[self.rows].execute_async_v3(self._stream):
             raise LaunchError("the launch was refused")
 
     def download(self, names: Iterable[str]) -> None:
@@ -175,13 +196,14 @@ class Executor:
         return self._host[name][: self.size(name)].view(tensor.dtype).reshape(batched(tensor, self.rows))
 
 
-def _bytes(tensor: Tensor, rows: int) -> int:
-    return int(np.prod(batched(tensor, rows))) * np.dtype(tensor.dtype).itemsize
+def tensor_bytes(tensor: Tensor, rows: int) -> int:
+    """The size of ``tensor`` at that many rows."""
+    return math.prod(batched(tensor, rows)) * np.dtype(tensor.dtype).itemsize
 
 
 class LatentLoop:
     """Joins executors: ``networks``, which are the denoiser and where there is one its shallow part, all of whose
-    buffers are the denoiser's; and ``update``, which shares those named in ``SHARED``.
+    buffers are the denoiser's; and ``update``, which shares some (``shared_tensors``).
 
     With ``record`` steps become a CUDA graph; where recording fails they go on without, and ``graph_state`` says why.
     ``errors(what)`` is a context that turns a ``LaunchError`` or ``CudaError`` into the user's; ``check_rows(rows)``
@@ -203,22 +225,24 @@ class LatentLoop:
         self._record = record
         self.errors, self._check_rows = errors, check_rows
         self.current: DeviceLatents | None = None  # the batch that the buffers belong to
+        self._prepared: set[int] = set()  # numbers of rows
+        self._graphs: dict[tuple[str, int], int] = {}  # by network and rows
         self._graph_problem = ""
 
     @property
     def graph_state(self) -> str:
         if self._graph_problem:
             return f"failed: {self._graph_problem}"
-        return "recorded" if any(network.graph for network in self._networks) else "not recorded"
+        return "recorded" if self._graphs else "not recorded"
 
     def close(self) -> None:
         self.current = None
-        for network in self._networks:
-            self._destroy_graph(network)
+        while self._graphs:
+            self._cuda.destroy_graph(self._graphs.popitem()[1])
 
     def load(self, sample: np.ndarray, batch: int) -> None:
         """Upload the first ``sample`` (N, 2C+1, h, w) of ``batch`` pictures, and what stays while they are sampled."""
-        self._set_branches(len(sample), batch)
+        self.prepare(len(sample), batch)
         self._denoiser.put({"sample": sample})
         self._update.put({"clean": np.float32(0)})
         self._denoiser.upload(("sample",))
@@ -227,14 +251,19 @@ class LatentLoop:
 
     def change_rows(self, rows: int, batch: int) -> None:
         """Go on with 1 or 2 rows a picture; a second one is a copy of the first, but for the branch."""
-        self._set_branches(rows, batch)
+        self.prepare(rows, batch)
         if rows > batch:
             for executor, name in ((self._denoiser, "sample"), (self._update, "clean")):
                 first, half = executor.address(name), executor.size(name) // 2
                 self._cuda.copy(first + half, first, half, self._stream)
         self._cuda.synchronise(self._stream)
 
-    def _set_branches(self, rows: int, batch: int) -> None:
+    def prepare(self, rows: int, batch: int) -> None:
+        """Take the contexts and the branches for ``rows`` rows of ``batch`` pictures.
+
+        The first time each network is launched, and a step with it recorded. That spoils what a step computes, but
+        neither the latents nor the clean prediction, so it can come in the middle of a trajectory.
+        """
         self._check_rows(rows)
         for executor in (*self._networks, self._update):
             executor.set_rows(rows)
@@ -242,23 +271,28 @@ class LatentLoop:
         self._update.put(guidance_rows(rows, batch))
         self._denoiser.upload(("branch",))
         self._update.upload(("unconditional", "conditional"))
+        if rows in self._prepared:
+            return
+        self._denoiser.put({"timestep": np.float32(0)})  # a graph may use it as an index
+        self._denoiser.upload(("timestep",))
+        for network in self._networks:
+            network.launch()
+        self._update.launch()
+        self._cuda.synchronise(self._stream)
+        for network in self._networks:
+            self._record_graph(network)
+        self._prepared.add(rows)
 
     def step(self, t: int, coefficients: np.ndarray, full: bool) -> np.ndarray:
         """Σ|noise| of each row: NaN or infinite where the predicted noise is, before guidance."""
         network = self._networks[0 if full else 1]
         self._denoiser.put({"timestep": np.float32(t)})
         self._update.put({"coefficients": coefficients[:, None, None]})
-        shapes = (network.shapes_set, self._update.shapes_set)
-        if shapes != network.graph_shapes:
-            self._destroy_graph(network)
-        elif self._record and not network.graph:
-            self._record_graph(network)
-        if network.graph:
-            self._cuda.launch_graph(network.graph, self._stream)
+        if graph := self._graphs.get((network.name, network.rows)):
+            self._cuda.launch_graph(graph, self._stream)
         else:
             self._enqueue(network)
         self._cuda.synchronise(self._stream)
-        network.graph_shapes = shapes
         return self._update.get("magnitude").reshape(-1)
 
     def sample(self) -> np.ndarray:
@@ -278,21 +312,21 @@ class LatentLoop:
         self._update.download(("magnitude",))
 
     def _record_graph(self, network: Executor) -> None:
-        self._cuda.begin_capture(self._stream)
+        if not self._record:
+            return
+        graph = 0
         try:
+            self._cuda.begin_capture(self._stream)
             try:
                 self._enqueue(network)
             finally:  # a stream that is left recording takes no more work
-                network.graph = self._cuda.end_capture(self._stream)
+                graph = self._cuda.end_capture(self._stream)
+            self._graphs[network.name, network.rows] = graph
         except (CudaError, LaunchError) as error:
-            self._destroy_graph(network)
+            if graph:
+                self._cuda.destroy_graph(graph)
             self._record = False
             self._graph_problem = str(error)
-
-    def _destroy_graph(self, network: Executor) -> None:
-        if network.graph:
-            graph, network.graph = network.graph, 0
-            self._cuda.destroy_graph(graph)
 
 
 class DeviceLatents(LatentBatch):

@@ -7,7 +7,7 @@ Loading and checking stand here; buffers, launches and sampling on the device ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from types import ModuleType
@@ -20,8 +20,9 @@ from ..sampling.scheduler import Scheduler
 from ..spec import DENOISER, SHALLOW, Component
 from .base import Arrays, LatentBatch, Runtime
 from .cuda import Cuda, CudaError, Gpu
-from .engine_files import VARIANTS, Engine, build_command, choose_engine, load_package, make_logger
-from .latent_loop import SHARED, UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, update_component
+from .engine_files import VARIANTS, Engine, RuntimeCache, build_command, choose_engine, load_package, make_logger
+from .engine_memory import check_fits, plan_memory
+from .latent_loop import UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, shared_tensors, update_component
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -41,6 +42,8 @@ class TrtRuntime(Runtime):
         MachineError: the package or the driver is missing; ``OutOfMemory`` on entering.
         BundleError: the bundle has no engine that fits (on entering).
     """
+
+    executes_onnx = False
 
     def __init__(
         self,
@@ -64,9 +67,13 @@ class TrtRuntime(Runtime):
         self._engine: Engine | None = None
         self._stream = 0
         self._open = False
+        self._runtime: Any = None  # TensorRT's objects: contexts need their engines, engines their runtime
+        self._engines: dict[str, Any] = {}
+        self._configs: dict[str, Any] = {}
+        self._cache: RuntimeCache | None = None
+        self._activations = (0, 0)  # address and size of the memory that all contexts compute in, one after another
         self._executors: dict[str, Executor] = {}
         self._loop: LatentLoop | None = None
-        self._objects: list[Any] = []  # TensorRT's: contexts need their engines, engines their runtime
 
     @property
     def info(self) -> dict[str, Any]:
@@ -79,6 +86,7 @@ class TrtRuntime(Runtime):
             "provider": "" if self._engine is None else self._engine.key.folder,
             "gpu": "" if self._gpu is None else self._gpu.name,
             "cuda_graph": graph if self._records else "TensorRT's own",
+            **({} if self._cache is None else {"runtime_cache": self._cache.state}),
         }
 
     @property
@@ -87,76 +95,124 @@ class TrtRuntime(Runtime):
         return self._executors[DENOISER].max_rows // self._bundle.branches if self._executors else 1
 
     def activate(self) -> None:
+        self._cache = None
         try:
             self._gpu = self._cuda.gpu()
             self._engine = choose_engine(self._bundle, self._variant, str(self._trt.__version__), self._gpu)
             self._cuda.open()
             self._open = True
+            check_fits(plan_memory(self._bundle, self._engine, self._gpu), self._bundle, self._variant, self._cuda)
             self._stream = self._cuda.create_stream()
-            runtime = self._call(f"start {self._variant.title}", self._trt.Runtime, _logger(self._trt))
-            for component in self.components.values():
-                # All that the shallow part reads and writes is the denoiser's too.
-                shared = [t.name for t in (*component.inputs, *component.outputs)] if component.name == SHALLOW else ()
-                self._load(component, runtime, shared)
-            self._load(update_component(self._bundle.latent_size, self._bundle.latent_channels), runtime, SHARED)
+            latents = self._bundle.latent_size, self._bundle.latent_channels
+            components = (*self.components.values(), update_component(*latents))
+            self._runtime = self._call(f"start {self._variant.title}", self._trt.Runtime, _logger(self._trt))
+            for component in components:
+                self._load_engine(component.name)
+            self._allocate_activations()
+            for component in components:
+                self._create_executor(component)
             networks = [self._executors[name] for name in (DENOISER, SHALLOW) if name in self._executors]
             update = self._executors[UPDATE]
             self._loop = LatentLoop(
                 self._cuda, self._stream, networks, update, self._records, self._errors, self._check_loop_rows
             )
+            for pictures in sorted({1, self.pictures_per_call}):
+                for rows in sorted({pictures, pictures * self._bundle.branches}):
+                    self._loop.prepare(rows, pictures)
         except (CudaError, LaunchError) as error:
             raise self._problem("load the engines", error) from error
 
     def deactivate(self) -> None:
         if not self._open:
             return
-        frees = [executor.close for executor in self._executors.values()]
-        if self._loop is not None:
-            frees.insert(0, self._loop.close)
+        executors = list(self._executors.values())
+        frees: list[Callable[[], None]] = [] if self._loop is None else [self._loop.close]
+        frees += [executor.destroy_contexts for executor in executors]
+        frees += [executor.free for executor in executors]
+        if self._activations[0]:
+            frees.append(partial(self._cuda.free, self._activations[0]))
+        frees.append(self._release)
         if self._stream:
             frees.append(partial(self._cuda.destroy_stream, self._stream))
+        frees.append(self._cuda.close)
+        if self._cache is not None:
+            self._cache.save()
         for free in frees:
             with suppress(CudaError):  # after a failed launch nothing can be freed, and that error is the one to tell
                 free()
-        self._executors, self._loop, self._stream, self._open = {}, None, 0, False
-        while self._objects:
-            self._objects.pop()  # last taken, first freed
-        with suppress(CudaError):
-            self._cuda.close()
+        self._loop, self._stream, self._open, self._activations = None, 0, False, (0, 0)
 
-    def _load(self, component: Component, runtime: Any, shared: Iterable[str]) -> None:
-        """Make the executor of ``component``, and take its buffers but for those it ``shared`` with the denoiser."""
+    def _release(self) -> None:
+        """Let go of TensorRT's objects, each before what it was made from."""
+        self._executors.clear()
+        self._configs.clear()
+        if self._cache is not None:
+            self._cache.handle = None
+        self._engines.clear()
+        self._runtime = None
+
+    def _load_engine(self, name: str) -> None:
         assert self._engine is not None
-        path = self._engine.plan_path(component.name)
-        engine = self._call(f"load {path}", runtime.deserialize_cuda_engine, path.read_bytes())
-        owners = {tensor: self._executors[DENOISER] for tensor in shared}
-        max_rows = min([self._check_contract(component, engine), *(owner.max_rows for owner in owners.values())])
-        arguments = []
-        if not self._records:
-            config = engine.create_runtime_config()
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            arguments.append(config)
-        context = self._call(f"prepare {path}", engine.create_execution_context, *arguments)
-        executor = Executor(self._cuda, self._stream, context, component, max_rows, owners)
+        path = self._engine.plan_path(name)
+        with self._engine.map_plan(name, self._remedy("--force")) as plan:
+            self._engines[name] = self._call(f"load {path}", self._runtime.deserialize_cuda_engine, plan)
+        if self._records:
+            return
+        # It must live as long as the contexts that are made with it.
+        config = self._configs[name] = self._engines[name].create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # Compile for the shapes at hand at once, and not in the background while slower kernels run.
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._cache is None:
+            assert self._gpu is not None
+            self._cache = RuntimeCache(config, self._engine.path, self._gpu.name)
+            self.notes += self._cache.notes
+        config.set_runtime_cache(self._cache.handle)
+
+    def _allocate_activations(self) -> None:
+        size = max(int(engine.device_memory_size_v2) for engine in self._engines.values())
+        if size:
+            self._activations = (self._cuda.allocate(size), size)
+
+    def _create_executor(self, component: Component) -> None:
+        """Make the executor of ``component``, and take its buffers but for those it shares with the denoiser."""
+        owners = {tensor: self._executors[DENOISER] for tensor in shared_tensors(component)}
+        max_rows = min([self._check_contract(component), *(owner.max_rows for owner in owners.values())])
+        create = partial(self._create_context, component.name)
+        executor = Executor(self._cuda, self._stream, create, component, max_rows, owners)
         self._executors[component.name] = executor
         executor.allocate()
+        executor.set_rows(1)
 
-    def _check_contract(self, component: Component, engine: Any) -> int:
-        """The most rows ``engine`` takes, if its tensors are those of the component."""
-        is_input = self._trt.TensorIOMode.INPUT
-        tensors = {}
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            kind = "input" if engine.get_tensor_mode(name) == is_input else "output"
-            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
-            tensors[name] = (kind, dtype, tuple(engine.get_tensor_shape(name))[1:])
+    def _create_context(self, name: str) -> Any:
+        """A context that computes in the memory that all of them share."""
+        strategy = self._configs.get(name, self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._call(f"prepare the engine of {name}", self._engines[name].create_execution_context, strategy)
+        if self._activations[0]:
+            context.set_device_memory(*self._activations)
+        return context
+
+    def _check_contract(self, component: Component) -> int:
+        """The most rows the engine of ``component`` takes, if its tensors are those of the component."""
+        tensors = self._tensors_of(component.name)
         expected: dict[str, tuple[Any, ...]] = {}
         for kind, declared in (("input", component.inputs), ("output", component.outputs)):
             expected |= {t.name: (kind, t.dtype, t.shape[1:]) for t in declared}
         if tensors != expected:
             problem = f"the engine of {component.name} has {tensors} and should have {expected}"
             raise BundleError(problem, self._remedy("--force"))
-        return min(int(engine.get_tensor_profile_shape(t.name, 0)[2][0]) for t in component.inputs)
+        profiles = (self._engines[component.name].get_tensor_profile_shape(t.name, 0) for t in component.inputs)
+        return min(int(most[0]) for least, best, most in profiles)
+
+    def _tensors_of(self, component: str) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """Whether it is read or written, type and shape but for the rows, of each tensor of an engine."""
+        engine, tensors = self._engines[component], {}
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            kind = "input" if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT else "output"
+            dtype = np.dtype(self._trt.nptype(engine.get_tensor_dtype(name))).name
+            tensors[name] = (kind, dtype, tuple(engine.get_tensor_shape(name))[1:])
+        return tensors
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         self._check_rows(component, len(next(iter(feeds.values()))))
@@ -192,7 +248,7 @@ class TrtRuntime(Runtime):
             raise self._problem(what, error) from error
 
     def _call(self, what: str, function: Any, *arguments: Any) -> Any:
-        """What TensorRT's ``function`` makes, kept until the end; TensorRT says no by returning None."""
+        """What TensorRT's ``function`` makes; TensorRT says no by returning None."""
         _logged.clear()
         try:
             result = function(*arguments)
@@ -200,7 +256,6 @@ class TrtRuntime(Runtime):
             raise self._problem(what, error) from error
         if result is None:
             raise self._problem(what, LaunchError("no reason given"))
-        self._objects.append(result)
         return result
 
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:

@@ -10,9 +10,11 @@ undefined is an ``AssertionError`` here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import mmap
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from moebius_edge.runtimes.trt import TrtRuntime
 from moebius_edge.spec import DENOISER, SHALLOW
 from moebius_edge.system.files import sha256_file
 
-ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
+ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6", 8)
 VERSION = "10.3.0"
 OUT_OF_MEMORY, NOT_PERMITTED = 2, 800
 
@@ -50,6 +52,8 @@ class FakeCuda:
         self.calls: dict[str, int] = {}
         self.fail: dict[str, int] = {}
         self.bytes_up = self.bytes_down = 0
+        self.free_bytes = 4_000_000_000
+        self.contexts: weakref.WeakSet[_Context] = weakref.WeakSet()  # those that are alive
         self.opened = False
         self._next = 0x1000
 
@@ -66,6 +70,10 @@ class FakeCuda:
     def gpu(self) -> Gpu:
         self._enter("gpu")
         return self._gpu
+
+    def free_memory(self) -> int:
+        self._enter("free_memory")
+        return self.free_bytes
 
     def open(self) -> None:
         self._enter("open")
@@ -140,7 +148,8 @@ class FakeCuda:
 
     def destroy_stream(self, stream: int) -> None:
         self._enter("destroy_stream")
-        del self.streams[stream]
+        del self.streams[stream]  # with the work that waits, which holds its context here
+        assert not self.contexts, "a context outlives its stream"
 
     def synchronise(self, stream: int) -> None:
         self._enter("synchronise")
@@ -190,20 +199,35 @@ class FakeTensorRT:
     UnaryOperation = SimpleNamespace(ABS=np.abs)
     ReduceOperation = SimpleNamespace(SUM=np.sum)
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
 
     def __init__(self, cuda: FakeCuda, version: str = VERSION, rtx: bool = False) -> None:
         self.cuda, self.rtx = cuda, rtx
         self.__version__ = version
         self.refuse_launches = False
-        self.contexts: list[_Context] = []
-        self.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda plan: self._engine(plan, logger))
+        self.refusal = ""  # what is logged when a launch or a plan is refused
+        self.environment = "driver 580"  # which a runtime cache is bound to
+        self.engines: list[_Engine] = []
+        self.configs: list[_Config] = []
+        self.Runtime = self._runtime
 
-    def _engine(self, plan: bytes, logger: Any) -> _Engine | None:
+    def _runtime(self, logger: Any) -> Any:
+        self._logger = logger
+        return SimpleNamespace(deserialize_cuda_engine=self._engine)
+
+    def log(self, message: str) -> None:
+        self._logger.log("Severity.ERROR", message)
+
+    def _engine(self, plan: mmap.mmap) -> _Engine | None:
+        assert isinstance(plan, mmap.mmap), "a copy of the plan"
         try:
-            return _Engine(self, json.loads(plan))
+            engine = _Engine(self, json.loads(bytes(plan)))
         except ValueError:
-            logger.log("Severity.ERROR", "[file.cpp::f::1] the plan is corrupt")
+            self.log(self.refusal or "[file.cpp::f::1] the plan is corrupt")
             return None
+        self.engines.append(engine)
+        return engine
 
     @staticmethod
     def nptype(dtype: str) -> type:
@@ -259,6 +283,7 @@ class _Network:
 class _Engine:
     def __init__(self, package: FakeTensorRT, plan: dict[str, Any]) -> None:
         self.package, self.rows = package, plan["rows"]
+        self.device_memory_size_v2 = 1000 * self.rows[2] if "onnx" in plan else 0
         if "update" in plan:
             self._update = update_component(*plan["update"])
             self.inputs, self.outputs = (
@@ -300,24 +325,60 @@ class _Engine:
         assert index == 0
         return [(rows, *self.get_tensor_shape(name)[1:]) for rows in self.rows]
 
-    def create_runtime_config(self) -> Any:
+    def create_runtime_config(self) -> _Config:
         assert self.package.rtx, "TensorRT 10.3 has no such call"
-        return SimpleNamespace(cuda_graph_strategy=None)
+        self.package.configs.append(_Config(self.package))
+        return self.package.configs[-1]
 
-    def create_execution_context(self, config: Any = None) -> _Context:
-        assert (config is not None) == self.package.rtx
-        context = _Context(self, config)
-        self.package.contexts.append(context)
-        return context
+    def create_execution_context(self, strategy: Any) -> _Context:
+        if self.package.rtx:
+            assert strategy.memory == "user" and strategy.dynamic_shapes_kernel_specialization_strategy == "eager"
+        else:
+            assert strategy == "user"
+        return _Context(self, strategy)
+
+
+class _Config:
+    """``IRuntimeConfig``, and ``IRuntimeCache`` as text: where it was made, and what was compiled."""
+
+    def __init__(self, package: FakeTensorRT) -> None:
+        self._package = package
+        self.cuda_graph_strategy = self.dynamic_shapes_kernel_specialization_strategy = self.memory = ""
+        self.cache: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.memory = strategy
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.cache = cache
+        return True
+
+    def create_runtime_cache(self) -> Any:
+        compiled: set[str] = set()
+
+        def deserialize(content: bytes) -> bool:
+            made, _, names = content.decode(errors="replace").partition(":")
+            compiled.update(names.split(",") if made == self._package.environment else ())
+            return made == self._package.environment
+
+        def serialize() -> bytes:
+            return f"{self._package.environment}:{','.join(sorted(compiled))}".encode()
+
+        return SimpleNamespace(compiled=compiled, deserialize=deserialize, serialize=serialize)
 
 
 class _Context:
     def __init__(self, engine: _Engine, config: Any) -> None:
-        self._engine, self.config = engine, config
+        engine.package.cuda.contexts.add(self)
+        self._engine, self._config = engine, config
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._generation = 0
         self._prepared = -1  # generation of the last launch that was no recording
+        self._activations = (0, 0)
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self._activations = (address, size)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -339,16 +400,24 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         cuda, engine = self._engine.package.cuda, self._engine
         if engine.package.refuse_launches:
+            if engine.package.refusal:
+                engine.package.log(engine.package.refusal)
             return False
         generation = self._generation
         assert set(self._shapes) == set(engine.inputs), "a shape is missing"
         assert len(set(self._addresses.values())) == len(engine.tensors), "a tensor is written where another is read"
+        address, size = self._activations
+        assert size >= engine.device_memory_size_v2, "too little memory for the activations"
+        if engine.package.rtx:
+            self._config.cache.compiled.add(f"{'+'.join(engine.outputs)} {next(iter(self._shapes.values()))[0]}")
         if cuda.recording is None:
             self._prepared = generation
         assert self._prepared == generation, "recorded before the first launch with these shapes"
 
         def compute() -> None:
             assert self._generation == generation, "a graph that was recorded for other shapes"
+            if size:
+                cuda.memory[address][:] = b"\xff" * size  # what another context has left there is gone
             feeds = {}
             for name, shape in self._shapes.items():
                 dtype = np.dtype(engine.inputs[name][0])
@@ -368,9 +437,14 @@ def trt_runtime(bundle: Bundle, cuda: FakeCuda, variant: str = "tensorrt") -> tu
     return TrtRuntime(bundle, variant, cuda=cuda, package=package), package  # type: ignore[arg-type]
 
 
-def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
-    """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``."""
-    key_fields = {"precision": bundle.precision, "variant": "tensorrt", "version": VERSION, "gpu": ORIN.name}
+def write_engine(
+    bundle: Bundle, max_batch: int = 1, figures: Mapping[str, dict[str, int]] = MappingProxyType({}), **changes: Any
+) -> Engine:
+    """Put an engine for ``FakeTensorRT`` into ``bundle``. ``changes`` are fields of ``EngineKey`` or of ``Engine``.
+
+    ``figures`` are what the build of each component has measured.
+    """
+    key_fields = {"precision": bundle.precision, "variant": "tensorrt", "version": VERSION, "gpu": ORIN.model}
     key_fields |= {"compute_capabilities": ("8.7",)}
     key = EngineKey(**{name: changes.pop(name, value) for name, value in key_fields.items()})
     folder = bundle.path / "engines" / key.folder
@@ -387,6 +461,7 @@ def write_engine(bundle: Bundle, max_batch: int = 1, **changes: Any) -> Engine:
         )
         path.write_text(json.dumps({**made, "rows": profiles[name]}))
         plans[name] = {"file": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
+        plans[name] |= figures.get(name, {})
     fields: dict[str, Any] = {
         "onnx": {n: bundle.files[c.file]["sha256"] for n, c in bundle.components.items()},
         "plans": plans,

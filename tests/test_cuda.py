@@ -6,6 +6,7 @@ What the calls do is the driver's affair: ``test_trt`` tries them on a real one 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ class Library:
         if name == "cuDeviceGetName":
             arguments[0].value = b"Orin"
         elif name == "cuDeviceGetAttribute":
-            arguments[0]._obj.value = {75: 8, 76: 7, 18: 1}[arguments[1]]
+            arguments[0]._obj.value = {75: 8, 76: 7, 18: 1, 16: 8}[arguments[1]]
+        elif name == "cuMemGetInfo_v2":
+            arguments[0]._obj.value, arguments[1]._obj.value = 5_000_000_000, 7_800_000_000
         elif name == "cuGetErrorString":
             arguments[1]._obj.value = b"out of memory"
         elif name == "cuStreamEndCapture":
@@ -60,8 +63,24 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 def test_the_gpus_facts(library: Library) -> None:
-    assert find_gpu() == Gpu("Orin", (8, 7), 7_800_000_000, True, "12.6")
+    assert find_gpu() == Gpu("Orin", (8, 7), 7_800_000_000, True, "12.6", 8)
     assert library.named("cuDevicePrimaryCtxRetain") == [], "asking takes no GPU memory"
+    assert Cuda().free_memory() == 5_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("memory", "processors", "model"),
+    [
+        (3_300_000_000, 4, "Orin 4 SM 4 GB"),
+        (7_620_000_000, 8, "Orin 8 SM 8 GB"),
+        (16_300_000_000, 8, "Orin 8 SM 16 GB"),
+        (32_200_000_000, 14, "Orin 14 SM 32 GB"),
+        (65_900_000_000, 16, "Orin 16 SM 64 GB"),
+    ],
+)
+def test_modules_that_the_driver_calls_alike_are_told_apart(memory: int, processors: int, model: str) -> None:
+    gpu = Gpu("Orin", (8, 7), memory, True, "12.6", processors)
+    assert gpu.model == model and replace(gpu, integrated=False).model == "Orin"
 
 
 def test_no_driver_and_no_gpu(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:

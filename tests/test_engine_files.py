@@ -60,10 +60,11 @@ def test_what_was_written_is_read(bundle: Bundle) -> None:
     [
         (
             {"version": "10.4.0"},
-            r"built with TensorRT 10\.4\.0 for GPU Orin .*this machine has TensorRT 10\.3\.0 and Orin \(8\.7\)",
+            r"built with TensorRT 10\.4\.0 for GPU Orin .*, this machine has TensorRT 10\.3\.0 and Orin 8 SM 8 GB \(8",
         ),
         ({"gpu": "Xavier"}, r"for GPU Xavier \(compute capability 8\.7\), this machine has .* and Orin"),
-        ({"gpu": "Orin", "compute_capabilities": ("8.9",)}, r"compute capability 8\.9\), this machine .*8\.7"),
+        ({"gpu": "Orin 16 SM 64 GB"}, r"for GPU Orin 16 SM 64 GB \(.*, this machine has .* and Orin 8 SM 8 GB \(8"),
+        ({"compute_capabilities": ("8.9",)}, r"compute capability 8\.9\), this machine .*8\.7"),
         ({"precision": "fp16"}, r"built with precision fp16, the bundle has float32"),
         (
             {"onnx": {"vae_encoder": "0" * 64, "denoiser": "0" * 64, "vae_decoder": "0" * 64}},
@@ -101,12 +102,22 @@ def test_rtx_engines_run_on_any_card_of_their_generations(bundle: Bundle) -> Non
         choose(bundle, "tensorrt", gpu=ADA)
 
 
-def test_an_altered_or_missing_plan_is_refused(bundle: Bundle) -> None:
+def test_an_altered_truncated_or_missing_plan_is_refused(bundle: Bundle) -> None:
+    """What is missing or has another size before anything is loaded, another content when it is mapped."""
     engine = write_engine(bundle)
-    flip_byte(engine.plan_path("denoiser"))
-    with pytest.raises(BundleError, match=r"denoiser\.plan was altered, .*--engine tensorrt` --force"):
+    path = engine.plan_path("denoiser")
+    content = path.read_bytes()
+    with choose(bundle).map_plan("denoiser", "mend it") as plan:
+        assert bytes(plan) == content
+        with pytest.raises(TypeError):
+            plan[0] = 0
+    flip_byte(path)
+    with pytest.raises(BundleError, match=r"denoiser\.plan was altered, its SHA-256 is not the recorded one: mend it"):
+        choose(bundle).map_plan("denoiser", "mend it")
+    path.write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=r"denoiser\.plan has \d+ bytes, \d+ are recorded: run .*tensorrt` --force"):
         choose(bundle)
-    engine.plan_path("denoiser").unlink()
+    path.unlink()
     with pytest.raises(BundleError, match=r"denoiser\.plan is missing: run"):
         choose(bundle)
 
@@ -132,6 +143,7 @@ def change(*keys: str | int, value: Any = None) -> Any:
         (change("plans"), "plans is missing"),
         (change("plans", "denoiser"), "plans.denoiser is missing"),
         (change("plans", "update"), "plans.update is missing"),
+        (change("profiles", "update"), "profiles.update is missing"),
         (change("plans", "denoiser", "bytes", value="many"), "plans.denoiser.bytes is 'many', expected a valid int"),
         (change("plans", "update", "sha256", value="0"), "plans.update.sha256 is '0', expected to match pattern"),
         (change("plans", "denoiser", "file", value="../../x"), r"'\.\./\.\./x' leaves the folder"),

@@ -7,6 +7,7 @@ else is built from toys. No engine is executed here: that takes a GPU, see ``tes
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from trt_network import describe_network, network_facts
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
-from moebius_edge.export import EngineOptions, build_engines, engines
+from moebius_edge.export import EngineOptions, build_engines, engines, trt_builder
 from moebius_edge.export.engines import copy_bundle_for_engines, find_engine_key
 from moebius_edge.export.trt_builder import TrtBuilder, build, import_polygraphy, make_monitor
 from moebius_edge.progress import no_progress
@@ -43,7 +44,7 @@ Captured = pytest.CaptureFixture[str]
 OPTIONS = EngineOptions("tensorrt-rtx", compute_capabilities=("8.6",))
 COMMAND = ("--engine", "tensorrt-rtx", "--compute-capability", "8.6")
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24_000_000_000, False, "13.0")
-ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6")
+ORIN = Gpu("Orin", (8, 7), 8_000_000_000, True, "12.6", 8)
 
 
 @pytest.fixture
@@ -83,6 +84,10 @@ def test_a_bundle_becomes_engines_without_pytorch(tiny: tuple[Any, Bundle]) -> N
     assert str(folder) in done.stdout and "build denoiser_shallow (3 of 5)" in done.stderr
     engine = read_engine(folder)
     engine.verify("")
+    for component, plan in engine.plans.items():  # what TensorRT logged; update has indices for weights
+        assert 0 < plan["weights_bytes"] < plan["bytes"], component
+        assert plan["persistent_bytes"] is not None, component
+        assert (plan["activation_bytes"] > 1_000_000) == (component != "update"), component
     names = [*bundle.components, "update"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["engine.json", *(f"{name}.plan" for name in names)])
     assert engine.onnx == {n: bundle.files[f"{n}.onnx"]["sha256"] for n in bundle.components}
@@ -212,6 +217,7 @@ def test_a_timing_cache_is_for_tensorrt_and_named_after_the_gpu(
     key = replace(find_engine_key(OPTIONS, "float32"), version="10.3.0", gpu="Orin (nvgpu)")
     default = engines._timing_cache(toy, EngineOptions("tensorrt"), key)
     assert default == str(toy.path / "engines" / "timing-10.3.0-Orin-nvgpu-.cache")
+    assert engines._timing_cache(toy, OPTIONS, key) is None, "its own are no-ops"
     with pytest.raises(UsageError, match="TensorRT for RTX keeps no timing cache: leave --timing-cache out"):
         build_engines(toy, replace(OPTIONS, timing_cache=tmp_path / "x"))
 
@@ -274,6 +280,15 @@ def test_the_first_error_that_tensorrt_logs_is_the_cause(logged: str | None, kin
 
     with pytest.raises(kind, match=message):
         builder._call("build x", load)
+
+
+def test_the_sizes_that_a_build_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TensorRT 10.3 and as TensorRT for RTX 1.7 write them; a plan for two GPU generations has two of each."""
+    texts = ["[I] Total Weights Memory: 16066278400", "Total Activation Memory: 5 bytes", "Total Activation Memory: 29"]
+    records = [logging.makeLogRecord({"msg": text}) for text in texts]
+    monkeypatch.setattr(trt_builder, "_LOG", types.SimpleNamespace(buffer=records))
+    sizes = [trt_builder.logged_bytes(what) for what in ("Weights", "Activation", "Device Persistent")]
+    assert sizes == [16_066_278_400, 29, None]
 
 
 # When engines are built again
@@ -395,7 +410,7 @@ def test_tensorrt_builds_on_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UsageError, match="max batch is 0: give 1 or more pictures"):
         find_engine_key(EngineOptions("tensorrt", max_batch=0), "float16")
     on(monkeypatch, ORIN)
-    assert find_engine_key(EngineOptions("tensorrt"), "float16").folder == "float16-tensorrt-10.3.0-orin-sm87"
+    assert find_engine_key(EngineOptions("tensorrt"), "float16").folder == "float16-tensorrt-10.3.0-orin-8-sm-8-gb-sm87"
 
 
 @pytest.mark.parametrize(

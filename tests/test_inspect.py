@@ -79,12 +79,12 @@ def test_engines_are_listed(toy: Path, capsys: Captured) -> None:
     (toy / "engines" / "rubbish").mkdir()
     lines = printed(capsys, "inspect", toy)
     rows = [line.split() for line in lines[-7:-3]]
-    names = [*(f"float32-tensorrt-10.{minor}.0-orin-sm87" for minor in (3, 4, 5)), "rubbish"]
-    assert [row[0] for row in rows] == names and rows[0][1:4] == ["Orin", "8.7", "4"]
+    names = [*(f"float32-tensorrt-10.{minor}.0-orin-8-sm-8-gb-sm87" for minor in (3, 4, 5)), "rubbish"]
+    assert [row[0] for row in rows] == names and rows[0][1:8] == ["Orin", "8", "SM", "8", "GB", "8.7", "4"]
     assert [row[-1] for row in rows] == ["verified", "stale", "damaged", "damaged"]
     assert lines[-3] == f"{names[1]} is stale: built from another vae_encoder.onnx than the bundle's"
     assert lines[-2].startswith(f"{names[2]} is damaged: {toy}/engines/") and "SHA-256" in lines[-2]
     assert lines[-1].startswith("rubbish is damaged: ") and "holds no engine.json" in lines[-1]
     engines = as_json(capsys, "inspect", toy, "--no-verify")["engines"]
-    assert engines[0]["path"] == str(right.path) and engines[0]["key"]["gpu"] == "Orin"
+    assert engines[0]["path"] == str(right.path) and engines[0]["key"]["gpu"] == "Orin 8 SM 8 GB"
     assert [row["state"].split(":")[0] for row in engines] == ["not verified", "stale", "not verified", "damaged"]

@@ -12,9 +12,10 @@ from fake_trt import NOT_PERMITTED, FakeCuda, FakeTensorRT, trt_runtime, write_e
 from toy import expected_latent, make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
-from moebius_edge.errors import BundleError, MachineError
+from moebius_edge.errors import BundleError, MachineError, OutOfMemory
 from moebius_edge.pipeline.latency import StageTimer
 from moebius_edge.pipeline.loop import Step, denoise
+from moebius_edge.pipeline.presets import preset_settings
 from moebius_edge.runtimes import Runtime, create_runtime
 from moebius_edge.runtimes.base import drawn_feeds
 from moebius_edge.runtimes.latent_loop import guidance_rows, update_component
@@ -61,7 +62,7 @@ def latents_of(runtime: Runtime, given: Start, sampling: Sampling) -> list[np.nd
 
 def spoil(package: FakeTensorRT, call: int, value: float) -> None:
     """Put ``value`` into the last row of what the denoiser predicts at its ``call``-th call."""
-    engine = next(c._engine for c in package.contexts if "timestep" in c._engine.inputs)
+    engine = next(engine for engine in package.engines if "timestep" in engine.inputs)
     compute, calls = engine.compute, []
 
     def spoilt(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -138,14 +139,14 @@ def test_the_shallow_part_runs_by_itself_too(deep: Bundle) -> None:
 
 
 def traffic(runtime: Runtime, cuda: FakeCuda, given: Start, sampling: Sampling) -> np.ndarray:
-    """Bytes up, bytes down and graphs launched so far, after each step, each of which is an entry of the timer."""
-    seen: list[tuple[int, int, int]] = []
+    """Bytes up, bytes down and graphs launched, before the first step and after each, an entry of the timer each."""
+    seen = [(cuda.bytes_up, cuda.bytes_down, cuda.calls.get("launch_graph", 0))]
 
     def note(step: Step) -> None:
         seen.append((cuda.bytes_up, cuda.bytes_down, cuda.calls.get("launch_graph", 0)))
 
     denoise(runtime, *given, sampling, note, timer := StageTimer())
-    assert timer.summary()["denoise"]["count"] == len(seen)
+    assert timer.summary()["denoise"]["count"] == len(seen) - 1
     return np.array(seen)
 
 
@@ -159,28 +160,29 @@ def test_between_steps_only_numbers_travel(
     bundle, cuda = Bundle.load(make_toy_bundle(tmp_path / "toy", resolution)), FakeCuda()
     with on_gpu(bundle, cuda)[0] as runtime:
         seen = traffic(runtime, cuda, start(batch, size=resolution // 8), Sampling(DDIM(6), guidance))[:, :2]
-    assert set(np.diff(seen[:-1], axis=0).flatten().tolist()) == {28 * rows, 4 * rows}
+    assert set(np.diff(seen[1:-1], axis=0).flatten().tolist()) == {28 * rows, 4 * rows}
     plane = 4 * (resolution // 8) ** 2
     first_up = rows * (13 * plane + 8 + 4 + 4 + 28)  # sample and a clean prediction of zeros; branch, indices; a step
-    assert seen[0].tolist() == [first_up, 4 * rows]
+    assert (seen[1] - seen[0]).tolist() == [first_up, 4 * rows]
     assert (seen[-1] - seen[-2]).tolist() == [28 * rows, 4 * rows + rows * 9 * plane]
 
 
-def test_a_step_becomes_one_launch(bundle: Bundle) -> None:
+def test_every_step_is_one_launch_from_the_first_on(bundle: Bundle) -> None:
+    """For the pictures that loading prepares, which is one and as many as fit; other numbers follow when they come."""
     cuda, calls = FakeCuda(), []
     with on_gpu(bundle, cuda)[0] as runtime:
-        assert runtime.info["cuda_graph"] == "not recorded"
-        denoise(runtime, *start(1), Sampling(DDIM(6), 2.0), lambda step: calls.append(dict(cuda.calls)))
         assert runtime.info["cuda_graph"] == "recorded"
-        assert "begin_capture" not in calls[0] and cuda.calls["begin_capture"] == 1
-        changed = {name for name in calls[-2] if calls[-2][name] != calls[1][name]}
-        assert changed == {"launch_graph", "synchronise"} and cuda.calls["launch_graph"] == 5
-        denoise(runtime, *start(1), Sampling(DPMSolverPP2M(4), 3.0))
-        assert cuda.calls["begin_capture"] == 1 and cuda.calls["launch_graph"] == 9, "another sampler, the same graph"
-        denoise(runtime, *start(2), Sampling(DDIM(4), 2.0))
-        assert cuda.calls["begin_capture"] == 2 and cuda.calls["destroy_graph"] == 1
-        denoise(runtime, *start(1), Sampling(DDIM(1), 2.0))
-        assert cuda.calls["destroy_graph"] == 2 and runtime.info["cuda_graph"] == "not recorded"
+        assert cuda.calls["begin_capture"] == 4, "one picture and three, of one row each and of two"
+        denoise(runtime, *start(1), Sampling(DDIM(6), 2.0), lambda step: calls.append(dict(cuda.calls)))
+        changed = {name for name in calls[-2] if calls[-2][name] != calls[0][name]}
+        assert changed == {"launch_graph", "synchronise"} and cuda.calls["launch_graph"] == 6
+        denoise(runtime, *start(1), Sampling(DPMSolverPP2M(4), 1.0))
+        denoise(runtime, *start(3), Sampling(DDIM(4), 2.0))
+        assert cuda.calls["begin_capture"] == 4 and cuda.calls["launch_graph"] == 14
+        for _ in range(2):
+            denoise(runtime, *start(2), Sampling(DDIM(4), 2.0))
+        assert cuda.calls["begin_capture"] == 5 and cuda.calls["launch_graph"] == 22
+        assert "destroy_graph" not in cuda.calls
     assert cuda.left() == []
 
 
@@ -188,39 +190,53 @@ def test_a_step_becomes_one_launch(bundle: Bundle) -> None:
 def test_where_guidance_begins_or_ends_no_latent_travels(
     bundle: Bundle, interval: Interval, rows: tuple[int, int]
 ) -> None:
-    """Branches and row numbers go up once, and each part of the trajectory is recorded for itself."""
+    """Branches and row numbers go up once, and each step is one launch there too."""
     cuda = FakeCuda()
     with on_gpu(bundle, cuda)[0] as runtime:
         seen = traffic(runtime, cuda, start(1), Sampling(DDIM(10), 2.0, interval))
-        assert cuda.calls["begin_capture"] == 2 and cuda.calls["destroy_graph"] == 1
     step = [[28 * n, 4 * n, 1] for n in rows]
-    first = [step[1][0] + 16 * rows[1], step[1][1], 0]
-    assert np.diff(seen[:-1], axis=0).tolist() == [step[0]] * 4 + [first] + [step[1]] * 3
+    first = [step[1][0] + 16 * rows[1], step[1][1], 1]
+    assert np.diff(seen[1:-1], axis=0).tolist() == [step[0]] * 4 + [first] + [step[1]] * 3
     assert cuda.left() == []
 
 
-def test_full_and_cached_steps_become_a_launch_each_and_the_feature_does_not_travel(deep: Bundle) -> None:
+def test_full_and_cached_steps_are_a_launch_each_and_the_feature_does_not_travel(deep: Bundle) -> None:
     cuda = FakeCuda()
-    with on_gpu(deep, cuda)[0] as runtime:
+    with on_gpu(deep, cuda, max_batch=1)[0] as runtime:
+        assert cuda.calls["begin_capture"] == 4
         seen = traffic(runtime, cuda, start(1), Sampling(DDIM(9), 2.0, cache_interval=3))
-        assert np.diff(seen[:-1], axis=0).tolist() == [[56, 8, n] for n in (0, 1, 1, 1, 1, 1, 1)]
-        assert cuda.calls["begin_capture"] == 2 and "destroy_graph" not in cuda.calls
-        denoise(runtime, *start(1), Sampling(DDIM(4), 2.0, cache_interval=4))
-        assert cuda.calls["launch_graph"] == 7 + 4 and cuda.calls["begin_capture"] == 2, "recorded once for all"
+        assert np.diff(seen[1:-1], axis=0).tolist() == [[56, 8, 1]] * 7
+        assert cuda.calls["launch_graph"] == 9 and cuda.calls["begin_capture"] == 4
     assert cuda.left() == []
 
 
-def test_another_use_of_the_denoiser_voids_the_graph(bundle: Bundle) -> None:
-    """Between two pictures it has other shapes, and then again the first ones: the graph of before is no good."""
+def test_every_step_of_the_fast_preset_is_a_replay(deep: Bundle) -> None:
+    """Its guidance ends on the way and its features are reused, so rows and networks change within a picture."""
+    chosen = preset_settings("fast", {}, deep)
+    scheduler = SCHEDULERS[chosen["scheduler"]](chosen["steps"])
+    sampling = Sampling(scheduler, 2.0, chosen["guidance_interval"], chosen["cache_interval"])
+    kinds = {(call.rows, call.full) for call in sampling.calls()}
+    assert kinds == {(1, True), (1, False), (2, True), (2, False)}
+    cuda, steps = FakeCuda(), len(scheduler.timesteps)
+    with on_gpu(deep, cuda, max_batch=1)[0] as runtime, create_runtime("onnxruntime", deep, "cpu", 1) as host:
+        for picture in range(3):
+            launched, recorded = cuda.calls.get("launch_graph", 0), cuda.calls["begin_capture"]
+            last = denoise(runtime, *start(1, picture), sampling)
+            assert cuda.calls["launch_graph"] - launched == steps and cuda.calls["begin_capture"] == recorded
+            np.testing.assert_allclose(last, denoise(host, *start(1, picture), sampling), rtol=0, atol=2e-5)
+
+
+def test_another_use_of_the_denoiser_disturbs_no_graph(bundle: Bundle) -> None:
+    """Between two pictures it runs with other inputs and other numbers of rows."""
     cuda, given, sampling = FakeCuda(), start(1), Sampling(DDIM(4), 2.0)
     with on_gpu(bundle, cuda)[0] as runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as host:
         expected = denoise(host, *given, sampling)
-        for rows in (2, 1, 2):
+        for rows in (2, 1, 5):
             np.testing.assert_array_equal(denoise(runtime, *given, sampling), expected)
             feeds = drawn_feeds(bundle.components["denoiser"], rows)
             noise, right = (r.run("denoiser", feeds)["noise"] for r in (runtime, host))
             np.testing.assert_array_equal(noise, right)
-        assert cuda.calls["begin_capture"] == 2
+        assert cuda.calls["begin_capture"] == 4 and cuda.calls["launch_graph"] == 12
 
 
 def test_recording_that_fails_is_told_and_changes_no_result(bundle: Bundle) -> None:
@@ -250,9 +266,9 @@ def test_a_noise_that_is_not_finite_names_its_step(
         spoil(package, call, value)
         timestep = DDIM(5).timesteps[call - 1]
         with pytest.raises(BundleError, match=rf"denoiser returned {what}.* at step {call} of 5 \(t={timestep}\)"):
-            denoise(runtime, *start(2), Sampling(DDIM(5), guidance), done.append)
+            denoise(runtime, *start(3), Sampling(DDIM(5), guidance), done.append)
         assert len(done) == call - 1
-        assert np.isfinite(denoise(runtime, *start(2), Sampling(DDIM(5), guidance))).all(), "the next is not spoilt"
+        assert np.isfinite(denoise(runtime, *start(3), Sampling(DDIM(5), guidance))).all(), "the next is not spoilt"
 
 
 def test_two_batches_at_a_time_are_refused(bundle: Bundle) -> None:
@@ -290,7 +306,7 @@ def test_more_pictures_than_the_engine_takes_names_the_option(
         denoise(runtime, *start(3), Sampling(DDIM(4), 2.0, interval))
 
 
-@pytest.mark.parametrize(("call", "first"), [("copy", 0), ("upload", 0), ("synchronise", 2), ("launch_graph", 2)])
+@pytest.mark.parametrize(("call", "first"), [("upload", 0), ("synchronise", 2), ("launch_graph", 2)])
 def test_a_driver_that_fails_is_one_line_and_frees_all(bundle: Bundle, call: str, first: int) -> None:
     cuda = FakeCuda()
 
@@ -303,6 +319,22 @@ def test_a_driver_that_fails_is_one_line_and_frees_all(bundle: Bundle, call: str
             cuda.fail[call] = 700
         with pytest.raises(MachineError, match=r"cannot (run denoiser|start sampling) .*the GPU with `nvidia-smi`"):
             denoise(runtime, *start(1), Sampling(DDIM(5), 2.0), fail_after)
+    assert cuda.left() == []
+
+
+def test_memory_that_runs_out_while_rows_are_prepared_spoils_nothing(bundle: Bundle) -> None:
+    """Two pictures were not prepared on loading: once memory is there again, they are."""
+    cuda, sampling = FakeCuda(), Sampling(DDIM(4), 2.0)
+    runtime, package = on_gpu(bundle, cuda)
+    with runtime, create_runtime("onnxruntime", bundle, "cpu", 1) as host:
+        package.refuse_launches, package.refusal = True, "Error Code 1: Cuda Runtime (out of memory)"
+        with pytest.raises(OutOfMemory, match="cannot start sampling .*not enough memory on the GPU"):
+            denoise(runtime, *start(2), sampling)
+        package.refuse_launches = False
+        for batch in (1, 2):
+            actual, expected = (denoise(r, *start(batch), sampling) for r in (runtime, host))
+            np.testing.assert_array_equal(actual, expected)
+        assert cuda.calls["begin_capture"] == 5 and cuda.calls["launch_graph"] == 8
     assert cuda.left() == []
 
 

@@ -232,7 +232,7 @@ def test_native_engines_come_first_where_they_fit(bundle: Bundle, monkeypatch: p
     assert "has no TensorRT engine: run `moebius-edge export" in native.problem(bundle)
     monkeypatch.setattr(engine_files, "choose_engine", lambda *given, **options: asked.append((given, options)))
     assert native.problem(bundle) == ""
-    assert asked == [((bundle, engine_files.VARIANTS["tensorrt"], "10.3.0", gpu), {"verify": False})]
+    assert asked == [((bundle, engine_files.VARIANTS["tensorrt"], "10.3.0", gpu), {})]
     assert rtx.problem(bundle) == "the package tensorrt_rtx is missing"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
+from moebius_edge.imaging.pictures import read_picture
+from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.loop import denoise
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.base import Arrays, drawn_feeds
+from moebius_edge.runtimes.engine_files import make_logger, read_engine
 from moebius_edge.runtimes.trt import TrtRuntime
 from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M
@@ -91,8 +96,13 @@ def test_run_is_onnxruntimes_byte_for_byte(
     assert cuda.left() == []
 
 
-def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle) -> None:
-    write_engine(bundle, variant="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.7"))
+@pytest.fixture
+def rtx(bundle: Bundle) -> Path:
+    """The folder of the bundle's engine for TensorRT for RTX."""
+    return write_engine(bundle, variant="tensorrt-rtx", gpu="any", compute_capabilities=("8.6", "8.7")).path
+
+
+def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle, rtx: Path) -> None:
     cuda = FakeCuda()
     runtime, package = trt_runtime(bundle, cuda, "tensorrt-rtx")
     with runtime:
@@ -100,9 +110,68 @@ def test_tensorrt_for_rtx_records_by_itself(bundle: Bundle) -> None:
             given = feeds(2, seed)
             np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
         assert "begin_capture" not in cuda.calls
-        assert [c.config.cuda_graph_strategy for c in package.contexts] == ["whole"] * 4
-        assert runtime.info["cuda_graph"] == "TensorRT's own"
+        assert [config.cuda_graph_strategy for config in package.configs] == ["whole"] * 4
+        assert runtime.info["cuda_graph"] == "TensorRT's own" and runtime.info["runtime_cache"] == "new"
+    assert cuda.left() == [] and (rtx / "runtime-orin.cache").is_file()
+    with runtime:
+        np.testing.assert_array_equal(runtime.run("denoiser", given)["noise"], expected(bundle, given))
+        assert runtime.info["runtime_cache"] == "loaded"
     assert cuda.left() == []
+
+
+def use_once(bundle: Bundle, environment: str = "driver 580") -> tuple[TrtRuntime, FakeTensorRT]:
+    runtime, package = trt_runtime(bundle, FakeCuda(), "tensorrt-rtx")
+    package.environment = environment
+    with runtime:
+        runtime.run("vae_decoder", {"latent": np.zeros((1, 4, 8, 8), np.float32)})
+    return runtime, package
+
+
+def test_what_tensorrt_for_rtx_compiles_is_kept(bundle: Bundle, rtx: Path) -> None:
+    """One cache for all engines; it is written when there is more in it, and is not part of what a bundle records."""
+    file = rtx / "runtime-orin.cache"
+    first, package = use_once(bundle)
+    content = file.read_bytes()
+    assert content == b"driver 580:image 1,next_sample+next_clean+magnitude 1,next_sample+next_clean+magnitude 2," + (
+        b"noise 1,noise 2"
+    )
+    assert all(config.cache is package.configs[0].cache for config in package.configs) and first.notes == []
+    stamp = file.stat().st_mtime_ns
+    again, package = use_once(bundle)
+    assert again.info["runtime_cache"] == "loaded" and again.notes == []
+    assert file.stat().st_mtime_ns == stamp and sorted(p.suffix for p in rtx.iterdir())[0] == ".cache"
+    read_engine(rtx).verify("")
+
+
+@pytest.mark.parametrize("content", [b"driver 570:image 1", b"rubbish", b"driver 580"[:7]])
+def test_a_foreign_or_damaged_runtime_cache_is_replaced(bundle: Bundle, rtx: Path, content: bytes) -> None:
+    file = rtx / "runtime-orin.cache"
+    file.write_bytes(content)
+    runtime, _ = use_once(bundle)
+    assert runtime.info["runtime_cache"] == "rebuilt"
+    (note,) = runtime.notes
+    assert note.startswith(f"{file} is damaged, or of another driver, GPU or version: TensorRT compiles its kernels")
+    assert file.read_bytes().startswith(b"driver 580:image 1") and use_once(bundle)[0].notes == []
+
+
+def test_a_runtime_cache_that_cannot_be_kept_is_no_failure(
+    bundle: Bundle, rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moebius_edge.runtimes.engine_files.os.access", lambda path, mode: False)
+    runtime, _ = use_once(bundle)
+    assert "is write-protected, so no runtime cache is kept there" in runtime.notes[0]
+    assert not list(rtx.glob("*.cache"))
+    monkeypatch.undo()
+    (rtx / "runtime-orin.cache").mkdir()
+    runtime, _ = use_once(bundle)
+    assert runtime.info["runtime_cache"].startswith("not written: output ")
+    (rtx / "runtime-orin.cache").rmdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"the user's")
+    (rtx / "runtime-orin.cache").symlink_to(victim)
+    with pytest.raises(BundleError, match=r"runtime-orin\.cache"):
+        use_once(bundle)
+    assert victim.read_bytes() == b"the user's"
 
 
 def test_info_says_what_executes_and_too_many_rows_name_the_option(bundle: Bundle) -> None:
@@ -112,7 +181,7 @@ def test_info_says_what_executes_and_too_many_rows_name_the_option(bundle: Bundl
     most = r"denoiser takes 2 rows and this call has 6: run .* --max-batch 3"
     with runtime, pytest.raises(BundleError, match=most):
         named = {"name": "tensorrt", "version": "10.3.0", "device": "cuda", "provider": engine.key.folder}
-        assert runtime.info == {**named, "gpu": "Orin", "cuda_graph": "not recorded"}
+        assert runtime.info == {**named, "gpu": "Orin", "cuda_graph": "recorded"}
         runtime.run("denoiser", feeds(6))
 
 
@@ -139,22 +208,98 @@ def test_a_failing_launch_is_one_line_and_frees_all(bundle: Bundle) -> None:
         with pytest.raises(MachineError, match="cannot run denoiser .*check the GPU with `nvidia-smi`"):
             runtime.run("denoiser", feeds(2))
     assert cuda.left() == []
+    cuda.fail.clear()
     with pytest.raises(MachineError, match="cannot run denoiser"), runtime:  # what cannot be freed does not hide it
         cuda.fail.update(dict.fromkeys(("synchronise", "free", "free_host", "destroy_stream", "close"), 700))
         runtime.run("denoiser", feeds(2))
 
 
-def test_a_plan_that_tensorrt_refuses(bundle: Bundle) -> None:
-    """Its hash is right, so it is TensorRT that finds it wrong, and says so on its log."""
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "the plan is corrupt",
+        "The engine plan file is generated on an incompatible device, expecting compute 8.7 got compute 8.9, please re",
+        "The engine plan file is not compatible with this version of TensorRT, expecting library version 10.3.0.26",
+    ],
+)
+def test_a_plan_that_tensorrt_refuses(bundle: Bundle, refusal: str) -> None:
+    """Its hash is right, so it is TensorRT that finds it wrong, or for another machine, and says so on its log."""
     engine = write_engine(bundle)
     path = engine.plan_path("denoiser")
     path.write_bytes(b"no plan")
     engine.plans["denoiser"].update(sha256=sha256_file(path), bytes=7)
     write_document(engine)
     cuda = FakeCuda()
-    message = r"cannot load .*denoiser\.plan .*the plan is corrupt.*--force"
-    refuse_to_enter(trt_runtime(bundle, cuda)[0], BundleError, message)
+    runtime, package = trt_runtime(bundle, cuda)
+    package.refusal = refusal
+    refuse_to_enter(runtime, BundleError, rf"cannot load .*denoiser\.plan \({refusal}\): run .* with --force")
     assert cuda.left() == []
+
+
+def test_a_plan_that_was_altered_or_cut_is_refused_before_tensorrt_sees_it(bundle: Bundle) -> None:
+    engine, cuda = write_engine(bundle), FakeCuda()
+    path = engine.plan_path("vae_encoder")
+    content = path.read_bytes()
+    for damaged, message in ((content[:-9], "has \\d+ bytes, \\d+ are recorded"), (b"x" + content[1:], "was altered")):
+        path.write_bytes(damaged)
+        runtime, package = trt_runtime(bundle, cuda)
+        refuse_to_enter(runtime, BundleError, rf"vae_encoder\.plan {message}.*--engine tensorrt` (with )?--force")
+        assert package.engines == [] and cuda.left() == []
+
+
+def test_an_engine_reads_no_onnx_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a bundle that is named, the files are compared where ONNX Runtime will read them, and only there."""
+    write_engine(bundle)
+    cuda = FakeCuda()
+    monkeypatch.setattr("moebius_edge.runtimes.trt.load_package", lambda variant: FakeTensorRT(cuda))
+    monkeypatch.setattr("moebius_edge.runtimes.trt.Cuda", lambda: cuda)
+    hashed: list[str] = []
+    monkeypatch.setattr("moebius_edge.bundle.bundle.sha256_file", lambda path: hashed.append(path.name) or "")
+    Inpainter(bundle.path, "tensorrt")
+    assert hashed == []
+    with pytest.raises(BundleError, match=r"\.onnx was altered"):
+        Inpainter(bundle.path, "onnxruntime")
+    assert len(hashed) == 1
+
+
+@pytest.mark.parametrize("call", ["execute_async_v3", "launch_graph"])
+def test_memory_that_runs_out_in_a_picture_costs_that_picture_alone(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    """One line and no file for the second of three, whoever refused it: TensorRT on its log, or the driver."""
+    write_engine(bundle)
+    cuda = FakeCuda()
+    package = FakeTensorRT(cuda)
+    monkeypatch.setattr("moebius_edge.runtimes.trt.load_package", lambda variant: package)
+    monkeypatch.setattr("moebius_edge.runtimes.trt.Cuda", lambda: cuda)
+    photos, hole = tmp_path / "photos", np.zeros((64, 64), np.uint8)
+    photos.mkdir()
+    hole[20:40, 20:40] = 255
+    for number in (1, 2, 3):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+        Image.fromarray(hole).save(photos / f"{number}_mask.png")
+
+    def read(path: Path) -> Any:
+        second = path.name == "2.png"
+        package.refuse_launches = second and call == "execute_async_v3"
+        package.refusal = "[executor.cpp::run::9] Error Code 1: Cuda Runtime (out of memory)" if second else ""
+        cuda.fail = {call: OUT_OF_MEMORY} if second and call == "launch_graph" else {}
+        return read_picture(path)
+
+    pictures = {}
+    for runtime, code in (("onnxruntime", 0), ("tensorrt", 6)):
+        out = tmp_path / runtime
+        command = ["run", str(photos), str(photos), "-b", str(bundle.path), "-o", str(out), "--steps", "3"]
+        assert main([*command, "--runtime", runtime, "--device", "cpu" if code == 0 else "cuda"]) == code
+        pictures[runtime] = {path.name: np.asarray(Image.open(path)) for path in sorted(out.iterdir())}
+        monkeypatch.setattr("moebius_edge.imaging.pictures.read_picture", read)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "2.png: TensorRT 10.3.0 cannot run" in errors[0] and "not enough memory on the GPU: close other" in errors[0]
+    assert errors[1:] == ["error: 2 of 3 done, 1 failed"] and cuda.left() == []
+    assert list(pictures["tensorrt"]) == ["1.png", "3.png"]
+    for name, picture in pictures["tensorrt"].items():
+        np.testing.assert_array_equal(picture, pictures["onnxruntime"][name])
 
 
 def test_an_engine_of_another_component_is_refused(bundle: Bundle) -> None:
@@ -173,6 +318,28 @@ def test_what_is_missing_names_the_command(bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(MachineError, match=r"package tensorrt is missing .*moebius-edge\[tensorrt\]"):
         create_runtime("tensorrt", bundle)
+
+
+def test_the_real_package_has_what_the_fake_one_has(tmp_path: Path) -> None:
+    """The names, and that it takes a mapped plan, which it refuses here, and lets go of it."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    names = {
+        "IRuntimeConfig": "create_runtime_cache set_runtime_cache set_execution_context_allocation_strategy "
+        "cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy",
+        "IRuntimeCache": "deserialize serialize",
+        "ICudaEngine": "create_runtime_config create_execution_context device_memory_size_v2 get_tensor_profile_shape",
+        "IExecutionContext": "set_device_memory set_tensor_address set_input_shape get_tensor_shape execute_async_v3",
+        "CudaGraphStrategy": "WHOLE_GRAPH_CAPTURE",
+        "DynamicShapesKernelSpecializationStrategy": "EAGER",
+        "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    }
+    for owner, members in names.items():
+        assert [m for m in members.split() if not hasattr(getattr(trt, owner), m)] == [], owner
+    (tmp_path / "x.plan").write_bytes(b"x" * 5000)
+    logged: list[str] = []
+    runtime = trt.Runtime(make_logger(trt, lambda severity, text: logged.append(text)))
+    with (tmp_path / "x.plan").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        assert runtime.deserialize_cuda_engine(plan) is None and any("header.magicTag" in text for text in logged)
 
 
 # --- a real GPU ------------------------------------------------------------------------------------------

@@ -55,10 +55,18 @@ class Bundle(Manifest):
         safe_join(folder, BUNDLE_FILE)  # a link to elsewhere is refused, as it is for the other files
         document = read_document(folder / BUNDLE_FILE, BundleDocument, BundleError, remedy)
         for name, record in document.files.items():
-            check_file(safe_join(folder, name), record, verify, remedy)
+            check_file(safe_join(folder, name), record, False, remedy)
         content = {field.name: getattr(document, field.name) for field in fields(Manifest)}
         sizes = document.resolution, document.deep_channels, document.latent_channels
-        return cls(path=folder, components=resolved_components(*sizes), **content)
+        bundle = cls(path=folder, components=resolved_components(*sizes), **content)
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compare the SHA-256 of every file with the recorded one. Raises as ``load``."""
+        for name, record in self.files.items():
+            check_file(safe_join(self.path, name), record, True, _remedy(self.path))
 
     @property
     def branches(self) -> int:

@@ -1,6 +1,7 @@
 """``moebius-edge inspect``: what a bundle is, from ``bundle.json``, and its engines, from their ``engine.json``.
 
-No graph is opened and no runtime needed, so it is not known here whether an engine suits this machine.
+No graph is opened and no runtime needed, so it is not known here whether an engine suits this machine. ``--memory``
+asks the driver for the GPU's memory, if there is one.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 def inspect(
     bundle: Annotated[str, Argument(metavar="BUNDLE", help="A bundle's folder, or the name 'tiny'.")],
     verify: Annotated[bool, Option("--verify/--no-verify", help="Compare every file's SHA-256.")] = True,
+    memory: Annotated[bool, Option("--memory", help="Show what each engine takes on the GPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a bundle: model, gate, files, tensors and engines."""
     from ..bundle.bundle import Bundle
 
     loaded = Bundle.load(bundle, verify=verify)
-    summary, engines = loaded.summary(), list(_engines(loaded, verify))
+    summary, engines = loaded.summary(), list(_engines(loaded, verify, memory))
     if as_json:
         console.print_json({**summary, "engines": engines, "verified": verify})
         return
@@ -44,12 +46,22 @@ def inspect(
     for row in engines:
         if ": " in row["state"]:
             print(f"{Path(row['path']).name} is {row['state']}")
+    for row in engines:
+        if needed := row.get("memory"):
+            print()
+            console.print_table(needed.pop("graphs"))
+            console.print_facts({"engine": Path(row["path"]).name, **needed})
+    if memory and not engines:
+        console.note("the bundle has no engines: `moebius-edge export BUNDLE --engine tensorrt` builds them")
 
 
-def _engines(bundle: Bundle, verify: bool) -> Iterator[dict[str, Any]]:
+def _engines(bundle: Bundle, verify: bool, memory: bool) -> Iterator[dict[str, Any]]:
     """Every engine as JSON, with its ``state``: verified, not verified, stale, or what is wrong with it."""
+    from ..runtimes.cuda import find_gpu
     from ..runtimes.engine_files import engine_document, engine_folders, read_engine, staleness
+    from ..runtimes.engine_memory import plan_memory
 
+    gpu = find_gpu() if memory else None
     for folder in engine_folders(bundle.path):
         row: dict[str, Any] = {"path": str(folder), "state": "verified" if verify else "not verified"}
         try:
@@ -57,7 +69,12 @@ def _engines(bundle: Bundle, verify: bool) -> Iterator[dict[str, Any]]:
             row |= engine_document(engine)
             if stale := staleness(engine, bundle):
                 row["state"] = f"stale: {stale}"
-            elif verify:
+                yield row
+                continue
+            if memory:
+                row["memory"] = plan_memory(bundle, engine, gpu).to_dict()
+                row["memory"]["gpu_memory_bytes"] = None if gpu is None else gpu.memory_bytes
+            if verify:
                 engine.verify("build it again")
         except BundleError as error:  # of the bundle's good parts it takes nothing away
             row["state"] = f"damaged: {error}"

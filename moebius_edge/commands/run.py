@@ -179,14 +179,19 @@ class Session:
         name, runtime, device = self.model
         self._opening = True
         with self.timer.measure("load"):
-            self.bundle = bundle = Bundle.load(name)
+            self.bundle = bundle = Bundle.load(name, verify=False)  # of a gigabyte, which an engine does not read
             choose_guidance(self.settings.get("guidance"), bundle.distilled_guidance)  # before a long loading
             check_interval(self.settings.get("guidance_interval"), bundle.distilled_guidance)
             check_cache_interval(self.settings.get("cache_interval", 1), bundle)
             inpainter = Inpainter(bundle, runtime, device)
-            for text in inpainter.runtime.notes:  # before it is opened: an engine may have to be built, for minutes
+            if inpainter.runtime.executes_onnx:
+                bundle.verify()
+            notes = list(inpainter.runtime.notes)
+            for text in notes:  # before it is opened: an engine may have to be built, for minutes
                 console.note(text)
             self._inpainter = inpainter.__enter__()
+            for text in inpainter.runtime.notes[len(notes) :]:
+                console.note(text)
         self._opening = False
         if self.preset is not None:
             for text in preset_notes(self.preset, self.settings, bundle):

@@ -86,8 +86,10 @@ class Inpainter:
     """
 
     def __init__(self, bundle: Bundle | str | Path, runtime: str | Runtime = AUTO, device: str = AUTO) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, verify=False)
         self.runtime = runtime if isinstance(runtime, Runtime) else create_runtime(runtime, self.bundle, device)
+        if self.bundle is not bundle and self.runtime.executes_onnx:
+            self.bundle.verify()
         self._opened = False
 
     def __enter__(self) -> Inpainter:

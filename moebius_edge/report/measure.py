@@ -70,12 +70,12 @@ class BundleTarget:
     def __init__(self, configuration: Mapping[str, Any]) -> None:
         source, runtime = configuration["source"], configuration["runtime"]
         self._settings, self._is_torch = configuration["settings"], configuration["kind"] == "torch"
-        bundle = Bundle.load(Path(source["bundle"]))
         if self._is_torch:
+            bundle = Bundle.load(Path(source["bundle"]))
             checkpoint = _open_checkpoint(Path(source["checkpoint"]), Path(source["vae"]), bundle)
             self._inpainter = Inpainter(bundle, checkpoint).__enter__()
         else:
-            self._inpainter = Inpainter(bundle, runtime["name"], runtime["device"]).__enter__()
+            self._inpainter = Inpainter(Path(source["bundle"]), runtime["name"], runtime["device"]).__enter__()
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         """The picture with its hole filled, uint8 RGB."""

@@ -77,11 +77,14 @@ def peak_memory_bytes() -> int | None:
     return read_sizes(Path("/proc/self/status")).get("VmHWM")
 
 
-def available_memory_bytes() -> int | None:
-    """What can be taken without evicting others: free memory and swap, or less in a container near its limit."""
+def available_memory_bytes(swap: bool = True) -> int | None:
+    """What can be taken without evicting others: free memory and ``swap``, or less in a container near its limit.
+
+    An integrated GPU shares this memory and cannot use swap.
+    """
     sizes, memory = [], read_sizes(_MEMINFO)
     if "MemAvailable" in memory:
-        sizes.append(memory["MemAvailable"] + memory.get("SwapFree", 0))
+        sizes.append(memory["MemAvailable"] + (memory.get("SwapFree", 0) if swap else 0))
     limit, current = read_number(_CGROUP / "memory.max"), read_number(_CGROUP / "memory.current")
     if limit is not None and current is not None:
         sizes.append(max(0, limit - current))

@@ -136,7 +136,7 @@ def test_inspect_shows_the_plan(tmp_path: Path, capsys: Captured, monkeypatch: p
     write_engine(Bundle.load(toy), max_batch=3, figures=figures)
     monkeypatch.setattr("moebius_edge.runtimes.cuda.find_gpu", lambda: ORIN)
     lines = printed(capsys, "inspect", toy, "--memory")
-    assert "denoiser 2.0 GB 3.0 GB 0 B 40.1 kB" in lines and "update 32 B 0 B 52.7 kB" in lines
+    assert "denoiser 2.0 GB 3.0 GB 0 B 40.1 kB" in lines and "update 37 B 0 B 52.7 kB" in lines
     assert lines[-2:] == ["total 5.0 GB", "gpu memory 8.0 GB"]
     (engine,) = as_json(capsys, "inspect", toy, "--memory")["engines"]
     assert engine["memory"]["pictures"] == 3 and engine["memory"]["activation_bytes"] == 3_000_000_000

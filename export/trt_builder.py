@@ -70,7 +70,7 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
 
 
 def import_polygraphy() -> ModuleType:
-    """The package, whose messages are kept and not printed. Raises ``MachineError`` with the command that installs it."""
+    """The package, whose messages are kept and not printed. Raises ``MachineError`` where it is missing."""
     try:
         import polygraphy.config
         from polygraphy.logger import G_LOGGER

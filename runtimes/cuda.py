@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import MachineError
+from ..system.machine import has_nvidia_gpu
 from ..system.packages import CUDA_13_DRIVER, in_container
 
 _OUT_OF_MEMORY = 2
 _NO_DEVICE = (100, 101)  # none, and none of that number
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_IN_CONTAINER = "start the container with `--gpus all`, on a Jetson with `--runtime nvidia`"
 # Codes of CUresult, and cudaErrorInsufficientDriver, which libraries report: what is wrong, what mends it.
 _UPDATE = f"update NVIDIA's driver ({CUDA_13_DRIVER} or newer knows CUDA 13), or install packages for its CUDA"
 _REMEDIES = {
@@ -92,8 +94,8 @@ def _remedy(code: int) -> str:
     visible = os.environ.get(_VISIBLE)
     if code in _NO_DEVICE and visible is not None:
         return f"{_VISIBLE} is {visible!r}: unset it, or name a GPU such as 0"
-    if code in _NO_DEVICE and in_container():
-        return "start the container with `--gpus all`, on a Jetson with `--runtime nvidia`"
+    if code in _NO_DEVICE and in_container() and has_nvidia_gpu():
+        return _IN_CONTAINER
     return _REMEDIES.get(code, "check the GPU with `nvidia-smi`")
 
 
@@ -112,8 +114,9 @@ class Cuda:
         try:
             self._library: Any = ctypes.CDLL(name)
         except OSError as error:
-            remedy = "install it and check with `nvidia-smi`"
-            raise MachineError(f"no NVIDIA driver ({error})", _remedy(100) if in_container() else remedy) from None
+            hidden = in_container() and has_nvidia_gpu()
+            remedy = _IN_CONTAINER if hidden else "install it and check with `nvidia-smi`"
+            raise MachineError(f"no NVIDIA driver ({error})", remedy) from None
         self._device: c_int | None = None
         with _starting():
             self._call("cuInit", 0)

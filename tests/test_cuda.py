@@ -97,6 +97,7 @@ def test_a_gpu_that_cannot_be_used_is_one_line_with_the_reason(
     remedy: str,
 ) -> None:
     monkeypatch.setattr(module, "in_container", lambda: container)
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -124,9 +125,10 @@ def test_no_driver_and_no_gpu(library: Library, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MachineError, match=r"no NVIDIA driver \(libcuda\.so\.1: cannot open.*: install it and check"):
         Cuda()
     monkeypatch.setattr(module, "in_container", lambda: True)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(MachineError, match="no NVIDIA driver .*: start the container with `--gpus all`"):
-        Cuda()
+    for there, remedy in ((True, "start the container with `--gpus all`"), (False, "install it")):
+        monkeypatch.setattr(module, "has_nvidia_gpu", lambda there=there: there)
+        with pytest.raises(MachineError, match=f"no NVIDIA driver .*: {remedy}"):
+            Cuda()
 
 
 @pytest.mark.parametrize("command", ["run IMAGE MASK --device cuda", "export tiny --engine tensorrt -o out"])

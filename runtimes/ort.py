@@ -34,6 +34,7 @@ from .providers import (
     absence,
     first_line,
     import_onnxruntime,
+    is_out_of_memory,
     quiet_options,
     session_providers,
     start_problem,
@@ -41,9 +42,6 @@ from .providers import (
 
 Placement = dict[str, Counter[str]]  # provider -> operator -> number of nodes
 
-_OUT_OF_MEMORY = re.compile(
-    r"bad.?alloc|failed to allocate|out of memory|alloc_failed|smaller than requested bytes", re.IGNORECASE
-)
 _GPU_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)|\b(CUDNN|CUBLAS)_STATUS_", re.IGNORECASE)
 _HEAVY = re.compile(r"Conv|MatMul|Gemm|Einsum")  # where nearly all of a network's time goes, fused kinds included
 
@@ -209,7 +207,7 @@ class OrtRuntime(Runtime):
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
         """Our error for one of ONNX Runtime's, its first line kept."""
         reason = first_line(error)
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             return OutOfMemory(f"{what}: not enough memory on {self._device} ({reason})", "close other programs")
         problem = f"{what} in onnxruntime {self._ort.__version__} ({reason})"
         if _GPU_FAILURE.search(str(error)):

@@ -29,6 +29,10 @@ PROVIDERS = {
 }  # device -> its providers: a node goes to the first that can execute it
 _BUILDS = {"cpu": "cpu", "cuda": "gpu"}  # device -> the extra that brings its provider
 
+_OUT_OF_MEMORY = re.compile(
+    r"bad.?alloc|failed to allocate|out of memory|alloc_failed|smaller than requested bytes", re.IGNORECASE
+)
+
 # y = Conv(x, x) @ x with x (1, 1, 2, 2), opset 13. CUDA's provider loads cuDNN for the one and cuBLAS for the other,
 # at the first use of each. tests/test_ort.py reads it.
 PROBE = bytes.fromhex(
@@ -81,7 +85,8 @@ def start_problem(ort: ModuleType, device: str) -> str:
             raise RuntimeError(f"it took {', '.join(session.get_providers())} instead")
         session.run(None, {"x": np.ones((1, 1, 2, 2), np.float32)})
     except Exception as error:  # onnxruntime raises a class of its own for every cause
-        return f"onnxruntime could not start {name} ({first_line(error)}): {mend_onnxruntime('-U')}"
+        remedy = "close other programs" if is_out_of_memory(error) else mend_onnxruntime("-U")
+        return f"onnxruntime could not start {name} ({first_line(error)}): {remedy}"
     return ""
 
 
@@ -106,6 +111,11 @@ def quiet_options(ort: ModuleType, threads: int = 0) -> Any:
     options.log_severity_level = 4  # fatal only
     options.intra_op_num_threads = threads
     return options
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, the host's or the GPU's."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def first_line(error: Exception) -> str:

@@ -370,6 +370,8 @@ def test_a_provider_that_works_and_those_that_do_not(
         f"onnxruntime could not start {CUDA} (CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED): run `pip install"
     )
     assert start_problem(onnxruntime, "cuda") == f'{expected} -U "onnxruntime-gpu[cuda,cudnn]"`'
+    gpu.failure = "CUDA failure 2: out of memory ; GPU=0"
+    assert start_problem(onnxruntime, "cuda").endswith("(CUDA failure 2: out of memory): close other programs")
     gpu.broken = {CUDA}
     assert f"could not start {CUDA} (it took {CPU} instead): run `pip" in start_problem(onnxruntime, "cuda")
     monkeypatch.setattr(packages, "driver_version", lambda: "570.86.15")

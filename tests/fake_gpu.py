@@ -89,6 +89,7 @@ class FakeGpu:
 
         monkeypatch.setattr(cuda, "require_gpu", lambda: GPU)
         monkeypatch.setattr(providers_module, "require_gpu", lambda: GPU)
+        monkeypatch.setattr(packages, "cuda_version", lambda: None)
         monkeypatch.setattr(packages, "driver_version", lambda: "580.95.05")
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(self.providers))
         monkeypatch.setattr(onnxruntime, "InferenceSession", Session)

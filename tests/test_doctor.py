@@ -15,7 +15,7 @@ from commanding import Captured, as_json, printed
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import bundle as bundle_module
-from moebius_edge.system import jetson, machine, nvml
+from moebius_edge.system import jetson, machine, nvml, packages
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,7 @@ def test_a_gpu_and_the_builds_of_onnxruntime(capsys: Captured, monkeypatch: pyte
     monkeypatch.setattr(machine, "gpus", lambda: [nvml.Gpu("H100", "580", "9.0", 80 << 30)])
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(packages, "needs_cuda_12", lambda: False)
     assert checks(capsys, 0)["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')
     (line,) = (line for line in printed(capsys, "doctor") if line.startswith("GPU 0"))
     assert "name H100" in line and "memory 85.9 GB" in line and "compute capability 9.0" in line

@@ -162,7 +162,7 @@ def test_for_tensorrt_the_rest_is_fp16(tensorrt: SimpleNamespace) -> None:
     assert "LayerNormalization" in bundle.float32_islands["denoiser"]
     assert bundle.files["denoiser.onnx"]["bytes"] < 0.55 * TINY.files["denoiser.onnx"]["bytes"]
     (note,) = create_runtime("onnxruntime", bundle, "cpu").notes
-    assert note.startswith("this bundle is INT8 for tensorrt: on cpu it gives the same pictures slowly")
+    assert note.startswith("this bundle is INT8 for tensorrt: onnxruntime on cpu gives the same pictures slowly")
 
 
 def test_for_a_cpu_the_rest_is_float32_and_the_kernels_are_integer(cpu: SimpleNamespace) -> None:

@@ -71,6 +71,7 @@ def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
         for module in (machine, packages, providers):
             monkeypatch.setattr(module, "package_version", version)
+        monkeypatch.setattr(packages, "cuda_version", lambda: None)
         monkeypatch.setattr(machine, "DRIVER_FILE", tmp_path / "version")
         monkeypatch.setattr(machine, "_board", lambda: sample.board.replace("-", " ") and f"Jetson {sample.board}")
         monkeypatch.setattr(jetson, "ROOT", board)
@@ -144,12 +145,30 @@ def test_a_build_for_a_newer_cuda_than_the_drivers(on: Any, monkeypatch: pytest.
     on("desktop 570", *parts)
     with pytest.raises(MachineError) as caught:
         load_package(variant)
-    assert caught.value.problem == f"{name}-cu13 is for CUDA 13, and NVIDIA's driver 570.86.15 knows CUDA 12"
+    assert caught.value.problem == f"{name}-cu13 is for CUDA 13, and NVIDIA's driver (570.86.15) knows CUDA 12"
     command = f'pip uninstall -y {" ".join(parts)} && pip install "moebius-edge[{variant.extra}-cu12]"'
     assert caught.value.remedy == f"run `{command}`, or update the driver to 580 or newer"
     for where, installed in (("desktop 580", parts), ("desktop 570", [f"{name}-cu12"]), ("plain", parts)):
         on(where, *installed)
         load_package(variant)
+
+
+@pytest.mark.parametrize(("known", "old"), [(12080, True), (13000, False), (0, True)])
+def test_the_drivers_library_counts_before_the_kernels_part(
+    on: Any, monkeypatch: pytest.MonkeyPatch, known: int, old: bool
+) -> None:
+    """A container may bring a newer one, for compatibility. 0: it does not say."""
+    plain = packages.cuda_version
+    on("desktop 570")
+
+    class Library:
+        def cuDriverGetVersion(self, version: Any) -> int:
+            version._obj.value = known
+            return 0 if known else 1
+
+    monkeypatch.setattr(packages, "cuda_version", plain)
+    monkeypatch.setattr(packages.ctypes, "CDLL", lambda name: Library())
+    assert packages.needs_cuda_12() is old
 
 
 # --- doctor ----------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ Runtime overwrite each other; and on a Jetson CUDA and TensorRT are JetPack's. S
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 from . import machine
@@ -77,8 +79,22 @@ def driver_version() -> str | None:
     return match[1] if match else next((gpu.driver for gpu in gpus()), None)
 
 
+def cuda_version() -> int | None:
+    """The newest CUDA that the driver's library knows, 12080 for 12.8; None without it. No GPU is needed for this.
+
+    A container may bring a newer library than the kernel's driver, and then it counts.
+    """
+    version = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        if not ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
+            return version.value or None
+    return None
+
+
 def needs_cuda_12() -> bool:
     """Whether the driver is too old for packages built on CUDA 13."""
+    if (version := cuda_version()) is not None:
+        return version < 13000
     branch = re.match(r"\d+", driver_version() or "")
     return branch is not None and int(branch[0]) < CUDA_13_DRIVER
 
@@ -87,7 +103,7 @@ def too_new(name: str) -> str:
     """Why the build of ``name``, tensorrt or tensorrt-rtx, that is installed is not for this driver; empty if it is."""
     if not package_version(f"{name}-cu13") or not needs_cuda_12():
         return ""
-    return f"{name}-cu13 is for CUDA 13, and NVIDIA's driver {driver_version()} knows CUDA 12"
+    return f"{name}-cu13 is for CUDA 13, and NVIDIA's driver ({driver_version() or 'unknown'}) knows CUDA 12"
 
 
 def install_older(name: str, extra: str) -> Advice:

@@ -28,7 +28,6 @@ FORBIDDEN = {
     **{f"{kind}Integer": f"{_EXPLICIT} {kind}" for kind in ("Conv", "MatMul")},
 }
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 
 def problems(model: ModelProto) -> list[str]:
@@ -78,7 +77,7 @@ def _operator_problems(model: ModelProto) -> Iterator[str]:
 
 
 def _kernel_problems(model: ModelProto) -> Iterator[str]:
-    """Before 10.4 the size of a kernel that is no initializer is read from ``kernel_shape``, and else is undefined.
+    """Before 10.4 the size of a Conv's kernel that is no initializer is read from ``kernel_shape``, else is undefined.
 
     In a function the kernel may be a formal, which the parser sees as what the call passes.
     """
@@ -87,7 +86,7 @@ def _kernel_problems(model: ModelProto) -> Iterator[str]:
         constants = {t.name for t in model.graph.initializer} if function is None else set(scope.input)
         constants |= {node.output[0] for node in scope.node if node.op_type == "Constant"}
         for node in scope.node:
-            computed = node.op_type in _CONVOLUTIONS and node.input[1] not in constants
+            computed = node.op_type == "Conv" and node.input[1] not in constants
             if computed and not attribute(node, "kernel_shape", None):
                 title = _title(node) if function is None else f"function {function.name}, {_title(node)}"
                 yield f"{title}: its kernel {node.input[1]!r} is computed: give the attribute kernel_shape"

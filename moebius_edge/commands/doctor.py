@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from ..system.jetson import Board
 
 OK, MISSING, BROKEN, WARNING = "ok", "missing", "broken", "warning"  # the states of a check
-_REINSTALL = "pip install --force-reinstall moebius-edge"
-_NEEDED = {"numpy": "numpy", "opencv": "cv2", "pillow": "PIL", "onnxruntime": "onnxruntime"}  # what ``run`` imports
+_REINSTALL = "pip install --force-reinstall --no-deps"  # and nothing beside it, which may be a Jetson's own
+_NEEDED = {  # name -> module, distribution: what ``run`` imports
+    "numpy": ("numpy", "numpy"),
+    "opencv": ("cv2", "opencv-python-headless"),
+    "pillow": ("PIL", "pillow"),
+    "onnxruntime": ("onnxruntime", ""),
+}
 _OPTIONAL = {  # name -> distributions, extra, purpose: what other commands need
     "tensorrt": (("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), "tensorrt", "engines and --runtime tensorrt"),
     "tensorrt_rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "rtx", "engines and --runtime tensorrt-rtx"),
@@ -73,12 +78,12 @@ def _packages() -> Iterator[Check]:
     from ..system.machine import package_version
     from ..system.packages import install, mend_onnxruntime
 
-    for name, module in _NEEDED.items():
+    for name, (module, distribution) in _NEEDED.items():
         try:
             package = importlib.import_module(module)
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == module
-            detail, remedy = str(error).partition("\n")[0], _REINSTALL
+            detail, remedy = str(error).partition("\n")[0], f"{_REINSTALL} {distribution}"
             if name == "onnxruntime":
                 built = package_version("onnxruntime-gpu", "onnxruntime")
                 advice = mend_onnxruntime("--force-reinstall") if built else install("cpu")
@@ -126,7 +131,8 @@ def _model() -> Check:
 
         tiny = Bundle.load("tiny")
     except (MoebiusError, ImportError) as error:
-        return Check("model tiny", BROKEN, getattr(error, "problem", str(error)), _REINSTALL, required=True)
+        problem = getattr(error, "problem", str(error))
+        return Check("model tiny", BROKEN, problem, f"{_REINSTALL} moebius-edge", required=True)
     total = console.size(tiny.summary()["total_bytes"])
     detail = f"{tiny.resolution}x{tiny.resolution}, {total}, hashes verified"
     return Check("model tiny", OK, detail, required=True)

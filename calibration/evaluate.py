@@ -135,12 +135,10 @@ class CombinedRuntime(Runtime):
 
 
 def fastest_device(target: str) -> str:
-    """Where files for ``target`` run on this machine by ONNX Runtime: ``tensorrt``, ``cuda`` or ``cpu``."""
+    """Where files for ``target`` run on this machine by ONNX Runtime: ``cuda`` or ``cpu``."""
     ort = import_onnxruntime()
-    for device in ("tensorrt", "cuda") if target == "tensorrt" else ():
-        if not absence(ort, device) and not start_problem(ort, device):
-            return device
-    return "cpu"
+    works = target == "tensorrt" and not absence(ort, "cuda") and not start_problem(ort, "cuda")
+    return "cuda" if works else "cpu"
 
 
 def measure_speed(reference: Bundle, candidate: Bundle, target: str, progress: Progress) -> dict[str, Any]:

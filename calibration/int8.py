@@ -240,6 +240,7 @@ def advice(speed: dict[str, Any], target: str) -> list[str]:
     option, device = {"float32": "fp32", "float16": "fp16"}[speed["other"]], speed["device"]
     text = f"INT8 does not pay on this machine's {device}: {speed['int8_ms']:g} ms a call, {speed['other']} "
     text += f"{speed['other_ms']:g} ms; use --precision {option} here"
-    if device == "cpu" and target == "tensorrt":
-        text += ", or try --target cpu; this file is for TensorRT and GPUs, and must be measured there"
+    if target == "tensorrt":
+        text += ", or try --target cpu" if device == "cpu" else ""
+        text += "; this file is for TensorRT, whose engines alone compute in INT8, and must be measured with them"
     return [text]

@@ -4,7 +4,7 @@ The insertion is our own: onnxruntime's ``quantize_static`` ties ranges to it, d
 nodes' module paths, and knows one placement. Numbers are symmetric, q = clip(round(x / scale)), with one scale for each
 output channel of a weight (one in all for a batch of matrices) and one for an activation. Where the pairs stand:
 
-- ``tensorrt`` (and ONNX Runtime's GPU providers): on both inputs of a convolution or matrix product. Outputs stay in
+- ``tensorrt``: on both inputs of a convolution or matrix product. Outputs stay in
   their type, for what follows is a norm, SiLU or a sum, and so do biases. Activations are INT8 with zero point 0.
 - ``cpu`` (ONNX Runtime): a convolution in integers exists with a quantised output only, so each also gets a pair on its
   output, or behind the ReLU that alone reads it. Gemm and transposed convolutions have no kernel in integers and stay

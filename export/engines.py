@@ -20,7 +20,7 @@ from typing import Any
 from ..bundle.bundle import ASSETS, BUNDLE_FILE, BUNDLED, ENGINES_FOLDER, Bundle
 from ..errors import BundleError, MachineError, UsageError
 from ..progress import Progress, no_progress
-from ..runtimes.cuda import Gpu, find_gpu
+from ..runtimes.cuda import Gpu, find_gpu, require_gpu
 from ..runtimes.engine_files import (
     ANY_GPU,
     ENGINE_FILE,
@@ -90,9 +90,11 @@ def find_engine_key(options: EngineOptions, precision: str) -> EngineKey:
         problem = f"{variant.title} builds for the GPU of this machine only"
         raise UsageError(problem, "leave --compute-capability out, or use --engine tensorrt-rtx")
     if gpu is None:
-        problem = f"{variant.title} builds on the GPU that will run the engine, and this machine shows none"
-        remedy = "check with `nvidia-smi`, or build with --engine tensorrt-rtx, which needs no GPU"
-        raise MachineError(problem, remedy)
+        try:
+            gpu = require_gpu()
+        except MachineError as error:
+            problem = f"{variant.title} builds on the GPU that will run the engine; {error.problem}"
+            raise MachineError(problem, error.remedy) from None
     return replace(key, gpu=gpu.model, compute_capabilities=(_dotted(gpu.compute_capability),))
 
 

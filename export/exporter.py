@@ -30,6 +30,7 @@ from ..runtimes.onnx_check import check_onnx_file
 from ..sampling.guidance import choose_guidance
 from ..spec import DEEP, DENOISER, LATENT_DOWNSCALE, SHALLOW
 from ..system.files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
+from ..system.packages import install
 from .engines import is_bundle
 from .source import AnyPath, Source, find_source, load_config, load_student, load_vae
 
@@ -218,7 +219,7 @@ def _tool_versions() -> dict[str, str]:
     try:
         packages = [importlib.import_module(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")]
     except ImportError as error:
-        raise MachineError(f"export needs {error.name}", 'run `pip install "moebius-edge[export]"`') from None
+        raise MachineError(f"export needs {error.name}", str(install("export"))) from None
     return {"moebius-edge": __version__, **{package.__name__: str(package.__version__) for package in packages}}
 
 

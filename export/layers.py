@@ -117,7 +117,7 @@ def _run(
     models: list[ModelProto], names: list[str], feeds: dict[str, np.ndarray], providers: tuple[str, str]
 ) -> list[Mapping[str, np.ndarray]]:
     """The tensors ``names`` as each of the models computes them."""
-    import_polygraphy("export")
+    import_polygraphy()
     from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator

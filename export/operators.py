@@ -214,7 +214,8 @@ def _convolved(window: int) -> list[onnx.NodeProto]:
         node("Reshape", ["ll_vt", "ll_layout"], ["ll_maps"]),
         _constant("ll_square", [0, 1, window, window]),
         node("Reshape", ["ll_weight", "ll_square"], ["ll_kernels"]),
-        node("Conv", ["ll_maps", "ll_kernels"], ["ll_convolved"], pads=[window // 2] * 4),
+        # TensorRT 10.3 reads the size of a computed kernel from this attribute alone.
+        node("Conv", ["ll_maps", "ll_kernels"], ["ll_convolved"], kernel_shape=[window] * 2, pads=[window // 2] * 4),
         node("Shape", ["ll_vt"], ["ll_rows"], end=2),
         node("Shape", ["ll_vt"], ["ll_positions"], start=2),
         _constant("ll_rest", [-1]),

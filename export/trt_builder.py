@@ -71,13 +71,13 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     }
 
 
-def import_polygraphy(extra: str) -> ModuleType:
-    """The package, whose messages are kept and not printed. Raises ``MachineError`` that names our ``extra``."""
+def import_polygraphy() -> ModuleType:
+    """The package, whose messages are kept and not printed. Raises ``MachineError`` where it is missing."""
     try:
         import polygraphy.config
         from polygraphy.logger import G_LOGGER
     except ImportError:
-        raise MachineError("the package polygraphy is missing", f'run `pip install "moebius-edge[{extra}]"`') from None
+        raise MachineError("the package polygraphy is missing", "run `pip install polygraphy`") from None
     logger = logging.getLogger("Polygraphy")
     G_LOGGER.use_python_logging_system, G_LOGGER.colors, logger.propagate = True, False, False
     G_LOGGER.module_severity = G_LOGGER.VERBOSE  # TensorRT's information, which has the sizes
@@ -97,7 +97,7 @@ class TrtBuilder:
         self.variant = VARIANTS[variant]
         self.package = load_package(self.variant)
         self.title = f"{self.variant.title} {self.package.__version__}"
-        import_polygraphy(self.variant.extra).config.USE_TENSORRT_RTX = not self.variant.needs_gpu
+        import_polygraphy().config.USE_TENSORRT_RTX = not self.variant.needs_gpu
         from polygraphy.backend import trt  # it reads that setting once, when it is imported
 
         self.polygraphy = trt

@@ -35,7 +35,7 @@ def problems(model: ModelProto) -> list[str]:
 
     Weights are looked at only where a rule concerns them: the scales and zero points of quantisation.
     """
-    rules = (_opset_problems, _function_problems, _operator_problems, _quantisation_problems)
+    rules = (_opset_problems, _function_problems, _operator_problems, _kernel_problems, _quantisation_problems)
     return [problem for rule in rules for problem in rule(model)]
 
 
@@ -74,6 +74,22 @@ def _operator_problems(model: ModelProto) -> Iterator[str]:
                 yield f"{title}: {FORBIDDEN[node.op_type]}"
             if function is not None and node.op_type in _QUANTISERS:
                 yield f"{title}: quantisation in a function is not seen: inline the function"
+
+
+def _kernel_problems(model: ModelProto) -> Iterator[str]:
+    """Before 10.4 the size of a Conv's kernel that is no initializer is read from ``kernel_shape``, else is undefined.
+
+    In a function the kernel may be a formal, which the parser sees as what the call passes.
+    """
+    for function in (None, *model.functions):
+        scope = model.graph if function is None else function
+        constants = {t.name for t in model.graph.initializer} if function is None else set(scope.input)
+        constants |= {node.output[0] for node in scope.node if node.op_type == "Constant"}
+        for node in scope.node:
+            computed = node.op_type == "Conv" and node.input[1] not in constants
+            if computed and not attribute(node, "kernel_shape", None):
+                title = _title(node) if function is None else f"function {function.name}, {_title(node)}"
+                yield f"{title}: its kernel {node.input[1]!r} is computed: give the attribute kernel_shape"
 
 
 def _quantisation_problems(model: ModelProto) -> Iterator[str]:

@@ -13,7 +13,7 @@ AUTO: Final = "auto"  # as a runtime or a device: the fastest that works on this
 # What executes a bundle, and where.
 Runtime = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 RUNTIMES: tuple[str, ...] = tuple(name for name in get_args(Runtime) if name != AUTO)
-Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+Device = Literal["auto", "cpu", "cuda"]
 DEVICES: tuple[str, ...] = tuple(name for name in get_args(Device) if name != AUTO)
 
 # How a picture is sampled.

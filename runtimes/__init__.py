@@ -48,17 +48,12 @@ def create_runtime(name: str, bundle: Bundle, device: str = AUTO, threads: int |
 
 def _onnxruntime(bundle: Bundle, device: str, threads: int | None) -> Runtime:
     from .ort import OrtRuntime
-    from .providers import engine_folder, engines_missing, import_onnxruntime
 
-    version = import_onnxruntime().__version__
-    folders = {name: engine_folder(bundle, name, version) for name in bundle.components} if device == "tensorrt" else {}
-    runtime = OrtRuntime(bundle.components, bundle.paths, device, threads, folders)
-    target = None if bundle.int8 is None else bundle.int8["target"]
-    if target is not None and (device == "cpu") != (target == "cpu"):
-        right = "--target cpu, or fp32" if device == "cpu" else "--target tensorrt"
-        slow = f"this bundle is INT8 for {target}: on {device} it gives the same pictures slowly"
-        runtime.notes.append(f"{slow}; export with {right}")
-    if folders and (missing := engines_missing(bundle, version)):
-        place = folders[missing[0]].parent
-        runtime.notes.append(f"TensorRT builds engines for {', '.join(missing)} first, for minutes; kept in {place}")
+    runtime = OrtRuntime(bundle.components, bundle.paths, device, threads, bundle.branches)
+    if bundle.int8 is not None and bundle.int8["target"] != device:
+        slow = (
+            f"this bundle is INT8 for {bundle.int8['target']}: onnxruntime on {device} gives the same pictures slowly"
+        )
+        engine = "build engines with --engine tensorrt" if bundle.int8["target"] == "tensorrt" else "use the device cpu"
+        runtime.notes.append(f"{slow}; {engine}, or export with --precision fp{32 if device == 'cpu' else 16}")
     return runtime

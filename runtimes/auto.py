@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BundleError, MachineError, UsageError
 from ..options import AUTO
-from ..system.machine import gpu_name
+from ..system.machine import has_nvidia_gpu
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -47,7 +47,7 @@ class Selection:
     @property
     def note(self) -> str:
         """Why a faster candidate was passed over; empty where none was, and without a GPU."""
-        if not self.passed_over or (self.candidate.device == CPU and gpu_name() is None):
+        if not self.passed_over or (self.candidate.device == CPU and not has_nvidia_gpu()):
             return ""
         skipped = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
         return f"{self.candidate.name} is the fastest that works here ({skipped})"
@@ -81,28 +81,22 @@ def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection
     raise MachineError(f"nothing works here on {device}; {problems}")
 
 
-def _onnxruntime_problem(device: str, bundle: Bundle) -> str:
-    from .providers import absence, engines_missing, import_onnxruntime, start_problem
+def _cuda_problem(bundle: Bundle) -> str:
+    from .providers import absence, import_onnxruntime, start_problem
 
     try:
         ort = import_onnxruntime()
     except MachineError as error:
         return str(error)
-    if problem := absence(ort, device):
-        return problem
-    if device == "tensorrt" and engines_missing(bundle, ort.__version__):
-        return "no engines are built for this bundle yet: `--device tensorrt` builds them once, in minutes"
-    return start_problem(ort, device)
+    return absence(ort, "cuda") or start_problem(ort, "cuda")
 
 
 def _tensorrt_problem(variant: str, bundle: Bundle) -> str:
-    from .cuda import find_gpu
+    from .cuda import require_gpu
     from .engine_files import VARIANTS, choose_engine, load_package
 
-    gpu = find_gpu()
-    if gpu is None:
-        return "this machine has no NVIDIA GPU that its driver answers for: check `nvidia-smi`"
     try:
+        gpu = require_gpu()
         package = load_package(VARIANTS[variant])
         choose_engine(bundle, VARIANTS[variant], str(package.__version__), gpu)
     except (MachineError, BundleError) as error:
@@ -114,7 +108,6 @@ def _tensorrt_problem(variant: str, bundle: Bundle) -> str:
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate("tensorrt", "cuda", partial(_tensorrt_problem, "tensorrt")),
     Candidate("tensorrt-rtx", "cuda", partial(_tensorrt_problem, "tensorrt-rtx")),
-    Candidate("onnxruntime", "tensorrt", partial(_onnxruntime_problem, "tensorrt")),
-    Candidate("onnxruntime", "cuda", partial(_onnxruntime_problem, "cuda")),
+    Candidate("onnxruntime", "cuda", _cuda_problem),
     Candidate("onnxruntime", CPU, lambda bundle: ""),
 )

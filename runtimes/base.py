@@ -147,16 +147,19 @@ class HostLatents(LatentBatch):
         sample = np.tile(np.concatenate([self._latents, self._condition], axis=1), (call.rows, 1, 1, 1))
         timestep = np.full(len(branch), call.timestep, np.float32)
         feeds: Arrays = {"sample": sample, "timestep": timestep, "branch": branch}
-        if call.full:
-            results = self._runtime.run(DENOISER, feeds, ("noise", DEEP) if call.reused else ("noise",))
-            self._deep = results.get(DEEP, self._deep)
-        else:
-            results = self._runtime.run(SHALLOW, {**feeds, DEEP: self._deep})
-        noise = results["noise"]
+        noise = self._predict(call, feeds)
         check_finite(noise, DENOISER, call.where)
         if call.rows == 2:
             noise = noise[:batch] + np.float32(call.guidance) * (noise[batch:] - noise[:batch])
         self._latents = self._scheduler.step(noise, call.timestep, self._latents)
+
+    def _predict(self, call: Call, feeds: Arrays) -> np.ndarray:
+        """The noise of all rows; the deep feature is kept for the calls that reuse it."""
+        if not call.full:
+            return self._runtime.run(SHALLOW, {**feeds, DEEP: self._deep})["noise"]
+        results = self._runtime.run(DENOISER, feeds, ("noise", DEEP) if call.reused else ("noise",))
+        self._deep = results.get(DEEP, self._deep)
+        return results["noise"]
 
     def read(self) -> np.ndarray:
         return self._latents

@@ -9,7 +9,10 @@ same primary context. This module knows no TensorRT.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import byref, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +20,24 @@ from typing import Any
 import numpy as np
 
 from ..errors import MachineError
+from ..system.machine import has_nvidia_gpu
+from ..system.packages import CUDA_13_DRIVER, in_container
 
 _OUT_OF_MEMORY = 2
+_NO_DEVICE = (100, 101)  # none, and none of that number
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_IN_CONTAINER = "start the container with `--gpus all`, on a Jetson with `--runtime nvidia`"
+# Codes of CUresult, and cudaErrorInsufficientDriver, which libraries report: what is wrong, what mends it.
+_UPDATE = f"update NVIDIA's driver ({CUDA_13_DRIVER} or newer knows CUDA 13), or install packages for its CUDA"
+_REMEDIES = {
+    34: "take the toolkit's folder of stubs out of LD_LIBRARY_PATH",
+    **dict.fromkeys((35, 36), _UPDATE),
+    46: "end the process that has the GPU for itself",
+    802: "start the machine's fabric manager: `sudo systemctl start nvidia-fabricmanager`",
+    803: "the driver was updated while it was loaded, or a container brings another one: reboot, or mend the container",
+    804: "this container needs a newer driver: update the host's, or take an older container",
+    999: "load the driver's module again, `sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm`, or reboot",
+}
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
 _THREAD_LOCAL = 1  # CUstreamCaptureMode: other threads may go on allocating
 _NON_BLOCKING = 1  # CUstream_flags
@@ -49,20 +68,49 @@ class Gpu:
         return f"{self.name} {self.multiprocessors} SM {gigabytes} GB"
 
 
-class CudaError(Exception):
+class CudaError(MachineError):
     """A call failed. ``out_of_memory`` is the one cause that a caller tells apart."""
 
     def __init__(self, call: str, code: int, text: str) -> None:
         super().__init__(f"{call} failed: {text} (CUDA error {code})")
-        self.out_of_memory = code == _OUT_OF_MEMORY
+        self.code, self.out_of_memory = code, code == _OUT_OF_MEMORY
+
+
+def require_gpu() -> Gpu:
+    """The GPU's facts. Takes no GPU memory.
+
+    Raises:
+        MachineError: there is no driver or no GPU, or it cannot be used; the message says why.
+    """
+    return Cuda().gpu()
 
 
 def find_gpu() -> Gpu | None:
-    """The GPU's facts, or None where there is no driver or no GPU. Takes no GPU memory."""
+    """The GPU's facts, or None where ``require_gpu`` raises."""
     try:
-        return Cuda().gpu()
-    except (MachineError, CudaError):
+        return require_gpu()
+    except MachineError:
         return None
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Say of a call that fails before any work was given to the GPU what keeps this process from it."""
+    try:
+        yield
+    except CudaError as error:
+        if error.out_of_memory:
+            raise
+        raise MachineError(f"CUDA cannot use a GPU here: {error}", _remedy(error.code)) from None
+
+
+def _remedy(code: int) -> str:
+    visible = os.environ.get(_VISIBLE)
+    if code in _NO_DEVICE and visible is not None:
+        return f"{_VISIBLE} is {visible!r}: unset it, or name a GPU such as 0"
+    if code in _NO_DEVICE and in_container() and has_nvidia_gpu():
+        return _IN_CONTAINER
+    return _REMEDIES.get(code, "check the GPU with `nvidia-smi`")
 
 
 class Cuda:
@@ -71,7 +119,8 @@ class Cuda:
     Between ``open`` and ``close`` the device's primary context is held and current on this thread. Copies are queued
     on a stream and happen in order.
 
-    Raises ``MachineError`` where no driver is installed, and ``CudaError`` for a call that fails.
+    Raises ``MachineError`` where there is no driver or it gives this process no GPU, and ``CudaError``, one too, for a
+    later call that fails.
     """
 
     def __init__(self) -> None:
@@ -79,10 +128,14 @@ class Cuda:
         try:
             self._library: Any = ctypes.CDLL(name)
         except OSError as error:
-            raise MachineError(f"no NVIDIA driver ({error})", "install it and check with `nvidia-smi`") from None
+            hidden = in_container() and has_nvidia_gpu()
+            remedy = _IN_CONTAINER if hidden else "install it and check with `nvidia-smi`"
+            raise MachineError(f"no NVIDIA driver ({error})", remedy) from None
         self._device: c_int | None = None
-        self._call("cuInit", 0)
+        with _starting():
+            self._call("cuInit", 0)
 
+    @_starting()
     def gpu(self) -> Gpu:
         device, version, memory = c_int(), c_int(), c_size_t()
         name = ctypes.create_string_buffer(256)
@@ -103,6 +156,7 @@ class Cuda:
         self._call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value
 
+    @_starting()
     def open(self) -> None:
         device, context = c_int(), c_void_p()
         self._call("cuDeviceGet", byref(device), 0)
@@ -185,8 +239,10 @@ class Cuda:
         return handle.value or 0
 
     def _call(self, name: str, *arguments: Any) -> None:
-        code = int(getattr(self._library, name)(*arguments))
-        if code:
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise CudaError(name, 36, "the driver is too old to have it")
+        if code := int(function(*arguments)):
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(code, byref(text))
             raise CudaError(name, code, (text.value or b"unknown").decode(errors="replace"))

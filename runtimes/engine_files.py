@@ -29,6 +29,7 @@ from ..bundle.manifest import FileRecord
 from ..documents import Count, FileName, JsonObject, Number, Positive, Sha256, Text, read_document
 from ..errors import BundleError, MachineError, MoebiusError
 from ..system.files import atomic_write, safe_join
+from ..system.packages import CUDA_13_DRIVER, install, install_older, too_new
 from .cuda import Gpu
 from .latent_loop import UPDATE
 
@@ -70,19 +71,20 @@ def load_package(variant: Variant) -> ModuleType:
     """The Python package of ``variant``.
 
     Raises:
-        MachineError: it is missing, broken, or of a version that was never tried.
+        MachineError: it is missing, broken, for a newer CUDA than the driver's, or of a version that was never tried.
     """
-    install = f'run `pip install "moebius-edge[{variant.extra}]"`'
+    advice = str(install(variant.extra))
     try:
         package = importlib.import_module(variant.module)
     except Exception as error:  # a library that does not load arrives as OSError or RuntimeError too
-        hint = " (a Jetson has it: make the environment with --system-site-packages)" if variant.needs_gpu else ""
-        problem = f"the package {variant.module} is missing or broken ({error})"
-        raise MachineError(problem, f"{install}{hint}") from None
+        raise MachineError(f"the package {variant.module} is missing or broken ({error})", advice) from None
+    if problem := too_new(variant.name):
+        older = install_older(variant.name, variant.extra)
+        raise MachineError(problem, f"{older}, or update the driver to {CUDA_13_DRIVER} or newer")
     if not variant.least <= version_of(package) < variant.below:
         least, below = (".".join(map(str, v)) for v in (variant.least, variant.below))
         problem = f"{variant.title} {package.__version__} is not supported, {least} or newer and below {below} is"
-        raise MachineError(problem, install)
+        raise MachineError(problem, advice)
     return package
 
 
@@ -235,12 +237,9 @@ class RuntimeCache:
 
 
 def engine_folders(bundle: Path) -> list[Path]:
-    """The engines' folders of a bundle, by name. Hidden ones are builds in progress, or interrupted.
-
-    What ONNX Runtime's provider keeps there (``onnxruntime-...``, see ``providers``) is its own affair.
-    """
+    """The engines' folders of a bundle, by name. Hidden ones are builds in progress, or interrupted."""
     root = bundle / ENGINES_FOLDER
-    return sorted(p for p in root.glob("*") if p.is_dir() and not p.name.startswith((".", "onnxruntime-")))
+    return sorted(p for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
 
 
 def read_engine(folder: Path) -> Engine:

@@ -1,7 +1,8 @@
-"""ONNX Runtime: on the CPU, and with its GPU build on CUDA or TensorRT's execution provider.
+"""ONNX Runtime: on the CPU, and with its GPU build on CUDA's execution provider.
 
 A requested provider that is not really in use is an error; ONNX Runtime alone would run on the CPU and say
 nothing. Precision is the file's: no option changes a number's type. Providers and their options stand in ``providers``.
+On a GPU the denoiser's calls are recorded as CUDA graphs, and the deep feature stays where it was computed.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import BundleError, MachineError, OutOfMemory, UsageError
-from ..spec import Component, Tensor
+from ..sampling.calls import Call
+from ..sampling.scheduler import Scheduler
+from ..spec import DENOISER, SHALLOW, Component, Tensor
 from ..system.files import utf8_path
 from ..system.machine import available_cores
-from .base import Arrays, Runtime, batched
+from ..system.packages import mend_onnxruntime
+from .base import Arrays, HostLatents, LatentBatch, Runtime, batched
 from .onnx_check import check_onnx_file
 from .providers import (
     CPU,
-    MAX_BATCH,
     PROVIDERS,
     absence,
     first_line,
     import_onnxruntime,
+    is_out_of_memory,
     quiet_options,
     session_providers,
     start_problem,
@@ -38,23 +42,22 @@ from .providers import (
 
 Placement = dict[str, Counter[str]]  # provider -> operator -> number of nodes
 
-_OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|out of memory", re.IGNORECASE)
-_STALE_ENGINE = re.compile(r"deserializ", re.IGNORECASE)
+_GPU_FAILURE = re.compile(r"\b(CUDA|CUDNN|CUBLAS) (failure|error)|\b(CUDNN|CUBLAS)_STATUS_", re.IGNORECASE)
 _HEAVY = re.compile(r"Conv|MatMul|Gemm|Einsum")  # where nearly all of a network's time goes, fused kinds included
 
 
 class OrtRuntime(Runtime):
-    """One inference session a component, on the device ``cpu``, ``cuda`` or ``tensorrt``.
+    """One inference session a component, on the device ``cpu`` or ``cuda``.
 
-    Off the CPU every component runs once on zeros while it is activated. That builds TensorRT's engines, lets CUDA
-    choose its kernels, and shows on which provider each node runs.
+    On the GPU every component runs on zeros while it is activated, at each number of rows that sampling one picture
+    takes. That lets CUDA choose its kernels and record its graphs, and shows on which provider each node runs.
 
     Args:
         components: their tensors by name, every size fixed but the batch.
         paths: the ONNX file of each component.
         threads: how many CPU threads one operator may use; by default as many as the cores this process may run on,
             which in a container is fewer than the machine has.
-        engine_folders: where TensorRT's provider keeps the engine of each component; without one it is built anew.
+        branches: the most rows that the denoiser is called with for a picture: 2, or 1 with distilled guidance.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class OrtRuntime(Runtime):
         paths: Mapping[str, Path],
         device: str = "cpu",
         threads: int | None = None,
-        engine_folders: Mapping[str, Path] | None = None,
+        branches: int = 2,
     ) -> None:
         super().__init__(components)
         if device not in PROVIDERS:
@@ -71,21 +74,27 @@ class OrtRuntime(Runtime):
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be 1 or more, got {threads}")
         self.paths = dict(paths)
-        self._engine_folders = dict(engine_folders or {})
+        self._branches = branches
         self._device = device
         self._threads = available_cores() if threads is None else threads
         self._ort = import_onnxruntime()
-        self._provider = PROVIDERS[device].name
+        self._provider = PROVIDERS[device][0]
         if lack := absence(self._ort, device):
             raise MachineError(f"{lack}, or use the device cpu")
         self._sessions: dict[str, Any] = {}
         self._bound: dict[str, BoundSession] = {}
         self._placements: dict[str, Placement] = {}
+        self._graph_problem = ""
+        self.deep_of: LatentBatch | None = None  # whose deep feature the GPU holds
 
     @property
     def info(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"name": "onnxruntime", "version": self._ort.__version__, "device": self._device}
         facts |= {"provider": self._provider, "threads": self._threads}
+        if self._device != "cpu":
+            recorded = any(bound.records for bound in self._bound.values())
+            graphs = "recorded" if recorded else "not recorded"
+            facts["cuda_graph"] = f"failed: {self._graph_problem}" if self._graph_problem else graphs
         if self._placements:
             facts["nodes"] = {
                 name: {provider: sum(nodes.values()) for provider, nodes in placement.items()}
@@ -99,31 +108,54 @@ class OrtRuntime(Runtime):
             raise MachineError(f"{problem}, or use the device cpu")
         with tempfile.TemporaryDirectory(prefix="moebius-edge-") as folder:
             for name, path in self.paths.items():
-                self._sessions[name] = self._open(name, path, Path(folder) / name if gpu else None)
                 if gpu:
-                    self._bound[name] = BoundSession(self._ort, self._sessions[name], self.components[name], "cuda")
-                    self._warm(name)
+                    self._open_on_gpu(name, path, Path(folder) / name)
+                else:
+                    self._sessions[name] = self._open(name, path)
 
     def deactivate(self) -> None:
         self._bound.clear()  # buffers before the sessions whose allocators they came from
         self._sessions.clear()
         self._placements.clear()
+        self._graph_problem, self.deep_of = "", None
 
-    def _open(self, name: str, path: Path, profile: Path | None = None) -> Any:
+    def start_sampling(self, latents: np.ndarray, condition: np.ndarray, scheduler: Scheduler) -> LatentBatch:
+        if not self._bound:
+            return super().start_sampling(latents, condition, scheduler)
+        self._check_active()
+        return BoundLatents(self, latents, condition, scheduler)
+
+    def run_shallow(self, feeds: Arrays) -> np.ndarray:
+        """The noise by the shallow part, from the deep feature that the denoiser has left on the GPU."""
+        return self._execute(SHALLOW, feeds, ["noise"])["noise"]
+
+    def _open_on_gpu(self, name: str, path: Path, profile: Path) -> None:
+        """Open and warm up a component. A denoiser whose calls cannot be recorded goes on without; ``info`` says so."""
+        graphs = name in (DENOISER, SHALLOW) and not self._graph_problem
+        try:
+            self._bind(name, path, profile, graphs)
+        except (BundleError, MachineError) as error:
+            if not graphs or isinstance(error, OutOfMemory):
+                raise
+            self._graph_problem = error.problem
+            self._bound.pop(name, None)
+            self._sessions.pop(name, None)
+            self._bind(name, path, profile, graphs=False)
+
+    def _bind(self, name: str, path: Path, profile: Path, graphs: bool) -> None:
+        self._sessions[name] = session = self._open(name, path, profile, graphs)
+        owner = self._bound.get(DENOISER) if name == SHALLOW else None
+        self._bound[name] = BoundSession(self._ort, session, self.components[name], "cuda", owner)
+        self._warm(name, graphs)
+
+    def _open(self, name: str, path: Path, profile: Path | None = None, graphs: bool = False) -> Any:
         check_onnx_file(path)
         options = quiet_options(self._ort, self._threads)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(profile)
         declared = self.components[name]
-        folder = self._engine_folders.get(name) if self._device == "tensorrt" else None
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot make the engine cache {folder} ({error.strerror})"
-            raise MachineError(problem, f"run `mkdir -p {folder}`") from error
-        providers = session_providers(self._ort, self._device, declared, folder)
+        providers = session_providers(self._ort, self._device, graphs)
         try:
             with utf8_path(path) as name_on_disk:
                 session = self._ort.InferenceSession(name_on_disk, options, providers=providers, enable_fallback=0)
@@ -141,17 +173,29 @@ class OrtRuntime(Runtime):
                 raise BundleError(f"{path} has the {kind} {names}, bundle.json says {expected}", "export it again")
         return session
 
-    def _warm(self, name: str) -> None:
-        """Run a component on zeros under the profiler, and prove from the profile that the provider ran it."""
-        rows = MAX_BATCH.get(name, 1)
-        component = self.components[name]
-        feeds = {t.name: np.zeros(batched(t, rows), t.dtype) for t in component.inputs}
-        self._run(name, feeds, [t.name for t in component.outputs])
+    def _warm(self, name: str, graphs: bool) -> None:
+        """Run a component on zeros: once under the profiler, to prove that the provider runs it; then as sampling will.
+
+        With ``graphs`` the first run of each number of rows records it.
+        """
+        component, bound = self.components[name], self._bound[name]
+        rows = range(self._branches, 0, -1) if name in (DENOISER, SHALLOW) else (1,)
+        feeds = [{t.name: np.zeros(batched(t, count), t.dtype) for t in component.inputs} for count in rows]
+        outputs = [t.name for t in component.outputs]
+        self._run(name, feeds[0], outputs)
         placement = read_placement(Path(self._sessions[name].end_profiling()))
         check_placement(name, placement, self._provider, self._device)
         self._placements[name] = placement
+        bound.records = graphs
+        for each in feeds if graphs else feeds[1:]:
+            self._run(name, each, outputs)
 
     def _run(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
+        if component in (DENOISER, SHALLOW):
+            self.deep_of = None  # either call overwrites it
+        return self._execute(component, feeds, outputs)
+
+    def _execute(self, component: str, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
         try:
             if component in self._bound:
                 return self._bound[component].run(feeds, outputs)
@@ -163,51 +207,83 @@ class OrtRuntime(Runtime):
     def _problem(self, what: str, error: Exception) -> BundleError | MachineError:
         """Our error for one of ONNX Runtime's, its first line kept."""
         reason = first_line(error)
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             return OutOfMemory(f"{what}: not enough memory on {self._device} ({reason})", "close other programs")
-        if self._engine_folders and self._device == "tensorrt" and _STALE_ENGINE.search(str(error)):
-            folder = next(iter(self._engine_folders.values())).parent
-            problem = f"{what}: its engine is damaged, or another TensorRT's ({reason})"
-            return MachineError(problem, f"run `rm -r {folder}`, and it is built again")
         problem = f"{what} in onnxruntime {self._ort.__version__} ({reason})"
-        return BundleError(problem, "run `pip install -U onnxruntime` or export the bundle again")
+        if _GPU_FAILURE.search(str(error)):
+            return MachineError(problem, "check the GPU with `nvidia-smi` and start again, or use the device cpu")
+        return BundleError(problem, f"{mend_onnxruntime('-U')}, or export the bundle again")
+
+
+class BoundLatents(HostLatents):
+    """Latents in host memory whose deep feature, 10 MB a row at the published size, stays on the GPU."""
+
+    _runtime: OrtRuntime
+
+    def _predict(self, call: Call, feeds: Arrays) -> np.ndarray:
+        if call.full:
+            noise = self._runtime.run(DENOISER, feeds, ("noise",))["noise"]
+            self._runtime.deep_of = self
+            return noise
+        if self._runtime.deep_of is not self:
+            raise RuntimeError("another call of the denoiser has replaced the deep feature of these latents")
+        return self._runtime.run_shallow(feeds)
 
 
 class BoundSession:
     """Runs ``session`` on buffers of ``device_type``, ``cuda`` or ``cpu``, one set of them for each batch size.
 
     A plain ``session.run`` allocates on the device for every call and copies through pageable memory it also allocates;
-    here a step copies into the same addresses each time, and what comes back is the caller's.
+    here a step copies into the same addresses each time, and what comes back is the caller's. An input that is an
+    output of ``owner`` lies in its buffer. With ``records`` a session made for it records and replays a CUDA graph for
+    each batch size, and the thread that recorded is the one that replays.
     """
 
-    def __init__(self, ort: ModuleType, session: Any, component: Component, device_type: str) -> None:
+    def __init__(
+        self,
+        ort: ModuleType,
+        session: Any,
+        component: Component,
+        device_type: str,
+        owner: BoundSession | None = None,
+    ) -> None:
         self._ort, self._session, self._component, self._device = ort, session, component, device_type
+        self._owner = owner
         self._buffers: dict[int, tuple[Any, dict[str, Any], dict[str, Any]]] = {}  # batch -> binding, inputs, outputs
+        self.records = False
 
     def run(self, feeds: Arrays, outputs: Sequence[str]) -> Arrays:
-        """Those ``outputs`` by name, as arrays of their own: the next call overwrites the device's buffers only."""
+        """Those ``outputs`` by name, as arrays of their own: the next call overwrites the device's buffers only.
+
+        An input that is not in ``feeds`` is what its buffer holds.
+        """
         batch = len(next(iter(feeds.values())))
-        if batch not in self._buffers:
-            self._buffers[batch] = self._allocate(batch)
-        binding, bound_inputs, bound_outputs = self._buffers[batch]
-        for name, buffer in bound_inputs.items():
-            buffer.update_inplace(feeds[name])
+        binding, bound_inputs, bound_outputs = self.buffers(batch)
+        for name, array in feeds.items():
+            bound_inputs[name].update_inplace(array)
         binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4  # fatal only, as the session's
+        options.add_run_config_entry("gpu_graph_id", str(batch) if self.records else "-1")  # -1: record nothing
+        self._session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
         return {name: np.array(bound_outputs[name].numpy()) for name in outputs}
 
-    def _allocate(self, batch: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        binding = self._session.io_binding()
-        inputs = {t.name: self._buffer(t, batch) for t in self._component.inputs}
-        outputs = {t.name: self._buffer(t, batch) for t in self._component.outputs}
-        for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, buffer)
-        for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, buffer)
-        return binding, inputs, outputs
+    def buffers(self, batch: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """The binding for that batch size, and its inputs and outputs by name."""
+        if batch not in self._buffers:
+            binding = self._session.io_binding()
+            theirs = {} if self._owner is None else self._owner.buffers(batch)[2]
+            inputs = {t.name: theirs.get(t.name) or self._allocate(t, batch) for t in self._component.inputs}
+            outputs = {t.name: self._allocate(t, batch) for t in self._component.outputs}
+            for name, buffer in inputs.items():
+                binding.bind_ortvalue_input(name, buffer)
+            for name, buffer in outputs.items():
+                binding.bind_ortvalue_output(name, buffer)
+            self._buffers[batch] = binding, inputs, outputs
+        return self._buffers[batch]
 
-    def _buffer(self, tensor: Tensor, batch: int) -> Any:
+    def _allocate(self, tensor: Tensor, batch: int) -> Any:
         shape, kind = list(batched(tensor, batch)), np.dtype(tensor.dtype).type
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device, 0)
 

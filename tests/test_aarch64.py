@@ -7,6 +7,7 @@ versions of constraints.txt, which is what the container recipes take.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,14 +53,19 @@ def index() -> None:
         pytest.skip(f"pip reaches no package index: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
 
 
+def aarch64(python: str) -> list[str]:
+    """pip's options for wheels of a Jetson with that Python."""
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, TARGETS[python] + 1)]
+    target = ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms]
+    return [*target, "--platform=manylinux2014_aarch64"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pinned", [False, True], ids=["free", "pinned"])
 @pytest.mark.parametrize("python", TARGETS)
 def test_every_dependency_is_a_wheel(index: None, python: str, pinned: bool, tmp_path: Path) -> None:
-    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, TARGETS[python] + 1)]
     chosen = ["--constraint", str(constraints_for(python, tmp_path / "constraints.txt"))] if pinned else []
-    target = ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms]
-    target += ["--platform=manylinux2014_aarch64", f"--target={tmp_path / 'unused'}"]
+    target = [*aarch64(python), f"--target={tmp_path / 'unused'}"]
     done = pip(*target, f"--report={tmp_path / 'report.json'}", *chosen, *requirements())
     assert done.returncode == 0, done.stderr
     installs = json.loads((tmp_path / "report.json").read_text())["install"]
@@ -69,3 +75,17 @@ def test_every_dependency_is_a_wheel(index: None, python: str, pinned: bool, tmp
     compiled = {name for name, file in files.items() if file.endswith("_aarch64.whl")}
     assert {"numpy", "opencv-python-headless", "pillow", "onnxruntime"} <= compiled, "the target was not asked for"
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.slow
+def test_what_goes_with_a_jetsons_build_of_onnxruntime(index: None, tmp_path: Path) -> None:
+    """Which is compiled against numpy 1, for JetPack 6; and PyPI has none for its Python."""
+    page = (ROOT / "docs" / "jetson.md").read_text()
+    pins = re.findall(r'"((?:numpy|opencv-python-headless)==[\d.]+)"', page)
+    assert [pin.partition("==")[0] for pin in pins] == ["numpy", "opencv-python-headless"]
+    base = read_toml(ROOT / "pyproject.toml")["project"]["dependencies"]
+    target = [*aarch64("3.10"), f"--target={tmp_path / 'unused'}"]
+    assert pip(*target, *base, *pins).returncode == 0
+    assert pip(*target, *base, pins[0], "opencv-python-headless>=5").returncode != 0, "which needs numpy 2"
+    done = pip(*target, "--no-deps", "onnxruntime-gpu")
+    assert done.returncode != 0 and "No matching distribution" in done.stderr

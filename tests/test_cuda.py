@@ -6,11 +6,15 @@ What the calls do is the driver's affair: ``test_trt`` tries them on a real one 
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from commanding import Captured, refused
 
 from moebius_edge.errors import MachineError
 from moebius_edge.runtimes import cuda as module
@@ -23,9 +27,13 @@ class Library:
     def __init__(self, name: str = "") -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.fail: dict[str, int] = {}
+        self.lacks: set[str] = set()
         self.memory = (ctypes.c_uint8 * 64)()
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.lacks:
+            raise AttributeError(name)
+
         def function(*arguments: Any) -> int:
             self.calls.append((name, arguments))
             self.answer(name, arguments)
@@ -83,19 +91,79 @@ def test_modules_that_the_driver_calls_alike_are_told_apart(memory: int, process
     assert gpu.model == model and replace(gpu, integrated=False).model == "Orin"
 
 
+@pytest.mark.parametrize(
+    ("code", "visible", "container", "remedy"),
+    [
+        (100, None, False, "check the GPU with `nvidia-smi`"),
+        (100, "", True, "CUDA_VISIBLE_DEVICES is '': unset it, or name a GPU such as 0"),
+        (101, "7", False, "CUDA_VISIBLE_DEVICES is '7': unset it, or name a GPU such as 0"),
+        (100, None, True, "start the container with `--gpus all`, on a Jetson with `--runtime nvidia`"),
+        (35, None, False, "update NVIDIA's driver (580 or newer knows CUDA 13), or install packages for its CUDA"),
+        (803, None, True, "the driver was updated while it was loaded, or a container brings another one: reboot, or"),
+        (804, None, True, "this container needs a newer driver"),
+        (999, None, False, "load the driver's module again, `sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm`"),
+        (1, None, False, "check the GPU with `nvidia-smi`"),
+    ],
+)
+@pytest.mark.parametrize("call", ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDevicePrimaryCtxRetain"])
+def test_a_gpu_that_cannot_be_used_is_one_line_with_the_reason(
+    library: Library,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    code: int,
+    visible: str | None,
+    container: bool,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(module, "in_container", lambda: container)
+    monkeypatch.setattr(module, "has_nvidia_gpu", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    library.fail[call] = code
+    with pytest.raises(MachineError) as caught:
+        cuda = Cuda()
+        cuda.gpu()
+        cuda.open()
+    assert caught.value.problem == f"CUDA cannot use a GPU here: {call} failed: out of memory (CUDA error {code})"
+    assert caught.value.remedy.startswith(remedy) and "\n" not in str(caught.value) and caught.value.exit_code == 3
+    assert (find_gpu() is None) == (call != "cuDevicePrimaryCtxRetain")
+
+
 def test_no_driver_and_no_gpu(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    library.fail["cuInit"] = 100
-    assert find_gpu() is None
-    with pytest.raises(CudaError, match=r"cuInit failed: out of memory \(CUDA error 100\)"):
-        Cuda()
+    monkeypatch.setattr(module, "in_container", lambda: False)
+    library.lacks.add("cuGraphLaunch")
+    with pytest.raises(MachineError, match=r"cuGraphLaunch failed: the driver is too old to have it \(CUDA error 36\)"):
+        Cuda().launch_graph(1, 1)
 
     def absent(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(module.ctypes, "CDLL", absent)
     assert find_gpu() is None
-    with pytest.raises(MachineError, match=r"no NVIDIA driver \(libcuda\.so\.1: cannot open"):
+    with pytest.raises(MachineError, match=r"no NVIDIA driver \(libcuda\.so\.1: cannot open.*: install it and check"):
         Cuda()
+    monkeypatch.setattr(module, "in_container", lambda: True)
+    for there, remedy in ((True, "start the container with `--gpus all`"), (False, "install it")):
+        monkeypatch.setattr(module, "has_nvidia_gpu", lambda there=there: there)
+        with pytest.raises(MachineError, match=f"no NVIDIA driver .*: {remedy}"):
+            Cuda()
+
+
+@pytest.mark.parametrize("command", ["run IMAGE MASK --device cuda", "export tiny --engine tensorrt -o out"])
+def test_a_command_ends_with_the_reason(
+    library: Library, monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path, command: str
+) -> None:
+    """Also with a package that is there: the GPU is asked first, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    library.fail["cuInit"] = 100
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    words = {"IMAGE": examples / "coffee.png", "MASK": examples / "coffee_mask.png"}
+    error = refused(capsys, 3, "CUDA cannot use a GPU here", *(words.get(word, word) for word in command.split()))
+    assert "CUDA_VISIBLE_DEVICES is ''" in error and list(tmp_path.iterdir()) == []
 
 
 def test_addresses_are_passed_whole(library: Library) -> None:

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 from commanding import Captured, as_json, printed
 from toy import flip_byte, make_toy_bundle
 
 from moebius_edge.bundle import bundle as bundle_module
-from moebius_edge.system import jetson, machine
+from moebius_edge.system import jetson, machine, nvml, packages
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_a_damaged_model(tiny: Path, capsys: Captured) -> None:
     flip_byte(tiny / "denoiser.onnx")
     check = checks(capsys, 3)["model tiny"]
     assert check["state"] == "broken" and "denoiser.onnx was altered" in check["detail"]
-    assert check["remedy"] == "pip install --force-reinstall moebius-edge"
+    assert check["remedy"] == "pip install --force-reinstall --no-deps moebius-edge"
     assert "cannot work here yet: model tiny is broken" in printed(capsys, "doctor", code=3)[-1]
 
 
@@ -88,9 +89,10 @@ def test_no_package_is_taken_for_granted(
 
 
 def test_a_gpu_and_the_builds_of_onnxruntime(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = {"name": "H100", "driver": "570", "compute_capability": "9.0", "memory_bytes": 80 << 30}
-    plain = machine.machine_info
-    monkeypatch.setattr(machine, "machine_info", lambda: {**plain(), "gpus": [gpu]})
+    monkeypatch.setattr(machine, "gpus", lambda: [nvml.Gpu("H100", "580", "9.0", 80 << 30)])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(packages, "needs_cuda_12", lambda: False)
     assert checks(capsys, 0)["onnxruntime"]["remedy"].endswith('pip install "moebius-edge[gpu]"')
     (line,) = (line for line in printed(capsys, "doctor") if line.startswith("GPU 0"))
     assert "name H100" in line and "memory 85.9 GB" in line and "compute capability 9.0" in line

@@ -376,7 +376,11 @@ def test_what_takes_no_engines_is_told(toy: Bundle, monkeypatch: pytest.MonkeyPa
 
 
 def on(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None) -> None:
+    def refuse() -> Gpu:
+        raise MachineError("CUDA cannot use a GPU here", "unset CUDA_VISIBLE_DEVICES")
+
     monkeypatch.setattr(engines, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(engines, "require_gpu", refuse)
 
 
 def test_what_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +407,7 @@ def test_an_unsupported_gpu_is_told_before_anything_is_done(monkeypatch: pytest.
 def test_tensorrt_builds_on_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "load_package", lambda variant: types.SimpleNamespace(__version__="10.3.0"))
     on(monkeypatch, None)
-    with pytest.raises(MachineError, match="this machine shows none: check with `nvidia-smi`.*--engine tensorrt-rtx"):
+    with pytest.raises(MachineError, match="builds on the GPU that will .*; CUDA cannot use a GPU here: unset CUDA_"):
         find_engine_key(EngineOptions("tensorrt"), "float16")
     with pytest.raises(UsageError, match="leave --compute-capability out"):
         find_engine_key(EngineOptions("tensorrt", compute_capabilities=("8.6",)), "float16")
@@ -428,8 +432,8 @@ def test_a_missing_or_untried_package_names_the_command(
         find_engine_key(EngineOptions(engine), "float32")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "polygraphy.logger", None)
-    with pytest.raises(MachineError, match=rf'polygraphy is missing: run `pip install "moebius-edge\[{extra}\]"`'):
-        import_polygraphy(extra)
+    with pytest.raises(MachineError, match="polygraphy is missing: run `pip install polygraphy`"):
+        import_polygraphy()
 
 
 # A build that does not end well; how a process may end is tested in test_subprocess_job

@@ -95,17 +95,21 @@ def test_machine_info_asks_no_package() -> None:
 
 
 @pytest.mark.parametrize(
-    ("board", "found", "name"),
+    ("board", "found", "driver", "there"),
     [
-        (None, [], None),
-        ("Raspberry Pi 5 Model B", [], None),
-        ("NVIDIA Jetson Orin Nano Developer Kit", [], "NVIDIA Jetson Orin Nano Developer Kit"),
-        ("NVIDIA Jetson AGX Thor Developer Kit", [Gpu("NVIDIA Thor", "570", "11.0", None)], "NVIDIA Thor"),
+        (None, [], False, False),
+        ("Raspberry Pi 5 Model B", [], False, False),
+        (None, [], True, True),  # without nvidia-ml-py, or in a container that was given no GPU
+        ("NVIDIA Jetson Orin Nano Developer Kit", [], False, True),
+        ("NVIDIA Jetson AGX Thor Developer Kit", [Gpu("NVIDIA Thor", "570", "11.0", None)], True, True),
     ],
 )
-def test_a_gpu_has_a_name_on_a_jetson_too(
-    board: str | None, found: list[Gpu], name: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_is_known_whether_or_not_it_can_be_used(
+    board: str | None, found: list[Gpu], driver: bool, there: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(machine, "_board", lambda: board)
     monkeypatch.setattr(machine, "gpus", lambda: found)
-    assert machine.gpu_name() == name
+    monkeypatch.setattr(machine, "DRIVER_FILE", tmp_path / "version")
+    if driver:
+        (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu\n")
+    assert machine.has_nvidia_gpu() is there

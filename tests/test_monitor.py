@@ -71,5 +71,5 @@ def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MachineError, match=r'training needs tensorboard .*: pip install "moebius-edge\[train\]"'):
+    with pytest.raises(MachineError, match=r'training needs tensorboard .*: run `pip install "moebius-edge\[train\]"'):
         Monitor(tmp_path, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,6 +11,8 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx.numpy_helper import from_array
+from trt_network import network_facts
 
 from moebius_edge.export.onnx_file import OPSET
 from moebius_edge.export.operators import (
@@ -81,8 +84,10 @@ def test_interactive_lambda_is_the_plain_one(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(interactive_lambda, tuple(inputs), test_utils="test_faketensor")
 
 
-def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attributes: dict[str, int]) -> np.ndarray:
-    """Run a model of one node of domain ``moebius`` with this body, whose inner names all have a prefix."""
+def one_node(
+    body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attributes: dict[str, int]
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A model of one node of domain ``moebius`` with this body, whose inner names all have a prefix, and its feeds."""
     prefix = body.input[0].split("_")[0] + "_"
     assert all(name.startswith(prefix) for n in body.node for name in [*n.input, *n.output])
     names = [name.removeprefix(prefix) for name in body.input]  # an outer tensor must not share a formal's name
@@ -96,11 +101,36 @@ def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attri
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=9)
     onnx.checker.check_model(model)
+    return model, dict(zip(names, (t.numpy() for t in inputs), strict=True))
+
+
+def run_function(body: onnx.FunctionProto, inputs: Sequence[torch.Tensor], attributes: dict[str, int]) -> np.ndarray:
+    model, feeds = one_node(body, inputs, attributes)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))
+    (y,) = session.run(None, feeds)
     return np.asarray(y)
+
+
+def test_tensorrt_knows_the_kernel_of_the_body_that_convolves_first(tmp_path: Path) -> None:
+    """By the attribute, without which 10.3 reads a size that was never set."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    q, keys, values, weight = (
+        draw(1, 64, 2, 4, seed=1),
+        draw(1, 4, 64, seed=2),
+        draw(1, 64, 4, seed=3),
+        draw(4, 25, seed=4),
+    )
+    inputs = [q, keys, values, weight, draw(4, 1, seed=5), torch.tensor([-1, 1, 8, 8])]
+    model, _ = one_node(local_function(OPSET, 5, 0, 2), inputs, {"heads": 2, "tile": 0})
+    del model.graph.input[3]  # as in a network's file, constants
+    del model.graph.input[-1]
+    model.graph.initializer.extend([from_array(weight.numpy(), "weight"), from_array(inputs[-1].numpy(), "layout")])
+    onnx.save(model, tmp_path / "one.onnx")
+    assert network_facts(tmp_path / "one.onnx")["layers"]["CONVOLUTION"] == 1
+    (node,) = (n for n in model.functions[0].node if n.op_type == "Conv")
+    assert helper.get_node_attr_value(node, "kernel_shape") == [5, 5]
 
 
 def test_windows_and_taps_of_a_small_grid_by_hand() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,16 @@ from toy import call_int8, decode, describe_again, encode, expected_latent, make
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
+from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes import create_runtime, providers
 from moebius_edge.runtimes.base import drawn_feeds
 from moebius_edge.runtimes.cuda import find_gpu
 from moebius_edge.runtimes.ort import BoundSession, check_placement, read_placement
-from moebius_edge.runtimes.providers import (
-    PROBE,
-    absence,
-    engine_folder,
-    engines_missing,
-    session_providers,
-    start_problem,
-)
+from moebius_edge.runtimes.providers import PROBE, absence, session_providers, start_problem
+from moebius_edge.sampling.calls import Sampling
+from moebius_edge.sampling.scheduler import DDIM
 from moebius_edge.spec import COMPONENTS
+from moebius_edge.system import packages
 
 DENOISER = resolved_components(64)["denoiser"]
 
@@ -109,6 +105,14 @@ def test_no_graph_and_one_of_another_component_are_one_line_without_the_stack(
         ("Non-zero status code\nstack", BundleError, r"failed in onnxruntime .* \(Non-zero status code\): run"),
         ("std::bad_alloc", OutOfMemory, "denoiser failed: not enough memory on {device}"),
         ("Failed to allocate 1 GB", OutOfMemory, r"failed: not enough memory on {device} \(Failed to allocate"),
+        ("Available memory of 1 is smaller than requested bytes of 2", OutOfMemory, "not enough memory on {device}"),
+        ("CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED ; GPU=0", OutOfMemory, "not enough memory on {device}"),
+        (
+            "CUDA failure 700: an illegal memory access ; GPU=0 ; hostname=x",
+            MachineError,
+            r"access\): check the GPU with",
+        ),
+        ("CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED", MachineError, "check the GPU with `nvidia-smi`"),
     ],
 )
 def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
@@ -125,24 +129,131 @@ def test_a_failing_node_and_a_lack_of_memory_are_told_apart(
 # --- a GPU -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("device", "provider"), [("cuda", CUDA), ("tensorrt", TENSORRT)])
 def test_a_gpu_session_computes_in_bound_buffers_and_proves_where(
-    device: str, provider: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu(monkeypatch)
-    runtime = create_runtime("onnxruntime", bundle, device)
+    runtime = create_runtime("onnxruntime", bundle, "cuda")
     assert gpu.buffers == [] and "nodes" not in runtime.info, "nothing is touched before with"
+    assert runtime.info["cuda_graph"] == "not recorded"
     with runtime:
         allocated = list(gpu.buffers)
         assert {kind for kind, _ in allocated} == {"cuda"}
         latent = runtime.run("vae_encoder", {"image": image(1)})["latent"]
         np.testing.assert_allclose(latent, encode(image(1)), atol=1e-5)
-        runtime.run("denoiser", drawn_feeds(DENOISER, 2))
+        for rows in (2, 1):
+            runtime.run("denoiser", drawn_feeds(DENOISER, rows))
         assert gpu.buffers == allocated, "warming up has allocated what a guided run needs"
         assert set(runtime.info["nodes"]) == set(COMPONENTS)
-        assert set(runtime.info["nodes"]["denoiser"]) == {provider}
-        assert runtime.info["provider"] == provider and runtime.info["nodes"]["denoiser"][provider] > 5
+        assert set(runtime.info["nodes"]["denoiser"]) == {CUDA}
+        assert runtime.info["provider"] == CUDA and runtime.info["nodes"]["denoiser"][CUDA] > 5
     assert not runtime._bound and not runtime._sessions
+
+
+@pytest.mark.parametrize(("distilled", "rows"), [(None, ["2", "1"]), (1.5, ["1"])])
+def test_every_number_of_rows_is_recorded_while_the_bundle_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, distilled: float | None, rows: list[str]
+) -> None:
+    """Each of the denoiser's and its shallow part's after a run that is profiled; the autoencoder's run once."""
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True, distilled_guidance=distilled))
+    gpu = FakeGpu(monkeypatch)
+    with create_runtime("onnxruntime", bundle, "cuda") as runtime:
+        assert gpu.graphs == ["-1", "-1", *rows, "-1", *rows, "-1"] and runtime.info["cuda_graph"] == "recorded"
+        gpu.graphs.clear()
+        runtime.run("denoiser", drawn_feeds(bundle.components["denoiser"], 1))
+        assert gpu.graphs == ["1"]
+    assert [dict(given[0][1])["enable_cuda_graph"] for given in gpu.sessions[1:]] == ["0", "1", "1", "0"]
+
+
+def test_a_denoiser_that_cannot_be_recorded_runs_without_and_says_why(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    gpu.no_graphs = "This session cannot use the graph capture feature as requested by the user"
+    with create_runtime("onnxruntime", bundle, "cuda") as runtime:
+        state = runtime.info["cuda_graph"]
+        assert state.startswith("failed: cannot load ") and "cannot use the graph capture feature" in state
+        assert set(gpu.graphs) == {"-1"} and len(gpu.graphs) == 4, "both numbers of rows are warmed up all the same"
+        with create_runtime("onnxruntime", bundle, "cpu") as cpu:
+            feeds = drawn_feeds(DENOISER, 2)
+            np.testing.assert_allclose(runtime.run("denoiser", feeds)["noise"], cpu.run("denoiser", feeds)["noise"])
+
+
+def test_the_deep_feature_stays_on_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
+    draw = np.random.default_rng(0)
+    latents, condition = (draw.standard_normal((1, n, 8, 8)).astype(np.float32) for n in (4, 5))
+    sampling = Sampling(DDIM(6), 2.0, (300, 1000), cache_interval=2)
+
+    def sample(device: str) -> np.ndarray:
+        with create_runtime("onnxruntime", bundle, device) as runtime:
+            crossed: list[str] = []
+            for bound in getattr(runtime, "_bound", {}).values():
+                monkeypatch.setattr(bound, "run", partial(carried, bound.run, crossed))
+            batch = runtime.start_sampling(latents, condition, sampling.scheduler)
+            for call in sampling.calls():
+                batch.step(call)
+            assert "deep" not in crossed and (device == "cpu" or crossed.count("noise") == 6)
+            return batch.read()
+
+    def carried(run: Any, crossed: list[str], feeds: dict[str, Any], outputs: list[str]) -> Any:
+        crossed += [*feeds, *outputs]
+        return run(feeds, outputs)
+
+    expected = sample("cpu")
+    assert {call.full for call in sampling.calls()} == {True, False} and {c.rows for c in sampling.calls()} == {1, 2}
+    gpu = FakeGpu(monkeypatch)
+    np.testing.assert_array_equal(sample("cuda"), expected)
+    assert len(gpu.buffers) == 2 + 2 * 5 + 2 * 4 + 2, "the shallow part reads the denoiser's, at both numbers of rows"
+
+
+def test_a_deep_feature_that_another_call_has_replaced_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "deep", deep=True))
+    FakeGpu(monkeypatch)
+    sampling = Sampling(DDIM(4), 2.0, cache_interval=2)
+    full, cached = sampling.calls()[:2]
+    with create_runtime("onnxruntime", bundle, "cuda") as runtime:
+        first, second = (runtime.start_sampling(noise(4), noise(5), sampling.scheduler) for _ in range(2))
+        first.step(full)
+        second.step(full)
+        with pytest.raises(RuntimeError, match="has replaced the deep feature"):
+            first.step(cached)
+        second.step(cached)
+        second.step(full)
+        runtime.run("denoiser", drawn_feeds(bundle.components["denoiser"], 2))
+        with pytest.raises(RuntimeError, match="has replaced the deep feature"):
+            second.step(cached)
+
+
+def noise(channels: int) -> np.ndarray:
+    return np.random.default_rng(channels).standard_normal((1, channels, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA failure 2: out of memory ; GPU=0 ; hostname=h ; file=f", "Failed to allocate memory for requested"]
+)
+def test_memory_that_runs_out_in_the_middle_of_a_picture(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """One error, and once the memory is there again the next picture is what it would have been."""
+    gpu = FakeGpu(monkeypatch)
+    picture, hole = np.full((64, 64, 3), 99, np.uint8), np.zeros((64, 64), bool)
+    hole[20:40, 20:40] = True
+
+    def fail(step: Any) -> None:
+        gpu.failure = text if step.index == 2 else ""
+
+    with Inpainter(bundle, "onnxruntime", "cuda") as inpainter:
+        expected = inpainter.inpaint(picture, hole, steps=4).image
+        with pytest.raises(
+            OutOfMemory, match=r"denoiser failed: not enough memory on cuda \([^;\n]*\): close"
+        ) as caught:
+            inpainter.inpaint(picture, hole, steps=4, on_step=fail)
+        assert "\n" not in str(caught.value) and "hostname" not in str(caught.value)
+        gpu.failure = ""
+        np.testing.assert_array_equal(inpainter.inpaint(picture, hole, steps=4).image, expected)
 
 
 def test_bound_buffers_are_kept_and_their_results_are_the_callers(
@@ -203,50 +314,32 @@ def test_a_real_profile_is_read(bundle: Bundle, tmp_path: Path) -> None:
     assert read_placement(Path(session.end_profiling())) == {CPU: Counter({"AveragePool": 1, "Conv": 1})}
 
 
-def test_engines_that_must_be_built_first_are_announced(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    FakeGpu(monkeypatch)
-    assert create_runtime("onnxruntime", bundle, "cuda").notes == []
-    (note,) = create_runtime("onnxruntime", bundle, "tensorrt").notes
-    assert "TensorRT builds engines for vae_encoder, denoiser, vae_decoder first" in note
-    assert str(bundle.path / "engines") in note
-    (tmp_path / "cache").write_text("a file")
-    monkeypatch.setattr(providers, "ASSETS", bundle.path.parent)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    message = "cannot make the engine cache .*run `mkdir -p"
-    refuse_to_enter(create_runtime("onnxruntime", bundle, "tensorrt"), MachineError, message)
-
-
-@pytest.mark.parametrize(("target", "device", "other"), [("tensorrt", "cpu", "cpu"), ("cpu", "cuda", "tensorrt")])
+@pytest.mark.parametrize(
+    ("target", "device", "remedy"),
+    [
+        ("tensorrt", "cpu", "build engines with --engine tensorrt, or export with --precision fp32"),
+        ("tensorrt", "cuda", "build engines with --engine tensorrt, or export with --precision fp16"),
+        ("cpu", "cuda", "use the device cpu, or export with --precision fp16"),
+    ],
+)
 def test_an_int8_file_that_is_made_for_something_else_is_announced(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, device: str, other: str
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, device: str, remedy: str
 ) -> None:
+    """CUDA's provider has no INT8 kernels: it would convert to FP16 and back."""
     FakeGpu(monkeypatch)
-    (note,) = create_runtime("onnxruntime", Bundle.load(call_int8(bundle.path, target=target)), device).notes
-    slowly = f"INT8 for {target}: on {device} it gives the same pictures slowly; export with --target {other}"
-    assert slowly in note
-    assert create_runtime("onnxruntime", Bundle.load(call_int8(bundle.path, target=other)), device).notes == []
-
-
-def test_an_engine_of_another_tensorrt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeGpu(monkeypatch)
-    text = "[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP could not deserialize engine from cache: x"
-    for device, error in (("tensorrt", MachineError), ("cuda", BundleError)):
-        with create_runtime("onnxruntime", bundle, device) as runtime:
-            monkeypatch.setitem(runtime._bound, "denoiser", Broken(text))
-            with pytest.raises(error) as caught:
-                runtime.run("denoiser", drawn_feeds(DENOISER, 1))
-        command = f"run `rm -r {bundle.path / 'engines' / 'onnxruntime-'}"
-        assert (command in str(caught.value)) == (device == "tensorrt")
+    int8 = Bundle.load(call_int8(bundle.path, target=target))
+    (note,) = create_runtime("onnxruntime", int8, device).notes
+    assert note == f"this bundle is INT8 for {target}: onnxruntime on {device} gives the same pictures slowly; {remedy}"
+    if target == "cpu":
+        assert create_runtime("onnxruntime", int8, "cpu").notes == []
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_a_real_gpu_agrees_with_the_cpu(device: str, bundle: Bundle) -> None:
+def test_a_real_gpu_agrees_with_the_cpu(bundle: Bundle) -> None:
     if find_gpu() is None:
         pytest.skip("no GPU in this machine")
-    with create_runtime("onnxruntime", bundle, "cpu") as cpu, create_runtime("onnxruntime", bundle, device) as gpu:
+    with create_runtime("onnxruntime", bundle, "cpu") as cpu, create_runtime("onnxruntime", bundle, "cuda") as gpu:
+        assert gpu.info["cuda_graph"] == "recorded"
         for component, feeds in (("denoiser", drawn_feeds(DENOISER, 2)), ("vae_encoder", {"image": image(1)})):
             expected, actual = cpu.run(component, feeds), gpu.run(component, feeds)
             for name, array in expected.items():
@@ -256,90 +349,54 @@ def test_a_real_gpu_agrees_with_the_cpu(device: str, bundle: Bundle) -> None:
 # --- providers -------------------------------------------------------------------------------------------
 
 
-def test_the_probe_is_one_addition() -> None:
+def test_the_probe_is_a_convolution_and_a_product() -> None:
+    """CUDA's provider loads cuDNN and cuBLAS when they are first used."""
     model = onnx.load_from_string(PROBE)
     onnx.checker.check_model(model, full_check=True)
-    assert [(n.op_type, list(n.input), list(n.output)) for n in model.graph.node] == [("Add", ["x", "x"], ["y"])]
+    assert [(n.op_type, list(n.input)) for n in model.graph.node] == [("Conv", ["x", "x"]), ("MatMul", ["c", "x"])]
     session = onnxruntime.InferenceSession(PROBE, providers=[CPU])
-    assert session.run(None, {"x": np.array([1, 2], np.float32)})[0].tolist() == [2, 4]
+    (y,) = session.run(None, {"x": np.ones((1, 1, 2, 2), np.float32)})
+    assert y[0, 0].tolist() == [[6, 6], [3, 3]]
 
 
 def test_a_provider_that_works_and_those_that_do_not(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     gpu = FakeGpu(monkeypatch)
-    assert [start_problem(onnxruntime, device) for device in ("cpu", "cuda", "tensorrt")] == ["", "", ""]
-    causes = {"cuda": f"it took {CPU} instead", "tensorrt": "Please install TensorRT"}
-    for (device, why), name in zip(causes.items(), (CUDA, TENSORRT), strict=True):
-        gpu.broken = {name}
-        expected = f"onnxruntime could not start {name} ({why}): check the driver with `nvidia-smi`, then run `pip"
-        assert start_problem(onnxruntime, device).startswith(expected)
+    monkeypatch.setattr(packages, "package_version", lambda *names: ("onnxruntime-gpu", "1"))
+    assert [start_problem(onnxruntime, device) for device in ("cpu", "cuda")] == ["", ""]
+    gpu.failure = "CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED ; GPU=0 ; hostname=secret ; file=x.cc"
+    expected = (
+        f"onnxruntime could not start {CUDA} (CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED): run `pip install"
+    )
+    assert start_problem(onnxruntime, "cuda") == f'{expected} -U "onnxruntime-gpu[cuda,cudnn]"`'
+    gpu.failure = "CUDA failure 2: out of memory ; GPU=0"
+    assert start_problem(onnxruntime, "cuda").endswith("(CUDA failure 2: out of memory): close other programs")
+    gpu.broken = {CUDA}
+    assert f"could not start {CUDA} (it took {CPU} instead): run `pip" in start_problem(onnxruntime, "cuda")
+    monkeypatch.setattr(packages, "driver_version", lambda: "570.86.15")
+    assert '-U "onnxruntime-gpu[cuda,cudnn]<1.27"`' in start_problem(onnxruntime, "cuda")
+
+    def refuse() -> Any:
+        raise MachineError("CUDA cannot use a GPU here", "unset CUDA_VISIBLE_DEVICES")
+
+    monkeypatch.setattr(providers, "require_gpu", refuse)
+    assert start_problem(onnxruntime, "cuda") == "CUDA cannot use a GPU here: unset CUDA_VISIBLE_DEVICES"
     assert capfd.readouterr() == ("", ""), "--json has stdout to itself"
 
 
-def test_the_command_fits_the_machine(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+def test_a_build_without_the_provider(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
     FakeGpu(monkeypatch, providers=(CPU,))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert absence(onnxruntime, "cpu") == ""
-    assert 'pip install "moebius-edge[gpu]" "tensorrt<11"`' in absence(onnxruntime, "tensorrt")
     with pytest.raises(MachineError, match=rf"has no {CUDA} .*moebius-edge\[gpu\].*, or use the device cpu"):
         create_runtime("onnxruntime", bundle, "cuda")
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    text = absence(onnxruntime, "cuda")
-    assert "pip install" not in text and "docs/jetson.md" in text
 
 
-def test_options_keep_the_files_precision(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
-    FakeGpu(monkeypatch)
-
-    def given(device: str, component: str = "denoiser", engines: Path | None = Path("/e")) -> Sequence[Any]:
-        return session_providers(onnxruntime, device, bundle.components[component], engines)
-
-    (name, cuda), last = given("cuda")
+def test_options_keep_the_files_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And TensorRT's provider is not given anything, although the build has it."""
+    FakeGpu(monkeypatch, providers=(TENSORRT, CUDA, CPU))
+    (name, cuda), last = session_providers(onnxruntime, "cuda")
     assert (name, last) == (CUDA, CPU)
     assert cuda["use_tf32"] == "0" and cuda["arena_extend_strategy"] == "kSameAsRequested"
-    (name, options), (second, again), last = given("tensorrt")
-    assert (name, second, last, again) == (TENSORRT, CUDA, CPU, cuda)
-    assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
-    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == "/e"
-    assert options["trt_profile_min_shapes"] == "sample:1x9x8x8,timestep:1,branch:1"
-    for most in ("trt_profile_opt_shapes", "trt_profile_max_shapes"):
-        assert options[most] == "sample:2x9x8x8,timestep:2,branch:2"
-    assert given("tensorrt", "vae_encoder")[0][1]["trt_profile_max_shapes"] == "image:1x3x64x64"
-    assert "trt_engine_cache_enable" not in given("tensorrt", engines=None)[0][1]
-
-
-def test_engines_lie_beside_the_bundle_by_content_version_and_gpu(
-    monkeypatch: pytest.MonkeyPatch, bundle: Bundle
-) -> None:
-    monkeypatch.setattr(providers, "gpu_name", lambda: "NVIDIA GeForce RTX 4090")
-    monkeypatch.setattr(providers, "package_version", lambda *names: None)
-    digest = bundle.files["denoiser.onnx"]["sha256"][:12]
-    inner = Path("onnxruntime-1.23.2-nvidia-geforce-rtx-4090") / f"denoiser-{digest}"
-    assert engine_folder(bundle, "denoiser", "1.23.2") == bundle.path / "engines" / inner
-    assert engines_missing(bundle, "1.23.2") == ["vae_encoder", "denoiser", "vae_decoder"]
-    for name in ("denoiser", "vae_decoder"):
-        folder = engine_folder(bundle, name, "1.23.2")
-        folder.mkdir(parents=True)
-        (folder / "TensorrtExecutionProvider_graph_sm89.engine").touch()
-    assert engines_missing(bundle, "1.23.2") == ["vae_encoder"]
-    assert len(engines_missing(bundle, "1.24.0")) == 3, "another version builds its own"
-    monkeypatch.setattr(providers, "package_version", lambda *names: ("tensorrt", "10.13.2.6"))
-    assert "onnxruntime-1.23.2-tensorrt-10.13.2.6-nvidia" in str(engine_folder(bundle, "denoiser", "1.23.2"))
-    Bundle.load(bundle.path)  # an engine is no part of the bundle's files
-
-
-def test_engines_of_an_installed_or_read_only_bundle_are_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, bundle: Bundle, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(providers, "gpu_name", lambda: None)
-    monkeypatch.setattr(providers, "package_version", lambda *names: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writable = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != bundle.path and writable(path, mode))
-    expected = tmp_path / "cache" / "moebius-edge" / "engines" / "onnxruntime-1-gpu"
-    assert engine_folder(bundle, "vae_encoder", "1").parent == expected
-    monkeypatch.setattr(os, "access", writable)
-    assert engine_folder(bundle, "vae_encoder", "1").is_relative_to(bundle.path)
-    monkeypatch.setattr(providers, "ASSETS", bundle.path.parent)
-    assert engine_folder(bundle, "vae_encoder", "1").parent == expected
+    assert session_providers(onnxruntime, "cpu") == [CPU]

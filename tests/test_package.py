@@ -111,7 +111,8 @@ def test_metadata(metadata: email.message.Message) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = set(metadata.get_all("Provides-Extra") or [])
-    assert extras == {"cpu", "gpu", "tensorrt", "rtx", "download", "export", "report", "train", "docs", "dev"}
+    on_cuda = {f"{name}{suffix}" for name in ("gpu", "tensorrt", "rtx") for suffix in ("", "-cu12")}
+    assert extras == {"cpu", *on_cuda, "download", "export", "report", "train", "docs", "dev"}
 
 
 def test_the_device_installs_no_framework(metadata: email.message.Message) -> None:
@@ -122,6 +123,9 @@ def test_the_device_installs_no_framework(metadata: email.message.Message) -> No
     assert on_cpu == {"onnxruntime"}
     on_gpu = {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": "gpu"})}
     assert on_gpu == {"nvidia-ml-py", "onnxruntime-gpu"}, "onnxruntime and onnxruntime-gpu overwrite each other's files"
+    for extra in ("export", "train", "report", "tensorrt", "rtx"):  # none of them may bring the other build
+        names = {r.name for r in requirements if r.marker and r.marker.evaluate({"extra": extra})}
+        assert names.isdisjoint({"onnxruntime", "onnxruntime-gpu"}), extra
 
 
 def pinned() -> list[Requirement]:
@@ -142,7 +146,8 @@ def test_constraints_pin_one_public_version_each() -> None:
 
 
 def test_constraints_pin_all_that_the_extras_name(metadata: email.message.Message) -> None:
-    untested = {"onnxruntime-gpu", "tensorrt"}  # they follow the machine's CUDA and JetPack
+    # They follow the machine's CUDA and JetPack.
+    untested = {"onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-rtx-cu12"}
     names = {canonicalize_name(Requirement(line).name) for line in metadata.get_all("Requires-Dist") or []}
     assert names - {canonicalize_name(r.name) for r in pinned()} - untested == {"moebius-edge"}
 

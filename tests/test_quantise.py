@@ -38,7 +38,8 @@ def small_model(weight: float = 0.0) -> onnx.ModelProto:
     """y = mean(conv2(relu(conv1(x)))) W: two convolutions with biases, a product; one weight is ``weight``."""
     model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 20]>
         small (float[N, 4, 8, 8] x) => (float[N, 3] y) {
-        [first] a = Conv <pads = [1, 1, 1, 1]>(x, w1, b1) [relu] b = Relu(a) [second] c = Conv(b, w2, b2)
+        [first] a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w1, b1) [relu] b = Relu(a)
+        [second] c = Conv <kernel_shape = [1, 1]>(b, w2, b2)
         [mean] d = GlobalAveragePool(c) [flat] e = Flatten(d) [third] y = MatMul(e, w3) }""")
     for node, path in zip(model.graph.node, (CONV, CONV, RELU, RELU, LINEAR, LINEAR), strict=True):
         node.metadata_props.add(key="namespace", value=f": Net/network: UNet/network.{path}: Part/{node.name}")

@@ -539,6 +539,33 @@ def test_one_bad_pair_does_not_stop_the_rest(here: Path, toy: tuple[str, str], c
     assert done["output"] == "out/b.png"
 
 
+def test_a_gpus_memory_that_runs_out_costs_one_picture(
+    here: Path, toy: tuple[str, str], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its steps, and the one after it is what it is without that."""
+    gpu, plain, calls = FakeGpu(monkeypatch), OrtRuntime._run, 0
+
+    def run(self: OrtRuntime, component: str, *given: Any) -> dict[str, np.ndarray]:
+        nonlocal calls
+        step = component == "denoiser" and self.active
+        calls += step
+        gpu.failure = "CUDA failure 2: out of memory ; GPU=0 ; hostname=here" if step and calls == 5 else ""
+        return plain(self, component, *given)
+
+    monkeypatch.setattr(OrtRuntime, "_run", run)
+    before = contents(here)
+    message = "denoiser failed: not enough memory on cuda (CUDA failure 2: out of memory): close other programs"
+    refused(capsys, 3, message, *PAIR, *toy, "--device", "cuda")
+    assert contents(here) == before
+    gpu.failure, calls = "", 0
+    write_folders(here, **{"a.png": "a.png", "b.png": "b.png"})
+    assert main([*FOLDERS, *toy, "--device", "cuda"]) == 6
+    out, err = capsys.readouterr()
+    assert saved(out) == ["out/b.png"] and contents(here / "out") == {"b.png"} and f"error: a.png: {message}" in err
+    assert main([*FOLDERS[:3], "-o", "whole", *toy, "--device", "cuda"]) == 0
+    assert (here / "whole" / "b.png").read_bytes() == (here / "out" / "b.png").read_bytes()
+
+
 def test_pairs_that_cannot_be_made(here: Path, toy: tuple[str, str], capsys: Captured) -> None:
     write_folders(here, **{"good2.jpg": "good2.png", "twice.png": "twice.png", "lonely.png": "lonley.png"})
     shutil.copy(here / "photo.png", here / "images" / "good2.png")

@@ -10,19 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
-from fake_gpu import CPU, CUDA, TENSORRT, FakeGpu
+from fake_gpu import CPU, CUDA, FakeGpu
 from toy import make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.errors import BundleError, MachineError, UsageError
-from moebius_edge.runtimes import auto, create_runtime, cuda, engine_files
+from moebius_edge.runtimes import auto, create_runtime, cuda, engine_files, providers
 from moebius_edge.runtimes.auto import Candidate, select
 from moebius_edge.runtimes.base import Arrays, Runtime, drawn_feeds
-from moebius_edge.runtimes.providers import engine_folder
-from moebius_edge.system import machine
+from moebius_edge.system import machine, packages
 
 FEEDS = drawn_feeds(resolved_components(64)["denoiser"], 2)
 
@@ -37,6 +35,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without one, whatever runs the tests."""
     monkeypatch.setattr(machine, "gpus", lambda: [])
     monkeypatch.setattr(machine, "_board", lambda: None)
+    monkeypatch.setattr(machine, "DRIVER_FILE", Path("/nowhere"))
 
 
 class Recorder(Runtime):
@@ -140,7 +139,6 @@ def test_without_a_gpu_nothing_changes(bundle: Bundle) -> None:
     assert runtime.selection is not None and set(runtime.selection["passed_over"]) == {
         "tensorrt on cuda",
         "tensorrt-rtx on cuda",
-        "onnxruntime on tensorrt",
         "onnxruntime on cuda",
     }
     assert runtime.report()["selection"] == runtime.selection and "selection" not in runtime.info
@@ -156,33 +154,14 @@ def test_the_note_says_what_was_passed_over_and_why(bundle: Bundle, monkeypatch:
         return runtime.info["device"], " ".join(runtime.notes)
 
     device, note = chosen()
-    assert device == "cuda"
-    assert "not onnxruntime on tensorrt: no engines are built for this bundle yet: `--device tensorrt`" in note
+    assert device == "cuda" and note.startswith("onnxruntime on cuda is the fastest that works here (not tensorrt on c")
     gpu.broken = {CUDA}
     assert chosen()[0] == "cpu"
-    gpu.broken, gpu.providers = set(), (CUDA, CPU)
-    assert f"has no {TENSORRT}" in chosen()[1]
-    gpu.providers = (CPU,)
+    gpu.broken, gpu.providers = set(), (CPU,)
     monkeypatch.setattr(machine, "_board", lambda: "NVIDIA Jetson Orin Nano Developer Kit")
     device, note = chosen()  # a GPU that is left idle
-    assert note.startswith("onnxruntime on cpu is the fastest that works here (not tensorrt on cuda: this machine has")
+    assert note.startswith("onnxruntime on cpu is the fastest that works here (not tensorrt on cuda: ")
     assert "not onnxruntime on cuda: this onnxruntime" in note and f"has no {CUDA}" in note
-
-
-def test_tensorrts_provider_is_taken_once_its_engines_are_there(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = FakeGpu(monkeypatch)
-    for name in bundle.components:
-        folder = engine_folder(bundle, name, onnxruntime.__version__)
-        folder.mkdir(parents=True)
-        (folder / "x.engine").touch()
-    runtime = create_runtime("auto", bundle, "auto")
-    assert runtime.info["device"] == "tensorrt"
-    assert runtime.notes[0].startswith("onnxruntime on tensorrt is the fastest that works here (not tensorrt on cuda: ")
-    gpu.broken = {TENSORRT}
-    (note,) = create_runtime("auto", bundle, "auto").notes
-    assert "onnxruntime on cuda is the fastest that works" in note and "(Please install TensorRT)" in note
 
 
 def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +183,9 @@ def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("runtime", "device", "message"),
     [
-        ("auto", "tpu", "there is no device 'tpu': choose one of cuda, tensorrt, cpu, or auto"),
-        ("onnxruntime", "tpu", "has no device 'tpu': choose one of cpu, cuda, tensorrt"),
+        ("auto", "tpu", "there is no device 'tpu': choose one of cuda, cpu, or auto"),
+        ("onnxruntime", "tensorrt", "has no device 'tensorrt': choose one of cpu, cuda"),
+        ("onnxruntime", "tpu", "has no device 'tpu': choose one of cpu, cuda"),
         ("caffe", "auto", "unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx, or auto"),
     ],
 )
@@ -218,9 +198,14 @@ def test_native_engines_come_first_where_they_fit(bundle: Bundle, monkeypatch: p
     """With a GPU, a package and an engine that are put in place of real ones."""
     native, rtx = auto.CANDIDATES[:2]
     assert (native.name, rtx.name) == ("tensorrt on cuda", "tensorrt-rtx on cuda")
-    assert "no NVIDIA GPU" in native.problem(bundle)
+
+    def refuse() -> Any:
+        raise MachineError("CUDA cannot use a GPU here", "unset CUDA_VISIBLE_DEVICES")
+
+    monkeypatch.setattr(cuda, "require_gpu", refuse)
+    assert native.problem(bundle) == "CUDA cannot use a GPU here: unset CUDA_VISIBLE_DEVICES"
     gpu = cuda.Gpu("Orin", (8, 7), 8 << 30, True, "12.6")
-    monkeypatch.setattr(cuda, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(cuda, "require_gpu", lambda: gpu)
     asked: list[Any] = []
 
     def package(variant: engine_files.Variant) -> Any:
@@ -268,5 +253,7 @@ def test_a_missing_package_names_the_command(bundle: Bundle, monkeypatch: pytest
 
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
+    for module in (packages, providers):
+        monkeypatch.setattr(module, "package_version", lambda *names: None)
     with pytest.raises(MachineError, match=r'onnxruntime is missing .*`pip install "moebius-edge\[cpu\]"`'):
         create_runtime(runtime, bundle, "auto")

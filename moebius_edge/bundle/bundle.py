@@ -190,5 +190,5 @@ def check_file(path: Path, record: FileRecord, verify: bool, remedy: str) -> Non
 
 def _remedy(folder: Path) -> str:
     if folder.parent == ASSETS:
-        return "run `pip install --force-reinstall moebius-edge`"
+        return "run `pip install --force-reinstall --no-deps moebius-edge`"
     return "copy or download the bundle again, or make it again with `moebius-edge export`"

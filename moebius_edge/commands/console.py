@@ -234,4 +234,6 @@ def needs(what: str, extra: str) -> Iterator[None]:
         if (error.name or "").startswith("moebius_edge"):
             raise
         problem = f"{what} needs {error.name}" if isinstance(error, ModuleNotFoundError) else f"{what} fails ({error})"
-        raise MachineError(problem, f'run `pip install "moebius-edge[{extra}]"`') from None
+        from ..system.packages import install
+
+        raise MachineError(problem, str(install(extra))) from None

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from ..system.jetson import Board
 
 OK, MISSING, BROKEN, WARNING = "ok", "missing", "broken", "warning"  # the states of a check
-_REINSTALL = "pip install --force-reinstall moebius-edge"
-_NEEDED = {  # name -> module, remedy: what ``run`` imports
-    "numpy": ("numpy", _REINSTALL),
-    "opencv": ("cv2", _REINSTALL),
-    "pillow": ("PIL", _REINSTALL),
-    "onnxruntime": ("onnxruntime", 'pip install "moebius-edge[cpu]"'),
+_REINSTALL = "pip install --force-reinstall --no-deps"  # and nothing beside it, which may be a Jetson's own
+_NEEDED = {  # name -> module, distribution: what ``run`` imports
+    "numpy": ("numpy", "numpy"),
+    "opencv": ("cv2", "opencv-python-headless"),
+    "pillow": ("PIL", "pillow"),
+    "onnxruntime": ("onnxruntime", ""),
 }
 _OPTIONAL = {  # name -> distributions, extra, purpose: what other commands need
-    "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt", "engines and --runtime tensorrt"),
-    "tensorrt_rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "rtx", "--runtime tensorrt-rtx"),
+    "tensorrt": (("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), "tensorrt", "engines and --runtime tensorrt"),
+    "tensorrt_rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "rtx", "engines and --runtime tensorrt-rtx"),
+    "polygraphy": (("polygraphy",), "", "engines"),
     "torch": (("torch",), "export", "export and train"),
     "huggingface_hub": (("huggingface_hub",), "download", "download"),
 }
@@ -55,7 +56,7 @@ def doctor(as_json: AsJson = False) -> int:
     from ..system.machine import machine_info
 
     machine, board = machine_info(), read_board()
-    checks = [*_packages(bool(machine["gpus"])), _model(), *_optional_packages()]
+    checks = [*_packages(), _model(), *_gpu(), *_optional_packages()]
     for finding in [] if board is None else findings(board):  # ``run`` works all the same
         checks.append(Check(finding.name, OK if finding.fine else WARNING, finding.detail, finding.remedy))
     failed = next((check for check in checks if check.required and check.state != OK), None)
@@ -73,26 +74,55 @@ def doctor(as_json: AsJson = False) -> int:
     return code
 
 
-def _packages(has_gpu: bool) -> Iterator[Check]:
+def _packages() -> Iterator[Check]:
     from ..system.machine import package_version
+    from ..system.packages import install, mend_onnxruntime
 
-    for name, (module, remedy) in _NEEDED.items():
+    for name, (module, distribution) in _NEEDED.items():
         try:
             package = importlib.import_module(module)
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == module
-            yield Check(name, MISSING if missing else BROKEN, str(error).partition("\n")[0], remedy, required=True)
+            detail, remedy = str(error).partition("\n")[0], f"{_REINSTALL} {distribution}"
+            if name == "onnxruntime":
+                built = package_version("onnxruntime-gpu", "onnxruntime")
+                advice = mend_onnxruntime("--force-reinstall") if built else install("cpu")
+                detail, remedy = advice.after(detail), advice.command
+            yield Check(name, MISSING if missing else BROKEN, detail, remedy, required=True)
             continue
-        detail, remedy = str(getattr(package, "__version__", "version unknown")), ""
-        if name == "onnxruntime":
-            providers = [provider.removesuffix("ExecutionProvider") for provider in package.get_available_providers()]
-            detail += f", runs on {', '.join(p for p in providers if p in ('CPU', 'CUDA', 'Tensorrt'))}"
-            if package_version("onnxruntime") and package_version("onnxruntime-gpu"):
-                detail += "; two builds overwrite each other"
-                remedy = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "moebius-edge[gpu]"'
-            elif has_gpu and "CUDA" not in providers:
-                remedy = 'pip uninstall -y onnxruntime && pip install "moebius-edge[gpu]"'
-        yield Check(name, OK, detail, remedy, required=True)
+        detail = str(getattr(package, "__version__", "version unknown"))
+        yield _build(package, detail) if name == "onnxruntime" else Check(name, OK, detail, required=True)
+
+
+def _build(onnxruntime: Any, version: str) -> Check:
+    """Which build of ONNX Runtime is there, and what brings the one for the machine's GPU."""
+    from ..system.machine import has_nvidia_gpu, package_version
+    from ..system.packages import install
+
+    providers = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    detail, remedy = f"{version}, runs on {', '.join(p for p in providers if p in ('CPU', 'CUDA'))}", ""
+    if package_version("onnxruntime") and package_version("onnxruntime-gpu"):
+        advice = install("gpu")
+        detail, remedy = advice.after(f"{detail}; two builds overwrite each other"), advice.command
+    elif has_nvidia_gpu() and "CUDA" not in providers:
+        remedy = install("gpu").command  # on a Jetson there is none, and its GPU is TensorRT's
+    return Check("onnxruntime", OK, detail, remedy, required=True)
+
+
+def _gpu() -> Iterator[Check]:
+    """Whether CUDA can use the GPU that is there; without one there is nothing to check."""
+    from ..runtimes.cuda import require_gpu
+    from ..system.machine import has_nvidia_gpu
+
+    if not has_nvidia_gpu():
+        return
+    try:
+        gpu = require_gpu()
+    except MachineError as error:
+        yield Check("CUDA", BROKEN, error.problem, error.remedy)
+        return
+    capability = ".".join(map(str, gpu.compute_capability))
+    yield Check("CUDA", OK, f"{gpu.name}, compute capability {capability}, driver for CUDA {gpu.driver}")
 
 
 def _model() -> Check:
@@ -101,7 +131,8 @@ def _model() -> Check:
 
         tiny = Bundle.load("tiny")
     except (MoebiusError, ImportError) as error:
-        return Check("model tiny", BROKEN, getattr(error, "problem", str(error)), _REINSTALL, required=True)
+        problem = getattr(error, "problem", str(error))
+        return Check("model tiny", BROKEN, problem, f"{_REINSTALL} moebius-edge", required=True)
     total = console.size(tiny.summary()["total_bytes"])
     detail = f"{tiny.resolution}x{tiny.resolution}, {total}, hashes verified"
     return Check("model tiny", OK, detail, required=True)
@@ -109,11 +140,16 @@ def _model() -> Check:
 
 def _optional_packages() -> Iterator[Check]:
     from ..system.machine import package_version
+    from ..system.packages import Advice, install, install_older, too_new
 
     for name, (distributions, extra, purpose) in _OPTIONAL.items():
         version = package_version(*distributions)
+        distribution = distributions[0].removesuffix("-cu13")
         if version is None:
-            yield Check(name, MISSING, f"for {purpose}", f'pip install "moebius-edge[{extra}]"')
+            advice = install(extra) if extra else Advice(f"pip install {name}")
+            yield Check(name, MISSING, advice.after(f"for {purpose}"), advice.command)
+        elif problem := too_new(distribution):
+            yield Check(name, BROKEN, problem, install_older(distribution, extra).command)
         else:
             yield Check(name, OK, f"{version[1]}, for {purpose}")
 

@@ -74,7 +74,7 @@ def export(
 
     A bundle holds the network and its autoencoder, and runs without PyTorch. It is saved only if a whole
     sampling trajectory on ONNX Runtime agrees with PyTorch's. Exporting it needs:
-    pip install "moebius-edge[export]"
+    pip install "moebius-edge[cpu,export]"
 
     --precision int8 also takes a float32 bundle as SOURCE ('tiny' means the bundled one then). It records
     activations over --calibration-data, finds the blocks that can be quantised, and is saved only if pictures
@@ -83,7 +83,7 @@ def export(
     With --engine, SOURCE may be a bundle's folder: its engines are built from its ONNX files and added to it
     (or to its copy in --output), without PyTorch. The name 'tiny' then means the bundled bundle, copied to
     --output; without --engine it means the bundled checkpoint, exported again. Engines need:
-    pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]"
+    pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]", as doctor says it for this machine
     """
     if precision != "int8":
         _refuse(context, _OF_INT8, "options of INT8", "add --precision int8")

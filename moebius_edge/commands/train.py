@@ -44,7 +44,7 @@ def train(
 
     Stages: a teacher, the student distilled from it, guidance made part of the student, a student used to INT8. To try
     it: moebius-edge train --preset tiny --images DIR --output RUN. On several GPUs: accelerate launch -m moebius_edge
-    train ... Needs: pip install "moebius-edge[train]"
+    train ... Needs: pip install "moebius-edge[cpu,train]"
     """
     if int8_recipe is not None and stage != "int8":
         raise UsageError("--int8-recipe goes with stage int8", "add --stage int8, or leave it out")
@@ -93,4 +93,3 @@ def _recipe(preset: str, stage: str, config: Path | None, settings: list[str], i
     if stage == "int8" and not recipe.int8.blocks:
         raise UsageError("stage int8 has to know which blocks will be quantised", "add --int8-recipe FILE.json")
     return recipe
-

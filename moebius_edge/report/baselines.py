@@ -107,7 +107,7 @@ class OnnxBaseline:
         if problem := absence(ort, device):
             raise MachineError(problem)
         options = quiet_options(ort, available_cores())  # as many threads as a bundle gets
-        chain = list(PROVIDERS[device].chain)
+        chain = list(PROVIDERS[device])
         with utf8_path(model) as name:
             try:
                 session = ort.InferenceSession(name, options, providers=chain, enable_fallback=0)

@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from ..runtimes.providers import PROVIDERS, first_line, import_onnxruntime, quie
 from ..sampling.calls import Sampling
 from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
-from ..spec import DENOISER, SHALLOW, Component, Tensor
+from ..spec import DENOISER, SHALLOW
 
 CLASSES = ("convolution", "depthwise convolution", "matrix product", "lambda")
 # The side of the matrices and the number of their products: enough that handing over one matrix does not show.
@@ -136,7 +135,7 @@ def measure_peak(runtime: Mapping[str, Any], precision: str) -> dict[str, Any]:
 def _products_per_second(device: str, threads: int, precision: str) -> float:
     ort, (side, count) = import_onnxruntime(), PRODUCTS_IN_A_ROW[device]
     # With the options that networks get: with TF32, say, a peak would be another precision's.
-    providers = session_providers(ort, device, Component("peak", (Tensor("x", "float32", ("N", 1)),), ()), Path())
+    providers = session_providers(ort, device)
     x, model = matrix_products(precision, side, count)
     seconds = []
     try:
@@ -147,8 +146,8 @@ def _products_per_second(device: str, threads: int, precision: str) -> float:
             seconds.append(time.perf_counter() - started)
     except Exception as error:  # onnxruntime raises a class of its own for every cause
         raise MachineError(f"onnxruntime cannot compute the matrix products ({first_line(error)})") from error
-    if PROVIDERS[device].name not in session.get_providers():
-        raise MachineError(f"onnxruntime could not start {PROVIDERS[device].name}: check `nvidia-smi`")
+    if PROVIDERS[device][0] not in session.get_providers():
+        raise MachineError(f"onnxruntime could not start {PROVIDERS[device][0]}: check `nvidia-smi`")
     return count * side**3 / min(seconds[1:])  # the first run warms up
 
 

@@ -24,9 +24,9 @@ from ..errors import MachineError
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.latency import StageTimer
 from ..progress import Progress
-from ..runtimes.providers import engine_folder
 from ..system.machine import peak_memory_bytes
 from ..system.nvml import gpu_memory_in_use
+from ..system.packages import install
 from ..system.subprocess_job import serve_job
 from .accuracy import AgainstReference, AgainstTruth, Trace
 from .baselines import CLASSICAL, OnnxBaseline, read_description
@@ -100,14 +100,10 @@ Target = BaselineTarget | BundleTarget
 
 
 def _engine_bytes(bundle: Bundle, runtime: Mapping[str, Any]) -> int | None:
-    """The size of TensorRT's plans, whose folder the runtime names, or of ONNX Runtime's cache of engines."""
-    folders = []
-    if runtime["name"].startswith("tensorrt"):
-        folders = [bundle.path / ENGINES_FOLDER / runtime["provider"]]
-    elif runtime["device"] == "tensorrt":
-        folders = [engine_folder(bundle, name, runtime["version"]) for name in bundle.components]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".plan", ".engine")]
-    return sum(path.stat().st_size for path in files) if files else None
+    """The size of TensorRT's plans, whose folder the runtime names; None with another runtime."""
+    if not runtime["name"].startswith("tensorrt"):
+        return None
+    return sum(path.stat().st_size for path in (bundle.path / ENGINES_FOLDER / runtime["provider"]).glob("*.plan"))
 
 
 def _open_checkpoint(checkpoint: Path, vae: Path, bundle: Bundle) -> Any:
@@ -120,7 +116,7 @@ def _open_checkpoint(checkpoint: Path, vae: Path, bundle: Bundle) -> Any:
         student = load_student(source, load_config(source))
         return TorchRuntime(student, load_vae(source), bundle.components)
     except ModuleNotFoundError as error:
-        raise MachineError(f'the PyTorch reference needs {error.name}: pip install "moebius-edge[export]"') from error
+        raise MachineError(f"the PyTorch reference needs {error.name}", str(install("export"))) from error
 
 
 def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:

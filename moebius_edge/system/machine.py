@@ -27,6 +27,7 @@ CPU_FEATURES = (
 )
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")  # NVIDIA's kernel module, seen in every container of the host
 
 
 def machine_info() -> dict[str, Any]:
@@ -141,12 +142,9 @@ def package_version(*names: str) -> tuple[str, str] | None:
     return None
 
 
-def gpu_name() -> str | None:
-    """The name of the first NVIDIA GPU; a Jetson, whose GPU NVML may not know, is called by its board's name."""
-    if known := gpus():
-        return known[0].name
-    board = _board() or ""
-    return board if "jetson" in board.lower() else None
+def has_nvidia_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, whether or not CUDA can use it: its driver is loaded, or this is a Jetson."""
+    return bool(gpus()) or DRIVER_FILE.exists() or "jetson" in (_board() or "").lower()
 
 
 def _board() -> str | None:

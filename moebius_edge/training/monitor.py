@@ -23,6 +23,7 @@ from ..sampling.calls import Sampling
 from ..sampling.scheduler import DDIM
 from ..spec import LATENT_DOWNSCALE
 from ..system.files import atomic_write, utf8_path
+from ..system.packages import install
 from .loop import make_folder
 
 _RECENT = 100  # steps that a shown figure is the mean of
@@ -40,7 +41,7 @@ class Monitor:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MachineError(f'training needs tensorboard ({error}): pip install "moebius-edge[train]"') from error
+            raise MachineError(f"training needs tensorboard ({error})", str(install("train"))) from error
         self._output = output
         self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self._recent: dict[str, deque[float]] = {}

@@ -37,9 +37,8 @@ def test_a_student_s_step_at_512_pixels_fits_8_gib(tmp_path: Path) -> None:
     del state
     small_vae().save_pretrained(tmp_path / "vae")
     (tmp_path / "pictures").mkdir()
-    cv2.imwrite(
-        str(tmp_path / "pictures" / "a.png"), np.random.default_rng(0).integers(0, 256, (520, 600, 3), np.uint8)
-    )
+    picture = np.random.default_rng(0).integers(0, 256, (520, 600, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "pictures" / "a.png"), picture)
     command = [sys.executable, "-m", "moebius_edge", "train", "--student", "student.bin", "--images", "pictures"]
     command += ["--vae", "vae", "--sample-every", "0"]
     command += ["--set", "optimiser.steps=1", "--set", "optimiser.batch=1", "--set", "losses.terms=['task']"]

@@ -129,7 +129,7 @@ def test_no_path_of_a_list_leaves_its_folder(key: str, tmp_path: Path) -> None:
         ('{"image": "a.png", "mask": 3}', r'l.jsonl:2: "image" must be a path'),
         (
             '{"image": "a.png", "prompt": "a cat"}',
-            r'l.jsonl:2: "prompt" is .a cat.: write "background" or "foreground"',
+            r'l.jsonl:2: "prompt" is .a cat.: write "background"',
         ),
         ('{"image": "a.png", "prompt": 1}', r'l.jsonl:2: "prompt" is 1: write'),
         ('{"image": "a.png", "prompt": "foreground"}', r'l.jsonl:2: a "foreground" sample needs its object.s mask'),

@@ -174,7 +174,7 @@ def test_what_the_data_say_of_a_branch_is_heard(tmp_path: Path) -> None:
     assert ours.batch(drawn).unconditional.tolist() == [0, 1, 1, 1]  # the others by the share of the drop-out
 
 
-def test_scalars_of_a_resumed_run_are_those_of_one_that_was_not_stopped(teacher: Path, tmp_path: Path) -> None:
+def test_scalars_of_a_resumed_run_are_those_of_one_that_was_not_stopped(tmp_path: Path) -> None:
     class Cut(FlatLatents):
         drawn = 0
 
@@ -184,11 +184,11 @@ def test_scalars_of_a_resumed_run_are_those_of_one_that_was_not_stopped(teacher:
                 raise KeyboardInterrupt
             return drawn
 
-    ours, options = stage_inputs(teacher=teacher), replace(OPTIONS, log_every=4)
-    train_stage(RECIPE, ours, tmp_path / "whole", options)
+    ours, options = stage_inputs(), replace(OPTIONS, log_every=4)
+    train_stage(TASK, ours, tmp_path / "whole", options)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(RECIPE, replace(ours, source=Cut()), tmp_path / "cut", options)
-    train_stage(RECIPE, ours, tmp_path / "cut", options, resume=True)
+        train_stage(TASK, replace(ours, source=Cut()), tmp_path / "cut", options)
+    train_stage(TASK, ours, tmp_path / "cut", options, resume=True)
     whole, cut = (scalars(tmp_path / name)["losses/loss"] for name in ("whole", "cut"))
     assert [step for step, _ in whole] == [2, 4, 6] and cut == whole
 

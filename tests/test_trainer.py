@@ -26,6 +26,7 @@ from training_toys import OPTIONS, RECIPE, STUDENT, TEACHER, FlatLatents, stage_
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.model import build_student, build_teacher, load_checkpoint
+from moebius_edge.training import stage as stage_module
 from moebius_edge.training import trainer as trainer_module
 from moebius_edge.training.loop import checkpoint_files
 from moebius_edge.training.losses import Distillation, Task
@@ -191,6 +192,18 @@ def test_scalars_of_a_resumed_run_are_those_of_one_that_was_not_stopped(tmp_path
     train_stage(TASK, ours, tmp_path / "cut", options, resume=True)
     whole, cut = (scalars(tmp_path / name)["losses/loss"] for name in ("whole", "cut"))
     assert [step for step, _ in whole] == [2, 4, 6] and cut == whole
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_adaptive_weights_are_of_all_processes_or_of_each(
+    local: bool, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averaged = []
+    monkeypatch.setattr(stage_module, "mean_over_processes", lambda _, value: averaged.append(value) or value)
+    losses = replace(RECIPE.losses, terms=("task", "fine"), local_weights=local)
+    recipe = replace(RECIPE, losses=losses, optimiser=replace(RECIPE.optimiser, steps=1))
+    train_stage(recipe, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
+    assert bool(averaged) is not local
 
 
 def test_only_averages_have_their_batch_norms_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

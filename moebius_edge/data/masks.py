@@ -14,6 +14,9 @@ import numpy as np
 
 from ..errors import UsageError
 
+LAMA = "lama-medium"
+Frame = tuple[int, int, int, int]  # height and width, and the row and column where a square begins in it
+
 
 @dataclass(frozen=True)
 class MaskPreset:
@@ -35,14 +38,10 @@ PRESETS: dict[str, MaskPreset] = {
 }
 
 
-LAMA = "lama-medium"
-Frame = tuple[int, int, int, int]
-
-
 def draw_mask(rng: np.random.Generator, size: int, preset: str, frame: Frame | None = None) -> np.ndarray:
     """One mask, bool (size, size), True where the picture is to be filled. May come out empty.
 
-    ``lama-medium`` is drawn over ``frame``, height, width, and the row and column where the square begins in it.
+    ``lama-medium`` is drawn over ``frame``, the whole picture, of which the square is cut.
     """
     if preset == LAMA:
         height, width, y, x = frame or (size, size, 0, 0)

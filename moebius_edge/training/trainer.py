@@ -111,10 +111,8 @@ class Trainer:
         self.model = accelerator.prepare_model(network)
         self.average = average.to(self.device).requires_grad_(False).eval()
         self.average.load_state_dict(network.state_dict())
-        named = recipe.optimiser
-        self.optimiser = MuonAdamW(
-            network, named.learning_rate, named.weight_decay, named.decay, named.muon, named.betas
-        )
+        of = recipe.optimiser
+        self.optimiser = MuonAdamW(network, of.learning_rate, of.weight_decay, of.decay, of.muon, of.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.optimiser.precision == "fp16")
         self.noising = Noising(self.device)
         self.mean = partial(mean_over_processes, accelerator)

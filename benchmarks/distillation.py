@@ -1,9 +1,9 @@
 """The distillation's ablation, at the scale of a few minutes a run: which loss terms help, over several seeds.
 
-    python -m benchmarks.distillation --teacher TEACHER.safetensors --latents FOLDER --vae DIR --output DIR
+    python -m benchmarks.distillation --teacher TEACHER.safetensors --images FOLDER --vae DIR --output DIR
 
-Every row and seed trains a fresh student at a small latent grid on the same cached latents, and fills held-out
-photographs from pure noise. An interrupted ablation goes on where it was. Prints the table of docs/distillation.md
+Every row and seed trains a fresh student at a small latent grid on the same samples, and fills held-out photographs
+from pure noise. An interrupted ablation goes on where it was. Prints the table of docs/distillation.md
 and writes ``ablation.json``. It judges terms, not the bundled model.
 """
 
@@ -22,10 +22,9 @@ from examples.train_tiny.photographs import border_mean, held_out_cases
 from moebius_edge.export.source import open_vae
 from moebius_edge.imaging.classical import telea
 from moebius_edge.model import build_student, load_checkpoint
-from moebius_edge.training.latents import LatentCache
 from moebius_edge.training.loop import atomic_save
-from moebius_edge.training.recipe import RunOptions, preset_recipe
-from moebius_edge.training.stage import StageInputs, train_stage
+from moebius_edge.training.recipe import Inputs, RunOptions, preset_recipe
+from moebius_edge.training.stage import train
 
 ROWS: dict[str, tuple[str, ...]] = {
     "task alone, no teacher": ("task",),
@@ -41,7 +40,7 @@ EVALUATION_SEED = 2  # crops and masks of the held-out photographs that chose no
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--latents", type=Path, required=True)
+    parser.add_argument("--images", required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
@@ -53,7 +52,6 @@ def main() -> None:
 
     vae = open_vae(options.vae)
     cases = held_out_cases(8, 8 * options.side, EVALUATION_SEED)
-    cache = LatentCache(options.latents, options.side)
     results: dict[str, dict[str, dict[str, float]]] = {
         "border mean": {"-": figures([border_mean(c.image, c.mask) for c in cases], cases)},
         "Telea": {"-": figures([telea(c.image, c.mask) for c in cases], cases)},
@@ -66,9 +64,9 @@ def main() -> None:
             losses = replace(base.losses, terms=terms, distance="teacher")
             recipe = replace(base, seed=seed, student=student, optimiser=optimiser, losses=losses)
             teacher = None if terms == ("task",) else options.teacher
-            inputs = StageInputs(cache, {"latents": str(options.latents)}, teacher)
+            inputs = Inputs(options.images, vae=options.vae, teacher=teacher)
             folder = options.output / f"seed-{seed}-row-{number}"
-            weights = train_stage(recipe, inputs, folder, RunOptions(device="cpu"), resume=True)
+            weights = train(recipe, inputs, folder, RunOptions(device="cpu", sample_every=0), resume=True)
             trained = build_student(student)
             load_checkpoint(trained, weights)
             results.setdefault(row, {})[str(seed)] = figures(fill(trained.eval(), vae, cases), cases)

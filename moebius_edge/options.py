@@ -43,4 +43,4 @@ RANGES: tuple[str, ...] = get_args(Ranges)
 Stage = Literal["teacher", "student", "guidance", "int8"]
 STAGES: tuple[str, ...] = get_args(Stage)
 TrainingDevice = Literal["auto", "cpu", "cuda"]
-TrainingPreset = Literal["tiny", "moebius"]
+TrainingPreset = Literal["tiny", "moebius", "upstream"]

@@ -16,6 +16,7 @@ from moebius_edge.model import build_student
 from moebius_edge.training.monitor import Monitor, SampleGrid
 
 torch.set_num_threads(1)
+SPEED = "images_per_s"
 
 
 def scalars(output: Path) -> dict[str, list[tuple[int, float]]]:
@@ -24,15 +25,19 @@ def scalars(output: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_scalars_are_running_means_in_groups(tmp_path: Path) -> None:
+def test_scalars_are_means_since_the_last_in_groups(tmp_path: Path) -> None:
     with Monitor(tmp_path, 0) as monitor:
         for step in (1, 2):
-            monitor.add({"step": step, "loss": 2.0 * step, "w_out": 1.0, "learning_rate": 0.1 * step})
+            monitor.add({"step": step, "loss": 2.0 * step, "w_out": 1.0, "learning_rate": 0.1 * step, SPEED: 6 / step})
             monitor.write(step)
-        assert monitor.means() == {"step": 2, "loss": 3.0, "w_out": 1.0, "learning_rate": 0.2}
-        assert monitor.line() == "loss 3"
+        assert monitor.means() == {"step": 2, "loss": 3.0, "w_out": 1.0, "learning_rate": 0.2, SPEED: 4.0}
+        assert monitor.line() == "loss 3  images_per_s 4"  # two batches of 6 in 1 and in 2 s
+        for loss in (1.0, 3.0):
+            monitor.add({"loss": loss, SPEED: 2.0})
+        monitor.write(4)
     found = scalars(tmp_path)
-    assert found["losses/loss"] == [(1, 2.0), (2, 3.0)] and found["weights/w_out"][-1] == (2, 1.0)
+    assert found["losses/loss"] == [(1, 2.0), (2, 4.0), (4, 2.0)] and found["run/images_per_s"][-1] == (4, 2.0)
+    assert found["weights/w_out"][-1] == (2, 1.0)
     assert found["run/learning_rate"][-1] == (2, pytest.approx(0.2))  # as it is, no mean
 
 

@@ -16,6 +16,7 @@ from moebius_edge.training.networks import (
     measure_statistics,
     set_training,
     spread_momentum,
+    upstream_start,
 )
 from moebius_edge.training.optimiser import MuonAdamW, is_matrix
 
@@ -41,6 +42,43 @@ def test_the_matrices_of_a_student_are_its_dense_maps() -> None:
     assert names["diff_model.down_blocks.0.downsamplers.0.conv.weight"]
     for name in ("diff_model.conv_in.conv_pw.weight", "diff_model.conv_out.conv_pw.weight", "embedding_layer.weight"):
         assert not names[name]
+
+
+def test_upstream_s_muon_has_every_tensor_of_two_axes_but_the_ends() -> None:
+    with torch.device("meta"):
+        published = build_student()
+    chosen = {kind: [n for n, p in published.named_parameters() if is_matrix(n, p, kind)] for kind in ("dense", "all")}
+    assert (len(chosen["dense"]), len(chosen["all"])) == (213, 288)
+    added = set(chosen["all"]) - set(chosen["dense"])
+    kinds = ("conv_dw.weight", "pos_conv.weight", "rel_pos_emb", "depth_conv.conv.weight")
+    assert all(name.endswith(kinds) for name in added) and len(added) == 75
+
+
+@pytest.mark.parametrize(("decay", "expected"), [("matrices", 1.0), ("all", 0.99)])
+def test_decay_shrinks_the_matrices_or_all(decay: str, expected: float) -> None:
+    net = nn.Sequential(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4))
+    before = net[0].weight.detach().clone()
+    optimiser = MuonAdamW(net, 0.1, weight_decay=0.1, decay=decay, muon="all", betas=(0.95, 0.95))
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    torch.testing.assert_close(net[0].weight, 0.99 * before)
+    torch.testing.assert_close(net[1].weight, torch.full((4,), expected))
+    assert [group["betas"] for group in optimiser.param_groups[1:]] == [(0.95, 0.95)]
+
+
+def test_upstream_s_start() -> None:
+    torch.manual_seed(0)
+    student = build_student(STUDENT)
+    upstream_start(student)
+    for module in student.modules():
+        if isinstance(module, nn.Linear):
+            outputs, inputs = module.weight.shape
+            limit = (6 / (inputs + outputs)) ** 0.5  # of the uniform distribution
+            assert 0.8 * limit < module.weight.abs().max() <= limit
+            assert module.bias is None or not module.bias.any()
+    tables = torch.cat([p.flatten() for n, p in student.named_parameters() if n.endswith("rel_pos_emb")])
+    assert tables.std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_a_first_step_of_muon_turns_a_gradient_into_its_orthogonal_factor() -> None:

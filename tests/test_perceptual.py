@@ -94,7 +94,8 @@ class FakeNetwork(nn.Module):
         self.weight = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, in0: Tensor, in1: Tensor, normalize: bool = True) -> Tensor:
-        assert not normalize and in0.dtype == in1.dtype == torch.float32
+        in0, in1 = (x * 0.13025 if normalize else x for x in (in0, in1))
+        assert in0.dtype == in1.dtype == torch.float32
         assert not torch.is_autocast_enabled("cpu") and not self.training
         shift = torch.rand(()) * 0
         return self.weight * (in0 - in1 + shift).abs().mean((1, 2, 3), keepdim=True)
@@ -137,6 +138,9 @@ def test_elatentlpips_is_told_what_our_latents_are(package: ModuleType, capsys: 
     value.backward()
     assert predicted.grad is not None and clean.grad is None
     assert not any(p.requires_grad for p in distance.network.parameters())
+    with torch.no_grad():
+        rescaled = ELatentLPIPS(torch.device("cpu"), rescale=True)(predicted.bfloat16(), clean, mask, masked)
+    assert rescaled.item() == pytest.approx(0.13025 * value.item(), rel=1e-5)
 
 
 def test_auto_takes_elatentlpips_only_when_all_of_it_is_at_hand(package: ModuleType, teacher: Teacher) -> None:

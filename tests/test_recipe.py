@@ -15,14 +15,35 @@ from moebius_edge.model import StudentConfig
 from moebius_edge.toml import read_toml
 from moebius_edge.training.recipe import PRESETS, Inputs, Recipe, parse_setting, preset_recipe, with_values
 
+STAGES = ("teacher", "student", "guidance", "int8")
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("stage", ["teacher", "student", "guidance", "int8"])
+
+@pytest.mark.parametrize(
+    ("preset", "stage"), [*((p, s) for p in ("moebius", "tiny") for s in STAGES), ("upstream", "student")]
+)
 def test_the_recipe_of_a_preset_comes_back_from_its_toml(preset: str, stage: str, tmp_path: Path) -> None:
     recipe, path = preset_recipe(preset, stage), tmp_path / "recipe.toml"
-    assert recipe.stage == stage and recipe.resolution == {"moebius": 512, "tiny": 256}[preset]
+    assert recipe.stage == stage and recipe.resolution == {"moebius": 512, "tiny": 256, "upstream": 512}[preset]
     path.write_text(tomli_w.dumps(asdict(recipe)), "utf-8")
     assert with_values(Recipe(), read_toml(path)) == recipe
+
+
+def test_the_upstream_preset_has_the_values_of_upstream_s_script() -> None:
+    assert set(PRESETS) == {"moebius", "tiny", "upstream"}
+    recipe = preset_recipe("upstream", "student")
+    optimiser, noise, losses, data = recipe.optimiser, recipe.noise, recipe.losses, recipe.data
+    assert (optimiser.steps, optimiser.batch, optimiser.per_process) == (200_000, 2, True)
+    assert (optimiser.learning_rate, optimiser.warmup, optimiser.final_rate) == (1e-4, 0, 1.0)
+    assert (optimiser.weight_decay, optimiser.decay, optimiser.betas) == (0.1, "all", (0.95, 0.95))
+    assert (optimiser.muon, optimiser.start, optimiser.ema_decay) == ("all", "upstream", 0.0)
+    assert (optimiser.precision, optimiser.batch_norm, recipe.seed) == ("bf16", "local", 42)
+    assert (noise.timesteps, noise.offset, noise.prompt_dropout) == ("logit-normal", 0.0357, 0.0)
+    assert (losses.distillation, losses.task, losses.perceptual) == (0.01, 0.5, 0.5)
+    assert (losses.distance, losses.rescale, losses.local_weights) == ("elatentlpips", True, True)
+    assert (data.masks, data.coverage, data.widen) == (("lama-medium",), (0.0, 1.0), True)
+    assert (data.min_scale, data.flip, data.posterior) == (1.0, True, "sample")
+    with pytest.raises(UsageError, match="--preset upstream has no stage int8: it is how upstream trains the student"):
+        preset_recipe("upstream", "int8")
 
 
 def test_the_tiny_preset_has_the_bundled_model_s_shape_and_autoencoder() -> None:

@@ -94,6 +94,15 @@ def test_a_list_names_pictures_and_masks_relative_to_itself(tmp_path: Path) -> N
     image, mask = pictures.read(0)
     np.testing.assert_array_equal(image, COLOURS)
     np.testing.assert_array_equal(mask, HOLE > 0)
+    assert pictures.branches == [None, None, None]
+
+
+def test_a_list_says_by_its_prompts_what_a_mask_hides(tmp_path: Path) -> None:
+    lines = [{"image": "a.png", "prompt": "background"}, {"image": "a.png", "mask": "b.png", "prompt": "foreground"}]
+    prompted = open_pictures(write_list(tmp_path / "l.jsonl", *lines, {"image": "a.png"}))
+    assert prompted.branches == [0, 1, None]
+    plain = open_pictures(write_list(tmp_path / "l.jsonl", {"image": "a.png"}, {**lines[1], "prompt": None}, lines[0]))
+    assert plain.fingerprint() != prompted.fingerprint()
 
 
 @pytest.mark.parametrize("key", ["image", "mask"])
@@ -118,6 +127,12 @@ def test_no_path_of_a_list_leaves_its_folder(key: str, tmp_path: Path) -> None:
         ('["a.jpg"]', r'l.jsonl:2: "image" must be a path, and "mask" one or left out'),
         ('{"mask": "a.png"}', r'l.jsonl:2: "image" must be a path'),
         ('{"image": "a.png", "mask": 3}', r'l.jsonl:2: "image" must be a path'),
+        (
+            '{"image": "a.png", "prompt": "a cat"}',
+            r'l.jsonl:2: "prompt" is .a cat.: write "background"',
+        ),
+        ('{"image": "a.png", "prompt": 1}', r'l.jsonl:2: "prompt" is 1: write'),
+        ('{"image": "a.png", "prompt": "foreground"}', r'l.jsonl:2: a "foreground" sample needs its object.s mask'),
         ('{"image": ""}', r"l.jsonl:2: '' leaves the list's folder"),
         ('{"image": "a\\u0000.png"}', r"l.jsonl:2: 'a\\x00.png' leaves the list's folder"),
     ],

@@ -27,12 +27,13 @@ TINY = ("train", "--preset", "tiny", "--device", "cpu")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--preset huge", "'huge' is not one of 'tiny', 'moebius'"),
+        ("--preset huge", "'huge' is not one of 'tiny', 'moebius', 'upstream'"),
         ("--stage all", "'all' is not one of 'teacher', 'student', 'guidance', 'int8'"),
         ("--device tpu", "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         ("--keep 0", "Invalid value for '--keep'"),
         ("--set optimiser.stepz=2", "optimiser.stepz"),
-        ("", "there is nothing to train on: add --images SOURCE, or --latents DIR"),
+        ("", "there is nothing to train on: add --images SOURCE, your pictures"),
+        ("--preset upstream --stage teacher", "--preset upstream has no stage teacher"),
         ("--set stage=teacher", "--set 'stage=teacher' changes the stage: add --stage teacher instead"),
         ("--stage int8", "stage int8 has to know which blocks will be quantised: add --int8-recipe FILE.json"),
         ("--int8-recipe r.json", "--int8-recipe goes with stage int8: add --stage int8"),
@@ -44,7 +45,7 @@ def test_mistakes_are_usage_errors(capsys: Captured, tmp_path: Path, arguments: 
 
 
 def test_what_is_not_there_is_named(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = (*TINY, "-o", tmp_path / "run")
+    asked = (*TINY, "-o", tmp_path / "run", "--images", tmp_path)
     refused(capsys, 3, "there is no checkpoint", *asked, "--teacher", tmp_path / "no.bin")
     refused(capsys, 3, "no", *asked, "--vae", tmp_path / "no")
     refused(capsys, 3, "no.toml cannot be read", *asked, "--config", tmp_path / "no.toml")
@@ -66,9 +67,7 @@ def test_a_missing_package_is_named(
     refused(capsys, 3, install, "train", "-o", tmp_path / "run", "--images", tmp_path)
 
 
-def test_an_interruption_says_how_to_go_on(
-    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_says_how_to_go_on(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*given: Any) -> Path:
         raise KeyboardInterrupt
 
@@ -138,19 +137,29 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
     assert f"1 picture could not be read: see {tmp_path}/t/unreadable.txt" in said
     assert (tmp_path / "t" / "unreadable.txt").read_text().startswith("damaged.png\t")
 
+    shown = [line for line in said.splitlines() if line.startswith("teacher  loss ")]
+    assert "training on cpu, 1 process\n" in said and shown[-1].endswith(": 2 of 2")  # the last step, in a log too
     teacher, student = tmp_path / "t" / "teacher.safetensors", tmp_path / "s" / "student.safetensors"
-    given = ("--teacher", teacher, "--latents", tmp_path / "t" / "latents")
+    given = ("--teacher", teacher, "--images", images)
     said, record = trained("s", "student", *given, "--sample-every", "2")
     assert f"next: moebius-edge export {student} --vae {vae} --output BUNDLE\n" in said
     grid = cv2.imread(str(tmp_path / "s" / "samples" / "step-000000002.png"))
     assert grid is not None and grid.shape == (4 * 64, 3 * 64, 3)
     assert str(teacher) in json.dumps(record) and record["perceptual_distance"] == "teacher"
 
-    online = ("--images", images, "--set", "data.cache=false", "--student", student)
-    trained("g", "guidance", "--set", "losses.guidance=3", *online)
-    assert not (tmp_path / "g" / "latents").exists()
+    trained("g", "guidance", "--set", "losses.guidance=3", "--images", images, "--student", student)
     assert find_guidance(tmp_path / "g" / "student.safetensors", None) == 3.0
     assert find_guidance(student, None) is None
+
+    hole = np.zeros((70, 90), np.uint8)
+    hole[20:50, 30:60] = 255
+    cv2.imwrite(str(images / "hole.png"), hole)
+    lines = ({"image": "0.png", "mask": "hole.png", "prompt": "foreground"}, {"image": "1.png", "prompt": "background"})
+    (images / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompted = ("--preset", "upstream", "--teacher", teacher, "--images", images / "list.jsonl")
+    _, record = trained("u", "student", *prompted)
+    assert record["recipe"]["optimiser"]["muon"] == "all" and record["recipe"]["data"]["posterior"] == "sample"
+    (images / "hole.png").unlink()
 
     recipe = tmp_path / "int8.json"
     QuantisationRecipe({"conv_in": True, "up_blocks.1.upsamplers.0.phases": True, "conv_out": False}).save(recipe)
@@ -166,4 +175,7 @@ def test_the_stages_on_a_folder_of_pictures(capsys: Captured, tmp_path: Path, pi
 
     again = ("train", "-o", tmp_path / "s", "--config", config, "--vae", vae, "--device", "cpu", *given)
     refused(capsys, 2, "holds a run already: add --resume to go on with it", *again)
+    (images / "0.png").rename(tmp_path / "0.png")
+    refused(capsys, 2, "holds a run on other samples (pictures.number is 6 there, 5 here)", *again, "--resume")
+    (tmp_path / "0.png").rename(images / "0.png")
     assert main([*map(str, again), "--resume"]) == 0

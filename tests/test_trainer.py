@@ -19,12 +19,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_monitor import scalars
 from torch import nn
 from training_toys import OPTIONS, RECIPE, STUDENT, TEACHER, FlatLatents, stage_inputs, trained_teacher
 
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.model import build_student, build_teacher, load_checkpoint
+from moebius_edge.training import stage as stage_module
+from moebius_edge.training import trainer as trainer_module
 from moebius_edge.training.loop import checkpoint_files
 from moebius_edge.training.losses import Distillation, Task
 from moebius_edge.training.networks import batch_norms, identity_start
@@ -134,6 +137,102 @@ def test_a_stopped_run_goes_on_exactly(tmp_path: Path) -> None:
     assert same(resumed.average, whole.average)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint(number: int, tmp_path: Path) -> None:
+    class Told(Exception):
+        """What the handler of before raises."""
+
+    def handler(*_: object) -> None:
+        raise Told
+
+    recipe, options = replace(TASK, optimiser=replace(TASK.optimiser, steps=3)), replace(OPTIONS, save_every=100)
+    whole = trainer(recipe, tmp_path / "whole", options)
+    list(whole.run())
+    before = signal.signal(number, handler)
+    try:
+        stopped = trainer(recipe, tmp_path / "cut", options)
+        steps = stopped.run()
+        next(steps)
+        signal.raise_signal(number)  # as good as in the middle of the next step
+        with pytest.raises(Told):
+            next(steps)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert [p.name for p in checkpoint_files(tmp_path / "cut")] == ["step-000000002.pt"]
+    resumed = trainer(recipe, tmp_path / "cut", options)
+    assert resumed.resume() and len(list(resumed.run())) == 1
+    assert same(resumed.network, whole.network) and same(resumed.average, whole.average)
+
+
+def test_what_the_data_say_of_a_branch_is_heard(tmp_path: Path) -> None:
+    class Branches(FlatLatents):
+        def latents(self, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return *drawn, torch.tensor([0, 1, -1, -1])
+
+    ours = trainer(replace(TASK, noise=replace(TASK.noise, prompt_dropout=1.0)), tmp_path)
+    ours.source = Branches()  # type: ignore[assignment]
+    drawn = next(ours.batches(0))
+    assert ours.batch(drawn).unconditional.tolist() == [0, 1, 1, 1]  # the others by the share of the drop-out
+
+
+def test_scalars_of_a_resumed_run_are_those_of_one_that_was_not_stopped(tmp_path: Path) -> None:
+    class Cut(FlatLatents):
+        drawn = 0
+
+        def latents(self, drawn: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            self.drawn += 1
+            if self.drawn > 5:
+                raise KeyboardInterrupt
+            return drawn
+
+    ours, options = stage_inputs(), replace(OPTIONS, log_every=4)
+    train_stage(TASK, ours, tmp_path / "whole", options)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(TASK, replace(ours, source=Cut()), tmp_path / "cut", options)
+    train_stage(TASK, ours, tmp_path / "cut", options, resume=True)
+    whole, cut = (scalars(tmp_path / name)["losses/loss"] for name in ("whole", "cut"))
+    assert [step for step, _ in whole] == [2, 4, 6] and cut == whole
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_adaptive_weights_are_of_all_processes_or_of_each(
+    local: bool, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averaged = []
+    monkeypatch.setattr(stage_module, "mean_over_processes", lambda _, value: averaged.append(value) or value)
+    losses = replace(RECIPE.losses, terms=("task", "fine"), local_weights=local)
+    recipe = replace(RECIPE, losses=losses, optimiser=replace(RECIPE.optimiser, steps=1))
+    train_stage(recipe, stage_inputs(teacher=teacher), tmp_path, OPTIONS)
+    assert bool(averaged) is not local
+
+
+def test_only_averages_have_their_batch_norms_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(trainer_module, "measure_statistics", lambda network, passes: measured.append(network))
+    for optimiser in (replace(TASK.optimiser, ema_decay=0.0), replace(TASK.optimiser, batch_norm="running")):
+        ours = trainer(replace(TASK, optimiser=optimiser), tmp_path)
+        ours.settle_batch_norms()
+    ours = trainer(TASK, tmp_path)
+    ours.average = nn.Linear(2, 2)  # a network without batch norms, as the teacher is
+    ours.settle_batch_norms()
+    assert measured == []
+    trainer(TASK, tmp_path).settle_batch_norms()
+    assert len(measured) == 1
+
+
+def test_without_an_average_the_result_is_the_network(tmp_path: Path) -> None:
+    ours = trainer(replace(TASK, optimiser=replace(TASK.optimiser, ema_decay=0.0)), tmp_path)
+    list(ours.run())
+    assert same(ours.network, ours.average)
+
+
+def test_a_launcher_that_accelerate_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"started 2 processes, of which Accelerate knows 1: launch with `torchrun"):
+        make_accelerator("cpu")
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     """Their first step alone: later ones differ by AdamW's answer to gradients that are rounding and nothing else."""
     running = replace(TASK, optimiser=replace(TASK.optimiser, batch_norm="running"))
@@ -205,15 +304,16 @@ def test_two_processes_train_as_one_with_the_whole_batch(teacher: Path, tmp_path
     In double precision: in single, AdamW makes whole steps of gradients that are zero but for rounding.
     """
     recipe = {"optimiser": {"batch_norm": "running", "steps": 2}}
-    call = {"teacher": str(teacher), "recipe": recipe, "double": True}
+    call = {"teacher": str(teacher), "recipe": recipe, "double": True, "options": {"device": "auto"}}
     alone, two = tmp_path / "alone", tmp_path / "two"
     assert start({**call, "output": str(alone)}).wait() == 0
     script = Path(__file__).with_name("training_process.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command.append(json.dumps({**call, "output": str(two)}))
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, env=variables)
+    each = {"optimiser": {**recipe["optimiser"], "batch": 2, "per_process": True}}  # the same whole batch
+    command.append(json.dumps({**call, "recipe": each, "output": str(two)}))
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.stderr.decode().count("training on cpu, 2 processes\n") == 1
     records = [json.loads((path / "train.json").read_text()) for path in (alone, two)]
     assert [(r["processes"], r["micro_batch"]) for r in records] == [(1, 4), (2, 2)]
     figures = [record["result"]["last_figures"] for record in records]

@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 def train(
     output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Where the run is kept.")],
-    preset: Annotated[TrainingPreset, Option(help="The published size, or the bundled model's.")] = "moebius",
+    preset: Annotated[TrainingPreset, Option(help="The published size, the bundled, the paper's recipe.")] = "moebius",
     stage: Annotated[Stage, Option(help="What is trained: student is distilled from a teacher.")] = "student",
-    images: Annotated[str, Option(metavar="SOURCE", help="A folder, a .jsonl list, or WebDataset .tar shards.")] = "",
+    images: Annotated[str, Option(metavar="SOURCE", help="A folder, a .jsonl list, or .tar shards.")] = "",
     masks: Annotated[str, Option(metavar="DIR", help="Their masks; without, masks are drawn.")] = "",
-    latents: Annotated[Path | None, Option(metavar="DIR", help="Encoded pictures, to keep or to use.")] = None,
     vae: Annotated[Path | None, Option(metavar="DIR", help="The autoencoder, a diffusers folder.")] = None,
     teacher: Annotated[Path | None, Option(metavar="FILE", help="To distil from, or to go on training.")] = None,
     student: Annotated[Path | None, Option(metavar="FILE", help="To start from; without, a fresh one.")] = None,
@@ -55,7 +54,7 @@ def train(
         options = RunOptions(micro_batch, gradient_checkpointing, save_every, keep, sample_every=sample_every,
                              workers=workers, device=device)  # fmt: skip
         recipe = _recipe(preset, stage, config, settings, int8_recipe)
-        inputs = Inputs(images, masks, latents, vae, teacher, student)
+        inputs = Inputs(images, masks, vae, teacher, student)
         if preset == "tiny":
             inputs = inputs.with_bundled(stage)
         from ..training.stage import train as train_from_inputs

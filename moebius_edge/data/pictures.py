@@ -18,6 +18,7 @@ from ..imaging.mask_files import read_mask
 from ..imaging.pictures import Picture, read_picture
 
 SMALLEST_SIDE = 8  # pixels: one cell of the latent grid
+BACKGROUND, FOREGROUND = 0, 1  # the branches of the network, as the bundle's input ``branch`` numbers them
 
 
 class Place(NamedTuple):
@@ -58,10 +59,20 @@ class Place(NamedTuple):
 
 
 class Pictures:
-    """``pictures[i]`` belongs to ``masks[i]``, which is None where there is none; ``source`` is what the user named."""
+    """``pictures[i]`` belongs to ``masks[i]``, which is None where there is none; ``source`` is what the user named.
 
-    def __init__(self, source: str, pictures: Sequence[Place], masks: Sequence[Place | None]) -> None:
+    ``branches[i]`` says what the mask hides, ``BACKGROUND`` or a ``FOREGROUND`` object, None where nobody said.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        pictures: Sequence[Place],
+        masks: Sequence[Place | None],
+        branches: Sequence[int | None] | None = None,
+    ) -> None:
         self.source, self.pictures, self.masks = source, pictures, masks
+        self.branches = [None] * len(pictures) if branches is None else branches
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -94,12 +105,13 @@ class Pictures:
         return _rgb8(picture), mask
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and sizes in bytes of all files, in order: what a cache made from them is kept by."""
+        """SHA-256 over the names and sizes in bytes of all files, and the branches, in order."""
         digest = hashlib.sha256()
-        for picture, mask in zip(self.pictures, self.masks, strict=True):
+        for picture, mask, branch in zip(self.pictures, self.masks, self.branches, strict=True):
             for place in (picture, mask):
                 entry = "\0\0" if place is None else f"{place.name}\0{place.file_size()}\0"
                 digest.update(entry.encode("utf-8", "surrogateescape"))
+            digest.update(b"" if branch is None else bytes([branch]))
         return digest.hexdigest()
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from ..errors import BundleError, MachineError, UsageError
 from ..imaging.decoding import SUFFIXES
 from ..system.files import safe_join
-from .pictures import Pictures, Place
+from .pictures import BACKGROUND, FOREGROUND, Pictures, Place
 
 Pair = tuple[Place, Place | None]
+_BRANCHES = {None: None, "background": BACKGROUND, "foreground": FOREGROUND}  # as upstream's lists name them
 SHARD_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 SHARD_MASK = ".mask.png"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -37,7 +38,7 @@ def open_pictures(source: str | os.PathLike[str], masks: str | os.PathLike[str] 
             that is no JSON or leaves the list's folder, a damaged shard); ``masks`` does not go with it.
         MachineError: something is missing, or may not be read.
     """
-    source, path = os.fspath(source), Path(source)
+    source, path, branches = os.fspath(source), Path(source), None
     files = expand(source) if source.endswith(".tar") and not path.exists() else [source]
     if masks is not None and not path.is_dir():
         raise UsageError(f"a folder of masks goes with a folder of pictures only: {source} names its masks itself")
@@ -46,14 +47,14 @@ def open_pictures(source: str | os.PathLike[str], masks: str | os.PathLike[str] 
     elif len(files) == 1 and not path.exists():
         raise MachineError(f"there is no {source}: name a folder, a .jsonl list or .tar shards")
     elif source.endswith(".jsonl"):
-        pairs = _list(path)
+        pairs, branches = _list(path)
     elif source.endswith(".tar"):
         pairs = [pair for file in files for pair in index_shard(file)]
     else:
         raise UsageError(f"{source} is neither a folder, a .jsonl list nor .tar shards: name one of these")
     if not pairs:
         raise UsageError(f"{source} holds no picture: they end in {', '.join(SUFFIXES)}")
-    return Pictures(source, [picture for picture, _ in pairs], [mask for _, mask in pairs])
+    return Pictures(source, [picture for picture, _ in pairs], [mask for _, mask in pairs], branches)
 
 
 def _folder(root: Path, masks: Path | None) -> list[Pair]:
@@ -99,26 +100,31 @@ def _search(root: Path, suffixes: tuple[str, ...], left_out: Path | None) -> lis
     return sorted(names)
 
 
-def _list(path: Path) -> list[Pair]:
-    """Lines of JSON, each with "image" and maybe "mask"; other keys are ignored."""
+def _list(path: Path) -> tuple[list[Pair], list[int | None]]:
+    """Lines of JSON, each with "image" and maybe "mask" and "prompt", the branch; other keys are ignored."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error.reason}): write one JSON object a line") from error
-    return [_line(line, path.parent, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    read = [_line(line, path.parent, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [pair for pair, _ in read], [branch for _, branch in read]
 
 
-def _line(line: str, root: Path, where: str) -> Pair:
+def _line(line: str, root: Path, where: str) -> tuple[Pair, int | None]:
     example = '{"image": "a.jpg", "mask": "a.png"}'
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: no JSON ({error}): write a line as {example}") from None
-    image, mask = (entry.get("image"), entry.get("mask")) if isinstance(entry, dict) else (None, None)
+    image, mask, prompt = map(entry.get, ("image", "mask", "prompt")) if isinstance(entry, dict) else (None,) * 3
     if not isinstance(image, str) or not isinstance(mask, str | None):
         raise UsageError(f'{where}: "image" must be a path, and "mask" one or left out: write a line as {example}')
+    if not isinstance(prompt, str | None) or prompt not in _BRANCHES:
+        raise UsageError(f'{where}: "prompt" is {prompt!r:.80}: write "background" or "foreground", or leave it out')
+    if prompt == "foreground" and mask is None:
+        raise UsageError(f'{where}: a "foreground" sample needs its object\'s mask: add "mask", or leave "prompt" out')
     try:
         for name in (image, mask):
             if name is not None:
@@ -127,7 +133,7 @@ def _line(line: str, root: Path, where: str) -> Pair:
         raise UsageError(
             f"{where}: {name!r} leaves the list's folder {root}: give paths relative to it, of files inside it"
         ) from None
-    return _file(root, image), None if mask is None else _file(root, mask)
+    return (_file(root, image), None if mask is None else _file(root, mask)), _BRANCHES[prompt]
 
 
 def _file(root: Path, name: str) -> Place:

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +27,8 @@ from ..system.fingerprint import first_difference
 
 _PR_SET_PDEATHSIG = 1  # of the system call prctl
 _PREFETCH = 8  # batches that each process draws ahead: a slow picture then holds nobody up
+
+_ONE_PRESS_S = 2.0  # a launcher passes on the signal that the terminal has sent to its processes already
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -95,11 +99,45 @@ def _stacked(samples: Sequence[Any]) -> Arrays | MoebiusError:
 def _begin_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):  # they reach every process, and the first one ends the others
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # So does SIGTERM under a job scheduler; the first one is let pass, for a checkpoint is made meanwhile.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if sys.platform == "linux":  # end with the parent, even where that is killed and this process waits to write
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cv2.setNumThreads(0)
     os.nice(5)
+
+
+@contextmanager
+def noticing_stops() -> Iterator[list[int]]:
+    """Yield a list that Ctrl-C and SIGTERM add their number to, in place of what they did before; again, they do it.
+
+    In another thread than the main one signals stay as they are.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+    first = 0.0
+
+    def restore() -> None:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+            os.write(2, b"stopping after this step with a checkpoint; once more to stop at once\n")
+        elif time.monotonic() - first > _ONE_PRESS_S:
+            restore()
+            signal.raise_signal(number)
+        received.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        asked = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+        before = {number: signal.signal(number, handler) for number in asked}
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def atomic_save(content: Any, path: Path) -> None:

@@ -6,8 +6,9 @@ TensorBoard because every trainer's user knows it, by ``torch.utils.tensorboard`
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import cv2
@@ -27,7 +28,8 @@ from ..system.packages import install
 from .loop import make_folder
 
 _RECENT = 100  # steps that a shown figure is the mean of
-_LATEST = ("step", "images_per_s", "learning_rate")  # shown as they are, not as a mean
+_LATEST = ("step", "learning_rate")  # shown as they are, not as a mean
+_SPEED = "images_per_s"
 
 
 class Monitor:
@@ -45,6 +47,7 @@ class Monitor:
         self._output = output
         self._writer: Any = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
         self._recent: dict[str, deque[float]] = {}
+        self._since_written: dict[str, list[float]] = {}
 
     def __enter__(self) -> Monitor:
         return self
@@ -53,13 +56,14 @@ class Monitor:
         self._writer.close()
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """Take one step's figures into the running means."""
+        """Take one step's figures into the means."""
         for name, value in figures.items():
+            self._since_written.setdefault(name, []).append(value)
             self._recent.setdefault(name, deque(maxlen=_RECENT)).append(value)
 
     def means(self) -> dict[str, float]:
-        """The running means by name; of step, speed and learning rate the latest value."""
-        return {n: v[-1] if n in _LATEST else float(np.mean(v)) for n, v in self._recent.items()}
+        """The running means by name; of step and learning rate the latest value."""
+        return {name: _mean(name, values) for name, values in self._recent.items()}
 
     def line(self) -> str:
         """The losses and the speed, for a line of progress."""
@@ -68,10 +72,11 @@ class Monitor:
         return "  ".join(f"{name} {value:.4g}" for name, value in shown)
 
     def write(self, step: int) -> None:
-        """The running means as scalars at ``step``."""
-        for name, value in self.means().items():
-            group = "weights" if name.startswith("w_") else "run" if name in _LATEST else "losses"
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        """The means since the last time as scalars at ``step``: a resumed run, which has no past, gives the same."""
+        for name, values in self._since_written.items():
+            group = "weights" if name.startswith("w_") else "run" if name in (*_LATEST, _SPEED) else "losses"
+            self._writer.add_scalar(f"{group}/{name}", _mean(name, values), step)
+        self._since_written.clear()
 
     def picture(self, step: int, grid: np.ndarray) -> None:
         """``grid``, uint8 RGB (H, W, 3), as a PNG and in TensorBoard."""
@@ -79,6 +84,11 @@ class Monitor:
         with atomic_write(self._output / "samples" / f"step-{step:09d}.png") as temporary, utf8_path(temporary) as name:
             cv2.imwrite(name, cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
         self._writer.add_image("samples", grid, step, dataformats="HWC")
+
+
+def _mean(name: str, values: Sequence[float]) -> float:
+    """The mean of values a step; speeds by the time that the steps took together."""
+    return values[-1] if name in _LATEST else harmonic_mean(values) if name == _SPEED else float(np.mean(values))
 
 
 class SampleGrid:

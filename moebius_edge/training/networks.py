@@ -58,6 +58,19 @@ def identity_start(network: nn.Module) -> None:
             parameter[len(parameter) // 2 :] = parameter[: len(parameter) // 2]
 
 
+@torch.no_grad()
+def upstream_start(network: nn.Module) -> None:
+    """Start as upstream: linear layers by Glorot and Bengio's uniform rule without biases, tables of deviation 1."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in network.named_parameters():
+        if name.endswith("rel_pos_emb"):
+            nn.init.normal_(parameter)
+
+
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [m for m in module.modules() if isinstance(m, _BatchNorm)]
 

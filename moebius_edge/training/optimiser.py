@@ -12,24 +12,43 @@ from typing import Any
 import torch
 from torch import nn
 
-# The ends of a network are left to AdamW, as Muon's authors advise; tables and depthwise kernels are no matrices.
+# The ends of a network are left to AdamW, as Muon's authors advise.
 _ENDS = ("conv_in.", "conv_out.", "embedding_layer.")
 
 
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon trains this parameter: a linear or dense convolution's weight inside the network."""
-    if name.rpartition(".")[2] != "weight" or parameter.ndim not in (2, 4) or any(end in name for end in _ENDS):
+def is_matrix(name: str, parameter: nn.Parameter, muon: str = "dense") -> bool:
+    """Whether Muon trains this parameter: a linear or dense convolution's weight inside the network.
+
+    With ``muon`` ``all`` depthwise kernels and tables are matrices too, (first axis, all others): whatever has two
+    axes or more, as upstream has it, 288 tensors of the published network.
+    """
+    if any(end in name for end in _ENDS) or parameter.ndim < 2:
+        return False
+    if muon == "all":
+        return True
+    if name.rpartition(".")[2] != "weight" or parameter.ndim not in (2, 4):
         return False
     outputs, inputs = len(parameter), parameter.numel() // len(parameter)
     return min(outputs, inputs) > 1 and not (parameter.ndim == 4 and parameter.shape[1] == 1)
 
 
 class MuonAdamW:
-    """An optimiser of a module's parameters. It decays matrices; biases, norms and tables are left alone."""
+    """An optimiser of a module's parameters, of which ``is_matrix`` chooses Muon's.
 
-    def __init__(self, module: nn.Module, learning_rate: float, weight_decay: float = 1e-2) -> None:
+    It decays these; biases, norms and the rest are left alone, unless ``decay`` is ``all``. ``betas`` are AdamW's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        learning_rate: float,
+        weight_decay: float = 1e-2,
+        decay: str = "matrices",
+        muon: str = "dense",
+        betas: tuple[float, float] = (0.9, 0.98),
+    ) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in trained if is_matrix(name, p)]
+        matrices = [p for name, p in trained if is_matrix(name, p, muon)]
         self._pairs = [(p, nn.Parameter(p.detach().view(len(p), -1))) for p in matrices]
         self._muon = torch.optim.Muon(
             [view for _, view in self._pairs],
@@ -37,8 +56,9 @@ class MuonAdamW:
             weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        rest = [p for name, p in trained if not is_matrix(name, p)]
-        self._adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+        rest = [p for name, p in trained if not is_matrix(name, p, muon)]
+        rest_decay = weight_decay if decay == "all" else 0.0
+        self._adamw = torch.optim.AdamW(rest, lr=learning_rate, weight_decay=rest_decay, betas=betas)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -73,13 +73,16 @@ class ELatentLPIPS:
     """E-LatentLPIPS (arXiv 2405.05967) for SDXL's latents, whose scale is ours, with augmentation ``bg``, in float32.
 
     Every call draws an augmentation from PyTorch's global generator. On CUDA the package compiles its resampling when
-    first called, so a first call is made here. Nothing is downloaded. Raises MachineError when the package or its
-    weights are not there, or do not work.
+    first called, so a first call is made here. Nothing is downloaded. ``rescale``, the package's ``normalize``,
+    multiplies by 0.13025, which scaled latents have behind them; upstream does so all the same.
+
+    Raises MachineError when the package or its weights are not there, or do not work.
     """
 
     name = "elatentlpips"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rescale: bool = False) -> None:
+        self._rescale = rescale
         if missing := missing_elatentlpips():
             raise MachineError(missing)
         try:
@@ -100,8 +103,7 @@ class ELatentLPIPS:
     def __call__(self, predicted: Tensor, clean: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
         """As ``TeacherFeatures``; mask and masked image play no part."""
         with torch.autocast(predicted.device.type, enabled=False):
-            # normalize would multiply by 0.13025, which scaled latents have behind them.
-            distance: Tensor = self.network(predicted.float(), clean.detach().float(), normalize=False)
+            distance: Tensor = self.network(predicted.float(), clean.detach().float(), normalize=self._rescale)
         return distance.mean()
 
 
@@ -116,12 +118,12 @@ def missing_elatentlpips() -> str:
 LatentDistance = TeacherFeatures | ELatentLPIPS
 
 
-def choose_distance(name: str, teacher: Teacher) -> LatentDistance:
+def choose_distance(name: str, teacher: Teacher, rescale: bool = False) -> LatentDistance:
     """The distance called ``teacher`` or ``elatentlpips``, on the teacher's device.
 
     ``auto`` is E-LatentLPIPS if its package and weights are there, else the teacher's; the ``name`` of the result says
     which. Raises MachineError as ``ELatentLPIPS``.
     """
     if name == "elatentlpips" or (name == "auto" and not missing_elatentlpips()):
-        return ELatentLPIPS(teacher.embedding_layer.weight.device)
+        return ELatentLPIPS(teacher.embedding_layer.weight.device, rescale)
     return TeacherFeatures(teacher)

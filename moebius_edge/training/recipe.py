@@ -23,7 +23,7 @@ from ..spec import LATENT_DOWNSCALE, NOISE_OFFSET
 from ..toml import parse_toml, read_toml
 
 Term = Literal["coarse", "fine", "task", "perceptual"]
-MaskPreset = Literal["thin", "medium", "thick", "box"]
+MaskPreset = Literal["lama-medium", "thin", "medium", "thick", "box"]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 
@@ -36,24 +36,25 @@ class _Strict:
 
 @dataclass(frozen=True)
 class DataRecipe(_Strict):
-    """``pictures`` pictures are encoded once, with ``masks_per_picture`` masks each; 0 stands for all there are.
+    """For ``min_scale``, ``flip``, ``masks``, ``coverage`` and ``widen`` see ``data.samples.Transform``.
 
-    Without ``cache`` every sample is encoded anew, with another crop and mask each time. For ``min_scale``, ``flip``,
-    ``masks`` and ``coverage`` see ``data.samples.Transform``.
+    ``posterior`` says what the autoencoder gives as a latent: the mean of its distribution, or a sample of it.
     """
 
-    cache: Flag = True
-    pictures: Count = 0
-    masks_per_picture: Positive = 1
+    posterior: Literal["mean", "sample"] = "mean"
     min_scale: Annotated[float, Field(strict=True, ge=0.01, le=1)] = 0.5
     flip: Flag = True
-    masks: Annotated[tuple[MaskPreset, ...], Field(min_length=1)] = ("thin", "medium", "thick", "box")
-    coverage: tuple[Share, Share] = (0.05, 0.5)
+    masks: Annotated[tuple[MaskPreset, ...], Field(min_length=1)] = ("lama-medium",)
+    coverage: tuple[Share, Share] = (0.0, 1.0)
+    widen: Flag = True
 
 
 @dataclass(frozen=True)
 class NoiseRecipe(_Strict):
-    """``timesteps``: Esser et al., arXiv 2403.03206, section 3.1. ``prompt_dropout``: unconditional share."""
+    """``timesteps``: Esser et al., arXiv 2403.03206, section 3.1.
+
+    ``prompt_dropout`` is the unconditional share of the samples of which the data do not say the branch.
+    """
 
     timesteps: Literal["logit-normal", "uniform"] = "logit-normal"
     logit_mean: Number = 0.0
@@ -69,7 +70,8 @@ class LossRecipe(_Strict):
     ``distance`` chooses the perceptual term. ``hole_weight`` multiplies the squared noise error in the hole.
     ``velocity_limit``: the noise error is weighted by 1 / alpha-bar up to this limit, as predicting the velocity would
     (Salimans and Ho, arXiv 2202.00512, section 4); 0 weighs all timesteps alike. ``guidance`` is the guidance that
-    stage ``guidance`` distils.
+    stage ``guidance`` distils. With ``rescale`` E-LatentLPIPS scales the latents, as upstream has it, a second time;
+    with ``local_weights`` each process takes the adaptive weights from its own samples.
     """
 
     terms: Annotated[tuple[Term, ...], Field(min_length=1)] = ("coarse", "fine", "task", "perceptual")
@@ -80,27 +82,35 @@ class LossRecipe(_Strict):
     hole_weight: AboveZero = 1.0
     velocity_limit: Number = 0.0
     guidance: Number = 2.0
+    rescale: Flag = False
+    local_weights: Flag = False
 
 
 @dataclass(frozen=True)
 class OptimiserRecipe(_Strict):
-    """A step sees ``batch`` samples, over all processes and micro-batches together.
+    """A step sees ``batch`` samples, over all micro-batches and processes together, or ``per_process`` in each.
 
-    The learning rate rises over ``warmup`` steps and falls by half a cosine to ``final_rate`` of itself. With
-    ``batch_norm`` ``running`` the stored statistics are used and stay. ``identity_start``: see ``networks``.
+    The learning rate rises over ``warmup`` steps and falls by half a cosine to ``final_rate`` of itself. For ``muon``
+    and ``decay`` see ``optimiser``; ``betas`` are AdamW's. An ``ema_decay`` of 0 leaves the weights themselves.
+    ``batch_norm`` takes statistics over all processes, or ``local`` ones, or with ``running`` uses the stored ones,
+    which stay. For ``start`` see ``networks``.
     """
 
     steps: Positive = 100_000
     batch: Positive = 16
+    per_process: Flag = False
     learning_rate: AboveZero = 2e-4
     warmup: Count = 1000
     final_rate: Share = 0.01
     weight_decay: Number = 0.01
+    decay: Literal["matrices", "all"] = "matrices"
+    muon: Literal["dense", "all"] = "dense"
+    betas: tuple[Share, Share] = (0.9, 0.98)
     max_grad_norm: AboveZero = 1.0
     ema_decay: Share = 0.9999
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    batch_norm: Literal["batch", "running"] = "batch"
-    identity_start: Flag = False
+    batch_norm: Literal["batch", "local", "running"] = "batch"
+    start: Literal["plain", "identity", "upstream"] = "plain"
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,8 @@ class Recipe(_Strict):
         if self.stage == "guidance" and not (math.isfinite(guidance) and guidance > 1):
             raise UsageError(f"losses.guidance is {guidance}: there is nothing to distil unless it is above 1")
         if self.stage == "int8" and optimiser.batch_norm != "running":
-            raise UsageError("optimiser.batch_norm is 'batch': stage int8 trains what export folds, so use 'running'")
+            problem = f"optimiser.batch_norm is {optimiser.batch_norm!r}: stage int8 trains what export folds"
+            raise UsageError(f"{problem}, so use 'running'")
         if self.stage == "int8" and optimiser.precision == "bf16":
             raise UsageError("optimiser.precision is 'bf16', too coarse to tell INT8 steps: use fp32 or fp16")
 
@@ -141,11 +152,16 @@ class Recipe(_Strict):
         return LATENT_DOWNSCALE * self.student.latent_size
 
 
-PRESETS = ("moebius", "tiny")
+PRESETS = ("moebius", "tiny", "upstream")
 
 
 def preset_recipe(preset: str, stage: str) -> Recipe:
-    """The recipe of ``preset``, one of ``PRESETS``, for ``stage``: see ``presets.toml``."""
+    """The recipe of ``preset``, one of ``PRESETS``, for ``stage``: see ``presets.toml``.
+
+    Raises UsageError for another stage of ``upstream`` than ``student``.
+    """
+    if preset == "upstream" and stage != "student":
+        raise UsageError(f"--preset upstream has no stage {stage}: it is how upstream trains the student, use moebius")
     values = read_toml(Path(__file__).with_name("presets.toml"))[preset]
     changes = values.pop("stages").get(stage, {})
     return with_values(Recipe(), _merged({**values, "stage": stage}, changes))
@@ -193,14 +209,15 @@ class RunOptions:
     """What may change from one start to the next without changing the result beyond rounding.
 
     ``micro_batch`` samples go through the network at a time in each process; 0 stands for all of them. ``workers``
-    processes draw samples. ``keep`` checkpoints are kept. 0 for ``sample_every`` draws no pictures.
+    processes draw samples. ``keep`` checkpoints are kept. Scalars are means of ``log_every`` steps. 0 for
+    ``sample_every`` draws no pictures.
     """
 
     micro_batch: int = 0
     gradient_checkpointing: bool = False
     save_every: int = 250
     keep: int = 3
-    log_every: int = 20
+    log_every: int = 25
     sample_every: int = 1000
     workers: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -208,14 +225,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a user names: pictures and their masks, a folder of encoded pictures, and files of weights.
+    """What a user names: pictures and their masks, an autoencoder's folder, and files of weights.
 
     ``images`` and ``masks`` are as ``data.sources.open_pictures`` takes them, "" for none.
     """
 
     images: str = ""
     masks: str = ""
-    latents: Path | None = None
     vae: Path | None = None
     teacher: Path | None = None
     student: Path | None = None

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .. import __version__
-from ..data.samples import MaskedPictures, Transform
+from ..data.samples import MaskedPictures, Transform, listed_names
 from ..data.sources import open_pictures
 from ..errors import BundleError, MachineError, UsageError
 from ..export.source import open_vae
@@ -34,11 +36,11 @@ from ..system.fingerprint import first_difference
 from ..system.machine import machine_info, package_version
 from ..text import counted
 from .fake_quantise import simulate
-from .latents import INDEX, UNREADABLE, EncodedPictures, LatentCache, Source, encode_latents, read_index, vae_hash
+from .latents import EncodedPictures, Source, vae_hash
 from .loop import atomic_save, checkpoint_files, make_folder, plain
 from .losses import Distillation, Guidance, Objective, QuantisationAware, Task
 from .monitor import Monitor, SampleGrid
-from .networks import identity_start, load_student, load_teacher
+from .networks import identity_start, load_student, load_teacher, upstream_start
 from .perceptual import choose_distance
 from .recipe import Inputs, Recipe, RunOptions
 from .trainer import Trainer, make_accelerator, mean_over_processes
@@ -46,7 +48,7 @@ from .trainer import Trainer, make_accelerator, mean_over_processes
 RECORD = "train.json"
 _PACKAGES = ("torch", "accelerate", "diffusers", "numpy", "opencv-python-headless", "safetensors", "elatentlpips")
 _SAMPLES = 4  # fills in a grid
-_LONGEST_SILENCE_S = 10.0  # where a step takes a minute, ``log_every`` steps would be too many to wait for
+_LINE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class StageInputs:
 
     ``teacher`` and ``student`` are checkpoint files. Stages ``guidance`` and ``int8`` start from the student's; stages
     ``student`` and ``teacher`` start from their own if it is given, else afresh. ``vae`` is the autoencoder that
-    samples are shown with, None for no pictures. ``pictures`` lists what could not be read, where any were read.
+    samples are shown with, None for no pictures.
     """
 
     source: Source
@@ -63,47 +65,30 @@ class StageInputs:
     teacher: Path | None = None
     student: Path | None = None
     vae: Any = None
-    pictures: MaskedPictures | None = None
 
 
-def open_inputs(
-    recipe: Recipe, inputs: Inputs, output: Path, device: str, progress: Progress = no_progress
-) -> StageInputs:
-    """What the user names, opened; pictures are encoded where the recipe caches latents.
-
-    They are encoded into ``inputs.latents``, by default ``output/latents``, by the first process while the others wait;
-    a folder of latents that is named without pictures is read as it is.
+def open_inputs(recipe: Recipe, inputs: Inputs, unreadable: Path, device: torch.device) -> StageInputs:
+    """What the user names, opened; pictures that cannot be read are listed in ``unreadable``.
 
     Raises:
-        UsageError: pictures, latents or the autoencoder are not named, or do not suit. MachineError: something named
-            is not there. As ``open_pictures`` and ``encode_latents``, too.
+        UsageError: pictures or the autoencoder are not named, or do not suit. MachineError: something named is not
+            there. As ``open_pictures``, too.
     """
+    if not inputs.images:
+        raise UsageError("there is nothing to train on: add --images SOURCE, your pictures")
+    if inputs.vae is None:
+        raise UsageError("pictures are encoded before a network sees them: add --vae DIR, a diffusers VAE folder")
     for path in (inputs.teacher, inputs.student):
         if path is not None and not path.is_file():
             raise MachineError(f"there is no checkpoint {path}: name a file of weights")
-    accelerator, data, samples = make_accelerator(device), recipe.data, None
-    vae = None if inputs.vae is None else open_vae(inputs.vae).to(accelerator.device)
-    folder = inputs.latents or output / "latents"
-    origin: dict[str, Any] = {}
-    if inputs.images:
-        if vae is None:
-            raise UsageError("pictures are encoded before a network sees them: add --vae DIR, a diffusers VAE folder")
-        pictures = open_pictures(inputs.images, inputs.masks or None)
-        transform = Transform(recipe.resolution, data.min_scale, data.flip, data.masks, data.coverage)
-        samples = MaskedPictures(pictures, transform, recipe.seed)
-        origin = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures)}
-        if not data.cache:
-            origin["made_from"] = plain({**samples.identity(), "vae": vae_hash(vae)})
-            encoded = EncodedPictures(vae, samples)
-            return StageInputs(encoded, origin, inputs.teacher, inputs.student, vae, samples)
-        with accelerator.main_process_first():
-            count = data.pictures or len(pictures)
-            encode_latents(vae, samples, folder, count, data.masks_per_picture, progress=progress)
-    elif not (folder / INDEX).is_file():
-        raise UsageError("there is nothing to train on: add --images SOURCE, or --latents DIR with encoded pictures")
-    source = LatentCache(folder, recipe.student.latent_size)
-    origin |= {"latents": str(folder), "made_from": read_index(folder)}
-    return StageInputs(source, origin, inputs.teacher, inputs.student, vae, samples)
+    vae, data = open_vae(inputs.vae).to(device), recipe.data
+    pictures = open_pictures(inputs.images, inputs.masks or None)
+    transform = Transform(recipe.resolution, data.min_scale, data.flip, data.masks, data.coverage, data.widen)
+    samples = MaskedPictures(pictures, transform, recipe.seed, unreadable)
+    made_from = plain({**samples.identity(), "vae": vae_hash(vae)})
+    origin = {"images": inputs.images, "masks": inputs.masks, "number": len(pictures), "made_from": made_from}
+    source = EncodedPictures(vae, samples, data.posterior == "sample")
+    return StageInputs(source, origin, inputs.teacher, inputs.student, vae)
 
 
 def train(
@@ -114,15 +99,22 @@ def train(
     resume: bool = False,
     progress: Progress = no_progress,
 ) -> Path:
-    """Train a stage from what a user names, and return the file of the averaged weights. Raises as ``train_stage``."""
-    make_accelerator(options.device)  # what it refuses is said before anything is made
-    check_output_dir(output, recipe, resume)
-    opened = open_inputs(recipe, inputs, output, options.device, progress)
+    """Train a stage from what a user names; the file of the averaged weights. Raises as ``train_stage``."""
+    accelerator = make_accelerator(options.device)  # what it refuses is said before anything is made
+    check_output_dir(output, recipe_of_processes(recipe, accelerator), resume)
+    unreadable = output / "unreadable.txt"
+    opened = open_inputs(recipe, inputs, unreadable, accelerator.device)
     try:
         return train_stage(recipe, opened, output, options, resume, progress)
     finally:
-        if opened.pictures is not None and (number := opened.pictures.unreadable.write(output / UNREADABLE)):
-            print(f"{counted(number, 'picture')} could not be read: see {output / UNREADABLE}", file=sys.stderr)
+        if accelerator.is_main_process and (number := len(listed_names(unreadable))):
+            print(f"{counted(number, 'picture')} could not be read: see {unreadable}", file=sys.stderr)
+
+
+def recipe_of_processes(recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe with the whole batch in place of one for each process."""
+    batch = recipe.optimiser.batch * (accelerator.num_processes if recipe.optimiser.per_process else 1)
+    return replace(recipe, optimiser=replace(recipe.optimiser, batch=batch, per_process=False))
 
 
 def train_stage(
@@ -136,15 +128,19 @@ def train_stage(
     """Train, and return the file of the averaged weights; at once if ``resume`` finds them finished.
 
     Raises:
-        UsageError: ``output`` holds a run and ``resume`` is off, or one of another recipe; the inputs do not suit
-            the stage. MachineError: no such device, a file or package is missing, the disk is full.
+        UsageError: ``output`` holds a run and ``resume`` is off, or one of another recipe or other samples; the inputs
+            do not suit the stage. MachineError: no such device, a file or package is missing, the disk is full.
         BundleError: a checkpoint is damaged, or a loss was not finite.
     """
     result = output / ("teacher.safetensors" if recipe.stage == "teacher" else "student.safetensors")
-    check_output_dir(output, recipe, resume)
+    accelerator = make_accelerator(options.device)
+    recipe = recipe_of_processes(recipe, accelerator)
+    _check_samples(output, check_output_dir(output, recipe, resume), inputs.origin)
     if result.exists():
         return result
-    accelerator = make_accelerator(options.device)
+    if accelerator.is_main_process:
+        processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+        print(f"training on {accelerator.device.type}, {processes}", file=sys.stderr)
     torch.manual_seed(recipe.seed)
     network, average = _networks(recipe, inputs, accelerator.device)
     objective = _objective(recipe, inputs, network, accelerator)
@@ -174,18 +170,22 @@ def train_stage(
     return result
 
 
-def check_output_dir(output: Path, recipe: Recipe, resume: bool) -> None:
-    """Raise UsageError unless ``output`` is free, or holds a run of ``recipe`` that is to go on."""
+def check_output_dir(output: Path, recipe: Recipe, resume: bool) -> dict[str, Any]:
+    """The record of the run in ``output``, empty where there is none.
+
+    Raises UsageError unless ``output`` is free, or holds a run of ``recipe`` that is to go on.
+    """
     record = output / RECORD
     if not record.exists():
         if checkpoint_files(output):
             raise UsageError(f"{output} has checkpoints and no {RECORD}: give another output folder")
         make_folder(output)
-        return
+        return {}
     if not resume:
         raise UsageError(f"{output} holds a run already: add --resume to go on with it, or give another output folder")
     try:
-        there = json.loads(record.read_text("utf-8"))["recipe"]
+        before: dict[str, Any] = json.loads(record.read_text("utf-8"))
+        there = before["recipe"]
     except OSError as error:
         raise MachineError(f"{record} cannot be read: {error.strerror}: run `chmod u+r {record}`") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -193,6 +193,15 @@ def check_output_dir(output: Path, recipe: Recipe, resume: bool) -> None:
     if there != (here := plain(asdict(recipe))):
         difference = first_difference(there, here)
         raise UsageError(f"{output} holds a run of another recipe ({difference}): give the same, or another output")
+    return before
+
+
+def _check_samples(output: Path, before: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Raise UsageError where the run recorded in ``before`` was on other samples: it could not go on as it began."""
+    there, here = (place.get("made_from") for place in (before.get("inputs", {}).get("samples", origin), origin))
+    if there != here:
+        difference = first_difference(there, here)
+        raise UsageError(f"{output} holds a run on other samples ({difference}): name the same, or another output")
 
 
 def _networks(recipe: Recipe, inputs: StageInputs, device: torch.device) -> tuple[Any, nn.Module]:
@@ -204,8 +213,9 @@ def _networks(recipe: Recipe, inputs: StageInputs, device: torch.device) -> tupl
         network = load_teacher(start) if teaches else load_student(start, recipe.student)
     else:
         network = build()
-        if recipe.optimiser.identity_start:
-            identity_start(network)
+        starts: dict[str, Callable[[nn.Module], None]] = {"identity": identity_start, "upstream": upstream_start}
+        if recipe.optimiser.start in starts:
+            starts[recipe.optimiser.start](network)
     return network.requires_grad_(True).to(device), build()
 
 
@@ -232,8 +242,9 @@ def _objective(recipe: Recipe, inputs: StageInputs, network: Any, accelerator: A
     if inputs.teacher is None:
         raise UsageError("distillation needs a teacher: add --teacher FILE, or --set 'losses.terms=[\"task\"]'")
     teacher = load_teacher(inputs.teacher, device)
-    distance = choose_distance(losses.distance, teacher) if "perceptual" in losses.terms else None
-    return Distillation(losses, network, teacher, distance, precision, partial(mean_over_processes, accelerator))
+    distance = choose_distance(losses.distance, teacher, losses.rescale) if "perceptual" in losses.terms else None
+    mean = (lambda value: value) if losses.local_weights else partial(mean_over_processes, accelerator)
+    return Distillation(losses, network, teacher, distance, precision, mean)
 
 
 def _run(
@@ -246,15 +257,18 @@ def _run(
         generators = [np.random.default_rng([recipe.seed + 2, number]) for number in range(_SAMPLES)]
         drawn = [inputs.source.draw(number, rng) for number, rng in enumerate(generators)]
         tensors = tuple(torch.from_numpy(np.stack(column)).to(trainer.device) for column in zip(*drawn, strict=True))
-        grid = SampleGrid(inputs.vae, *inputs.source.latents(tensors))
+        torch.manual_seed(recipe.seed)
+        clean, masked, mask, *_ = inputs.source.latents(tensors)
+        grid = SampleGrid(inputs.vae, clean, masked, mask)
     with Monitor(output, trainer.done) as monitor:
-        shown = time.monotonic()
+        shown = -math.inf
         for figures in trainer.run():
             monitor.add(figures)
             step, ended = trainer.done, trainer.done == steps
-            if step % options.log_every == 0 or ended or time.monotonic() - shown > _LONGEST_SILENCE_S:
+            if ended or time.monotonic() - shown > _LINE_EVERY_S:
                 shown = time.monotonic()
                 progress(f"{recipe.stage}  {monitor.line()}", step, steps)
+            if ended or step % options.log_every == 0 or step % options.save_every == 0:  # where a resumed run begins
                 monitor.write(step)
             if grid is not None and (step % options.sample_every == 0 or ended):
                 monitor.picture(step, grid.draw(trainer.average))

@@ -9,6 +9,8 @@ Accelerate fixes it once a process.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
@@ -31,11 +33,12 @@ from .loop import (
     draw_batches,
     load_state,
     lost_processes_named,
+    noticing_stops,
     save_checkpoint,
     update_average,
 )
 from .losses import Figures, Objective, autocast
-from .networks import average_statistics, measure_statistics, set_training, spread_momentum
+from .networks import average_statistics, batch_norms, measure_statistics, set_training, spread_momentum
 from .noising import Batch, Noising, draw_noise, prompt_ids
 from .optimiser import MuonAdamW
 from .recipe import Recipe, RunOptions
@@ -51,14 +54,19 @@ def make_accelerator(device: str) -> Accelerator:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError("PyTorch finds no CUDA GPU here: use --device cpu, or see `moebius-edge doctor`")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        cpu=device == "cpu",
+        # Without this Accelerate takes each of several processes on a machine without GPUs for the only one.
+        cpu=device == "cpu" or (launched > 1 and not torch.cuda.is_available()),
         mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # batch norms are averaged by us
     )
     kind = str(accelerator.distributed_type.value)
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise UsageError(f"the launcher asks for {kind}, which is not supported: launch with --multi_gpu")
+    if launched != accelerator.num_processes:
+        problem = f"the launcher started {launched} processes, of which Accelerate knows {accelerator.num_processes}"
+        raise UsageError(problem, "launch with `torchrun --nproc-per-node N` or `accelerate launch --multi_gpu`")
     return accelerator
 
 
@@ -96,14 +104,15 @@ class Trainer:
                 f"{self.micro_batch}: use a batch that is a multiple of {max(self.micro_batch, 1) * processes}"
             )
         self.micro_batches = batch // (self.micro_batch * processes)
-        if processes > 1 and self.device.type == "cuda":
+        if processes > 1 and self.device.type == "cuda" and recipe.optimiser.batch_norm == "batch":
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         spread_momentum(network, self.micro_batches)
         self.network = network
         self.model = accelerator.prepare_model(network)
         self.average = average.to(self.device).requires_grad_(False).eval()
         self.average.load_state_dict(network.state_dict())
-        self.optimiser = MuonAdamW(network, recipe.optimiser.learning_rate, recipe.optimiser.weight_decay)
+        of = recipe.optimiser
+        self.optimiser = MuonAdamW(network, of.learning_rate, of.weight_decay, of.decay, of.muon, of.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.optimiser.precision == "fp16")
         self.noising = Noising(self.device)
         self.mean = partial(mean_over_processes, accelerator)
@@ -119,7 +128,10 @@ class Trainer:
     def batch(self, drawn: Arrays) -> Batch:
         """Samples as ``draw`` made them, stacked, on the device and noised."""
         *sample, noise, timestep, unconditional = (torch.from_numpy(a).to(self.device) for a in drawn)
-        return self.noising(*self.source.latents(tuple(sample)), noise, timestep, unconditional)
+        clean, masked, mask, *branch = self.source.latents(tuple(sample))
+        if branch:  # the data say it of those where it is not negative
+            unconditional = torch.where(branch[0] < 0, unconditional, branch[0].long())
+        return self.noising(clean, masked, mask, noise, timestep, unconditional)
 
     def batches(self, first_step: int) -> Generator[Arrays, None, None]:
         """This process's micro-batches from ``first_step`` on, without end."""
@@ -135,7 +147,8 @@ class Trainer:
         """
         recipe = self.recipe.optimiser
         set_training(self.network, recipe.batch_norm == "running")
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.done)  # for perceptual distances that augment
+        # For perceptual distances that augment, and posteriors of which a sample is taken.
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.done)
         half_cosine = 0.5 * (1 + math.cos(math.pi * (self.done / recipe.steps)))  # 1 at the start, 0 at the end
         rate = recipe.learning_rate * min(1.0, (self.done + 1) / max(recipe.warmup, 1))
         rate *= recipe.final_rate + (1 - recipe.final_rate) * half_cosine
@@ -195,15 +208,19 @@ class Trainer:
     def settle_batch_norms(self, batches: int = 60) -> None:
         """Measure the statistics of the average's batch norms anew; every process does the same.
 
-        On at most as many batches as it was trained on, and not where the stored statistics were used as they are.
+        On at most as many batches as it was trained on. Not where there are none, where the stored statistics were used
+        as they are, or where the weights are no average and have their own.
         """
-        if self.recipe.optimiser.batch_norm == "batch":
+        recipe = self.recipe.optimiser
+        if recipe.batch_norm != "running" and recipe.ema_decay and batch_norms(self.average):
             steps = min(batches, self.recipe.optimiser.steps)
             measure_statistics(self.average, self.passes(self.average, steps))
 
     def passes(self, network: nn.Module, batches: int) -> Iterator[Callable[[], object]]:
         """Forward passes of ``network`` on whole batches that no step trains on, the same in every process."""
         prompts, size, seed = self.recipe.student.num_prompts, self.recipe.optimiser.batch, self.recipe.seed + 1
+
+        torch.manual_seed(seed)
 
         def draw(number: int) -> tuple[Any, ...]:
             return self.draw(int(np.random.default_rng([seed, number]).integers(1 << 31)), seed)
@@ -241,12 +258,24 @@ class Trainer:
         return True
 
     def run(self) -> Generator[dict[str, float], None, None]:
-        """Train to the end, saving on the way; yield each step's figures, with its number and images a second."""
-        started, first, steps = time.monotonic(), self.done, self.recipe.optimiser.steps
-        with lost_processes_named(), closing(self.batches(first)) as batches:
+        """Train to the end, saving on the way; yield each step's figures, with its number and images a second.
+
+        Ctrl-C and SIGTERM, to any of the processes, end it after the step with a checkpoint; then they do what they
+        would have done.
+        """
+        steps = self.recipe.optimiser.steps
+        with noticing_stops() as stops, lost_processes_named(), closing(self.batches(self.done)) as batches:
             while self.done < steps:
+                started = time.monotonic()
                 figures = self.step(list(islice(batches, self.micro_batches)))
-                if self.done % self.options.save_every == 0 or self.done == steps:
+                stopped = bool(self.mean(torch.tensor(float(len(stops) > 0), device=self.device)) > 0)
+                if self.done % self.options.save_every == 0 or self.done == steps or stopped:
                     self.save()
-                speed = (self.done - first) * self.recipe.optimiser.batch / (time.monotonic() - started)
+                if stopped and self.done < steps:
+                    break
+                speed = self.recipe.optimiser.batch / (time.monotonic() - started)
                 yield {"step": self.done, **figures, "images_per_s": speed}
+        if self.done < steps:
+            for number in stops[:1]:
+                signal.raise_signal(number)
+            raise KeyboardInterrupt  # another process was stopped, or who handles the signal has done nothing

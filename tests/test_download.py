@@ -110,6 +110,8 @@ def test_another_repository_and_revision(hub: Hub) -> None:
     options = ["--repo", "me/weights", "--vae-repo", "me/vae", "--revision", "v2"]
     assert main([*PLACES2, *options]) == 0
     assert [(call["repo_id"], call["revision"]) for call in hub.online] == [("me/weights", "v2"), ("me/vae", "v2")]
+    assert main([*PLACES2, *options, "--vae-revision", "v3", "--output", "elsewhere"]) == 0
+    assert [call["revision"] for call in hub.online[2:]] == ["v2", "v3"]
 
 
 def test_the_teacher_and_the_command_that_uses_it(hub: Hub, capsys: Captured) -> None:

@@ -77,6 +77,7 @@ def download(
     repo: Annotated[str | None, Option(metavar="OWNER/NAME", help="Where the weights are; default theirs.")] = None,
     vae_repo: Annotated[str, Option(metavar="OWNER/NAME", help="Where the VAE is.")] = VAE_REPO,
     revision: Annotated[str | None, Option(metavar="REV", help="Branch, tag or commit; default main.")] = None,
+    vae_revision: Annotated[str | None, Option(metavar="REV", help="The VAE's; default --revision.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fetch the published weights and their autoencoder.
@@ -92,7 +93,7 @@ def download(
     source, folder, files = MODELS[name]
     folders = {"checkpoint": Folder(repo or source, folder, files, revision, output)}
     if name != DISTANCE:
-        folders["vae"] = Folder(vae_repo, "vae", WEIGHTS, revision, output)
+        folders["vae"] = Folder(vae_repo, "vae", WEIGHTS, vae_revision or revision, output)
     with console.interruption(lambda: "interrupted: run the same command again to resume"):
         paths = {key: _fetch(hub, each) for key, each in folders.items()}
     hashes = {key: _checked_hash(path, folders[key]) for key, path in paths.items()}

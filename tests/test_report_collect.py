@@ -18,7 +18,7 @@ from moebius_edge.report.collect import Plan, check_output_dir, collect
 from moebius_edge.report.grid import baseline_rows
 from moebius_edge.report.results import load, save
 
-STAGE = dict.fromkeys(("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"), 1.0) | {"count": 1}
+STAGE = dict.fromkeys(("first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms", "total_ms"), 1.0) | {"count": 1}
 FIDELITY: dict[str, Any] = {"hole_psnr_db": 30.0, "psnr_db": 40.0, "hole_ssim": 0.9, "ssim": 0.9, "images": 2}
 
 

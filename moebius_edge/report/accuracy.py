@@ -41,47 +41,32 @@ class Trace:
             np.save(stream, np.stack(self.outputs))
 
 
-class AgainstReference:
-    """Adds up the differences to a reference's traces."""
+class Fidelity:
+    """Adds up differences, each of a window to the reference's or of a picture to the truth."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._rows: list[dict[str, float | None]] = []
         self._images = 0
 
-    def add(self, trace: Trace, path: Path) -> None:
+    def add_reference(self, trace: Trace, path: Path) -> None:
         """One picture's trace, and where the reference's was saved. Raises BundleError if the two do not match."""
         outputs = np.load(path)
         if len(outputs) != len(trace.outputs):
-            raise BundleError(f"the reference {self._name} has other windows", "measure both again with --force")
+            raise BundleError(f"the reference in {path} has other windows", "measure both again with --force")
         for hole, ours, reference in zip(trace.holes, trace.outputs, outputs, strict=True):
             a, b = (i.transpose(2, 0, 1) * np.float32(PEAK) - np.float32(1) for i in (ours, reference))
             self._rows.append(fill_figures(a, b, hole))
         self._images += 1
 
-    def result(self) -> dict[str, Any]:
-        return {"reference": self._name, **_means(self._rows), "images": self._images}
-
-
-class AgainstTruth:
-    """Adds up the differences to the true pictures."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float | None]] = []
-
-    def add(self, result: np.ndarray, truth: np.ndarray, hole: Mask) -> None:
+    def add_truth(self, result: np.ndarray, truth: np.ndarray, hole: Mask) -> None:
         """uint8 RGB (H, W, 3) both."""
         self._rows.append(fill_figures(planes(result), planes(truth), hole))
+        self._images += 1
 
     def result(self) -> dict[str, Any]:
-        return {**_means(self._rows), "images": len(self._rows)}
-
-
-def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """The mean of each figure over the rows that have it."""
-    means: dict[str, float | None] = {}
-    for key in _FIGURES:
-        values = [value for row in rows if (value := row[key]) is not None]
-        digits = 6 if key.endswith("ssim") else 2
-        means[key] = round(float(np.mean(values)), digits) if values else None
-    return means
+        """The mean of each figure over the rows that have it"""
+        means: dict[str, Any] = {}
+        for key in _FIGURES:
+            values = [value for row in self._rows if (value := row[key]) is not None]
+            means[key] = round(float(np.mean(values)), 6 if key.endswith("ssim") else 2) if values else None
+        return {**means, "images": self._images}

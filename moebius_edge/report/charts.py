@@ -23,7 +23,6 @@ _COLOURS = {
 }
 _STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "moebius-edge", "font.size": 9}
 _STYLE |= {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
-_DASHES = ("-", "--", ":", "-.")
 _MARKS = {"frontier": ("o", 0, True), "dominated": ("o", 6, False), "baseline": ("D", 6, False)}
 # Where a label may stand beside its point: offset in points, and which side of it the point is on.
 _PLACES = [(8, 0, "left"), (-8, 0, "right"), (5, 9, "left"), (-5, 9, "right"), (5, -9, "left"), (-5, -9, "right")]
@@ -79,27 +78,10 @@ def scatter(caption: str, points: Sequence[Point], y_title: str) -> Chart:
     return _chart(caption, description, draw, 4.2)
 
 
-def lines(caption: str, drawn: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> Chart:
-    """One line each, by label, over 1, 2, 3 ..."""
-
-    def draw(axes: Any, colours: Sequence[str]) -> None:
-        for index, (label, values) in enumerate(drawn.items()):
-            style = {"color": colours[index % 7], "linestyle": _DASHES[index // 7 % 4], "marker": "."}
-            axes.plot(range(1, len(values) + 1), values, label=_shortened(label, 90), **style)
-        axes.set(xlabel=x_title, ylabel=y_title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False)
-
-    ends = "; ".join(f"{label}, {values[-1]:.3g}" for label, values in drawn.items())
-    return _chart(caption, f"{y_title} by {x_title}. At the end: {ends}.", draw, 3.6 + 0.2 * len(drawn))
-
-
-def bars(
-    caption: str, drawn: Mapping[str, Mapping[str, float]], unit: str, totals: Mapping[str, float] | None = None
-) -> Chart:
-    """Horizontal bars by label, stacked of named parts; the sum stands at each one's end, or what ``totals`` says."""
+def bars(caption: str, drawn: Mapping[str, Mapping[str, float]], unit: str) -> Chart:
+    """Horizontal bars by label, stacked of named parts; the sum stands at each one's end."""
     names = list(dict.fromkeys(name for parts in drawn.values() for name in parts))
-    sums = totals or {label: sum(parts.values()) for label, parts in drawn.items()}
+    sums = {label: sum(parts.values()) for label, parts in drawn.items()}
     digits = needed_digits([max(sums.values())])
     texts = {label: f"{sums[label]:.{digits}f} {unit}".rstrip() for label in drawn}
 

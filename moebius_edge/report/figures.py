@@ -71,23 +71,14 @@ def hole_psnr_db(configuration: Configuration, against: str | None) -> float | N
 
 
 def stage_ms(configuration: Configuration) -> dict[str, float]:
-    """Milliseconds of each stage in one picture, and ``other`` for the rest of ``total``.
-
-    A stage may have several entries a picture (``denoise`` one a network call), so its median counts that often. Where
-    calls differ their median is one kind's alone: there ``denoise`` is what the other stages leave of the total.
-    """
-    stages, total = at(configuration, "latency.stages"), latency_ms(configuration)
-    if total is None or not stages["total"]["count"]:
+    """Mean milliseconds of each stage in one picture, all of its calls together, and ``other`` for the rest."""
+    stages = at(configuration, "latency.stages") or {}
+    if not stages or not stages["total"]["count"]:
         return {}
-    pictures = stages["total"]["count"]
-    times = {name: s["median_ms"] * s["count"] / pictures for name, s in stages.items() if name != "total"}
-    if not times:
-        return {"total": total}
-    settings = configuration["settings"] or {"guidance_interval": None, "cache_interval": 1}
-    if "denoise" in times and (settings["guidance_interval"] is not None or settings["cache_interval"] > 1):
-        times["denoise"] += max(total - sum(times.values()), -times["denoise"])
+    times = {name: stage["total_ms"] / stages["total"]["count"] for name, stage in stages.items()}
+    total = times.pop("total")
     rest = total - sum(times.values())
-    return {**times, "other": rest} if rest > 0.005 * total else times
+    return {**times, "other": rest} if times and rest > 0.005 * total else times or {"total": total}
 
 
 class Group(NamedTuple):

@@ -107,7 +107,6 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
         "absences": tables.absences(results, numbers),
         "frontiers": [chart for against in AGAINST for chart in _frontiers(results, against, numbers)],
         "stages": _stages(numbered),
-        "sustained": _sustained([c for c in rows if c["sustained"]], numbers),
         "resources": _resources(numbered),
         "inputs": list(shown_inputs(results, folder)) if any(c["pictures"] for c in rows) else [],
         "views": VIEWS,
@@ -153,13 +152,7 @@ def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> li
 
 def _stages(numbered: Mapping[str, Configuration]) -> list[charts.Chart]:
     parts = {label: c["derived"]["stage_ms"] for label, c in numbered.items() if c["derived"]["stage_ms"]}
-    totals = {label: latency_ms(numbered[label]) or 0.0 for label in parts}
-    return [charts.bars("Stages of one picture", parts, "ms", totals)] if parts else []
-
-
-def _sustained(shown: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
-    lines = dict(zip(_labels(shown, numbers), [c["sustained"]["by_minute_ms"] for c in shown], strict=True))
-    return [charts.lines("Median of each minute", lines, "minute", "median latency (ms)")] if lines else []
+    return [charts.bars("Mean time of one picture by stage", parts, "ms")] if parts else []
 
 
 def _resources(numbered: Mapping[str, Configuration]) -> list[charts.Chart]:

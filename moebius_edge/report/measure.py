@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..system.machine import peak_memory_bytes
 from ..system.nvml import gpu_memory_in_use
 from ..system.subprocess_job import serve_job
-from .accuracy import AgainstReference, AgainstTruth, Trace
+from .accuracy import Fidelity, Trace
 from .inputs import Input, Loaded, load_input, rgb8, write_shown
 from .power import open_meter
 
@@ -121,7 +121,6 @@ def _latency(cold: StageTimer, timer: StageTimer, warmup: int, runs: int) -> dic
     first, stages = cold.summary(), timer.summary()
     for name, row in stages.items():
         row["first_ms"] = first.get(name, row)["first_ms"]
-        del row["total_ms"]
     return {"load_ms": first["load"]["first_ms"], "warmup": warmup, "runs": runs, "stages": stages}
 
 
@@ -152,23 +151,22 @@ def _sustained(
 def _compare(target: Target, inputs: Sequence[Input], spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """One more pass, untimed: the pictures and the accuracy; a reference keeps its traces for the others."""
     folder, record, reference = Path(spec["folder"]), spec["record"], spec["reference"]
-    against = AgainstReference(reference["id"]) if reference else None
-    truth = AgainstTruth() if any(source.truth for source in inputs) else None
+    against, truth = Fidelity(), Fidelity()
     pictures: dict[str, str] = {}
     for number, source in enumerate(inputs):
         progress("accuracy", number, len(inputs))
         loaded, trace = load_input(source), Trace()
-        result = target.fill(loaded, None, trace if record or against else None)
+        result = target.fill(loaded, None, trace if reference else None)
         if record:
             trace.save(Path(record) / trace_name(number))
-        if against is not None:
-            against.add(trace, Path(reference["folder"]) / trace_name(number))
-        if truth is not None and loaded.truth is not None:
-            truth.add(result, loaded.truth, loaded.hole)
+        if reference:
+            against.add_reference(trace, Path(reference["folder"]) / trace_name(number))
+        if loaded.truth is not None:
+            truth.add_truth(result, loaded.truth, loaded.hole)
         pictures[source.name] = write_shown(folder, spec["configuration"]["id"], source.shown, result)
     accuracy = {
-        "against_reference": against.result() if against else None,
-        "against_truth": truth.result() if truth else None,
+        "against_reference": {"reference": reference["id"], **against.result()} if reference else None,
+        "against_truth": truth.result() if any(source.truth for source in inputs) else None,
     }
     return {"accuracy": accuracy, "pictures": pictures}
 

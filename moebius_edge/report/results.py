@@ -64,6 +64,7 @@ class Stage(_Object):
     p95_ms: Figure
     p99_ms: Figure
     iqr_ms: Figure
+    total_ms: Figure
 
 
 class Latency(_Object):

@@ -90,19 +90,15 @@ def test_python_m_and_the_version() -> None:
         ("run a b --colour", "No such option: --colour"),
         ("run a b --steps many", "Invalid value for '--steps': "),
         ("run a b --steps 0", "Invalid value for '--steps': "),
-        ("run a b --guidance -1", "Invalid value for '--guidance': "),
         ("run a b --guidance nan", "Invalid value for '--guidance': "),
         *(
             (f"run a b --guidance-interval {x}", f"guidance-interval': '{x}' is not two whole numbers such as")
             for x in ("200", "a,b", "1,2,3", "0.2,0.8")
         ),
-        ("run a b --preset slow", "Invalid value for '--preset': 'slow' is not one of 'fast'"),
         ("run a b --start x", "Invalid value for '--start': 'x' is not one of 'image', 'prefill', 'noise'"),
-        ("run a b --scheduler x", "Invalid value for '--scheduler': 'x' is not one of 'ddim', 'dpm++2m'"),
         ("run a b --runtime caffe", "'caffe' is not one of 'auto', 'onnxruntime', 'tensorrt', 'tensorrt-rtx'"),
         ("compare a b --device-a tpu", "Invalid value for '--device-a': 'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         ("export a --precision fp8", "Invalid value for '--precision': 'fp8' is not one of 'fp32', 'fp16', 'int8'"),
-        ("export a --target gpu", "Invalid value for '--target': 'gpu' is not one of 'tensorrt', 'cpu'"),
         ("train -o run --stage dream", "'dream' is not one of 'teacher', 'student', 'guidance', 'int8'"),
     ],
 )

@@ -23,6 +23,7 @@ from ..system.files import sha256_file
 from ..system.fingerprint import ResultCache
 from ..system.machine import machine_info, package_version
 from ..system.subprocess_job import ProcessFailed, run_job
+from ..text import counted
 from .grid import Configuration
 from .inputs import Input, describe_inputs
 from .measure import trace_name
@@ -34,6 +35,12 @@ _INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless")
 _WORKER = (sys.executable, "-m", "moebius_edge.report.measure")
+_STATUSES = (  # of an error, by the first class that it is of
+    (OutOfMemory, "out of memory"),
+    (ProcessFailed, "failed"),  # a crash, a bug, or a library's error
+    (MachineError, "missing"),
+    (MoebiusError, "gated"),  # a damaged bundle, an engine that does not fit, a NaN
+)
 Outcome = dict[str, Any]  # "status" and "reason"; the measured figures where the status is ok
 
 
@@ -184,15 +191,9 @@ def supervise(spec: Mapping[str, Any], progress: Progress, command: Sequence[str
     """
     try:
         return {**run_job(command, dict(spec), "the process", progress), "status": "ok", "reason": None}
-    except OutOfMemory as error:
-        status, reason = "out of memory", str(error)
-    except ProcessFailed as error:  # a crash, a bug, or a library's error: this row is lost, the others are not
-        status, reason = "failed", str(error)
-    except MachineError as error:
-        status, reason = "missing", str(error)
-    except MoebiusError as error:  # a damaged bundle, an engine that does not fit, a NaN
-        status, reason = "gated", str(error)
-    return {"status": status, "reason": " ".join(reason.split())[:500]}
+    except MoebiusError as error:  # this row is lost, the others are not
+        status = next(status for kind, status in _STATUSES if isinstance(error, kind))
+        return {"status": status, "reason": " ".join(str(error).split())[:500]}
 
 
 def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
@@ -219,6 +220,5 @@ def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
 def _machine_label(info: Mapping[str, Any]) -> str:
     """The board's or the processor's name, the cores, and the GPU, of ``machine_info``."""
     name = info["board"] or info["cpu"]["model"] or info["architecture"]
-    cores = info["cpu"]["cores_available"]
-    gpus = [gpu["name"] for gpu in info["gpus"]]
-    return ", ".join([" ".join(str(name).split()), f"{cores} core" + ("s" if cores != 1 else ""), *gpus])
+    cores, gpus = counted(info["cpu"]["cores_available"], "core"), [gpu["name"] for gpu in info["gpus"]]
+    return ", ".join([" ".join(str(name).split()), cores, *gpus])

@@ -24,6 +24,7 @@ from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
 from moebius_edge.export.int8_ranges import METHODS
 from moebius_edge.pipeline.presets import PRESETS
+from moebius_edge.report.measure import CLASSICAL
 from moebius_edge.runtimes.auto import CANDIDATES
 from moebius_edge.runtimes.engine_files import VARIANTS
 from moebius_edge.sampling.scheduler import SCHEDULERS
@@ -115,6 +116,7 @@ def test_the_choices_are_those_of_the_modules_that_implement_them() -> None:
     assert tuple(METHODS) == options.RANGES
     assert tuple(TARGETS) == options.INT8_TARGETS
     assert set(options.RUNTIMES) == {candidate.runtime for candidate in CANDIDATES}
+    assert set(options.BASELINES) == set(CLASSICAL)
     assert set(options.DEVICES) == {candidate.device for candidate in CANDIDATES}
 
 

@@ -120,8 +120,8 @@ def test_bad_input(toy: Path, tmp_path: Path, capsys: Captured) -> None:
         ("4,x is no list of whole numbers such as 4,8", "--steps", "4,x"),
         ("x is no list of whole numbers", "--cache-interval", "x"),
         ("cache interval is 0", "--cache-interval", "0"),
-        ("unknown start 'middle'", "--start", "middle"),
-        ("unknown baseline 'lama'", "--baseline", "lama"),
+        ("'middle' is not one of image, prefill, noise", "--start", "middle"),
+        ("'lama' is not one of telea, navier-stokes", "--baseline", "telea,lama"),
         ("1000 is no size such as 2GB or 500MB", "--max-memory", "1000"),
         ("much is no size such as 2GB", "--max-memory", "much"),
     ):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from ..errors import PartialFailure, UsageError
-from ..options import PRESETS, SCHEDULERS, STARTS
+from ..options import AUTO, BASELINES, DEVICES, PRESETS, RUNTIMES, SCHEDULERS, STARTS
 from ..text import counted
 from . import console
 from .shared import AsJson, Seed
@@ -26,15 +26,18 @@ IMAGES = "images"  # as --truth: the images themselves
 _SIZES = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
-def _several(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """The parser of values with commas between them, each of which counts once."""
+def _several(kind: type, choices: Sequence[str] = ()) -> Callable[[str], tuple[Any, ...]]:
+    """The parser of values with commas between them, each of which counts once; ``choices`` are all there are."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:
-            return tuple(dict.fromkeys(kind(word.strip()) for word in text.split(",") if word.strip()))
+            values = tuple(dict.fromkeys(kind(word.strip()) for word in text.split(",") if word.strip()))
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise BadParameter(f"{text} is no list of {what} such as 4,8") from None
+        if choices and (unknown := [value for value in values if value not in choices]):
+            raise BadParameter(f"{unknown[0]!r} is not one of {', '.join(choices)}")
+        return values
 
     return parse
 
@@ -47,7 +50,11 @@ def _bytes(text: str) -> int:
     return int(float(size[1]) * _SIZES[size[2].upper()])
 
 
-_NAMES, _COUNTS = ({"parser": _several(kind), "metavar": f"{what},..."} for kind, what in ((str, "NAME"), (int, "N")))
+_COUNTS: dict[str, Any] = {"parser": _several(int), "metavar": "N,..."}
+
+
+def _names(choices: Sequence[str]) -> dict[str, Any]:
+    return {"parser": _several(str, choices), "metavar": "NAME,..."}
 
 
 def report(
@@ -56,15 +63,15 @@ def report(
     images: Annotated[Path | None, Option(metavar="DIR", help="The photographs.")] = None,
     masks: Annotated[Path | None, Option(metavar="DIR", help="Their masks; default photo_mask.png beside.")] = None,
     truth: Annotated[str, Option(metavar="DIR|images", help="True pictures by the same names, or the images.")] = "",
-    runtime: Annotated[Any, Option(**_NAMES, help="Runtimes to compare, as of run.")] = "",
-    device: Annotated[Any, Option(**_NAMES, help="Devices to compare.")] = "",
+    runtime: Annotated[Any, Option(**_names((AUTO, *RUNTIMES)), help="Runtimes to compare, as of run.")] = "",
+    device: Annotated[Any, Option(**_names((AUTO, *DEVICES)), help="Devices to compare.")] = "",
     steps: Annotated[Any, Option(**_COUNTS, help="Step counts to compare; default the bundle's.")] = "",
-    scheduler: Annotated[Any, Option(**_NAMES, help=f"{', '.join(SCHEDULERS)}.")] = "",
+    scheduler: Annotated[Any, Option(**_names(SCHEDULERS), help=f"{', '.join(SCHEDULERS)}.")] = "",
     guidance: Annotated[Any, Option(parser=_several(float), metavar="X,...", help="Default the bundle's.")] = "",
     cache_interval: Annotated[Any, Option(**_COUNTS, help="Reuse of deep features; default 1, none.")] = "",
-    start: Annotated[Any, Option(**_NAMES, help=f"{', '.join(STARTS)}; default the bundle's.")] = "",
-    preset: Annotated[Any, Option(**_NAMES, help=f"Of run, beside them: {', '.join(PRESETS)}.")] = "",
-    baseline: Annotated[Any, Option(**_NAMES, help="telea, navier-stokes.")] = "",
+    start: Annotated[Any, Option(**_names(STARTS), help=f"{', '.join(STARTS)}; default the bundle's.")] = "",
+    preset: Annotated[Any, Option(**_names(PRESETS), help=f"Of run, beside them: {', '.join(PRESETS)}.")] = "",
+    baseline: Annotated[Any, Option(**_names(BASELINES), help=f"{', '.join(BASELINES)}: without a network.")] = "",
     reference: Annotated[str, Option(metavar="BUNDLE", help="What accuracy is against; default float32.")] = "",
     seed: Seed = 0,
     runs: Annotated[int, Option(min=1, metavar="N", help="Timed passes over all photographs.")] = 5,

@@ -33,7 +33,7 @@ from .power import open_meter
 
 # The settings that ``Inpainter.inpaint`` takes.
 _PASSED = ("start", "steps", "guidance", "guidance_interval", "strength", "scheduler", "cache_interval", "seed")
-_CLASSICAL = {"telea": telea, "navier-stokes": navier_stokes}
+CLASSICAL = {"telea": telea, "navier-stokes": navier_stokes}
 _MINUTE_S = 60.0
 
 
@@ -41,7 +41,7 @@ class BaselineTarget:
     """OpenCV's classical inpainting; its one stage is the whole."""
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
-        self._fill = _CLASSICAL[configuration["id"]]
+        self._fill = CLASSICAL[configuration["id"]]
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         """The picture with its hole filled, uint8 RGB."""

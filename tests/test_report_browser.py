@@ -129,7 +129,7 @@ def test_it_fits_the_window_in_both_schemes(browser: Browser, report: Path, widt
     browser.open(report, width, 800, dark)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width, "the page itself must not scroll sideways"
     shown = browser.evaluate("[...document.querySelectorAll('img.chart')].map(i => i.currentSrc === i.src)")
-    assert len(shown) > 5 and set(shown) == {not dark}, "the picture of the page's scheme"
+    assert len(shown) == 6 and set(shown) == {not dark}, "the picture of the page's scheme"
     light = browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light != dark
     assert browser.evaluate(CONTRAST) >= 4.5

@@ -105,7 +105,7 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
         "comparison": tables.COMPARISON,
         "group_titles": [figures.group_title(results, group) for group in by_group],
         "absences": tables.absences(results, numbers),
-        "frontiers": [chart for against in AGAINST for chart in _frontiers(results, against, numbers)],
+        "frontiers": _frontiers(results, numbers),
         "stages": _stages(numbered),
         "resources": _resources(numbered),
         "inputs": list(shown_inputs(results, folder)) if any(c["pictures"] for c in rows) else [],
@@ -121,8 +121,11 @@ def _labels(configurations: list[Configuration], numbers: Mapping[str, int]) -> 
     return [f"{numbers[c['id']]}: {text or c['label']}" for c, text in zip(configurations, texts, strict=True)]
 
 
-def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> list[charts.Chart]:
+def _frontiers(results: Results, numbers: Mapping[str, int]) -> list[charts.Chart]:
     """A plot for each group of at least two; baselines stand beside what samples on their machine."""
+    against = figures.against_of(results)
+    if against is None:
+        return []
     by_group, drawn = figures.groups(results, against), []
     chosen = {each.chosen["id"] for each in recommend.recommend(results) if each.chosen}
     for group, members in by_group.items():

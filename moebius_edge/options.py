@@ -24,6 +24,9 @@ SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 Preset = Literal["fast"]
 PRESETS: tuple[str, ...] = get_args(Preset)
 
+# What report compares a network with.
+BASELINES: tuple[str, ...] = ("telea", "navier-stokes")
+
 # How the masks of a folder are found, and what of a mask file marks the hole.
 PairBy = Literal["name", "order"]
 PAIR_BY: tuple[str, ...] = get_args(PairBy)

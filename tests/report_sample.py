@@ -58,13 +58,12 @@ def configuration(
     reason: str | None = None,
     start: str = "image",
     steps: int = 20,
-    seed: int = 0,
     machine: str = "here",
 ) -> dict[str, Any]:
     """A row of the document with the figures that a test is about."""
     row = copy.deepcopy(sample_results()["configurations"][0])
     row |= {"id": name, "label": name, "machine": machine, "status": status, "reason": reason, "pictures": {}}
-    row["settings"] |= {"start": start, "steps": steps, "steps_executed": steps, "seed": seed}
+    row["settings"] |= {"start": start, "steps": steps, "steps_executed": steps}
     row["memory"]["peak_host_bytes"] = None if memory is None else int(memory)
     row["latency"]["stages"]["total"]["median_ms"] = float(latency)
     for against, psnr in (("truth", truth), ("reference", reference)):
@@ -73,7 +72,7 @@ def configuration(
     if reference is not None:
         row["accuracy"]["against_reference"]["reference"] = measured_against
     if status != "ok":
-        row |= dict.fromkeys(("latency", "memory", "energy", "work"))
+        row |= dict.fromkeys(("latency", "memory", "energy"))
         row["accuracy"] = {"against_reference": None, "against_truth": None}
     return row
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shlex
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ from commanding import Captured, as_json, printed, refused
 
 from moebius_edge.cli import main
 from moebius_edge.commands import download
-from moebius_edge.commands.download import cache_folder
 from moebius_edge.training.perceptual import ELATENTLPIPS_FILES
 
 CHECKPOINT = "ft_places2/diffusion_pytorch_model.bin"
@@ -86,9 +81,9 @@ def test_weights_and_vae_are_fetched_and_the_next_command_named(hub: Hub, capsys
         f"sha256   {SHA256}",
         f"next:    {command}",
     ]
-    assert f"downloading hustvl/Moebius ft_places2 to {hub.cache}" in err
+    assert "downloading hustvl/Moebius ft_places2" in err
 
-    document = as_json(capsys, *PLACES2, "--offline")
+    document = as_json(capsys, *PLACES2)
     assert len(hub.online) == 2, "nothing is fetched twice"
     assert (document["checkpoint"], document["vae"], document["next"]) == (str(checkpoint), str(folder), command)
     assert (document["bytes"], document["sha256"]) == (7, {"checkpoint": SHA256, "vae": SHA256})
@@ -103,7 +98,7 @@ def test_plain_files_for_another_machine(hub: Hub, tmp_path: Path, capsys: Captu
     assert main([*PLACES2, "--output", str(target)]) == 0
     assert sorted(str(p.relative_to(target)) for p in target.rglob("*.*")) == sorted([CHECKPOINT, *VAE])
     asked = len(hub.online)
-    next_command = as_json(capsys, *PLACES2, "--output", target, "--offline")["next"]
+    next_command = as_json(capsys, *PLACES2, "--output", target)["next"]
     assert len(hub.online) == asked and str(target / "vae") in shlex.split(next_command), "quoted for a shell"
 
 
@@ -135,14 +130,10 @@ def test_the_weights_of_the_perceptual_distance(hub: Hub, tmp_path: Path, capsys
     assert "non-commercial" in err and "elatentlpips" in out.splitlines()[-1]
 
 
-def test_what_is_missing_or_altered_is_refused(
-    hub: Hub, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_or_altered_is_refused(hub: Hub, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     known = "pretrained, places2, celebahq, ffhq, teacher, elatentlpips"
     message = f"unknown model 'imagenet': choose one of {known} ('tiny' comes"
     refused(capsys, 2, message, "download", "imagenet")
-    refused(capsys, 3, f"hustvl/Moebius ft_places2 is not in {hub.cache}: run", *PLACES2, "--offline")
-    assert hub.online == []
     hub.remote["hustvl/Moebius"] = ("README.md",)
     refused(capsys, 3, "hustvl/Moebius holds no ft_places2/diffusion_pytorch_model.bin", *PLACES2)
     hub.remote["hustvl/Moebius"] = (CHECKPOINT,)
@@ -165,128 +156,26 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, ca
     refused(capsys, 3, 'needs huggingface_hub: run `pip install "moebius-edge[download]"`', *PLACES2)
 
 
-def test_the_cache_is_where_huggingface_hub_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert cache_folder() == Path.home() / ".cache/huggingface/hub"
-    for name, place in (("XDG_CACHE_HOME", "/x/huggingface/hub"), ("HF_HOME", "/x/hub"), ("HF_HUB_CACHE", "/x")):
-        monkeypatch.setenv(name, "/x")
-        assert cache_folder() == Path(place)
-
-
-def test_a_user_without_a_home_has_a_cache_of_his_own(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    private = tmp_path / f"moebius-edge-{os.getuid()}"
-    assert main(["download", "places2"]) == 0
-    note = f"note: there is no home folder: downloads are kept in {private}/huggingface; HF_HOME chooses another"
-    assert note in capsys.readouterr().err and private.stat().st_mode & 0o777 == 0o700
-    monkeypatch.delenv("HF_HOME")
-    monkeypatch.setattr("os.getuid", lambda: private.stat().st_uid + 1)
-    (tmp_path / f"moebius-edge-{os.getuid()}").mkdir()
-    refused(capsys, 3, "belongs to another user: set XDG_CACHE_HOME to a folder of yours", *PLACES2)
-
-
-# --- what goes wrong on the way ---------------------------------------------------------------------------
-
-
-class ConnectError(Exception):
-    """As httpx has one."""
-
-    __module__ = "httpx"
-
-
-def response_error(name: str) -> Exception:
-    """An error of huggingface_hub without its constructor, which wants a response of whichever HTTP library."""
-    kind = getattr(hub_errors, name)
-    error: Exception = kind.__new__(kind, "the reason")
-    error.args = ("the reason",)
-    return error
-
-
 @pytest.mark.parametrize(
-    ("failure", "message"),
+    ("failure", "reason"),
     [
+        (hub_errors.LocalEntryNotFoundError("Got: ConnectError: Name not known\nMore"), "ConnectError: Name not known"),
+        (ConnectionResetError("reset by peer"), "reset by peer"),
+        (hub_errors.HFValidationError("Repo id must be OWNER/NAME"), "Repo id must be OWNER/NAME"),
         (
-            hub_errors.LocalEntryNotFoundError("Got: ConnectError: Name or service not known\nAn error happened"),
-            "cannot fetch hustvl/Moebius (ConnectError: Name or service not known): check the connection, a proxy",
-        ),
-        (ConnectError("timed out"), "cannot fetch hustvl/Moebius (timed out): check the connection"),
-        (ConnectionResetError("reset by peer"), "run it with `--output DIR` on a machine that has a network"),
-        (hub_errors.OfflineModeIsEnabled("x"), "unset HF_HUB_OFFLINE, or run it with"),
-        (hub_errors.HFValidationError("x"), "write OWNER/NAME, such as hustvl/Moebius"),
-        (response_error("GatedRepoError"), "(the reason): run `hf auth login`, accept the repository's terms"),
-        (response_error("RepositoryNotFoundError"), "name another repository with --repo or --vae-repo"),
-        (response_error("RevisionNotFoundError"), "name a branch, a tag or a commit with --revision"),
-        (response_error("HfHubHTTPError"), "cannot fetch hustvl/Moebius (the reason)"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device): free space there or choose"),
-        (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), "Permission denied: '/cache/x'): free space"),
+            ValueError("Expecting value: line 1 column 1 (char 0)"),
+            "Expecting value: line 1 column 1 (char 0)",
+        ),  # a login page
+        (PermissionError(errno.EACCES, "Permission denied", "/cache/x"), "[Errno 13] Permission denied: '/cache/x'"),
     ],
 )
-def test_what_the_hub_raises_is_one_line(failure: Exception, message: str, hub: Hub, capsys: Captured) -> None:
+def test_what_the_hub_raises_is_one_line(failure: Exception, reason: str, hub: Hub, capsys: Captured) -> None:
     hub.failure = failure
+    message = f"cannot fetch hustvl/Moebius ({reason}): check the network, a proxy (HTTPS_PROXY) and the disk, log in"
     refused(capsys, 3, message, *PLACES2)
 
 
-def test_an_interruption_can_be_resumed_and_a_bug_keeps_its_traceback(hub: Hub, capsys: Captured) -> None:
+def test_an_interruption_can_be_resumed(hub: Hub, capsys: Captured) -> None:
     hub.failure = KeyboardInterrupt()
     assert main(["download", "places2"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted: run the same command again to resume"
-    hub.failure = TypeError("a bug")
-    with pytest.raises(TypeError, match="a bug"):
-        main(["download", "places2"])
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A server in place of the hub that gives everybody ``answer``: status, headers, body."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, headers, body = made.answer  # type: ignore[attr-defined]
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{made.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True).start()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
-JSON = {"Content-Type": "application/json"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ((200, {}, b"<html>please log in</html>"), "answered with something else than a list of files: open it in a"),
-        ((200, JSON, b"[]"), "answered with something else than a list of files"),
-        ((200, JSON, b'{"a":'), "answered with something else than a list of files"),
-        ((401, {}, b""), "it answered 401: run `hf auth login`, or unset HF_TOKEN"),
-        ((401, {"X-Error-Code": "GatedRepo"}, b""), "run `hf auth login`, accept the repository's terms"),
-        ((404, {}, b""), "it answered 404: name another repository with --repo or --vae-repo, or check HF_ENDPOINT"),
-        ((407, {}, b""), "it answered 407: the proxy asks for a login: set HTTPS_PROXY="),
-        ((503, {}, b""), "it answered 503: open http://127.0.0.1:"),
-    ],
-)
-def test_what_a_server_answers_is_one_line_with_its_own_remedy(
-    answer: tuple[int, dict[str, str], bytes], message: str, server: Any, capsys: Captured
-) -> None:
-    server.answer = answer
-    assert "check the connection" not in refused(capsys, 3, message, *PLACES2)

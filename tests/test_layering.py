@@ -44,10 +44,7 @@ WORKSTATION: dict[str, set[str]] = {
     "training": BELOW_REPORT | {"model", "export"},
 }
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
-TORCH_REFERENCE = "report.measure"  # opens a checkpoint for that back-end, as export does: a baseline on a workstation
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch
-# Of the report, what reads an ONNX file, inside functions and where the package is there; else it says that it is not.
-READS_ONNX = "report.flops"
 
 FRAMEWORKS = {"diffusers", "fla", "onnx", "onnxscript", "safetensors", "skimage", "torch", "torchvision"}
 HEAVY = FRAMEWORKS | {"cv2", "numpy", "onnxruntime", "PIL", "pydantic", "tensorrt", "tensorrt_rtx", "huggingface_hub"}
@@ -136,12 +133,8 @@ def imports() -> list[Import]:
 def may_import(importer: str, target: str) -> bool:
     """Whether module ``importer`` may import module ``target``, both named inside moebius_edge."""
     a, b = top(importer), top(target)
-    if importer == READS_ONNX and b == "export":
-        return True
     if a in COMMAND_LINE | {""} or b == "" or a == b:
         return True  # the command line and the package's own names; the version number; a sub-package's own modules
-    if importer == TORCH_REFERENCE and b == "export":
-        return True
     if a in DEVICE:
         return b in DEVICE and DEVICE[b] < DEVICE[a]
     return b in WORKSTATION.get(a, set())
@@ -171,18 +164,9 @@ def test_no_framework_on_the_device_path(imports: list[Import]) -> None:
     wrong = [
         f"{i.where} imports {i.target}"
         for i in imports
-        if top(i.importer) in DEVICE
-        and i.importer != TORCH_BACKEND
-        and not (i.importer == READS_ONNX and i.top == "onnx" and not i.module_level)
-        and not i.internal
-        and i.top in FRAMEWORKS
+        if top(i.importer) in DEVICE and i.importer != TORCH_BACKEND and not i.internal and i.top in FRAMEWORKS
     ]
     assert wrong == []
-
-
-def test_counting_work_imports_lazily(imports: list[Import]) -> None:
-    own = [i for i in imports if i.importer == READS_ONNX and i.module_level and i.internal]
-    assert own and [i.where for i in own if top(i.target) == "export"] == []
 
 
 def test_calibration_runs_without_pytorch() -> None:

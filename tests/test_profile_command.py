@@ -10,7 +10,6 @@ from commanding import Captured, as_json, printed, refused
 
 from moebius_edge.model import profile as networks
 from moebius_edge.model.profile import Size
-from moebius_edge.system import machine
 
 SIZES = {"student": Size(226_041_531, 154_873_901_056), "teacher": Size(862_251_708, 338_993_807_360)}
 
@@ -66,11 +65,6 @@ def test_measured(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (student["step_ms"], student["total_s"], student["reason"]) == (5000.0, 95.0, None), "the median, 19 calls"
     assert student["step_runs_ms"] == [5000.0, 4000.0, 9000.0] and teacher["total_s"] == 380.0
     assert printed(capsys, "profile", "--measure")[-1].startswith("measured the median call on")
-
-
-def test_memory_is_looked_at_first(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1_000_000_000)
-    refused(capsys, 3, "the student needs 1.4 GB of memory and 1.0 GB are free: close", "profile", "--measure")
 
 
 def test_without_pytorch(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

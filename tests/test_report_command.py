@@ -37,9 +37,7 @@ def arguments(folder: Path, *more: str | Path, output: str = "out") -> list[str]
 def test_a_report_from_bundles_to_results(toy: Path, tmp_path: Path, capsys: Captured) -> None:
     damaged = make_toy_bundle(tmp_path / "damaged", name="damaged")
     flip_byte(damaged / "vae_decoder.onnx")
-    asked = arguments(
-        tmp_path, toy, damaged, "--steps", "3", "--steps", "4,3", "--baseline", "telea", "--truth", "images"
-    )
+    asked = arguments(tmp_path, toy, damaged, "--steps", "3,4,3", "--baseline", "telea", "--truth", "images")
     assert main([*asked, "--max-memory", "2GB"]) == 6
     out, err = capsys.readouterr()
     results = load(tmp_path / "out")
@@ -47,7 +45,7 @@ def test_a_report_from_bundles_to_results(toy: Path, tmp_path: Path, capsys: Cap
     statuses = [row["status"] for row in by_id.values()]
     assert list(by_id)[:2] == [ID.format(3), ID.format(4)] and statuses == ["ok", "ok", "gated", "gated", "ok"]
     assert by_id[ID.format(3)]["latency"]["stages"]["denoise"]["count"] == 4
-    assert by_id[ID.format(4)]["accuracy"]["against_reference"]["latent_rms_drift"] == [0.0] * 3
+    assert by_id[ID.format(4)]["accuracy"]["against_reference"]["hole_psnr_db"] == 200.0
     assert by_id["telea"]["accuracy"]["against_truth"]["images"] == 2
     assert by_id["telea"]["memory"]["peak_host_bytes"] < by_id[ID.format(3)]["memory"]["peak_host_bytes"]
     assert results["limits"] == {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": 2_000_000_000}
@@ -57,6 +55,7 @@ def test_a_report_from_bundles_to_results(toy: Path, tmp_path: Path, capsys: Cap
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["configuration", "status", "median", "ms"]
     assert lines[2].startswith(ID.format(3)) and " 200 " in lines[2] and "gated" in lines[4]
+    assert any(line.startswith("  Take toy float32, ONNX Runtime CPU, ") for line in lines)
     assert lines[-1] == f"saved {tmp_path / 'out' / 'results.json'}"
     assert "was altered" in err and err.splitlines()[-1] == "error: 2 of 5 configurations were not measured"
     assert f"[1/5] {ID.format(3)}: loading" in err.splitlines()
@@ -118,13 +117,13 @@ def test_bad_input(toy: Path, tmp_path: Path, capsys: Captured) -> None:
         ("is no folder: name one that holds photographs", "--images", f"{images}/a.png"),
         ("a.png has no true picture: put a.png into", "--truth", str(tmp_path / "true")),
         ("--truth none is no folder", "--truth", "none"),
-        ("--steps 4,x is no list of whole numbers: write such as --steps 4,8", "--steps", "4,x"),
-        ("--cache-interval x is no list of whole numbers", "--cache-interval", "x"),
+        ("4,x is no list of whole numbers such as 4,8", "--steps", "4,x"),
+        ("x is no list of whole numbers", "--cache-interval", "x"),
         ("cache interval is 0", "--cache-interval", "0"),
-        ("unknown start 'middle'", "--start", "middle"),
-        ("unknown baseline 'lama'", "--baseline", "lama"),
-        ("--max-memory 1000 is no size: write such as 2GB or 500MB", "--max-memory", "1000"),
-        ("--max-memory much is no size: write such as 2GB", "--max-memory", "much"),
+        ("'middle' is not one of image, prefill, noise", "--start", "middle"),
+        ("'lama' is not one of telea, navier-stokes", "--baseline", "telea,lama"),
+        ("1000 is no size such as 2GB or 500MB", "--max-memory", "1000"),
+        ("much is no size such as 2GB", "--max-memory", "much"),
     ):
         refused(capsys, 2, message, *asked, *options)
     assert not output.exists()

@@ -68,8 +68,8 @@ def text(folder: Path) -> str:
 
 def test_sections_in_the_order_of_use(text: str) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
-        *("Recommendation", "Accuracy against latency", "All configurations", "Drift of the latent"),
-        *("Where the time goes", "Memory, energy and arithmetic", "Pictures", "Conditions"),
+        *("Recommendation", "Accuracy against latency", "All configurations"),
+        *("Where the time goes", "Memory and energy", "Pictures", "Conditions"),
     ]
 
 
@@ -130,23 +130,9 @@ def words(svg: ET.Element) -> list[str]:
 
 def test_charts_are_drawn_for_both_schemes(text: str) -> None:
     light, dark = svgs(text, "light"), svgs(text, "dark")
-    assert len(light) > 6 and [words(svg) for svg in light] == [words(svg) for svg in dark]
+    assert len(light) == 6 and [words(svg) for svg in light] == [words(svg) for svg in dark]
     assert all("#1b1f23" in ET.tostring(svg, "unicode") for svg in light)
     assert all("#e6e8ea" in ET.tostring(svg, "unicode") for svg in dark)
-    drift = next(words(svg) for svg in light if "sampling step" in words(svg))
-    assert any(text.startswith("2: sample float16, ONNX Runtime CPU") for text in drift) and "0.001" in drift
-    assert "Equal to the reference at every step, so not drawn: " in text
-
-
-def test_steps_that_differ_are_bars_of_their_own(tmp_path: Path) -> None:
-    """Their labels are without what all of them share."""
-    rows = [configuration(name, reference=50.0) for name in ("a", "b", "c")]
-    for row, share in zip(rows, (1.0, 0.5, 1.0), strict=True):
-        row["label"] += f", alike, share {share:g}"
-        row["work"]["by_class"] = {"lambda": {"multiplications": share * 1e9}}
-    assert words(svgs(page.render(report_of(rows), tmp_path), "light")[-1]) == [
-        *("1: a, share 1", "1.00", "2: b, share 0.5", "0.50")
-    ]
 
 
 def points(chart: charts.Chart) -> list[str]:
@@ -171,12 +157,12 @@ def test_every_point_has_its_number_and_its_label_where_there_is_room() -> None:
 def test_a_page_needs_two_packages_and_says_how_it_is_made_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert page.how_to_render(tmp_path) == ""
+    with pytest.raises(MachineError, match=r"cannot write .*report\.html: the folder .* does not exist: run `mkdir"):
+        page.write(sample_results(), tmp_path / "none")
     plain = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else plain(name))
-    with pytest.raises(MachineError, match=r"cannot write .*report\.md: the folder .* does not exist: run `mkdir"):
-        page.write_report(sample_results(), tmp_path / "none")
-    written, how = page.write_report(sample_results(), tmp_path)
-    assert [path.name for path in written] == ["report.md"]
+    how = page.how_to_render(tmp_path)
     assert "matplotlib is not installed" in how and "pip install 'moebius-edge[report]'" in how
     assert f"moebius-edge report merge {tmp_path} --output DIR" in how
 

@@ -15,19 +15,10 @@ from moebius_edge.errors import UsageError
 from moebius_edge.progress import no_progress
 from moebius_edge.report import inputs as inputs_module
 from moebius_edge.report import measure as module
-from moebius_edge.report.baselines import baseline_rows
 from moebius_edge.report.collect import supervise
-from moebius_edge.report.grid import Choices
-from moebius_edge.report.inputs import Loader
+from moebius_edge.report.grid import baseline_rows
 from moebius_edge.report.measure import measure
 from moebius_edge.report.power import open_meter
-
-
-@pytest.fixture(autouse=True)
-def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peak takes a second, and is tested with what measures it."""
-    peak = {"multiplications_per_second": None, "runtime": "", "precision": "", "reason": "not now"}
-    monkeypatch.setattr("moebius_edge.report.flops.measure_peak", lambda *given: peak)
 
 
 @pytest.fixture
@@ -48,13 +39,12 @@ def test_every_stage_of_every_run_counts_and_the_warm_up_does_not(
     counts = {name: stage["count"] for name, stage in stages.items()}
     assert counts["total"] == 3 * 2 and counts["denoise"] == 3 * 2 * 2 and counts["vae_encode"] == 3 * 2 * 2
     for stage in stages.values():
-        assert set(stage) == {"count", "first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms"}
+        assert set(stage) == {"count", "first_ms", "median_ms", "p95_ms", "p99_ms", "iqr_ms", "total_ms"}
         assert stage["median_ms"] <= stage["p95_ms"] <= stage["p99_ms"]
-    assert figures["latency"]["load_ms"] > 0 and figures["latency"]["images_per_second"] > 0
+    assert figures["latency"]["load_ms"] > 0
     assert figures["memory"]["peak_host_bytes"] > 10**7 and figures["memory"]["peak_device_bytes"] is None
     assert "CPU" in figures["memory"]["reason"] and figures["energy"]["reason"]
     assert figures["runtime"]["name"] == "onnxruntime" and figures["sustained"] is None
-    assert figures["work"]["reason"] == "not now" and figures["work"]["multiplications_per_step"] >= 0
     assert [what for what, _, _ in seen][:2] == ["loading", "warm-up 1 of 2"] and seen[-1] == ("accuracy", 1, 2)
 
 
@@ -74,7 +64,6 @@ def test_the_first_call_is_the_processes(toy: Path, tmp_path: Path, monkeypatch:
     figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path, "a"), runs=4, warmup=1), no_progress)
     total = figures["latency"]["stages"]["total"]
     assert (total["first_ms"], total["median_ms"], total["p99_ms"], total["count"]) == (100.0, 1.0, 1.0, 4)
-    assert figures["latency"]["images_per_second"] == pytest.approx(1000)
     assert len(calls) == 6, "a warm-up, four runs, and one to compare the pictures"
 
 
@@ -84,12 +73,10 @@ def test_a_reference_keeps_its_traces_and_reuse_is_compared_with_them(tmp_path: 
     row, reusing = rows(deep, steps=(6,), cache_intervals=(1, 3))
     against = {"id": row.id, "folder": str(folder)}
     own = measure(spec(tmp_path / "out", row, inputs, record=str(folder), reference=against), no_progress)
-    assert [p.name for p in sorted(folder.iterdir())] == ["0000.npz", "0001.npz"]
+    assert [p.name for p in sorted(folder.iterdir())] == ["0000.npy", "0001.npy"]
     figures = own["accuracy"]["against_reference"]
-    assert (figures["psnr_db"], figures["latent_rms_drift"], figures["images"]) == (200.0, [0.0] * 5, 2)
+    assert (figures["psnr_db"], figures["images"]) == (200.0, 2)
     compared = measure(spec(tmp_path / "out", reusing, inputs, reference=against), no_progress)["accuracy"]
-    first, second, *_ = compared["against_reference"]["latent_rms_drift"]
-    assert first == 0.0 and second > 1e-3, "the second call is the first that reuses"
     assert compared["against_reference"]["hole_psnr_db"] < 100 and compared["against_truth"]["images"] == 2
     assert sorted(own["pictures"]) == ["a.png", "b.png"]
     for name, path in own["pictures"].items():
@@ -99,9 +86,9 @@ def test_a_reference_keeps_its_traces_and_reuse_is_compared_with_them(tmp_path: 
 
 
 def test_a_baseline_has_one_stage_and_no_reference(tmp_path: Path) -> None:
-    (row,) = baseline_rows(["telea"], [], Choices())
+    (row,) = baseline_rows(["telea"])
     figures = measure(spec(tmp_path / "out", row, write_inputs(tmp_path), runs=2), no_progress)
-    assert list(figures["latency"]["stages"]) == ["total"] and "work" not in figures
+    assert list(figures["latency"]["stages"]) == ["total"]
     assert figures["accuracy"]["against_reference"] is None
     assert figures["accuracy"]["against_truth"]["hole_psnr_db"] > 5
     assert figures["runtime"]["name"] == "opencv"
@@ -127,15 +114,8 @@ def test_sustained_is_the_last_minute_against_the_runs(
     assert sustained["cold_median_ms"] == figures["latency"]["stages"]["total"]["median_ms"]
 
 
-def test_inputs_are_read_again_where_many_and_refused_where_unusable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inputs_module, "_HELD_BYTES", 96 * 80 * 4)  # one
-    loader = Loader(write_inputs(tmp_path, "a", "b", "c"))
-    first, second = list(loader), list(loader)
-    assert [x.source.name for x in first] == [x.source.name for x in second] == ["a.png", "b.png", "c.png"]
-    assert [x is y for x, y in zip(first, second, strict=True)] == [True, False, False]
-    source = loader.inputs[0]
+def test_inputs_that_cannot_be_used(tmp_path: Path) -> None:
+    (source,) = write_inputs(tmp_path, "a")
     (other,) = write_inputs(tmp_path / "other", "a", size=(80, 80))
     with pytest.raises(UsageError, match=r"truth .* has \(80, 80\) pixels and .* \(96, 80\)"):
         inputs_module.load_input(source._replace(truth=other.image))

@@ -45,7 +45,7 @@ def test_without_a_budget_the_fastest_within_a_decibel_of_the_best() -> None:
         "The most accurate, slow, has 28.0 dB and takes 1000 ms, 2.5 times as long.",
     ]
     assert reasons(found) == {
-        "slow": "slower: 1000 ms against 400 ms, with 28.0 dB in the hole",
+        "slow": "no faster: 1000 ms against 400 ms, with 28.0 dB in the hole",
         "fast": "24.0 dB in the hole, under 27.0 dB",
         "broken": "failed: the process ended with signal 11",
     }
@@ -69,20 +69,17 @@ def test_limits(limits: dict[str, float], taken: str) -> None:
         assert found.sentences[2] == "Of those within the limits it is the fastest."
 
 
-def test_where_nothing_fits_the_nearest_is_named_with_what_it_misses() -> None:
-    found = one(FOUR, max_latency_ms=350, min_psnr_db=27.0)
+def test_where_nothing_fits_every_configuration_says_what_it_misses() -> None:
+    found = one(FOUR, max_latency_ms=350, min_psnr_db=27.0, max_memory_bytes=350e6)
     assert found.chosen is None
-    assert found.sentences == [  # middle is 14 % too slow, and fast has 41 % more error
-        "No configuration fits the limits: at most 350 ms an image, at least 27 dB in the hole.",
-        "Nearest comes middle with 400 ms an image (median), hole PSNR 27.2 dB against the ground truth; "
-        "but 400 ms is over 350 ms.",
-    ]
-    assert reasons(found)["fast"] == "24.0 dB in the hole is under 27 dB"
-
-
-def test_several_limits_may_be_missed_and_a_zero_is_a_limit() -> None:
-    found = one(FOUR[:1], max_latency_ms=500, max_memory_bytes=100e6)
-    assert "1000 ms is over 500 ms; 400 MB of memory is over 100 MB" in found.sentences[1]
+    limits = "at most 350 ms an image, at least 27 dB in the hole, at most 350 MB of memory"
+    assert found.sentences == [f"No configuration fits the limits: {limits}."]
+    assert reasons(found) == {
+        "slow": "1000 ms is over 350 ms; 400 MB is over 350 MB",
+        "middle": "400 ms is over 350 ms",
+        "fast": "24.0 dB is under 27 dB",
+        "broken": "failed: the process ended with signal 11",
+    }
     assert one(FOUR, max_latency_ms=0, max_memory_bytes=0).chosen is None
 
 
@@ -103,7 +100,7 @@ def test_ties_go_to_accuracy_then_memory_then_name() -> None:
     ]
     found = one(rows)
     assert chosen(found) == "lean"
-    assert reasons(found)["a"] == "no faster: 100 ms too, with 27.0 dB in the hole"
+    assert reasons(found)["a"] == "no faster: 100 ms against 100 ms, with 27.0 dB in the hole"
     assert chosen(one(rows[:2])) == "a"
 
 
@@ -131,10 +128,7 @@ def test_without_truth_only_like_settings_are_ranked_and_it_is_said() -> None:
 
 
 def test_what_was_measured_otherwise_is_no_rank() -> None:
-    """On fewer images, or against another reference; and where nothing ran there is no rank at all."""
-    part = configuration("part", latency=10, truth=35.0)
-    part["accuracy"]["against_truth"]["images"] = 2
-    assert reasons(one([part, *FOUR]))["part"] == "measured on 2 of 3 images"
+    """Against another reference; and where nothing ran there is no rank at all."""
     rows = [
         configuration("one", latency=900, reference=60.0),
         configuration("two", latency=100, reference=60.0, measured_against="another"),
@@ -143,18 +137,17 @@ def test_what_was_measured_otherwise_is_no_rank() -> None:
     assert chosen(found) == "one" and reasons(found) == {"two": "measured against another reference"}
     found = one(FOUR[3:])
     assert found.chosen is None and reasons(found) == {"broken": "failed: the process ended with signal 11"}
-    assert found.sentences == ["Nothing to recommend: no configuration could be ranked."]
+    assert found.sentences == ["No configuration could be ranked."]
 
 
 def test_unlike_things_are_not_ranked_together() -> None:
     rows = [
         configuration("a", latency=900, truth=28.0),
         configuration("b", latency=100, truth=28.0, start="noise"),
-        configuration("c", latency=100, truth=28.0, seed=1),
         configuration("d", latency=100, truth=28.0, machine="other"),
     ]
     found = recommend(report_of(rows))
-    assert [(r.chosen or {}).get("id") for r in found] == ["a", "b", "c", "d"]
+    assert [(r.chosen or {}).get("id") for r in found] == ["a", "b", "d"]
     assert all(not r.others for r in found)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from moebius_edge.errors import MachineError, UsageError
-from moebius_edge.report.results import copy_pictures, load, merge, save
+from moebius_edge.report.merge import copy_pictures, merge
+from moebius_edge.report.results import load, save
 
 SAMPLE = Path(__file__).parent / "data" / "report"
 SERVER, BOARD = "sample-server-2-cores", "sample-board-8gb"
@@ -34,7 +35,7 @@ def only(results: dict[str, Any], machine: str) -> dict[str, Any]:
 def test_the_sample_has_every_status_and_survives_a_round(results: dict[str, Any], tmp_path: Path) -> None:
     statuses = {row["status"] for row in results["configurations"]}
     assert statuses == {"ok", "failed", "gated", "out of memory", "missing"}
-    assert {row["kind"] for row in results["configurations"]} == {"bundle", "baseline", "torch"}
+    assert {row["kind"] for row in results["configurations"]} == {"bundle", "baseline"}
     assert load(save(results, tmp_path)) == results
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
@@ -104,11 +105,11 @@ def test_two_machines_are_put_together(results: dict[str, Any]) -> None:
     for row in board["configurations"]:
         if row["accuracy"]["against_reference"]:
             row["accuracy"]["against_reference"]["reference"] = shared
-    merged = merge([("a.json", server), ("b.json", board)])
+    merged = merge([(Path("a"), server), (Path("b"), board)])
     assert list(merged["machines"]) == [SERVER, BOARD]
     ids = [row["id"] for row in merged["configurations"]]
-    assert ids == [*(r["id"] for r in server["configurations"]), f"{shared}_{BOARD}", *ids[11:]]
-    assert merged["configurations"][10]["accuracy"]["against_reference"]["reference"] == f"{shared}_{BOARD}"
+    assert ids == [*(r["id"] for r in server["configurations"]), f"{shared}_{BOARD}", *ids[10:]]
+    assert merged["configurations"][9]["accuracy"]["against_reference"]["reference"] == f"{shared}_{BOARD}"
     assert merged["conditions"]["reference"] == shared
     assert server == only(results, SERVER) | {"conditions": results["conditions"]}, "its arguments stay"
 
@@ -116,12 +117,12 @@ def test_two_machines_are_put_together(results: dict[str, Any]) -> None:
 def test_another_machine_of_the_same_name_is_renamed(results: dict[str, Any]) -> None:
     first, second = only(results, BOARD), only(results, BOARD)
     second["machines"][BOARD]["info"]["memory_bytes"] = 1
-    merged = merge([("a", first), ("b", second)])
+    merged = merge([(Path("a"), first), (Path("b"), second)])
     assert list(merged["machines"]) == [BOARD, f"{BOARD}-2"]
     assert {row["machine"] for row in merged["configurations"][len(first["configurations"]) :]} == {f"{BOARD}-2"}
     assert len({row["id"] for row in merged["configurations"]}) == 2 * len(first["configurations"])
     with pytest.raises(UsageError, match="b holds sample-float32_.* of machine sample-board-8gb, and so does one"):
-        merge([("a", first), ("b", first)])
+        merge([(Path("a"), first), (Path("b"), first)])
 
 
 @pytest.mark.parametrize(
@@ -137,12 +138,12 @@ def test_what_cannot_be_compared_is_not_merged(results: dict[str, Any], place: s
     server, board = only(results, SERVER), only(results, BOARD)
     change(board, place, value)
     with pytest.raises(UsageError) as caught:
-        merge([("a", server), ("b", board)])
+        merge([(Path("a"), server), (Path("b"), board)])
     assert message in str(caught.value)
 
 
 def test_another_reference_is_refused(results: dict[str, Any]) -> None:
-    parts = [(machine, only(results, machine)) for machine in (SERVER, BOARD)]
+    parts = [(Path(machine), only(results, machine)) for machine in (SERVER, BOARD)]
     for _, part in parts:
         part["conditions"]["reference"] = part["configurations"][0]["id"]
     merge(parts)
@@ -161,9 +162,8 @@ def test_pictures_follow_where_they_are(results: dict[str, Any], tmp_path: Path)
         (folder / "pictures" / "inputs").mkdir()
         (folder / "pictures" / "inputs" / "beach.png").write_text("input")
     shutil.rmtree(parts[1][0] / "pictures" / parts[1][1]["configurations"][0]["id"])
-    merged = merge([(folder.name, part) for folder, part in parts])
-    missing = copy_pictures(merged, parts, tmp_path / "out")
-    assert len(missing) == 3 and merged["configurations"][10]["pictures"] == {}
+    merged = merge(parts)
+    assert copy_pictures(merged, parts, tmp_path / "out") == 3 and merged["configurations"][9]["pictures"] == {}
     assert (tmp_path / "out" / "pictures" / "inputs" / "beach.png").read_text() == "input"
     for row in merged["configurations"]:
         for path in row["pictures"].values():

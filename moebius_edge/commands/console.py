@@ -96,12 +96,23 @@ def print_json(document: Mapping[str, Any], code: int = 0) -> None:
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """A line for each value that is there: its name, and the value as ``shown`` writes it."""
+    """A line for each value that is there: its name, and the value as ``shown`` writes it.
+
+    On a terminal a value of several parts is broken between them; any other stays one line, to be copied.
+    """
     texts = {_label(name): shown(name, value) for name, value in facts.items()}
-    width = max(map(len, texts))
+    parted = {_label(name) for name, value in facts.items() if isinstance(value, Mapping)}
+    indent = max(map(len, texts)) + 2
+    room = os.get_terminal_size().columns - indent if sys.stdout.isatty() else _WIDTH_OF_A_LOG
     for name, text in texts.items():
+        lines = [""]
+        for part in text.split(", ") if name in parted else [text]:
+            if lines[-1] and len(lines[-1]) + len(part) + 3 > room:
+                lines[-1] += ","
+                lines.append("")
+            lines[-1] += f", {part}" if lines[-1] else part
         if text:
-            print(f"{name:<{width}}  {text}")
+            print(f"{name:<{indent}}" + f"\n{'':<{indent}}".join(lines))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

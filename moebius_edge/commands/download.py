@@ -7,12 +7,9 @@ from it and checks every tensor.
 
 from __future__ import annotations
 
-import errno
-import os
 import shlex
 import shutil
 import sys
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,22 +46,10 @@ KNOWN = {
     (REPO, "ft_places2/diffusion_pytorch_model.bin"): (905_298_356, _PLACES2_SHA256),
     (VAE_REPO, "vae/diffusion_pytorch_model.bin"): (167_394_306, _VAE_SHA256),
 }
-_NETWORK_LIBRARIES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
-_BY_HAND = "run it with `--output DIR` on a machine that has a network, and copy DIR here"
-_REMEDIES_BY_CLASS = {  # of the errors of huggingface_hub
-    "GatedRepoError": "run `hf auth login`, accept the repository's terms, and try again",
-    "RepositoryNotFoundError": "name another repository with --repo or --vae-repo, or run `hf auth login`",
-    "RevisionNotFoundError": "name a branch, a tag or a commit with --revision, the VAE's with --vae-revision",
-    "HFValidationError": f"write OWNER/NAME, such as {REPO}",
-    "OfflineModeIsEnabled": f"unset HF_HUB_OFFLINE, or {_BY_HAND}",
-}
-_REMEDIES_BY_STATUS = {  # of the answers that it has no error of its own for
-    401: "run `hf auth login`, or unset HF_TOKEN if an old token stands in it",
-    403: "accept the repository's terms, run `hf auth login`, and check that the token may read it",
-    404: "name another repository with --repo or --vae-repo, or check HF_ENDPOINT",
-    407: "the proxy asks for a login: set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
-    429: "these were too many requests: wait some minutes, or log in",
-}
+_REMEDY = (
+    "check the network, a proxy (HTTPS_PROXY) and the disk, log in with `hf auth login` where a repository asks, "
+    "name another with --repo or --vae-repo, or run it with `--output DIR` on another machine and copy DIR here"
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +78,6 @@ def download(
     vae_repo: Annotated[str, Option(metavar="OWNER/NAME", help="Where the VAE is.")] = VAE_REPO,
     revision: Annotated[str | None, Option(metavar="REV", help="Branch, tag or commit; default main.")] = None,
     vae_revision: Annotated[str | None, Option(metavar="REV", help="The VAE's; default --revision.")] = None,
-    offline: Annotated[bool, Option("--offline", help="Use what is there; touch no network.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fetch the published weights and their autoencoder.
@@ -111,7 +95,7 @@ def download(
     if name != DISTANCE:
         folders["vae"] = Folder(vae_repo, "vae", WEIGHTS, vae_revision or revision, output)
     with console.interruption(lambda: "interrupted: run the same command again to resume"):
-        paths = {key: _fetch(hub, each, offline) for key, each in folders.items()}
+        paths = {key: _fetch(hub, each) for key, each in folders.items()}
     hashes = {key: _checked_hash(path, folders[key]) for key, path in paths.items()}
     if name == DISTANCE:
         paths["checkpoint"] = _place_distance(paths["checkpoint"].parent, output or Path())
@@ -141,8 +125,7 @@ def _next_command(name: str, weights: str, vae: str | None) -> str:
 def _checked_hash(path: Path, folder: Folder) -> str:
     """The file's SHA-256. Of the authors' repository and its newest revision it must be the known one, if there is one.
 
-    Raises:
-        BundleError: it is another file, damaged or published anew.
+    Raises BundleError where it is another file, damaged or published anew.
     """
     from ..system.files import sha256_file
 
@@ -171,23 +154,7 @@ def _place_distance(folder: Path, root: Path) -> Path:
     return target / DISTANCE_FILES[0]
 
 
-def cache_folder() -> Path:
-    """Where huggingface_hub keeps downloads, by its documented environment variables."""
-    from ..system.machine import cache_directory
-
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(os.path.expanduser(cache))
-    home = os.environ.get("HF_HOME") or cache_directory() / "huggingface"
-    return Path(os.path.expanduser(home)) / "hub"
-
-
 def _import_hub() -> ModuleType:
-    from ..system.machine import cache_directory, has_home
-
-    if not has_home() and not os.environ.get("HF_HOME"):  # huggingface_hub would make a folder that is called "~"
-        home = cache_directory() / "huggingface"
-        os.environ["HF_HOME"] = os.fspath(home)
-        console.note(f"there is no home folder: downloads are kept in {home}; HF_HOME chooses another place")
     with console.needs("download", "download"):
         import huggingface_hub
         import huggingface_hub.errors  # an attribute of the package only once it was imported
@@ -198,7 +165,7 @@ def _import_hub() -> ModuleType:
     return huggingface_hub
 
 
-def _fetch(hub: ModuleType, folder: Folder, offline: bool) -> Path:
+def _fetch(hub: ModuleType, folder: Folder) -> Path:
     """The weights file of ``folder``: the local one if it is whole, else downloaded."""
     arguments: dict[str, Any] = {
         "repo_id": folder.repo,
@@ -211,52 +178,13 @@ def _fetch(hub: ModuleType, folder: Folder, offline: bool) -> Path:
         local = folder.output or Path(hub.snapshot_download(**arguments, local_files_only=True))
         if (weights := folder.weights(local)) is not None:
             return weights
-    where = folder.output or cache_folder()
-    if offline:
-        problem = f"{folder.repo} {folder.name} is not in {where}"
-        raise MachineError(problem, "run the same command without --offline once")
-    console.note(f"downloading {folder.repo} {folder.name} to {where}")
+    console.note(f"downloading {folder.repo} {folder.name}")
     try:
         snapshot = Path(hub.snapshot_download(**arguments))
-    except Exception as error:
-        if (known := _known_error(hub, error, folder.repo, where)) is None:
-            raise
-        raise known from error
+    except Exception as error:  # of huggingface_hub, the HTTP library under it, the disk, a server's answer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
+        raise MachineError(f"cannot fetch {folder.repo} ({reason})", _REMEDY) from error
     if (weights := folder.weights(snapshot)) is None:
         problem = f"{folder.repo} holds no {folder.name}/{folder.files[-1]}"
         raise MachineError(problem, "name another repository with --repo or --vae-repo")
     return weights
-
-
-def _known_error(hub: ModuleType, error: Exception, repo: str, where: Path) -> MachineError | None:
-    """Our one line for what huggingface_hub and the HTTP library under it raise; None for a bug."""
-    from huggingface_hub.constants import ENDPOINT as server
-
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removeprefix("Got: ")
-    problem, causes = f"cannot fetch {repo} ({reason})", _causes(error)
-    for name, remedy in _REMEDIES_BY_CLASS.items():
-        if any(isinstance(cause, getattr(hub.errors, name)) for cause in causes):
-            return MachineError(problem, remedy)
-    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
-        return MachineError(f"cannot write to {where} ({reason})", "free space there or choose --output DIR")
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    if status := next((status for status in statuses if isinstance(status, int) and status >= 400), None):
-        remedy = _REMEDIES_BY_STATUS.get(status, f"open {server}/{repo} in a browser to see why, or try again later")
-        return MachineError(f"{server} does not give {repo}, it answered {status}", remedy)
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _NETWORK_LIBRARIES:
-        remedy = f"check the connection, a proxy (HTTPS_PROXY) and its certificate (SSL_CERT_FILE), or {_BY_HAND}"
-        return MachineError(problem, remedy)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, ValueError) or last.filename.endswith("hf_api.py"):  # it could not read the server's answer
-        remedy = f"open it in a browser, this network may ask for a login; or check HF_ENDPOINT, or {_BY_HAND}"
-        return MachineError(f"{server} answered with something else than a list of files", remedy)
-    return None
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """The error and all that it was raised from: huggingface_hub wraps what a server answered."""
-    causes: list[BaseException] = []
-    while error is not None and error not in causes:
-        causes.append(error)
-        error = error.__cause__ or error.__context__
-    return causes

@@ -1,7 +1,4 @@
-"""Which mask belongs to which image, and where each result goes: decided, and checked, before any work.
-
-It looks at names, rights and the first bytes of files; whether a picture is whole shows when it is read.
-"""
+"""Which mask belongs to which image, and where each result goes: decided by names, and checked, before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from ..text import counted
 from . import console
 
 MASK_ENDING = "_mask"
-_HEAD_BYTES = 256  # of a file, by which its format is recognised
 
 # A picture's place below its folder and its name without the suffix, both in Unicode's composed form: the same name
 # may be written with other code points on another system.
@@ -57,24 +53,21 @@ class PictureFolder:
     pictures: list[Path]
     notes: list[str]
 
+    def key(self, picture: Path) -> Key:
+        return name_key(picture.relative_to(self.path))
+
     def by_key(self) -> dict[Key, list[Path]]:
         keys: dict[Key, list[Path]] = {}
         for picture in self.pictures:
-            keys.setdefault(name_key(picture.relative_to(self.path)), []).append(picture)
-        return dict(sorted(keys.items()))
-
-    def job(self, image: Path, mask: Path | None, output: Path, problem: str) -> Job:
-        """The job of one of the pictures, whose result keeps its place below ``output``."""
-        inside = image.relative_to(self.path)
-        return Job(image, mask, output / inside.with_suffix(".png"), str(inside), problem)
+            keys.setdefault(self.key(picture), []).append(picture)
+        return keys
 
 
-def plan(image: Path, mask: Path, output: Path | None, recursive: bool | None = None, pair_by: str = "name") -> Plan:
+def plan(image: Path, mask: Path, output: Path | None, recursive: bool = False, pair_by: str = "name") -> Plan:
     """The jobs for IMAGE and MASK, both files or both folders.
 
-    With ``recursive`` the folders below a folder are searched too, and results keep their place below ``output``; it is
-    None where the command has no such option. With ``pair_by`` "order" the first image of a folder goes with the first
-    mask, and so on, whatever their names.
+    With ``recursive`` the folders below a folder are searched too, and results keep their place below ``output``. With
+    ``pair_by`` "order" the first image of a folder goes with the first mask, and so on, whatever their names.
 
     Raises:
         UsageError: one is a file and the other a folder, or an output would overwrite an input or another output.
@@ -149,7 +142,7 @@ def check_replaceable(path: Path) -> None:
         raise MachineError(f"cannot write {path}, it is write-protected", "name another output")
 
 
-def _plan_folders(images: Path, masks: Path, output: Path | None, recursive: bool | None, pair_by: str) -> Plan:
+def _plan_folders(images: Path, masks: Path, output: Path | None, recursive: bool, pair_by: str) -> Plan:
     """The jobs of two folders, or of one that holds both images and masks."""
     if output is None:
         raise UsageError(f"{images} is a folder", "name one for the results with --output DIR")
@@ -164,7 +157,13 @@ def _plan_folders(images: Path, masks: Path, output: Path | None, recursive: boo
         because = f" ({'; '.join(photos.notes)})" if photos.notes else ""
         raise UsageError(f"folder {images} holds no images{because}", "put PNG, JPEG, TIFF or other pictures into it")
     notes = photos.notes + (candidates.notes if candidates else [])
-    jobs = (_by_order if pair_by == "order" else _by_name)(photos, candidates, output, notes)
+    pairs = (_by_order if pair_by == "order" else _by_name)(photos, candidates, notes)
+    jobs, keys = [], photos.by_key()
+    for image, mask, problem in pairs:
+        if len(shared := keys[photos.key(image)]) > 1:  # they would have one result
+            problem = f"{' and '.join(path.name for path in shared)} share a name: rename one"
+        inside = image.relative_to(images)
+        jobs.append(Job(image, mask, output / inside.with_suffix(".png"), str(inside), problem))
     inputs = photos.pictures + (candidates.pictures if candidates else [])
     taken = {_identity(path): path for path in inputs}
     for job in jobs:
@@ -175,36 +174,41 @@ def _plan_folders(images: Path, masks: Path, output: Path | None, recursive: boo
     return Plan(jobs, inputs, notes)
 
 
-def _by_name(images: PictureFolder, masks: PictureFolder | None, output: Path, notes: list[str]) -> list[Job]:
+Pair = tuple[Path, Path | None, str]  # image, mask, and why it has none
+
+
+def _by_name(images: PictureFolder, masks: PictureFolder | None, notes: list[str]) -> list[Pair]:
     """Each image with the mask of its own name, or of its name and ``_mask``, at the same place.
 
     ``masks`` is None where they lie beside the images; ``notes`` gets one on masks without an image.
     """
-    photos = images.by_key()
-    candidates = photos if masks is None else masks.by_key()
-    jobs, fitting = [], set()
-    for (place, stem), paths in photos.items():
+    folder = masks or images
+    photos, candidates = images.by_key(), folder.by_key()
+    pairs: list[Pair] = []
+    fitting: set[Key] = set()
+    for image in images.pictures:
+        place, stem = images.key(image)
         if masks is None and stem.endswith(MASK_ENDING) and (place, stem.removesuffix(MASK_ENDING)) in photos:
             continue  # it is the mask of another
-        keys = [(place, stem + MASK_ENDING)] if masks is None else [(place, stem), (place, stem + MASK_ENDING)]
+        keys = [(place, stem)] if masks is not None else []
+        keys.append((place, stem + MASK_ENDING))
         fitting.update(keys)
-        image, problem = paths[0], _shared_name(paths)
-        found = next((candidates[key] for key in keys if key in candidates), [])
-        if not problem and len(found) > 1:
+        found, problem = next((candidates[key] for key in keys if key in candidates), []), ""
+        if len(found) > 1:
             problem = f"{image.name} has {len(found)} masks, {' and '.join(path.name for path in found)}: keep one"
-        elif not problem and not found:
-            names = f"{image.stem}{MASK_ENDING}.png" if masks is None else f"{image.stem}.png or {image.stem}_mask.png"
-            folder = (masks or images).path / image.relative_to(images.path).parent
-            problem = f"{image.name} has no mask: put {names} into {folder}"
-        jobs.append(images.job(image, found[0] if found else None, output, problem))
-    unused = [] if masks is None else [path for key in candidates if key not in fitting for path in candidates[key]]
+        elif not found:
+            names = " or ".join(f"{image.stem}{key[1][len(stem) :]}.png" for key in keys)
+            where = folder.path / image.relative_to(images.path).parent
+            problem = f"{image.name} has no mask: put {names} into {where}"
+        pairs.append((image, found[0] if found else None, problem))
+    unused = [path for key, paths in candidates.items() if key not in fitting for path in paths]
     if masks is not None and unused:
         names = console.listed([str(path.relative_to(masks.path)) for path in unused])
         notes.append(f"{counted(len(unused), 'mask')} without an image: {names}")
-    return jobs
+    return pairs
 
 
-def _by_order(images: PictureFolder, masks: PictureFolder | None, output: Path, notes: list[str]) -> list[Job]:
+def _by_order(images: PictureFolder, masks: PictureFolder | None, notes: list[str]) -> list[Pair]:
     """The first image with the first mask, in the order of their names, and so on."""
     if masks is None:
         problem = f"--pair-by order needs two folders, but {images.path} is both"
@@ -214,13 +218,7 @@ def _by_order(images: PictureFolder, masks: PictureFolder | None, output: Path, 
         held = f"{images.path} holds {counts[0]} pictures and {masks.path} {counts[1]}"
         raise UsageError(f"--pair-by order needs as many masks as images, but {held}", "add or remove some")
     notes.append(f"paired by order: {images.pictures[0].name} with {masks.pictures[0]}, and so on")
-    problems = {path: _shared_name(paths) for paths in images.by_key().values() for path in paths}
-    pairs = zip(images.pictures, masks.pictures, strict=True)
-    return [images.job(image, mask, output, problems[image]) for image, mask in pairs]
-
-
-def _shared_name(paths: list[Path]) -> str:
-    return "" if len(paths) == 1 else f"{' and '.join(path.name for path in paths)} share a name: rename one"
+    return [(image, mask, "") for image, mask in zip(images.pictures, masks.pictures, strict=True)]
 
 
 def name_key(path: Path) -> Key:
@@ -228,51 +226,36 @@ def name_key(path: Path) -> Key:
     return unicodedata.normalize("NFC", path.parent.as_posix()), unicodedata.normalize("NFC", path.stem)
 
 
-def find_pictures(folder: Path, recursive: bool | None = None, leave_out: Sequence[Path] = ()) -> PictureFolder:
-    """The pictures in ``folder``, recognised by their suffix or their first bytes; hidden ones do not count.
+def find_pictures(folder: Path, recursive: bool = False, leave_out: Sequence[Path] = ()) -> PictureFolder:
+    """The pictures in ``folder``, known by their suffix; hidden ones do not count.
 
     With ``recursive`` folders and links to them are followed, each once; those in ``leave_out`` are neither searched
-    nor named. ``recursive`` is None where the command has no such option that a note could name.
+    nor named.
     """
+    from ..imaging.decoding import SUFFIXES
+
     pictures: list[Path] = []
-    others: list[str] = []
-    folders: list[str] = []
+    skipped: dict[str, list[str]] = {"file": [], "sub-folder": []}
     seen = {os.path.realpath(path) for path in (folder, *leave_out)}
     for current, below, files in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         new = {os.path.realpath(os.path.join(current, name)): name for name in sorted(below) if name[0] != "."}
         below[:] = [name for path, name in new.items() if path not in seen]
         seen.update(new)
         if not recursive:
-            folders += below
+            skipped["sub-folder"] += below
             below.clear()
         for path in (Path(current, name) for name in sorted(files) if name[0] != "."):
-            if _is_picture(path):
+            if path.suffix.lower() in SUFFIXES and path.is_file():  # no broken link, no pipe
                 pictures.append(path)
             else:
-                others.append(str(path.relative_to(folder)))
-    notes, hint = [], "" if recursive is None else "; add --recursive"
-    if others:
-        what = counted(len(others), "file")
-        notes.append(f"{what} of {folder} skipped, no readable pictures: {console.listed(others)}")
-    if folders:
-        what = counted(len(folders), "sub-folder")
-        notes.append(f"{what} of {folder} skipped: {console.listed(folders)}{hint}")
+                skipped["file"].append(str(path.relative_to(folder)))
+    notes = [
+        f"{counted(len(names), what)} of {folder} skipped: {console.listed(names)}"
+        for what, names in skipped.items()
+        if names
+    ]
     return PictureFolder(folder, sorted(pictures, key=lambda path: path.relative_to(folder).parts), notes)
 
 
 def _raise_unreadable(error: OSError) -> NoReturn:
     raise MachineError(f"cannot read folder {error.filename} ({error.strerror})", "check its rights") from error
-
-
-def _is_picture(path: Path) -> bool:
-    from ..imaging.decoding import SUFFIXES, picture_format
-
-    if path.name.endswith("~") or not path.is_file():  # an editor's backup; a broken link, a pipe, a device
-        return False
-    if path.suffix.lower() in SUFFIXES:  # if it is damaged, reading it says so
-        return True
-    try:
-        with path.open("rb") as stream:
-            return picture_format(stream.read(_HEAD_BYTES)) is not None
-    except OSError:
-        return False

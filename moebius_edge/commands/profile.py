@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..errors import OutOfMemory
 from ..progress import Progress
 from ..text import counted
 from . import console
@@ -71,22 +70,15 @@ def profile(
         _print(document, measure)
 
 
-def _measure(
-    name: str, form: str, runs: int, threads: int, calls: int | None, on_progress: Progress
-) -> dict[str, Any]:
+def _measure(name: str, form: str, runs: int, threads: int, calls: int | None, on_progress: Progress) -> dict[str, Any]:
     """A network's figures; its latency is the median of ``runs`` steps, and of a picture all its ``calls``.
 
     Only some of a picture's calls are shallow, so that such a row has no calls and no total of its own.
     """
     from ..model import profile as networks
-    from ..system.machine import available_memory_bytes
 
     size, seconds, shallow = networks.measure_size(name), [], form == SHALLOW_FORM
     if runs:
-        needed, free = _BYTES_A_PARAMETER * size.parameters, available_memory_bytes()
-        if free is not None and free < needed:
-            problem = f"the {name} needs {console.size(needed)} of memory and {console.size(free)} are free"
-            raise OutOfMemory(problem, "close other programs, or leave --measure out")
         label = f"{name}, {counted(runs, 'shallow call' if shallow else 'timed call')} of two rows"
 
         def on_run(done: int) -> None:

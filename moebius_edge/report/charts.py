@@ -23,7 +23,6 @@ _COLOURS = {
 }
 _STYLE = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "moebius-edge", "font.size": 9}
 _STYLE |= {"axes.grid": True, "axes.spines.top": False, "axes.spines.right": False}
-_DASHES = ("-", "--", ":", "-.")
 _MARKS = {"frontier": ("o", 0, True), "dominated": ("o", 6, False), "baseline": ("D", 6, False)}
 # Where a label may stand beside its point: offset in points, and which side of it the point is on.
 _PLACES = [(8, 0, "left"), (-8, 0, "right"), (5, 9, "left"), (-5, 9, "right"), (5, -9, "left"), (-5, -9, "right")]
@@ -37,7 +36,6 @@ class Chart(NamedTuple):
     description: str
     light: str
     dark: str
-    note: str = ""
 
 
 class Point(NamedTuple):
@@ -73,39 +71,17 @@ def scatter(caption: str, points: Sequence[Point], y_title: str) -> Chart:
         axes.set(xlabel="median latency of one picture (ms)", ylabel=y_title)
         axes.margins(x=0.08, y=0.12)
         if max(p.x for p in drawn) > 4 * min(p.x for p in drawn):
-            _make_logarithmic(axes, "x")
+            _make_logarithmic(axes)
         _label_points(axes, drawn)
 
     description = f"Latency against hole PSNR of {len(points)} configurations. On the frontier: {best}."
     return _chart(caption, description, draw, 4.2)
 
 
-def lines(
-    caption: str, drawn: Mapping[str, Sequence[float]], x_title: str, y_title: str, log: bool, note: str = ""
-) -> Chart:
-    """One line each, by label, over 1, 2, 3 ...; on a logarithmic scale values of 0 are left out."""
-
-    def draw(axes: Any, colours: Sequence[str]) -> None:
-        for index, (label, values) in enumerate(drawn.items()):
-            points = {x: y for x, y in enumerate(values, start=1) if y > 0 or not log}
-            style = {"color": colours[index % 7], "linestyle": _DASHES[index // 7 % 4], "marker": "."}
-            axes.plot(list(points), list(points.values()), label=_shortened(label, 90), **style)
-        axes.set(xlabel=x_title, ylabel=y_title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if log:
-            _make_logarithmic(axes, "y")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False)
-
-    ends = "; ".join(f"{label}, {values[-1]:.3g}" for label, values in drawn.items())
-    return _chart(caption, f"{y_title} by {x_title}. At the end: {ends}.", draw, 3.6 + 0.2 * len(drawn), note)
-
-
-def bars(
-    caption: str, drawn: Mapping[str, Mapping[str, float]], unit: str, totals: Mapping[str, float] | None = None
-) -> Chart:
-    """Horizontal bars by label, stacked of named parts; the sum stands at each one's end, or what ``totals`` says."""
+def bars(caption: str, drawn: Mapping[str, Mapping[str, float]], unit: str) -> Chart:
+    """Horizontal bars by label, stacked of named parts; the sum stands at each one's end."""
     names = list(dict.fromkeys(name for parts in drawn.values() for name in parts))
-    sums = totals or {label: sum(parts.values()) for label, parts in drawn.items()}
+    sums = {label: sum(parts.values()) for label, parts in drawn.items()}
     digits = needed_digits([max(sums.values())])
     texts = {label: f"{sums[label]:.{digits}f} {unit}".rstrip() for label in drawn}
 
@@ -130,7 +106,7 @@ def bars(
     return _chart(caption, f"{caption}: {description}.", draw, 0.45 * len(drawn) + (0.5 if len(names) > 1 else 0.1))
 
 
-def _chart(caption: str, description: str, draw: Draw, height: float, note: str = "") -> Chart:
+def _chart(caption: str, description: str, draw: Draw, height: float) -> Chart:
     """The picture of 9.6 by ``height`` inches in each scheme; the same for the same figures."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -148,7 +124,7 @@ def _chart(caption: str, description: str, draw: Draw, height: float, note: str 
             draw(figure.add_subplot(), _COLOURS[scheme])
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         uris.append("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return Chart(caption, description, uris[0], uris[1], note)
+    return Chart(caption, description, uris[0], uris[1])
 
 
 def _label_points(axes: Any, points: Sequence[Point]) -> None:
@@ -172,14 +148,13 @@ def _label_points(axes: Any, points: Sequence[Point]) -> None:
             note.remove()
 
 
-def _make_logarithmic(axes: Any, direction: str) -> None:
+def _make_logarithmic(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axes.set(**{f"{direction}scale": "log"})
-    axis = getattr(axes, f"{direction}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-    axis.set_minor_locator(LogLocator(subs=()))
+    axes.set(xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.xaxis.set_minor_locator(LogLocator(subs=()))
 
 
 def _shortened(label: str, most: int) -> str:

@@ -23,17 +23,24 @@ from ..system.files import sha256_file
 from ..system.fingerprint import ResultCache
 from ..system.machine import machine_info, package_version
 from ..system.subprocess_job import ProcessFailed, run_job
+from ..text import counted
 from .grid import Configuration
 from .inputs import Input, describe_inputs
 from .measure import trace_name
-from .results import PICTURES_FOLDER, RESULTS_FILE, SCHEMA_VERSION, Results, load
+from .results import PICTURES_FOLDER, RESULTS_FILE, Results, load
 
 CACHE_FOLDER = "measured"
-_WRITTEN = (RESULTS_FILE, "report.md", "report.html")
+_WRITTEN = (RESULTS_FILE, "report.html")
 _INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless", "torch")
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless")
 _WORKER = (sys.executable, "-m", "moebius_edge.report.measure")
+_STATUSES = (  # of an error, by the first class that it is of
+    (OutOfMemory, "out of memory"),
+    (ProcessFailed, "failed"),  # a crash, a bug, or a library's error
+    (MachineError, "missing"),
+    (MoebiusError, "gated"),  # a damaged bundle, an engine that does not fit, a NaN
+)
 Outcome = dict[str, Any]  # "status" and "reason"; the measured figures where the status is ok
 
 
@@ -84,13 +91,12 @@ def collect(plan: Plan, folder: Path, on_progress: Callable[[str], Progress]) ->
     identity = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     here = {"machine": info, "version": __version__, "packages": [package_version(name) for name in _PACKAGES]}
     outcomes = _outcomes(plan, folder, cache, {**here, "inputs": inputs}, on_progress)
-    peaks = [outcome["peak"] for outcome in outcomes.values() if outcome.get("peak")]
     reference = next((c.id for c in plan.configurations if c.reference == c.id), None)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": __version__,
-        "machines": {identity: {"label": label, "info": info, "peaks": peaks[0] if peaks else None}},
+        "machines": {identity: {"label": label, "info": info}},
         "inputs": inputs,
         "conditions": {"seed": plan.seed, "warmup": plan.warmup, "runs": plan.runs, "reference": reference},
         "limits": {"max_latency_ms": None, "min_psnr_db": None, "max_memory_bytes": None, **plan.limits},
@@ -117,7 +123,7 @@ def _outcomes(
     """By configuration: what the cache has, and the rest measured, references first."""
     # Everything that the figures depend on, and no path: a bundle that was moved is the same.
     here = {**here, "runs": plan.runs, "warmup": plan.warmup, "sustained": plan.sustained_minutes}
-    own = {c.id: [c.id, c.kind, c.runtime, c.settings, c.depends] for c in plan.configurations}
+    own = {c.id: [c.id, c.runtime, c.settings, c.files] for c in plan.configurations}
     facts = {c.id: [own[c.id], own.get(c.reference or ""), here] for c in plan.configurations}
     outcomes: dict[str, Outcome] = {}
     for name in facts:
@@ -185,15 +191,9 @@ def supervise(spec: Mapping[str, Any], progress: Progress, command: Sequence[str
     """
     try:
         return {**run_job(command, dict(spec), "the process", progress), "status": "ok", "reason": None}
-    except OutOfMemory as error:
-        status, reason = "out of memory", str(error)
-    except ProcessFailed as error:  # a crash, a bug, or a library's error: this row is lost, the others are not
-        status, reason = "failed", str(error)
-    except MachineError as error:
-        status, reason = "missing", str(error)
-    except MoebiusError as error:  # a damaged bundle, an engine that does not fit, a NaN
-        status, reason = "gated", str(error)
-    return {"status": status, "reason": " ".join(reason.split())[:500]}
+    except MoebiusError as error:  # this row is lost, the others are not
+        status = next(status for kind, status in _STATUSES if isinstance(error, kind))
+        return {"status": status, "reason": " ".join(str(error).split())[:500]}
 
 
 def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
@@ -203,11 +203,11 @@ def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
     return {
         **{key: getattr(c, key) for key in ("id", "label", "kind", "settings")},
         "machine": machine,
-        "bundle": c.bundle and {**c.bundle, "engine_bytes": outcome.get("engine_bytes")},
+        "bundle": c.bundle,
         "runtime": outcome.get("runtime") or c.runtime,
         "status": outcome["status"],
         "reason": outcome["reason"],
-        **{key: outcome.get(key) for key in ("latency", "sustained", "memory", "energy", "work")},
+        **{key: outcome.get(key) for key in ("latency", "sustained", "memory", "energy")},
         "accuracy": {
             **accuracy,
             "reference_reason": None if accuracy["against_reference"] else unmeasured or outcome["reference_reason"],
@@ -220,6 +220,5 @@ def _row(c: Configuration, machine: str, outcome: Outcome) -> dict[str, Any]:
 def _machine_label(info: Mapping[str, Any]) -> str:
     """The board's or the processor's name, the cores, and the GPU, of ``machine_info``."""
     name = info["board"] or info["cpu"]["model"] or info["architecture"]
-    cores = info["cpu"]["cores_available"]
-    gpus = [gpu["name"] for gpu in info["gpus"]]
-    return ", ".join([" ".join(str(name).split()), f"{cores} core" + ("s" if cores != 1 else ""), *gpus])
+    cores, gpus = counted(info["cpu"]["cores_available"], "core"), [gpu["name"] for gpu in info["gpus"]]
+    return ", ".join([" ".join(str(name).split()), cores, *gpus])

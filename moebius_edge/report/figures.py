@@ -70,43 +70,28 @@ def hole_psnr_db(configuration: Configuration, against: str | None) -> float | N
     return psnr
 
 
-def drift(configuration: Configuration) -> list[float]:
-    """RMS distance of the latent from the reference's after each step; empty where it was not measured."""
-    return at(configuration, "accuracy.against_reference.latent_rms_drift") or []
-
-
 def stage_ms(configuration: Configuration) -> dict[str, float]:
-    """Milliseconds of each stage in one picture, and ``other`` for the rest of ``total``.
-
-    A stage may have several entries a picture (``denoise`` one a network call), so its median counts that often. Where
-    calls differ their median is one kind's alone: there ``denoise`` is what the other stages leave of the total.
-    """
-    stages, total = at(configuration, "latency.stages"), latency_ms(configuration)
-    if total is None or not stages["total"]["count"]:
+    """Mean milliseconds of each stage in one picture, all of its calls together, and ``other`` for the rest."""
+    stages = at(configuration, "latency.stages") or {}
+    if not stages or not stages["total"]["count"]:
         return {}
-    pictures = stages["total"]["count"]
-    times = {name: s["median_ms"] * s["count"] / pictures for name, s in stages.items() if name != "total"}
-    if not times:
-        return {"total": total}
-    settings = configuration["settings"] or {"guidance_interval": None, "cache_interval": 1}
-    if "denoise" in times and (settings["guidance_interval"] is not None or settings["cache_interval"] > 1):
-        times["denoise"] += max(total - sum(times.values()), -times["denoise"])
+    times = {name: stage["total_ms"] / stages["total"]["count"] for name, stage in stages.items()}
+    total = times.pop("total")
     rest = total - sum(times.values())
-    return {**times, "other": rest} if rest > 0.005 * total else times
+    return {**times, "other": rest} if times and rest > 0.005 * total else times or {"total": total}
 
 
 class Group(NamedTuple):
-    """What may be ranked together: one machine, one start, one seed.
+    """What may be ranked together: one machine and one start.
 
-    A fill that started from the noised original (start ``image``) has seen a trace of it, and two seeds give two
-    different fills. ``start`` and ``seed`` are None for what does not sample, such as a classical baseline.
-    Against the reference also one set of ``settings``: each row's reference is the float32 run of its own. Precision
-    and reuse of deep features are none of them: what these cost is what the reference tells.
+    A fill that started from the noised original (start ``image``) has seen a trace of it. ``start`` is None for a
+    baseline, which does not sample. Against the reference also one set of ``settings``: each row's reference is the
+    float32 run of its own. Precision and reuse of deep features are none of them: what these cost is what the
+    reference tells.
     """
 
     machine: str
     start: str | None = None
-    seed: int | None = None
     settings: str | None = None
 
 
@@ -119,52 +104,38 @@ def against_of(results: Results) -> str | None:
 def groups(results: Results, against: str | None) -> dict[Group, list[Configuration]]:
     """The configurations by group; what samples comes first on each machine, the document's order is kept."""
     members: dict[Group, list[Configuration]] = {}
-    by_id = {c["id"]: c for c in results["configurations"]}
     for c in results["configurations"]:
-        reference, settings, compared = at(c, "accuracy.against_reference.reference"), c["settings"], None
-        if settings is None:
-            members.setdefault(Group(c["machine"]), []).append(c)
-            continue
-        if against == REFERENCE:
-            interval, reused = settings["guidance_interval"], at(by_id.get(reference), "settings.cache_interval") or 1
-            compared = f"{counted(settings['steps_executed'], 'step')} executed"
-            compared += f", deep features every {reused} in all" if reused > 1 else ""
-            compared += f", guidance {settings['guidance']:g}"
+        settings, compared = c["settings"], None
+        if settings is not None and against == REFERENCE:
+            interval = settings["guidance_interval"]
+            compared = f"{counted(settings['steps_executed'], 'step')} executed, guidance {settings['guidance']:g}"
             compared += "" if interval is None else f" from t {interval[0]:g} to {interval[1]:g}"
             compared += f", {settings['scheduler']}"
-        members.setdefault(Group(c["machine"], settings["start"], settings["seed"], compared), []).append(c)
-    machines = list(dict.fromkeys(group.machine for group in members))
+        members.setdefault(Group(c["machine"], settings and settings["start"], compared), []).append(c)
+    machines = list(results["machines"])
     order = sorted(members, key=lambda g: (machines.index(g.machine), g.start is None))
     return {group: members[group] for group in order}
 
 
 def group_title(results: Results, group: Group) -> str:
-    """Such as: AMD EPYC, 2 cores; start image, seed 0."""
-    machine = results["machines"][group.machine]["label"]
-    if group.start is None:
-        return f"{machine}; baselines"
-    return f"{machine}; start {group.start}, seed {group.seed}" + (f", {group.settings}" if group.settings else "")
+    """Such as: AMD EPYC, 2 cores; start image."""
+    what = f"start {group.start}" if group.start else "baselines"
+    return "; ".join(filter(None, (results["machines"][group.machine]["label"], what, group.settings)))
 
 
 def unranked(configurations: Sequence[Configuration], against: str | None) -> dict[str, str]:
     """Why some configurations of one group cannot be ranked, by id: no figure, or one that is not like the others'."""
     sides = {c["id"]: at(c, f"accuracy.against_{against}") or {} for c in configurations}
-    most = max((side["images"] for side in sides.values() if side), default=0)
     reference = next((side["reference"] for side in sides.values() if "reference" in side), None)
     reasons = {}
     for configuration in configurations:
         side = sides[configuration["id"]]
         if not is_ok(configuration):
-            reason = f"{configuration['status']}: {configuration['reason']}"
+            reasons[configuration["id"]] = f"{configuration['status']}: {configuration['reason']}"
         elif latency_ms(configuration) is None:
-            reason = "its latency was not measured"
+            reasons[configuration["id"]] = "its latency was not measured"
         elif against and not side:
-            reason = f"its hole was not measured against the {AGAINST[against]}"
-        elif side and side["images"] < most:
-            reason = f"measured on {side['images']} of {most} images"
-        elif side and side.get("reference") != reference:
-            reason = "measured against another reference"
-        else:
-            continue
-        reasons[configuration["id"]] = reason
+            reasons[configuration["id"]] = f"its hole was not measured against the {AGAINST[against]}"
+        elif side.get("reference") != reference:
+            reasons[configuration["id"]] = "measured against another reference"
     return reasons

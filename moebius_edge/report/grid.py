@@ -15,17 +15,16 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from ..errors import MachineError, UsageError
-from ..pipeline.inpainter import STARTS, STRENGTH
+from ..pipeline.inpainter import STRENGTH
 from ..pipeline.loop import check_cache_interval
-from ..pipeline.presets import PRESETS, preset_settings
+from ..pipeline.presets import preset_settings
 from ..runtimes import AUTO
 from ..runtimes.auto import CANDIDATES, select
 from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
 
 FLOAT32 = "float32"
-TORCH = "torch"
-_TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", TORCH: "PyTorch"}
+_TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 # Two configurations whose network outputs are compared have these settings in common.
 _COMPARED = ("start", "steps", "guidance", "guidance_interval", "strength", "scheduler", "seed")
 
@@ -35,9 +34,9 @@ class Configuration:
     """One row of a report before it is measured.
 
     Attributes:
-        source: what the measuring process opens; the figures do not depend on the paths among it.
-        settings: as ``results.json`` has them, None for a baseline.
-        depends: SHA-256 of every file that the figures depend on, by name.
+        bundle, settings: as ``results.json`` has them, None for a baseline.
+        files: SHA-256 of every file of the bundle, by name.
+        origin: what the bundle was made from.
         problem: (status, reason) of one that is not run.
         reference: the id of what its accuracy is measured against; its own, where it is a reference.
     """
@@ -45,11 +44,11 @@ class Configuration:
     id: str
     label: str
     kind: str
-    source: dict[str, Any]
     runtime: dict[str, Any]
     bundle: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
-    depends: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
     reference: str | None = None
 
@@ -71,15 +70,6 @@ class Choices:
     starts: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, values, allowed in (
-            ("scheduler", self.schedulers, SCHEDULERS),
-            ("start", self.starts, STARTS),
-            ("preset", self.presets, PRESETS),
-        ):
-            if unknown := [value for value in values if value not in allowed]:
-                raise UsageError(f"unknown {name} {unknown[0]!r}: choose one of {', '.join(allowed)}")
 
     def settings(self, bundle: Bundle) -> Iterator[dict[str, Any]]:
         """Every combination for ``bundle``, with its own values where none were chosen, then every preset."""
@@ -109,7 +99,7 @@ def grid(bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
     for bundle, name in zip(bundles, _names(bundles), strict=True):
         for runtime, device, missing in _places(bundle, choices):
             for settings in choices.settings(bundle):
-                row = configuration(bundle, name, runtime, device, settings)
+                row = _configuration(bundle, name, runtime, device, settings)
                 if missing and row.problem is None:
                     row = replace(row, problem=("missing", missing))
                 rows.setdefault(row.id, row)
@@ -119,9 +109,13 @@ def grid(bundles: Sequence[Bundle], choices: Choices) -> list[Configuration]:
     return list(rows.values())
 
 
-def configuration(
-    bundle: Bundle, name: str, runtime: str, device: str, settings: Mapping[str, Any], kind: str = "bundle"
-) -> Configuration:
+def baseline_rows(names: Sequence[str]) -> list[Configuration]:
+    """The rows of classical methods, of ``options.BASELINES``."""
+    runtime = {"name": "opencv", "version": None, "device": "cpu"}
+    return [Configuration(name, f"{name.title()}, OpenCV", "baseline", runtime) for name in names]
+
+
+def _configuration(bundle: Bundle, name: str, runtime: str, device: str, settings: Mapping[str, Any]) -> Configuration:
     """The row of ``bundle``, which ids call ``name``, with one combination of ``settings``."""
     full = {
         "distilled_guidance": bundle.distilled_guidance,
@@ -149,11 +143,9 @@ def configuration(
         "path": str(bundle.path),
         "denoiser_sha256": hashes["denoiser.onnx"],
         "bytes": sum(record["bytes"] for record in bundle.files.values()),
-        "engine_bytes": None,
     }
-    source = {"bundle": str(bundle.path), "origin": bundle.source}
     place = {"name": runtime, "version": None, "device": device}
-    return Configuration(identity, label, kind, source, place, facts, full, hashes, problem)
+    return Configuration(identity, label, "bundle", place, facts, full, hashes, bundle.source, problem)
 
 
 def _title(name: str, bundle: Bundle, runtime: str, device: str, settings: Mapping[str, Any]) -> tuple[str, str]:
@@ -171,7 +163,7 @@ def _title(name: str, bundle: Bundle, runtime: str, device: str, settings: Mappi
     if interval is not None:
         short, label = f"{short}-{interval[0]}-{interval[1]}", f"{label} from t {interval[0]} to {interval[1]}"
     label += f", start {start}" + (f", preset {settings['preset']}" if settings["preset"] else "")
-    return slug(f"{short}_{start}"), label
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{short}_{start}").strip("-."), label
 
 
 def _places(bundle: Bundle, choices: Choices) -> Iterator[tuple[str, str, str]]:
@@ -202,40 +194,31 @@ def _names(bundles: Sequence[Bundle]) -> list[str]:
     ]
 
 
-def slug(text: str) -> str:
-    """A name that is good for a file and an address."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
-
-
-def with_references(rows: Sequence[Configuration], reference: Bundle | str | None) -> list[Configuration]:
+def with_references(rows: Sequence[Configuration], reference: Bundle | None) -> list[Configuration]:
     """``rows``, each with the configuration that its accuracy is measured against.
 
     That is the first row of the reference with the same settings and resolution, on the CPU if it is there, where
     float32 means just that. Reuse of deep features approximates the computation, as a lower precision does: so the
-    reference is one that reuses nothing, or reuses as much as the row where no such one is measured. ``reference`` is a
-    bundle, ``torch``, or None: then it is the float32 bundle made from the same checkpoint, else the first float32
-    bundle.
+    reference is one that reuses nothing, or reuses as much as the row where no such one is measured. Without a
+    ``reference`` it is the float32 bundle made from the same checkpoint, else the first float32 bundle.
     """
     ordered = sorted(rows, key=lambda r: (r.cache_interval != 1, r.runtime["device"] != "cpu"))
-
-    def is_candidate(row: Configuration) -> bool:
-        if reference == TORCH:
-            return row.kind == TORCH
-        if isinstance(reference, Bundle):
-            return row.kind == "bundle" and row.source["bundle"] == str(reference.path)
-        return row.kind == "bundle" and row.bundle is not None and row.bundle["precision"] == FLOAT32
+    candidates = [row for row in ordered if row.bundle and row.problem is None]
+    if reference is None:
+        candidates = [row for row in candidates if row.bundle and row.bundle["precision"] == FLOAT32]
+    else:
+        candidates = [row for row in candidates if row.bundle and row.bundle["path"] == str(reference.path)]
 
     def is_alike(row: Configuration, other: Configuration) -> bool:
-        assert row.bundle and other.bundle and row.settings and other.settings
+        if not (row.bundle and row.settings and other.bundle and other.settings):
+            return False
         same = all(row.settings[key] == other.settings[key] for key in _COMPARED)
         same = same and other.cache_interval in (1, row.cache_interval)
-        return same and row.bundle["resolution"] == other.bundle["resolution"] and other.problem is None
+        return same and row.bundle["resolution"] == other.bundle["resolution"]
 
-    candidates = [row for row in ordered if is_candidate(row)]
     result = []
     for row in rows:
-        alike = [] if row.settings is None else [c for c in candidates if is_alike(row, c)]
-        if reference is None:
-            alike.sort(key=lambda c: c.source["origin"] != row.source["origin"])
+        alike = [other for other in candidates if is_alike(row, other)]
+        alike.sort(key=lambda other: other.origin != row.origin)
         result.append(replace(row, reference=alike[0].id if alike else None))
     return result

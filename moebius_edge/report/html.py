@@ -25,7 +25,7 @@ from ..imaging.masks import bounds
 from ..imaging.pictures import read_picture
 from ..system.files import atomic_write, safe_join
 from . import charts, figures, recommend, tables
-from .figures import AGAINST, Configuration, Group, Results, at, drift, latency_ms
+from .figures import AGAINST, Configuration, Group, Results, at, latency_ms
 from .inputs import rgb8
 from .results import PICTURES_FOLDER, shown_stem
 
@@ -41,16 +41,12 @@ VIEWS = {
 _PARTS = Path(__file__).parent / "page"
 
 
-def write_report(results: Results, folder: Path) -> tuple[list[Path], str]:
-    """Write ``report.md`` and ``report.html``; without the page's packages the latter is left out.
-
-    Returns what was written, and how the page is made elsewhere, empty where it was made.
-    """
-    written = [_write(folder / "report.md", tables.render_markdown(results))]
+def how_to_render(folder: Path) -> str:
+    """What is missing here for a page, and how it is made elsewhere; empty where nothing is."""
     absent = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if not absent:
-        return [*written, write(results, folder)], ""
-    return written, (
+        return ""
+    return (
         f"no report.html, for {absent[0]} is not installed: on a workstation run `pip install 'moebius-edge[report]'` "
         f"and, with a copy of {folder}, `moebius-edge report merge {folder} --output DIR`"
     )
@@ -58,12 +54,9 @@ def write_report(results: Results, folder: Path) -> tuple[list[Path], str]:
 
 def write(results: Results, folder: Path) -> Path:
     """Write ``folder/report.html`` with the pictures below ``folder``, scaled down, in it."""
-    return _write(folder / "report.html", render(results, folder))
-
-
-def _write(path: Path, text: str) -> Path:
+    path = folder / "report.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(render(results, folder), encoding="utf-8", newline="\n")
     return path
 
 
@@ -112,11 +105,9 @@ def _content(results: Results, folder: Path) -> dict[str, Any]:
         "comparison": tables.COMPARISON,
         "group_titles": [figures.group_title(results, group) for group in by_group],
         "absences": tables.absences(results, numbers),
-        "frontiers": [chart for against in AGAINST for chart in _frontiers(results, against, numbers)],
-        "drifts": _drifts(rows, numbers),
+        "frontiers": _frontiers(results, numbers),
         "stages": _stages(numbered),
-        "sustained": _sustained([c for c in rows if c["sustained"]], numbers),
-        "resources": _resources(numbered, numbers),
+        "resources": _resources(numbered),
         "inputs": list(shown_inputs(results, folder)) if any(c["pictures"] for c in rows) else [],
         "views": VIEWS,
     }
@@ -130,8 +121,11 @@ def _labels(configurations: list[Configuration], numbers: Mapping[str, int]) -> 
     return [f"{numbers[c['id']]}: {text or c['label']}" for c, text in zip(configurations, texts, strict=True)]
 
 
-def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> list[charts.Chart]:
+def _frontiers(results: Results, numbers: Mapping[str, int]) -> list[charts.Chart]:
     """A plot for each group of at least two; baselines stand beside what samples on their machine."""
+    against = figures.against_of(results)
+    if against is None:
+        return []
     by_group, drawn = figures.groups(results, against), []
     chosen = {each.chosen["id"] for each in recommend.recommend(results) if each.chosen}
     for group, members in by_group.items():
@@ -159,45 +153,19 @@ def _frontiers(results: Results, against: str, numbers: Mapping[str, int]) -> li
     return drawn
 
 
-def _drifts(rows: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
-    """A line for each configuration that is not equal to its reference."""
-    differing = [c for c in rows if any(drift(c))]
-    equal = ", ".join(str(numbers[c["id"]]) for c in rows if drift(c) and not any(drift(c)))
-    note = f"Equal to the reference at every step, so not drawn: {equal}." if equal else ""
-    lines = dict(zip(_labels(differing, numbers), map(drift, differing), strict=True))
-    title = "Difference to the reference's latent"
-    return [charts.lines(title, lines, "sampling step", "RMS difference", True, note)] if lines else []
-
-
 def _stages(numbered: Mapping[str, Configuration]) -> list[charts.Chart]:
     parts = {label: c["derived"]["stage_ms"] for label, c in numbered.items() if c["derived"]["stage_ms"]}
-    totals = {label: latency_ms(numbered[label]) or 0.0 for label in parts}
-    return [charts.bars("Stages of one picture", parts, "ms", totals)] if parts else []
+    return [charts.bars("Mean time of one picture by stage", parts, "ms")] if parts else []
 
 
-def _sustained(shown: list[Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
-    lines = dict(zip(_labels(shown, numbers), [c["sustained"]["by_minute_ms"] for c in shown], strict=True))
-    return [charts.lines("Median of each minute", lines, "minute", "median latency (ms)", False)] if lines else []
-
-
-def _resources(numbered: Mapping[str, Configuration], numbers: Mapping[str, int]) -> list[charts.Chart]:
-    """Memory and energy as bars, and the multiply-adds of a step by class of operator."""
-    memory = {}
-    work: dict[str, tuple[Configuration, dict[str, float]]] = {}
+def _resources(numbered: Mapping[str, Configuration]) -> list[charts.Chart]:
+    """Memory and energy as bars."""
+    memory, energy = {}, {}
     for label, c in numbered.items():
         sizes = {place: at(c, f"memory.peak_{place}_bytes") for place in ("host", "device")}
         memory[label] = {place: size / 1e6 for place, size in sizes.items() if size is not None}
-        classes = {name: macs["multiplications"] / 1e9 for name, macs in (at(c, "work.by_class") or {}).items()}
-        # Equal steps of one bundle are one bar.
-        work.setdefault(f"{at(c, 'bundle.name')} {at(c, 'bundle.precision')} {classes}", (c, classes))
-    energy = {label: {"energy": at(c, "energy.joules_per_image") or 0.0} for label, c in numbered.items()}
-    labels = _labels([c for c, classes in work.values() if any(classes.values())], numbers)
-    macs = dict(zip(labels, [classes for _, classes in work.values() if any(classes.values())], strict=True))
-    drawn = (
-        ("Peak memory", memory, "MB"),
-        ("Energy of one picture", energy, "J"),
-        ("Multiplications of one step by class of operator (10\u2079)", macs, ""),
-    )
+        energy[label] = {"energy": at(c, "energy.joules_per_image") or 0.0}
+    drawn = (("Peak memory", memory, "MB"), ("Energy of one picture", energy, "J"))
     shown = [(title, {k: v for k, v in parts.items() if any(v.values())}, unit) for title, parts, unit in drawn]
     return [charts.bars(title, parts, unit) for title, parts, unit in shown if parts]
 

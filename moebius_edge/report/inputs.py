@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ..imaging.pictures import Picture, read_picture, write_picture
 from ..system.files import sha256_file
 from .results import PICTURES_FOLDER, shown_stem
 
-_HELD_BYTES = 128 << 20  # pictures that stay in memory between passes; more are read again each time
+_HELD = 4  # pictures that stay in memory between passes; more are read again each time
 
 
 class Input(NamedTuple):
@@ -45,25 +46,7 @@ class Loaded(NamedTuple):
     truth: np.ndarray | None
 
 
-class Loader:
-    """Goes through the inputs again and again; those that fit into a little memory are read once."""
-
-    def __init__(self, inputs: Sequence[Input]) -> None:
-        self.inputs = list(inputs)
-        self._held: dict[int, Loaded] = {}
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __iter__(self) -> Iterator[Loaded]:
-        for number, source in enumerate(self.inputs):
-            loaded = self._held.get(number) or load_input(source)
-            held = {**self._held, number: loaded}.values()
-            if sum(each.picture.pixels.nbytes + each.hole.nbytes for each in held) <= _HELD_BYTES:
-                self._held[number] = loaded
-            yield loaded
-
-
+@lru_cache(maxsize=_HELD)
 def load_input(source: Input) -> Loaded:
     """Read an input.
 
@@ -73,15 +56,13 @@ def load_input(source: Input) -> Loaded:
     picture = read_picture(source.image)
     hole = read_mask(source.mask, picture).hole
     if not hole.any():
-        raise UsageError(f"mask {source.mask} is empty, nothing would be filled: give one with a white part")
+        raise UsageError(f"mask {source.mask} is empty, nothing would be filled", "give one with a white part")
     truth = None
     if source.truth is not None:
         true = picture if source.truth == source.image else read_picture(source.truth)
         if true.size != picture.size:
-            raise UsageError(
-                f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}",
-                "give one of the same size",
-            )
+            problem = f"truth {source.truth} has {true.size} pixels and {source.image} {picture.size}"
+            raise UsageError(problem, "give one of the same size")
         truth = rgb8(true)
     return Loaded(source, picture, hole, truth)
 
@@ -110,7 +91,7 @@ def write_shown(folder: Path, kind: str, name: str, pixels: np.ndarray) -> str:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"cannot make folder {target.parent} ({error.strerror}): name another output") from error
+        raise MachineError(f"cannot make folder {target.parent} ({error.strerror})", "name another output") from error
     write_picture(target, Picture(pixels))
     return f"{PICTURES_FOLDER}/{kind}/{name}"
 

@@ -2,8 +2,8 @@
 
 ``python -m moebius_edge.report.measure`` is the process that ``collect`` starts for each.
 
-Latents are copied and pictures compared in a pass of their own after the timed ones, so that neither the latencies
-nor the peak memory hold any of it.
+Pictures are compared in a pass of their own after the timed ones, so that neither the latencies nor the peak memory
+hold any of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,78 +19,60 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..bundle.bundle import ENGINES_FOLDER, Bundle
-from ..errors import MachineError
+from ..imaging.classical import navier_stokes, telea
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.latency import StageTimer
 from ..progress import Progress
 from ..system.machine import peak_memory_bytes
 from ..system.nvml import gpu_memory_in_use
-from ..system.packages import install
 from ..system.subprocess_job import serve_job
-from .accuracy import AgainstReference, AgainstTruth, Trace
-from .baselines import CLASSICAL, OnnxBaseline, read_description
-from .flops import arithmetic
-from .inputs import Input, Loaded, Loader, rgb8, write_shown
+from .accuracy import Fidelity, Trace
+from .inputs import Input, Loaded, load_input, rgb8, write_shown
 from .power import open_meter
 
 # The settings that ``Inpainter.inpaint`` takes.
 _PASSED = ("start", "steps", "guidance", "guidance_interval", "strength", "scheduler", "cache_interval", "seed")
+CLASSICAL = {"telea": telea, "navier-stokes": navier_stokes}
 _MINUTE_S = 60.0
 
 
 class BaselineTarget:
-    """A classical method or a described ONNX model; its one stage is the whole."""
+    """OpenCV's classical inpainting; its one stage is the whole."""
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
-        source = configuration["source"]
-        if "method" in source:
-            self._fill: Any = CLASSICAL[source["method"]][1]
-            self._info = {"name": "opencv", "version": cv2.__version__, "device": "cpu"}
-        else:
-            model = OnnxBaseline(read_description(Path(source["description"])))
-            self._fill, self._info = model.fill, model.info
+        self._fill = CLASSICAL[configuration["id"]]
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         """The picture with its hole filled, uint8 RGB."""
         image = rgb8(loaded.picture)
         with nullcontext() if timer is None else timer.measure("total"):
-            return np.asarray(self._fill(image, loaded.hole))
+            return self._fill(image, loaded.hole)
 
-    def facts(self, timer: StageTimer) -> dict[str, Any]:
-        return {"runtime": self._info}
+    def runtime(self) -> dict[str, Any]:
+        return {"name": "opencv", "version": cv2.__version__, "device": "cpu"}
 
     def close(self) -> None:
         """Nothing is held."""
 
 
 class BundleTarget:
-    """A bundle on a runtime, or in PyTorch the checkpoint that it was made from."""
+    """A bundle on a runtime."""
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
-        source, runtime = configuration["source"], configuration["runtime"]
-        self._settings, self._is_torch = configuration["settings"], configuration["kind"] == "torch"
-        if self._is_torch:
-            bundle = Bundle.load(Path(source["bundle"]))
-            checkpoint = _open_checkpoint(Path(source["checkpoint"]), Path(source["vae"]), bundle)
-            self._inpainter = Inpainter(bundle, checkpoint).__enter__()
-        else:
-            self._inpainter = Inpainter(Path(source["bundle"]), runtime["name"], runtime["device"]).__enter__()
+        runtime, self._settings = configuration["runtime"], configuration["settings"]
+        path = Path(configuration["bundle"]["path"])
+        self._inpainter = Inpainter(path, runtime["name"], runtime["device"]).__enter__()
 
     def fill(self, loaded: Loaded, timer: StageTimer | None, trace: Trace | None = None) -> np.ndarray:
         """The picture with its hole filled, uint8 RGB."""
-        on_step, on_window = (None, None) if trace is None else (trace.on_step, trace.on_window)
         settings = {key: self._settings[key] for key in _PASSED}
         if settings["guidance_interval"] is not None:
             settings["guidance_interval"] = tuple(settings["guidance_interval"])
-        settings |= {"on_step": on_step, "on_window": on_window, "timer": timer}
+        settings |= {"on_window": trace and trace.on_window, "timer": timer}
         return rgb8(self._inpainter.inpaint(loaded.picture, loaded.hole, **settings).picture)
 
-    def facts(self, timer: StageTimer) -> dict[str, Any]:
-        """The runtime, the bytes of its engines and, but for PyTorch, the arithmetic of the files with ``timer``."""
-        bundle, runtime = self._inpainter.bundle, self._inpainter.runtime.report()
-        work = {} if self._is_torch else arithmetic(bundle, self._settings, runtime, timer)
-        return {"runtime": runtime, "engine_bytes": _engine_bytes(bundle, runtime), **work}
+    def runtime(self) -> dict[str, Any]:
+        return self._inpainter.runtime.report()
 
     def close(self) -> None:
         self._inpainter.close()
@@ -99,33 +81,13 @@ class BundleTarget:
 Target = BaselineTarget | BundleTarget
 
 
-def _engine_bytes(bundle: Bundle, runtime: Mapping[str, Any]) -> int | None:
-    """The size of TensorRT's plans, whose folder the runtime names; None with another runtime."""
-    if not runtime["name"].startswith("tensorrt"):
-        return None
-    return sum(path.stat().st_size for path in (bundle.path / ENGINES_FOLDER / runtime["provider"]).glob("*.plan"))
-
-
-def _open_checkpoint(checkpoint: Path, vae: Path, bundle: Bundle) -> Any:
-    """The runtime of the networks in float32 on the CPU, for the resolution of ``bundle``; it needs PyTorch."""
-    try:
-        from ..export.source import find_source, load_config, load_student, load_vae
-        from ..runtimes.pytorch import TorchRuntime
-
-        source = find_source(checkpoint, vae, None)
-        student = load_student(source, load_config(source))
-        return TorchRuntime(student, load_vae(source), bundle.components)
-    except ModuleNotFoundError as error:
-        raise MachineError(f"the PyTorch reference needs {error.name}", str(install("export"))) from error
-
-
 def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """The figures of the configuration in ``spec``, which ``collect`` made.
 
     Raises what loading and running it raise.
     """
     configuration, runs, warmup = spec["configuration"], spec["runs"], spec["warmup"]
-    loader = Loader([Input(*(path and Path(path) for path in paths)) for paths in spec["inputs"]])
+    inputs = [Input(*(path and Path(path) for path in paths)) for paths in spec["inputs"]]
     cold, timer = StageTimer(), StageTimer()
     progress("loading", 0, 0)
     with cold.measure("load"):
@@ -133,44 +95,36 @@ def measure(spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         target: Target = kind(configuration)
     with closing(target):
         for number in range(warmup):
-            _pass(target, loader, cold, progress, f"warm-up {number + 1} of {warmup}")
+            _pass(target, inputs, cold, progress, f"warm-up {number + 1} of {warmup}")
         device = configuration["runtime"]["device"]
         with open_meter(device) as meter:
             for number in range(runs):
-                _pass(target, loader, timer, progress, f"run {number + 1} of {runs}")
+                _pass(target, inputs, timer, progress, f"run {number + 1} of {runs}")
         figures = {
             "latency": _latency(cold, timer, warmup, runs),
             "memory": {"peak_host_bytes": peak_memory_bytes(), **peak_device_memory(device)},
-            "energy": meter.energy(runs * len(loader)),
-            "sustained": _sustained(target, loader, timer, spec["sustained_minutes"], progress),
+            "energy": meter.energy(runs * len(inputs)),
+            "sustained": _sustained(target, inputs, timer, spec["sustained_minutes"], progress),
         }
-        figures |= _compare(target, loader, spec, progress)
-        return {**figures, **target.facts(timer)}
+        return {**figures, **_compare(target, inputs, spec, progress), "runtime": target.runtime()}
 
 
-def _pass(target: Target, loader: Loader, timer: StageTimer, progress: Progress, what: str) -> None:
-    for done, loaded in enumerate(loader):
-        progress(what, done, len(loader))
-        target.fill(loaded, timer)
+def _pass(target: Target, inputs: Sequence[Input], timer: StageTimer, progress: Progress, what: str) -> None:
+    for done, source in enumerate(inputs):
+        progress(what, done, len(inputs))
+        target.fill(load_input(source), timer)
 
 
 def _latency(cold: StageTimer, timer: StageTimer, warmup: int, runs: int) -> dict[str, Any]:
     """Statistics of the timed runs; a stage's first call is the process's, which the warm-up made if there was one."""
-    first, stages, total = cold.summary(), timer.summary(), timer.summary()["total"]
+    first, stages = cold.summary(), timer.summary()
     for name, row in stages.items():
         row["first_ms"] = first.get(name, row)["first_ms"]
-        del row["total_ms"]
-    return {
-        "load_ms": first["load"]["first_ms"],
-        "warmup": warmup,
-        "runs": runs,
-        "images_per_second": total["count"] / (total["total_ms"] / 1e3),
-        "stages": stages,
-    }
+    return {"load_ms": first["load"]["first_ms"], "warmup": warmup, "runs": runs, "stages": stages}
 
 
 def _sustained(
-    target: Target, loader: Loader, timer: StageTimer, minutes: float, progress: Progress
+    target: Target, inputs: Sequence[Input], timer: StageTimer, minutes: float, progress: Progress
 ) -> dict[str, Any] | None:
     """The same pictures over and over for ``minutes``: cold is the timed runs' median, soaked the last minute's."""
     if minutes <= 0:
@@ -179,9 +133,9 @@ def _sustained(
     start = time.monotonic()
     while (elapsed := time.monotonic() - start) < minutes * _MINUTE_S:
         progress("sustained, seconds", int(elapsed), int(minutes * _MINUTE_S))
-        for loaded in loader:
+        for source in inputs:
             once = StageTimer()
-            target.fill(loaded, once)
+            target.fill(load_input(source), once)
             minute = int((time.monotonic() - start) / _MINUTE_S)
             by_minute.setdefault(minute, []).append(once.summary()["total"]["first_ms"])
     medians = [statistics.median(values) for values in by_minute.values()]
@@ -193,32 +147,31 @@ def _sustained(
     }
 
 
-def _compare(target: Target, loader: Loader, spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def _compare(target: Target, inputs: Sequence[Input], spec: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """One more pass, untimed: the pictures and the accuracy; a reference keeps its traces for the others."""
     folder, record, reference = Path(spec["folder"]), spec["record"], spec["reference"]
-    against = AgainstReference(reference["id"]) if reference else None
-    truth = AgainstTruth() if any(source.truth for source in loader.inputs) else None
+    against, truth = Fidelity(), Fidelity()
     pictures: dict[str, str] = {}
-    for number, loaded in enumerate(loader):
-        progress("accuracy", number, len(loader))
-        trace = Trace()
-        result = target.fill(loaded, None, trace if record or against else None)
+    for number, source in enumerate(inputs):
+        progress("accuracy", number, len(inputs))
+        loaded, trace = load_input(source), Trace()
+        result = target.fill(loaded, None, trace if reference else None)
         if record:
             trace.save(Path(record) / trace_name(number))
-        if against is not None:
-            against.add(trace, Path(reference["folder"]) / trace_name(number))
-        if truth is not None and loaded.truth is not None:
-            truth.add(result, loaded.truth, loaded.hole)
-        pictures[loaded.source.name] = write_shown(folder, spec["configuration"]["id"], loaded.source.shown, result)
+        if reference:
+            against.add_reference(trace, Path(reference["folder"]) / trace_name(number))
+        if loaded.truth is not None:
+            truth.add_truth(result, loaded.truth, loaded.hole)
+        pictures[source.name] = write_shown(folder, spec["configuration"]["id"], source.shown, result)
     accuracy = {
-        "against_reference": against.result() if against else None,
-        "against_truth": truth.result() if truth else None,
+        "against_reference": {"reference": reference["id"], **against.result()} if reference else None,
+        "against_truth": truth.result() if any(source.truth for source in inputs) else None,
     }
     return {"accuracy": accuracy, "pictures": pictures}
 
 
 def trace_name(number: int) -> str:
-    return f"{number:04d}.npz"
+    return f"{number:04d}.npy"
 
 
 def peak_device_memory(device: str) -> dict[str, Any]:

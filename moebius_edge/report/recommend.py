@@ -23,8 +23,7 @@ Limits = Mapping[str, Any]  # as in ``results.json``; the PSNR is the hole's, by
 class Recommendation(NamedTuple):
     """What to take in the group of this ``title``: the ``chosen`` configuration, None where none fits.
 
-    Where nothing fits, the ``sentences`` name the one that misses the limits least. ``others`` are pairs of a
-    configuration and why it is not the one, in the document's order.
+    ``sentences`` say why. ``others`` are pairs of a configuration and why it is not the one, in the document's order.
     """
 
     title: str
@@ -118,22 +117,18 @@ def limits_text(limits: Limits) -> str:
     return ", ".join(text for text in texts if text) or "none stated"
 
 
-def _misses(configuration: Configuration, limits: Limits, against: str | None) -> list[tuple[float, str]]:
-    """By what factor each limit is missed, and that in words; a decibel is taken as a factor of the amplitude."""
-    misses = []
+def _missed(configuration: Configuration, limits: Limits, against: str | None) -> str:
+    """Which limits it does not keep to, in words; empty where it fits. What was not measured fits no limit on it."""
     latency, memory, psnr = _latency(configuration), memory_bytes(configuration), hole_psnr_db(configuration, against)
     longest, largest, floor = (limits[name] for name in ("max_latency_ms", "max_memory_bytes", "min_psnr_db"))
+    texts = []
     if longest is not None and latency > longest:
-        misses.append((latency / (longest or 1e-9), f"{_ms(latency)} is over {_ms(longest)}"))
-    if largest is not None and memory is None:
-        misses.append((math.inf, "its memory was not measured"))
-    elif largest is not None and memory is not None and memory > largest:
-        misses.append((memory / (largest or 1e-9), f"{_mb(memory)} of memory is over {_mb(largest)}"))
-    if floor is not None and psnr is None:
-        misses.append((math.inf, "its accuracy was not measured"))
-    elif floor is not None and psnr is not None and psnr < floor:
-        misses.append((10 ** ((floor - psnr) / 20), f"{psnr:.1f} dB in the hole is under {floor:g} dB"))
-    return misses
+        texts.append(f"{_ms(latency)} is over {_ms(longest)}")
+    if largest is not None and (memory is None or memory > largest):
+        texts.append("its memory was not measured" if memory is None else f"{_mb(memory)} is over {_mb(largest)}")
+    if floor is not None and (psnr is None or psnr < floor):
+        texts.append("its accuracy was not measured" if psnr is None else f"{psnr:.1f} dB is under {floor:g} dB")
+    return "; ".join(texts)
 
 
 def _choose(
@@ -142,16 +137,11 @@ def _choose(
     """The configuration to take, sentences about it, and by id why each of the others is not it."""
     reasons = unranked(members, against)
     ranked = [c for c in members if c["id"] not in reasons]
-    missed = {c["id"]: misses for c in ranked if (misses := _misses(c, limits, against))}
-    reasons |= {name: "; ".join(text for _, text in misses) for name, misses in missed.items()}
-    fitting = [c for c in ranked if c["id"] not in missed]
-    if not ranked:
-        return None, ["Nothing to recommend: no configuration could be ranked."], reasons
+    reasons |= {c["id"]: text for c in ranked if (text := _missed(c, limits, against))}
+    fitting = [c for c in ranked if c["id"] not in reasons]
     if not fitting:
-        nearest = min(ranked, key=lambda c: (max(r for r, _ in missed[c["id"]]), c["id"]))
-        but = f"but {reasons.pop(nearest['id'])}"
-        first = f"No configuration fits the limits: {limits_text(limits)}."
-        return None, [first, f"Nearest comes {nearest['label']} with {_figures(nearest, against)}; {but}."], reasons
+        problem = f"fits the limits: {limits_text(limits)}" if ranked else "could be ranked"
+        return None, [f"No configuration {problem}."], reasons
     best = max(fitting, key=lambda c: (_psnr(c, against), -_latency(c)))
     floor = limits["min_psnr_db"]
     if floor is None:
@@ -162,38 +152,29 @@ def _choose(
         if other not in near:
             reasons[other["id"]] = f"{_db(other, against)} in the hole, under {floor:.1f} dB"
         elif other is not chosen:
-            times = f"slower: {_ms(_latency(other))} against {_ms(_latency(chosen))}"
-            if _latency(other) == _latency(chosen):
-                times = f"no faster: {_ms(_latency(other))} too"
-            reasons[other["id"]] = times + (f", with {_db(other, against)} in the hole" if against else "")
+            slower = f"no faster: {_ms(_latency(other))} against {_ms(_latency(chosen))}"
+            reasons[other["id"]] = slower + (f", with {_db(other, against)} in the hole" if against else "")
     return chosen, _praise(chosen, best, limits, against), reasons
 
 
 def _praise(chosen: Configuration, best: Configuration, limits: Limits, against: str | None) -> list[str]:
     """What speaks for ``chosen``, where ``best`` is the most accurate within the limits."""
     memory = memory_bytes(chosen)
-    figures = _figures(chosen, against) + ("" if memory is None else f", {_mb(memory)} of memory")
-    it_is = "It is" if set(limits.values()) == {None} else "Of those within the limits it is"
-    reason = "the fastest"
+    figures = f"{_ms(_latency(chosen))} an image (median)"
+    figures += f", hole PSNR {_db(chosen, against)} against the {AGAINST[against]}" if against else ""
+    figures += "" if memory is None else f", {_mb(memory)} of memory"
+    reason = "It is the fastest" if set(limits.values()) == {None} else "Of those within the limits it is the fastest"
     if against is None:
         reason += ". No accuracy was measured, so this says nothing of its fills"
-    elif limits["min_psnr_db"] is None and chosen is best:
-        reason = f"the most accurate, and none within {TOLERANCE_DB:g} dB of it is faster"
     elif limits["min_psnr_db"] is None and _psnr(best, against) > PERFECT_DB:
         reason += f" with {PERFECT_DB - TOLERANCE_DB:g} dB or more (under 3 of 255 levels RMS)"
     elif limits["min_psnr_db"] is None:
         reason += f" within {TOLERANCE_DB:g} dB of the best"
-    sentences = [f"Take {chosen['label']}.", f"{figures}.", f"{it_is} {reason}."]
+    sentences = [f"Take {chosen['label']}.", f"{figures}.", f"{reason}."]
     if against is not None and chosen is not best:
-        times = _latency(best) / _latency(chosen)
         accurate = f"The most accurate, {best['label']}, has {_db(best, against)} and takes {_ms(_latency(best))}"
-        sentences.append(f"{accurate}, {times:.1f} times as long.")
+        sentences.append(f"{accurate}, {_latency(best) / _latency(chosen):.1f} times as long.")
     return sentences
-
-
-def _figures(configuration: Configuration, against: str | None) -> str:
-    hole = f", hole PSNR {_db(configuration, against)} against the {AGAINST[against]}" if against else ""
-    return f"{_ms(_latency(configuration))} an image (median){hole}"
 
 
 def _latency(configuration: Configuration) -> float:

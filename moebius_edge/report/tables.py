@@ -1,17 +1,16 @@
-"""Tables of configurations, which ``report.md`` and the page share; and ``report.md`` itself."""
+"""Tables of configurations as the page shows them, and what it says of a whole report."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..metrics.fidelity import PSNR_CAP_DB
 from ..text import counted
 from . import figures
-from .figures import Configuration, Results, at, clean, drift, full_label, is_ok, latency_ms, row_numbers
-from .recommend import basis, ranking_note, recommend, standings
+from .figures import Configuration, Results, at, is_ok, latency_ms
+from .recommend import standings
 
 TITLE = "Accuracy against latency, memory and energy"
 ABSENT = "\N{EN DASH}"
@@ -29,10 +28,6 @@ class Column(NamedTuple):
     digits: int | None = None
     scale: float = 1.0
 
-    @property
-    def heading(self) -> str:
-        return f"{self.title} ({self.unit})" if self.unit else self.title
-
 
 SETTINGS = (  # what a figure depends on, in every table
     Column("Start", "settings.start"),
@@ -40,7 +35,6 @@ SETTINGS = (  # what a figure depends on, in every table
     Column("Guidance", "settings.guidance", digits=1),
     Column("Scheduler", "settings.scheduler"),
     Column("Cache interval", "settings.cache_interval", digits=0),
-    Column("Seed", "settings.seed", digits=0),
 )
 COMPARISON = (
     Column("Standing", "derived.standing"),
@@ -48,8 +42,6 @@ COMPARISON = (
     Column("Hole PSNR to truth", "accuracy.against_truth.hole_psnr_db", "dB", 1),
     Column("Hole PSNR to reference", "accuracy.against_reference.hole_psnr_db", "dB", 1),
     Column("Hole SSIM to truth", "accuracy.against_truth.hole_ssim", digits=3),
-    Column("LPIPS", "accuracy.against_truth.lpips", digits=3),
-    Column("FID", "accuracy.against_truth.fid", digits=1),
     Column("Median", "derived.latency_ms", "ms"),
     Column("p95", "latency.stages.total.p95_ms", "ms"),
     Column("Peak memory", "derived.memory_bytes", "MB", 0, 1e-6),
@@ -60,9 +52,6 @@ _REASONS = (
     ("difference to the truth", "accuracy.truth_reason"),
     ("device memory", "memory.reason"),
     ("energy", "energy.reason"),
-    ("arithmetic or share of peak", "work.reason"),
-    ("LPIPS", "accuracy.against_truth.lpips_reason"),
-    ("FID", "accuracy.against_truth.fid_reason"),
 )
 
 
@@ -79,14 +68,13 @@ def in_order(results: Results) -> list[Configuration]:
     rows = []
     for number, members in enumerate(figures.groups(results, figures.against_of(results)).values()):
         for c in sorted(members, key=lambda c: (not is_ok(c), latency_ms(c) or 0.0)):
-            steps, cold, soaked = drift(c), *(at(c, f"sustained.{name}_median_ms") for name in ("cold", "soaked"))
+            cold, soaked = (at(c, f"sustained.{name}_median_ms") for name in ("cold", "soaked"))
             derived = {
                 "group": number,
                 "standing": standing.get(c["id"]) or ("not ranked" if is_ok(c) else c["status"]),
                 "latency_ms": latency_ms(c),
                 "memory_bytes": figures.memory_bytes(c),
                 "stage_ms": figures.stage_ms(c),
-                "drift": {"first": steps[0], "largest": max(steps), "last": steps[-1]} if steps else None,
                 "soaked_change": 100 * (soaked / cold - 1) if cold and soaked is not None else None,
                 "throttled": {True: "yes", False: "no"}.get(at(c, "energy.throttled")),
             }
@@ -126,11 +114,7 @@ def _shown(value: Any, digits: int, unit: str) -> str:
         return ABSENT
     if isinstance(value, str):
         return value
-    if unit == "dB" and value >= PSNR_CAP_DB:
-        return "equal"
-    if isinstance(value, int) and digits == 0:
-        return str(value)  # a seed has more digits than a float
-    return f"{value:.1e}" if unit == "RMS" else f"{value:.{digits}f}"
+    return "equal" if unit == "dB" and value >= PSNR_CAP_DB else f"{value:.{digits}f}"
 
 
 def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, str, str]]:
@@ -141,24 +125,6 @@ def absences(results: Results, numbers: Mapping[str, int]) -> list[tuple[str, st
             if reason := at(configuration, path):
                 rows.setdefault((what, reason), []).append(str(numbers[configuration["id"]]))
     return [(what, reason, ", ".join(places)) for (what, reason), places in rows.items()]
-
-
-def render_markdown(results: Results) -> str:
-    """The report as GitHub-specific Markdown; what comes from the document is escaped."""
-    results = clean(results)
-    parts = [f"# {TITLE}", f"{_escaped(summary(results))}. Charts, pictures and all tables are in report.html."]
-    parts += ["## Recommendation", _escaped(basis(results)), ranking_note(results)]
-    for each in recommend(results):
-        first, *rest = each.sentences
-        parts.append(f"### {_escaped(each.title)}")
-        parts.append(f"**{_escaped(first)}** {_escaped(' '.join(rest))}".strip())
-        if each.others:
-            parts.append(_rows(("Configuration", "Why not"), [[c["label"], reason] for c, reason in each.others]))
-    parts += ["## All configurations", _comparison(results)]
-    if absent := absences(results, row_numbers(results)):
-        parts += ["### What is absent, and why", _rows(("Figure", "Reason", "In No."), absent)]
-    parts += ["## Conditions", _escaped(conditions(results))]
-    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def summary(results: Results) -> str:
@@ -182,26 +148,3 @@ def conditions(results: Results) -> str:
     reference = next((row["label"] for row in results["configurations"] if row["id"] == c["reference"]), None)
     runs = f"{counted(c['warmup'], 'warm-up run')} and {counted(c['runs'], 'measured run')} an input"
     return f"Seed {c['seed']}; {runs}; " + (f"reference: {reference}." if reference else "no float32 reference.")
-
-
-def _comparison(results: Results) -> str:
-    rows, numbers = in_order(results), row_numbers(results)
-    columns = table(COMPARISON, rows)
-    labels = [full_label(results, c) + ("" if is_ok(c) else f": {c['reason']}") for c in rows]
-    lines = [
-        [str(numbers[c["id"]]), labels[i], *(shown[i].text for _, shown, _ in columns)] for i, c in enumerate(rows)
-    ]
-    numeric = [0, *(i for i, (_, _, is_numeric) in enumerate(columns, start=2) if is_numeric)]
-    return _rows(("No.", "Configuration", *(column.heading for column, _, _ in columns)), lines, numeric)
-
-
-def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    ruler = ["---:" if i in numeric else "---" for i in range(len(headings))]
-    lines = [headings, ruler, *([_escaped(text) for text in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    """Text as Markdown that shows just that; an underscore within a word means nothing and stays."""
-    text = re.sub(r"([\\`*\[\]|~])|(?<!\w)_|_(?!\w)", lambda match: f"\\{match[0]}", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -16,6 +16,7 @@ import onnx
 import pytest
 from commanding import Captured, as_json, printed, refused
 from fake_gpu import FakeGpu
+from PIL import Image
 from toy import describe_again, make_toy_bundle
 
 from moebius_edge.commands import compare as compare_command
@@ -44,7 +45,7 @@ def test_a_bundle_equals_itself(toy: Path, capsys: Captured) -> None:
     figures = document["figures"]
     assert (figures["psnr_db"], figures["ssim"], figures["image_max_difference"]) == (200.0, 1.0, 0.0)
     assert figures["latent_drift"] == figures["latent_rms_drift"] == [0.0, 0.0, 0.0]
-    settings = {"steps": 4, "guidance": 1.5, "seed": 3}
+    settings = {"steps": 4, "guidance": 1.5, "seed": 3, "image": None, "mask": None}
     assert (document["settings"], document["notes"]) == (settings, [])
     assert document["a"]["bundle"] == "toy" and document["a"]["runtime"]["name"] == "onnxruntime"
 
@@ -108,12 +109,51 @@ def test_reuse_is_the_seconds_alone(toy: Path, tmp_path: Path, capsys: Captured)
     refused(capsys, 2, "--cache-interval", "compare", deep, deep, "--cache-interval", "0")
 
 
+def pictures(folder: Path, size: tuple[int, int] = (96, 80), holes: int = 1) -> tuple[str, ...]:
+    width, height = size
+    mask = np.zeros((height, width), np.uint8)
+    mask[30:46, 40:56] = 255 * min(holes, 1)
+    mask[-20:-16, -20:-16] = 255 * (holes == 2)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)).save(folder / "photo.png")
+    Image.fromarray(mask).save(folder / "mask.png")
+    return "--image", str(folder / "photo.png"), "--mask", str(folder / "mask.png")
+
+
+def test_a_photograph_is_compared_where_its_largest_hole_is(
+    toy: Path, changed: Path, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes = []
+    plain = trajectory.run_trajectory
+
+    def recorded(runtime: Any, **options: Any) -> Any:
+        scenes.append(options["scene"])
+        return plain(runtime, **options)
+
+    monkeypatch.setattr(trajectory, "run_trajectory", recorded)
+    photograph = pictures(tmp_path, (400, 300), holes=2)
+    document = as_json(capsys, "compare", toy, changed, *photograph, "--steps", "3")
+    note = f"{photograph[3]} takes 2 windows of the picture: the one that fills most is compared"
+    assert document["notes"] == [note] and document["settings"]["image"] == photograph[1]
+    (pixels, hole), second = scenes
+    assert second is scenes[0], "both sides see the same"
+    assert pixels.shape == (1, 3, 64, 64) and pixels.dtype == np.float32 and hole.sum() == 16 * 16
+    y, x = np.argwhere(hole)[0]
+    original = np.asarray(Image.open(photograph[1]))[30, 40] / 127.5 - 1
+    np.testing.assert_allclose(pixels[0, :, y, x], original, atol=1e-5)
+
+
 def test_bad_input(toy: Path, capsys: Captured, tmp_path: Path) -> None:
     large = make_toy_bundle(tmp_path / "large", 128)
+    photograph = pictures(tmp_path, holes=0)
     broken = make_toy_bundle(tmp_path / "nan", nan_in="denoiser")
+    missing = ("--image", str(tmp_path / "none.png"), *photograph[2:])
     for code, message, *arguments in (
         (2, f"{toy} is for 64x64 pixels and {large} for 128x128: compare bundles of one", toy, large),
         (4, "there is no bundle folder", toy, tmp_path / "none"),
+        (2, "--image and --mask go together", toy, toy, *photograph[:2]),
+        (2, "--image and --mask go together", toy, toy, *photograph[2:]),
+        (3, "none.png", toy, toy, *missing),
+        (2, "is empty, nothing would be filled", toy, toy, *photograph),
         (4, "denoiser returned NaN", toy, broken, "--steps", "2"),
     ):
         refused(capsys, code, message, "compare", *arguments)

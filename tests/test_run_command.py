@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -86,6 +87,24 @@ def test_a_picture_is_filled_and_the_rest_is_untouched(here: Path, toy: tuple[st
     assert changed[hole].mean() > 0.9
     changed[80 // 2 - 13 : 80 // 2 + 13, 96 // 2 - 13 : 96 // 2 + 13] = False
     assert not changed.any()
+
+
+def test_the_loop_is_five_frames_from_the_command(
+    here: Path, toy: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From ``run`` to the generator that steps through the timesteps, both counted."""
+    depths, plain = [], OrtRuntime._run
+
+    def step(self: OrtRuntime, component: str, *given: Any) -> dict[str, np.ndarray]:
+        names = [Path(frame.filename).name + " " + frame.function for frame in inspect.stack(context=0)]
+        if component == "denoiser":
+            loop = next(index for index, name in enumerate(names) if name.endswith(" denoise"))
+            depths.append(names.index("run.py run") - loop + 1)
+        return plain(self, component, *given)
+
+    monkeypatch.setattr(OrtRuntime, "_run", step)
+    assert main([*PAIR, *toy]) == 0
+    assert len(depths) == 19 and max(depths) <= 5
 
 
 def test_the_table_is_complete_and_fits_80_columns(

@@ -17,11 +17,11 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..options import AUTO, Device, Runtime
 from . import console
-from .shared import AsJson, CacheInterval, Guidance, Seed
+from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
-    from ..metrics.trajectory import Trajectory
+    from ..metrics.trajectory import Scene, Trajectory
     from ..runtimes import Runtime as Executor
 
 _LAYERS = 20  # tensors in the table; --json has all
@@ -40,14 +40,16 @@ def compare(
     guidance: Guidance = None,
     cache_interval: CacheInterval = 1,
     seed: Seed = SEED,
+    image: Annotated[Path | None, Option(metavar="IMAGE", help="A photograph; default a drawn scene.")] = None,
+    mask: Annotated[Path | None, Option(metavar="MASK", help="Its mask: white is filled.")] = None,
+    mask_from: MaskFrom = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two bundles, or two runtimes, on the same noise.
 
-    Shows the drift of the latent after each step, then PSNR, SSIM and the worst pixel of the decoded picture, on a
-    drawn scene; `report` compares on photographs. The two must have one resolution. --cache-interval is for the
-    second: a bundle against itself shows what reuse costs. --layers shows where the denoisers part on one call,
-    the largest relative error first.
+    Shows the drift of the latent after each step, then PSNR, SSIM and the worst pixel of the decoded picture. The two
+    must have one resolution. --cache-interval is for the second: a bundle against itself shows what reuse costs.
+    --layers shows where the denoisers part on one call, the largest relative error first.
     """
     if layers:
         _compare_layers((bundle_a, bundle_b), (device_a, device_b), as_json)
@@ -57,6 +59,8 @@ def compare(
     from ..pipeline.loop import check_cache_interval
     from ..runtimes import create_runtime
 
+    if (image is None) != (mask is None):
+        raise UsageError("--image and --mask go together", "give both, or neither for the drawn scene")
     a, b = Bundle.load(bundle_a), Bundle.load(bundle_b)
     if a.resolution != b.resolution:
         first, second = f"{a.resolution}x{a.resolution}", f"{b.resolution}x{b.resolution}"
@@ -64,17 +68,19 @@ def compare(
         raise UsageError(problem, "compare bundles of one resolution")
     scales = _guidance_scales(a, b, guidance)
     check_cache_interval(cache_interval or 1, b)
+    scene, notes = (None, []) if image is None or mask is None else _scene(image, mask, a.resolution, mask_from)
     # Both are made before either runs: a wrong name must not wait for the other side's minutes.
     runtimes = create_runtime(runtime_a, a, device_a), create_runtime(runtime_b, b, device_b)
-    notes = [f"A: {text}" for text in runtimes[0].notes] + [f"B: {text}" for text in runtimes[1].notes]
+    notes += [f"A: {text}" for text in runtimes[0].notes] + [f"B: {text}" for text in runtimes[1].notes]
     for text in notes:
         console.note(text)
-    options = {"steps": steps, "seed": seed}
+    options = {"steps": steps, "seed": seed, "scene": scene}
     reference, side_a = _run("A", a, runtimes[0], 1, guidance=scales[1], **options)
     trajectory, side_b = _run("B", b, runtimes[1], cache_interval or 1, guidance=scales[2], **options)
     settings = {"steps": steps, "guidance": scales[0], "seed": seed}
-    figures = compare_trajectories(trajectory, reference)
-    document = {"a": side_a, "b": side_b, "settings": settings, "notes": notes, "figures": figures}
+    pictures = {"image": image and str(image), "mask": mask and str(mask)}
+    document = {"a": side_a, "b": side_b, "settings": {**settings, **pictures}, "notes": notes}
+    document["figures"] = compare_trajectories(trajectory, reference)
     if as_json:
         console.print_json(document)
     else:
@@ -109,6 +115,23 @@ def _guidance_scales(a: Bundle, b: Bundle, chosen: float | None) -> tuple[float,
     scale = next(iter(distilled), None) if chosen is None else chosen
     guides = [choose_guidance(scale, bundle.distilled_guidance) for bundle in (a, b)]
     return guides[0].scale, guides[0].sampled, guides[1].sampled
+
+
+def _scene(image: Path, mask: Path, resolution: int, mask_from: str | None) -> tuple[Scene, list[str]]:
+    """The picture's part with the largest hole as the network sees it, and what the user should know."""
+    from ..imaging.mask_files import read_mask
+    from ..imaging.pictures import read_picture
+    from ..metrics.trajectory import cut_scene
+
+    picture = read_picture(image)
+    hole, mask_notes = read_mask(mask, picture, source=mask_from)
+    if not hole.any():
+        raise UsageError(f"mask {mask} is empty, nothing would be filled", "white must mark the hole")
+    scene, windows = cut_scene(picture.pixels, hole, resolution)
+    notes = [*picture.notes, *mask_notes]
+    if windows > 1:
+        notes.append(f"{mask} takes {windows} windows of the picture: the one that fills most is compared")
+    return scene, notes
 
 
 def _run(

@@ -171,28 +171,9 @@ class Inpainter:
                 raise UsageError(f"feather is {feather}", "give 0 or more pixels")
             with timer.measure("preprocess"):
                 filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
-            if filling.windows:
-                self._open()
             groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
-            calls = len(sampling.scheduler.timesteps)
-            shape = (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size)
-            for done, group in enumerate(groups):
-
-                def report(step: Step, before: int = done * calls) -> None:
-                    if on_step is not None:
-                        on_step(replace(step, index=before + step.index, total=len(groups) * calls))
-
-                first = sum(map(len, groups[:done]))  # each window has its own noise
-                noise = np.concatenate([initial_noise(seed, first + i, shape) for i in range(len(group))])
-                with timer.measure("preprocess"):
-                    images, holes, starts = _views(filling, group, start)
-                filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
-                for window, seen, decoded in zip(group, holes, filled.images, strict=True):
-                    generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
-                    if on_window is not None:
-                        on_window(window, generated, seen)
-                    with timer.measure("stitch"):
-                        filling.paste(window, generated)
+            self._fill(filling, groups, sampling, start, seed, on_step, on_window, timer)
+        calls = len(sampling.scheduler.timesteps)
         notes = [*picture.notes, *_notes(hole, sampling)]
         settings = {
             "start": start,
@@ -212,6 +193,42 @@ class Inpainter:
             "match_colours": match_colours,
         }
         return Result(replace(picture, pixels=filling.canvas), notes, settings)
+
+    def _fill(
+        self,
+        filling: Filling,
+        groups: Sequence[Sequence[Window]],
+        sampling: Sampling,
+        start: str,
+        seed: int,
+        on_step: OnStep | None,
+        on_window: OnWindow | None,
+        timer: StageTimer,
+    ) -> None:
+        """Fill one group of windows after the other; each sees what those before have filled."""
+        if groups:
+            self._open()
+        shape = (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size)
+        windows, calls = 0, 0  # that are done
+        total = len(groups) * len(sampling.scheduler.timesteps)
+
+        def report(step: Step) -> None:
+            if on_step is not None:
+                on_step(replace(step, index=calls + step.index, total=total))
+
+        for group in groups:
+            # Each window has its own noise.
+            noise = np.concatenate([initial_noise(seed, windows + i, shape) for i in range(len(group))])
+            with timer.measure("preprocess"):
+                images, holes, starts = _views(filling, group, start)
+            filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
+            for window, seen, decoded in zip(group, holes, filled.images, strict=True):
+                generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
+                if on_window is not None:
+                    on_window(window, generated, seen)
+                with timer.measure("stitch"):
+                    filling.paste(window, generated)
+            windows, calls = windows + len(group), calls + len(sampling.scheduler.timesteps)
 
     def __call__(
         self,

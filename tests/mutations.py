@@ -263,7 +263,7 @@ def make_bundle(folder: Path, seed: int) -> tuple[str, Path]:
     rng = random.Random(seed)
     made = folder / str(seed)
     shutil.copytree(folder / rng.choice(("tiny", "toy")), made)
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         path = made / "bundle.json"
         kind, data = (change_bytes if rng.random() < 0.3 else change_document)(path.read_bytes(), rng)
         path.write_bytes(data)
@@ -284,15 +284,16 @@ def change_document(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     """JSON with a field or two replaced, removed, renamed or given the value of another."""
     document = json.loads(data)
     for _ in range(rng.choice((1, 1, 2))):
-        kind = rng.choice(("value", "value", "top", "remove", "rename", "other"))
-        named = [place for place in places(document) if isinstance(place[0], dict)]
-        container, key = (document, rng.choice(list(document))) if kind == "top" else rng.choice(named)
+        kind = rng.choice(("value", "value", "remove", "rename", "other"))
+        field = rng.choice(list(document))
+        named = [place for place in places(document[field]) if isinstance(place[0], dict)]
+        container, key = rng.choice([(document, field), *named])
         if kind == "remove":
             del container[key]
         elif kind == "rename":
             container[rng.choice(("", "x" * 999, "two\nlines", "/etc/passwd", "a/../b"))] = container.pop(key)
         else:
-            other, name = rng.choice(named)
+            other, name = rng.choice(places(document))
             container[key] = copy.deepcopy(other[name]) if kind == "other" else rng.choice(VALUES)
     return kind, json.dumps(document).encode()
 

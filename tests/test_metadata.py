@@ -154,7 +154,7 @@ def test_exif_is_kept_without_any_copy_of_the_picture(tmp_path: Path, source: st
         assert exif.get_ifd(1) == {}, "there is no directory of a thumbnail"
     assert "José Müller".encode() in data or source == ".tif", "there Pillow has written it as question marks"
     assert inner[0x9003] == "2026:01:02 03:04:05" and inner[0x829A] == pytest.approx(0.01)
-    assert (inner[0xA002], inner[0xA003]) == (21, 34)
+    assert not {0xA002, 0xA003} & inner.keys(), "the size before it was turned"
     assert place[1] == "N" and place[2] == (52.0, 30.0, 15.0)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 from ..errors import MachineError, MoebiusError, UsageError
-from .metadata import Metadata, is_profile, plausible_dpi, read_exif, set_size
+from .metadata import Metadata, is_profile, plausible_dpi, read_exif
 from .picture import Picture
 from .png import PNG_SIGNATURE, read_png
 from .tiff import check_tiff, has_xmp
@@ -123,7 +123,6 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
     dpi = plausible_dpi(*map(float, image.info["dpi"])) if declared and "dpi" in image.info else exif_dpi
     if dpi is not None and orientation > 4:
         dpi = dpi[::-1]
-    set_size(exif, samples.shape[1], samples.shape[0])
     metadata = Metadata(icc, dpi, png.colour() if png else (), exif)
     picture = Picture.from_array(samples, metadata, tuple(f"{path} {note}" for note in notes))
     return replace(picture, orientation=orientation, indices=indices)

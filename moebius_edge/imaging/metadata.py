@@ -19,8 +19,9 @@ from PIL import Image
 Fields = dict[int, Any]  # EXIF's by their numbers, as Pillow has them; the fields of an inner directory in a dictionary
 
 _ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 274, 282, 283, 296
-_EXIF_IFD, _GPS_IFD, _MAKER_NOTE, _INTEROPERABILITY_IFD = 34665, 34853, 0x927C, 0xA005
-_SIZE = (0xA002, 0xA003)  # width and height, of the EXIF directory
+_EXIF_IFD, _GPS_IFD = 34665, 34853
+# The maker note, the size before the picture was turned upright, and directories.
+_LEFT_OUT = {0x927C, 0xA002, 0xA003, 0xA005, _GPS_IFD}
 _METRES_PER_INCH = 0.0254
 _MAX_EXIF_VALUE = 60_000  # bytes
 _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"WEBPVP8", b"ftypavif", b"ftypheic")
@@ -29,7 +30,7 @@ _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"WEBPVP8", b"ftypavif", b"f
 _DESCRIPTION = frozenset([269, 270, 271, 272, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0)])
 _EXIF_RANGES = (range(0x829A, 0x829E), range(0x8822, 0x8836), range(0x9000, 0x9406), range(0xA000, 0xA501))
 _KEPT = {
-    _EXIF_IFD: {n for numbers in _EXIF_RANGES for n in numbers} - {_MAKER_NOTE, _GPS_IFD, _INTEROPERABILITY_IFD},
+    _EXIF_IFD: {n for numbers in _EXIF_RANGES for n in numbers} - _LEFT_OUT,
     _GPS_IFD: set(range(32)),
 }
 
@@ -142,12 +143,6 @@ def _orientation_and_dpi(exif: Mapping[int, Any]) -> tuple[int, tuple[float, flo
     orientation, unit, x, y = values
     scale = {2.0: 1.0, 3.0: 2.54}.get(unit, 0.0)  # inches, centimetres
     return int(orientation) if orientation in range(1, 9) else 1, plausible_dpi(x * scale, y * scale)
-
-
-def set_size(exif: Fields, width: int, height: int) -> None:
-    """Correct the size that an EXIF block repeats: it was given before the picture was turned upright."""
-    inner = exif.get(_EXIF_IFD, {})
-    inner.update({number: value for number, value in zip(_SIZE, (width, height), strict=True) if number in inner})
 
 
 def exif_block(fields: Fields) -> bytes:

@@ -157,15 +157,6 @@ def test_a_profile_of_any_type_in_a_tiff(tmp_path: Path, kind: int) -> None:
     assert read(tmp_path, tiff_of({34675: (1, grey)})).metadata.icc == grey
 
 
-def test_cmyk_with_a_profile_of_another_kind(tmp_path: Path) -> None:
-    image = Image.fromarray(photo()).convert("CMYK")
-    plain = read(tmp_path, encoded(image, "JPEG"))
-    for profile in (PROFILE, b"", b"no profile", PROFILE[:200], b"\0" * 16 + b"CMYK" + b"\0" * 108):
-        picture = read(tmp_path, encoded(image, "JPEG", icc_profile=profile))
-        np.testing.assert_array_equal(picture.pixels, plain.pixels)
-        assert picture.metadata.icc is None and "converted to sRGB without" in picture.notes[0]
-
-
 # Files that ask for too much
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from ..errors import MachineError, MoebiusError, UsageError
 from .metadata import Metadata, is_profile, plausible_dpi, read_exif
@@ -56,7 +56,7 @@ _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _MAX_JUNK = 256  # bytes between two segments of a JPEG's header
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La"), "L"),
-    **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"), "RGB"),
+    **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr", "CMYK"), "RGB"),
 }
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damage would go to stderr
@@ -82,8 +82,8 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
     Grey stays grey and 16 bits stay 16, but AVIF, and JPEG 2000 in colour, are read at 8 bits. Palettes become RGB, a
-    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes sRGB, by its profile if it has one, and of several
-    frames the first is read: these two leave a note. With ``contents`` they are read in place of a file, as from a
+    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes RGB, without its profile, and of several frames the
+    first is read: these two leave a note. With ``contents`` they are read in place of a file, as from a
     member of an archive, and ``path`` is their name in errors.
 
     Raises:
@@ -102,6 +102,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         xmp = png.xmp if png else has_xmp(image)
         sentences = {
             "has more frames or pages than one: only the first is used": several,
+            "is CMYK: converted to RGB without its profile, so that colours may shift": image.mode == "CMYK",
             "has damaged EXIF metadata: what could not be read of them is left out": not sound,
             "has XMP or IPTC metadata, which may hold a small copy of the picture: left out": xmp,
         }
@@ -109,7 +110,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         if bits == 16:
             samples = _decode16(png.file if png else stream, len(image.getbands()))
         else:
-            samples = _decode8(image, form, icc, notes)
+            samples = _decode8(image, form)
         turn = 1 if form == "TIFF" else orientation  # both decoders turn a TIFF upright
         samples = upright(samples, turn)
         indices = upright(np.asarray(image), turn) if image.mode == "P" else None
@@ -251,42 +252,23 @@ def _decode16(stream: BinaryIO, channels: int) -> np.ndarray:
     return np.ascontiguousarray(samples[..., :channels])
 
 
-def _decode8(image: Image.Image, form: str, icc: bytes | None, notes: list[str]) -> np.ndarray:
+def _decode8(image: Image.Image, form: str) -> np.ndarray:
     """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
     with _silent_decoders() if form == "TIFF" else nullcontext():
         image.load()
     if image.mode == "I;16":
         return np.asarray(image)[..., None]
-    if image.mode == "CMYK":
-        return _samples(image, "RGB", _cmyk_to_srgb(icc, notes))
     if image.mode not in _PLAIN_MODES:
         raise ValueError(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
     mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
-    return _samples(image, mode, lambda part: part if part.mode == mode else part.convert(mode))
-
-
-def _samples(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """The pixels as an array (H, W, C) in ``mode``, converted by some rows at a time: Pillow makes two copies."""
     width, height = image.size
     samples = np.empty((height, width, len(mode)), np.uint8)
-    step = max(1, _COPIED_PIXELS // width)
+    step = max(1, _COPIED_PIXELS // width)  # of all rows together Pillow would make two copies
     for top in range(0, height, step):
         rows = image.crop((0, top, width, min(top + step, height)))
-        samples[top : top + rows.height] = np.asarray(convert(rows)).reshape(rows.height, width, -1)
+        rows = rows if rows.mode == mode else rows.convert(mode)
+        samples[top : top + rows.height] = np.asarray(rows).reshape(rows.height, width, -1)
     return samples
-
-
-def _cmyk_to_srgb(profile: bytes | None, notes: list[str]) -> Callable[[Image.Image], Image.Image]:
-    """A conversion of images, by ``profile`` if it can be used; a note says whether it was."""
-    how = "without a profile" if profile is None else "without its profile, which is damaged or not for CMYK"
-    transform = None
-    if profile is not None and is_profile(profile, b"CMYK"):
-        with suppress(ImageCms.PyCMSError):
-            srgb = ImageCms.createProfile("sRGB")
-            transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, "CMYK", "RGB")
-            how = "by its profile"
-    notes.append(f"is CMYK: converted to sRGB {how}")
-    return lambda image: image.convert("RGB") if transform is None else transform.apply(image)
 
 
 def upright(samples: np.ndarray, orientation: int) -> np.ndarray:

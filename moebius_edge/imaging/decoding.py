@@ -102,15 +102,13 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         xmp = png.xmp if png else has_xmp(image)
         sentences = {
             "has more frames or pages than one: only the first is used": several,
-            "is CMYK: converted to RGB without its profile, so that colours may shift": image.mode == "CMYK",
+            "is CMYK: converted to RGB without its profile, so colours may shift": image.mode == "CMYK",
             "has damaged EXIF metadata: what could not be read of them is left out": not sound,
             "has XMP or IPTC metadata, which may hold a small copy of the picture: left out": xmp,
         }
         notes = [sentence for sentence, applies in sentences.items() if applies]
-        if bits == 16:
-            samples = _decode16(png.file if png else stream, len(image.getbands()))
-        else:
-            samples = _decode8(image, form)
+        file = png.file if png else stream
+        samples = _decode16(file, len(image.getbands())) if bits == 16 else _decode8(image, form)
         turn = 1 if form == "TIFF" else orientation  # both decoders turn a TIFF upright
         samples = upright(samples, turn)
         indices = upright(np.asarray(image), turn) if image.mode == "P" else None

@@ -191,9 +191,9 @@ def test_tensors_that_do_not_fit_are_counted_and_named(student, state, tmp_path)
         other = build_student(StudentConfig.from_dict({**CONFIG.to_dict(), "latent_size": 16}))
     message = refused(student, save(golden_state(other), tmp_path / "a.bin"), BundleError, "tensors of other shapes 6 ")
     assert "attn2.rel_pos_emb is (256, 10, 16, 1), expected (64, 10, 16, 1)" in message
-    assert "of another configuration" in message
+    assert "give the configuration it was trained with" in message
     quantised = save({**state, KEY: state[KEY].to(torch.int8)}, tmp_path / "a.safetensors")
-    refused(student, quantised, BundleError, rf"whole numbers .* 1 \({KEY} of int8\)")
+    refused(student, quantised, BundleError, rf"tensors of whole numbers 1 \({KEY} of int8\)")
     del state[KEY]
     state |= {f"more.{i}": torch.zeros(1) for i in range(5)}
     message = refused(student, save(state, tmp_path / "a.bin"), BundleError, "does not fit the network")

@@ -111,8 +111,8 @@ def _check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[
         ],
     }
     if listed := ", ".join(f"{fault} {some(names)}" for fault, names in faults.items() if names):
-        problem = f"{path} does not fit the network, it is of another configuration: tensors {listed}"
-        raise BundleError(problem, "give the configuration it was trained with, and weights before quantisation")
+        problem = f"{path} does not fit the network: tensors {listed}; it is of another configuration or quantised"
+        raise BundleError(problem, "give the configuration it was trained with")
 
 
 def _is_finite(tensor: Tensor) -> bool:

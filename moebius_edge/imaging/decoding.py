@@ -117,14 +117,20 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
     elif icc is not None and not is_profile(icc, b"GRAY" if samples.shape[2] < 3 else b"RGB "):
         notes.append("has an ICC profile that is damaged or does not fit its pixels: left out")
         icc = None
-    # Pillow makes up a resolution where a JPEG's EXIF has none.
-    declared = form not in ("TIFF", "WEBP") and (form != "JPEG" or image.info.get("jfif_unit"))
-    dpi = plausible_dpi(*map(float, image.info["dpi"])) if declared and "dpi" in image.info else exif_dpi
-    if dpi is not None and orientation > 4:
-        dpi = dpi[::-1]
+    dpi = _resolution(image, form, exif_dpi, orientation)
     metadata = Metadata(icc, dpi, png.colour() if png else (), exif)
     picture = Picture.from_array(samples, metadata, tuple(f"{path} {note}" for note in notes))
     return replace(picture, orientation=orientation, indices=indices)
+
+
+def _resolution(
+    image: Image.Image, form: str, from_exif: tuple[float, float] | None, orientation: int
+) -> tuple[float, float] | None:
+    """Pixels per inch across and down of the upright picture, None where they are not known."""
+    # Pillow makes up a resolution where a JPEG's EXIF has none.
+    declared = form not in ("TIFF", "WEBP") and (form != "JPEG" or image.info.get("jfif_unit"))
+    dpi = plausible_dpi(*map(float, image.info["dpi"])) if declared and "dpi" in image.info else from_exif
+    return dpi[::-1] if dpi is not None and orientation > 4 else dpi
 
 
 def _open(path: Path) -> BinaryIO:

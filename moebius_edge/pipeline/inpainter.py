@@ -8,7 +8,7 @@ diffusers inpainting pipeline. Files are read and written by ``imaging``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -172,8 +172,21 @@ class Inpainter:
             with timer.measure("preprocess"):
                 filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
             groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
-            self._fill(filling, groups, sampling, start, seed, on_step, on_window, timer)
-        calls = len(sampling.scheduler.timesteps)
+            if groups:
+                self._open()
+            calls, done = len(sampling.scheduler.timesteps), 0
+
+            def report(step: Step) -> None:
+                if on_step is not None:
+                    on_step(replace(step, index=done * calls + step.index, total=len(groups) * calls))
+
+            for done, group in enumerate(groups):
+                first = sum(map(len, groups[:done]))
+                with timer.measure("preprocess"):
+                    images, holes, starts = _views(filling, group, start)
+                    noise = self._noise(seed, range(first, first + len(group)))
+                filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
+                _paste(filling, group, holes, filled.images, on_window, timer)
         notes = [*picture.notes, *_notes(hole, sampling)]
         settings = {
             "start": start,
@@ -194,41 +207,10 @@ class Inpainter:
         }
         return Result(replace(picture, pixels=filling.canvas), notes, settings)
 
-    def _fill(
-        self,
-        filling: Filling,
-        groups: Sequence[Sequence[Window]],
-        sampling: Sampling,
-        start: str,
-        seed: int,
-        on_step: OnStep | None,
-        on_window: OnWindow | None,
-        timer: StageTimer,
-    ) -> None:
-        """Fill one group of windows after the other; each sees what those before have filled."""
-        if groups:
-            self._open()
+    def _noise(self, seed: int, windows: Iterable[int]) -> Floats:
+        """(B, 4, h, w): each window, by its number, has its own noise."""
         shape = (1, LATENT_CHANNELS, self.bundle.latent_size, self.bundle.latent_size)
-        windows, calls = 0, 0  # that are done
-        total = len(groups) * len(sampling.scheduler.timesteps)
-
-        def report(step: Step) -> None:
-            if on_step is not None:
-                on_step(replace(step, index=calls + step.index, total=total))
-
-        for group in groups:
-            # Each window has its own noise.
-            noise = np.concatenate([initial_noise(seed, windows + i, shape) for i in range(len(group))])
-            with timer.measure("preprocess"):
-                images, holes, starts = _views(filling, group, start)
-            filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
-            for window, seen, decoded in zip(group, holes, filled.images, strict=True):
-                generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
-                if on_window is not None:
-                    on_window(window, generated, seen)
-                with timer.measure("stitch"):
-                    filling.paste(window, generated)
-            windows, calls = windows + len(group), calls + len(sampling.scheduler.timesteps)
+        return np.concatenate([initial_noise(seed, window, shape) for window in windows])
 
     def __call__(
         self,
@@ -304,6 +286,23 @@ def _views(filling: Filling, windows: Sequence[Window], start: str) -> tuple[Flo
     if start == "prefill":
         return images, holes, np.stack([_to_network(prefill(image, hole)) for image, hole in views])
     return images, holes, images if start == "image" else None
+
+
+def _paste(
+    filling: Filling,
+    windows: Sequence[Window],
+    holes: Mask,
+    images: Floats,
+    on_window: OnWindow | None,
+    timer: StageTimer,
+) -> None:
+    """Blend the decoded ``images`` (B, 3, R, R) in [-1, 1] of ``windows`` into the picture."""
+    for window, hole, decoded in zip(windows, holes, images, strict=True):
+        generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
+        if on_window is not None:
+            on_window(window, generated, hole)
+        with timer.measure("stitch"):
+            filling.paste(window, generated)
 
 
 def _to_network(image: Floats) -> Floats:

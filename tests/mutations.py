@@ -8,6 +8,7 @@ the seconds, the peak of the memory, and what was printed. The same seed makes t
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -187,16 +188,10 @@ def prepare_pictures(folder: Path) -> Any:
 def make_checkpoint(folder: Path, seed: int) -> tuple[str, Path]:
     rng = random.Random(seed)
     path = folder / f"{seed}{rng.choice(('.bin', '.pt', '.ckpt', '.safetensors'))}"
-    kind = rng.choice(("zip", "old", "safetensors", "archive", "header", "object"))
-    if kind == "object":
-        import torch
-
-        what, content = odd_object(rng)
-        torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.7)
-        return f"{kind}: {what}", path
-    original = (folder / f"{ {'archive': 'zip', 'header': 'safetensors'}.get(kind, kind) }.weights").read_bytes()
-    if kind in ("archive", "header"):
-        what, data = (change_archive if kind == "archive" else change_header)(original, rng)
+    kind = rng.choice(("zip", "old", "safetensors", "archive"))
+    original = (folder / f"{'zip' if kind == 'archive' else kind}.weights").read_bytes()
+    if kind == "archive":
+        what, data = change_archive(original, rng)
     else:
         what, data = change_start(original, rng, (200, 4000, 100_000))
     path.write_bytes(data)
@@ -234,53 +229,6 @@ def change_operation(data: bytes, rng: random.Random) -> bytes:
     return b"".join(parts)
 
 
-def change_header(data: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """A safetensors file with some values of its header replaced."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    what = rng.choice(("shape", "data_offsets", "dtype", "entry", "names"))
-    for name in rng.sample(sorted(header), rng.choice((1, 1, 5))):
-        if what in ("shape", "data_offsets") and header[name][what]:
-            values = header[name][what]
-            values[rng.randrange(len(values))] = rng.choice((*NUMBERS, None, "1", 1.5, [1]))
-        elif what == "dtype":
-            header[name]["dtype"] = rng.choice(("F64", "I8", "F8_E4M3", "X", None, 3, []))
-        elif what == "names":
-            header[rng.choice(("x", "\n", "\x1b[31m", "a" * 10_000, "lora_up.weight"))] = header.pop(name)
-        else:
-            header[name] = rng.choice((None, 1, "x", [], {}, {"shape": []}))
-    text = json.dumps(header).encode()
-    return what, len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def odd_object(rng: random.Random) -> tuple[str, Any]:
-    """What torch.save writes and no network has."""
-    import torch
-
-    cycle: dict[str, Any] = {}
-    cycle["model"] = cycle
-    deep: Any = {"state_dict": {}}
-    bomb: Any = ()
-    for _ in range(60):
-        deep, bomb = {"state_dict": deep}, (bomb, bomb)
-    one = torch.ones(1)
-    objects = {
-        "cycle": cycle,
-        "deep": deep,
-        "doubling": {"model": bomb},
-        "view": {"w": one.expand(1 << 20, 1 << 20)},
-        "meta": {"w": torch.empty(1 << 40, device="meta")},
-        "sparse": {"w": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 30, 1 << 30))},
-        "quantised": {"w": torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.quint8)},
-        "keys": {float("nan"): one, None: one, (1, 2): one, b"x": one, 2**200: one},
-        "names": {"w" * 1_000_000: one, "w\n\x1b[2J": one},
-        "values": {"w": {1, 2}, "u": 1j, "t": torch.Size((2,)), "s": torch.float32},
-        "no dictionary": [one] * 1000,
-    }
-    what = rng.choice(sorted(objects))
-    return what, objects[what]
-
-
 def prepare_checkpoints(folder: Path) -> Any:
     """The files that are changed; how one is opened."""
     import torch
@@ -302,16 +250,52 @@ def prepare_checkpoints(folder: Path) -> Any:
 # --- bundles ---------------------------------------------------------------------------------------------
 
 
+VALUES: tuple[Any, ...] = (
+    *(None, True, 0.5, 1e308, float("nan"), float("inf"), 10**30, *NUMBERS),
+    *("", "64", "x" * 5000, "two\nlines", "\x1b[2J", "\0", "\ud800", "/etc/passwd", "../bundle.json"),
+    *([], {}, [None], [[]], ["a", 1], {"a": {"b": []}}, {"": None}, [1.5] * 20),
+)
+
+
 def make_bundle(folder: Path, seed: int) -> tuple[str, Path]:
     from toy import describe_again
 
     rng = random.Random(seed)
     made = folder / str(seed)
     shutil.copytree(folder / rng.choice(("tiny", "toy")), made)
+    if rng.random() < 0.3:
+        path = made / "bundle.json"
+        kind, data = (change_bytes if rng.random() < 0.3 else change_document)(path.read_bytes(), rng)
+        path.write_bytes(data)
+        return f"bundle.json: {kind}", made
     path = rng.choice(sorted(made.glob("*.onnx")))
     kind, data = (change_bytes if rng.random() < 0.4 else change_graph)(path.read_bytes(), rng)
     path.write_bytes(data)
     return f"{path.stem}: {kind}", describe_again(made)
+
+
+def places(document: Any) -> list[tuple[Any, Any]]:
+    """Every container and key of a document: where something can be changed."""
+    keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    return [place for key in keys for place in ((document, key), *places(document[key]))]
+
+
+def change_document(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """JSON with a field or two replaced, removed, renamed or given the value of another."""
+    document = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2))):
+        kind = rng.choice(("value", "value", "remove", "rename", "other"))
+        field = rng.choice(list(document))
+        named = [place for place in places(document[field]) if isinstance(place[0], dict)]
+        container, key = rng.choice([(document, field), *named])
+        if kind == "remove":
+            del container[key]
+        elif kind == "rename":
+            container[rng.choice(("", "x" * 999, "two\nlines", "/etc/passwd", "a/../b"))] = container.pop(key)
+        else:
+            other, name = rng.choice(places(document))
+            container[key] = copy.deepcopy(other[name]) if kind == "other" else rng.choice(VALUES)
+    return kind, json.dumps(document).encode()
 
 
 def change_graph(data: bytes, rng: random.Random) -> tuple[str, bytes]:

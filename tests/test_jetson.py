@@ -47,7 +47,7 @@ def test_an_orin_nano() -> None:
 def test_an_agx_orin_whose_clocks_are_locked() -> None:
     read = board("agx-orin-64gb")
     assert (read.l4t, read.tensorrt) == ("36.4.4", "10.3.0.30")
-    assert read.jetpack == "6.2.1", "the metapackage is removed: by the release"
+    assert read.jetpack is None, "the metapackage is removed"
     assert all(clock.locked for clock in read.clocks) and len(read.clocks) == 2
     assert [(f.name, f.fine, f.remedy) for f in findings(read)] == [
         (name, True, "") for name in ("JetPack", "clocks", "memory")
@@ -59,9 +59,9 @@ def test_an_agx_orin_whose_clocks_are_locked() -> None:
 
 def test_a_freshly_flashed_thor() -> None:
     read = board("agx-thor-128gb")
-    assert (read.model, read.l4t, read.jetpack) == ("NVIDIA Jetson AGX Thor Developer Kit", "38.2.0", "7.0")
+    assert (read.model, read.l4t, read.jetpack) == ("NVIDIA Jetson AGX Thor Developer Kit", "38.2.0", None)
     assert [clock.name for clock in read.clocks] == ["GPU gpu-gpc-0", "GPU gpu-nvd-0", "CPU 0,12"]
-    detail = "L4T 38.2.0, JetPack 7.0, TensorRT not installed"
+    detail = "L4T 38.2.0, JetPack not installed, TensorRT not installed"
     assert finding(read, "JetPack") == (False, detail, "sudo apt install nvidia-jetpack")
     fine, detail, remedy = finding(read, "clocks")
     assert not fine and remedy == "sudo jetson_clocks"
@@ -113,21 +113,6 @@ def test_what_is_missing_or_says_nothing_is_unknown(nano: Path, tmp_path: Path) 
     assert [f.name for f in findings(read)] == ["memory"]
     (nano / "proc/meminfo").unlink()
     assert findings(board(nano)) == []
-
-
-@pytest.mark.parametrize(
-    ("release", "l4t", "jetpack"),
-    [
-        ("R36 (release), REVISION: 3.0, GCID", "36.3.0", "6.0"),
-        ("R36 (release), REVISION: 4.99, GCID", "36.4.99", None),
-        ("R36 (release), REVISION: 5.0, GCID", "36.5.0", "6.2.2"),
-        ("R40 (release), REVISION: 1.0, GCID", "40.1.0", None),
-    ],
-)
-def test_jetpack_by_release(nano: Path, release: str, l4t: str, jetpack: str | None) -> None:
-    (nano / "etc/nv_tegra_release").write_text(f"# {release}: 1, BOARD: generic\n")
-    (nano / "var/lib/dpkg/status").unlink()
-    assert (board(nano).l4t, board(nano).jetpack) == (l4t, jetpack)
 
 
 def test_a_system_that_cannot_build_engines(nano: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -75,10 +74,8 @@ def test_one_value_besides_zero_fills_whatever_it_is(tmp_path: Path, dtype: type
     assert notes == (() if value == 255 else (note,))
 
 
-def test_black_and_its_noise_are_empty(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 6, (21, 34), dtype=np.uint8)  # black, saved as JPEG
-    clear = np.zeros((21, 34, 4), np.uint8)
-    for array in (np.zeros((21, 34), np.uint8), np.zeros((21, 34), np.uint16), noise, clear):
+def test_black_is_empty(tmp_path: Path) -> None:
+    for array in (np.zeros((21, 34), np.uint8), np.zeros((21, 34), np.uint16), np.zeros((21, 34, 4), np.uint8)):
         assert read(save(tmp_path / "m.png", array)) == (pytest.approx(np.zeros((21, 34), bool)), ())
 
 
@@ -189,26 +186,14 @@ def test_strokes_on_a_transparent_layer(tmp_path: Path, suffix: str) -> None:
         assert notes == (f"mask {path} has a transparent background: what is painted on it is filled",)
 
 
-@pytest.mark.parametrize("layer", [False, True])
-def test_a_translucent_brush_laid_over_itself(tmp_path: Path, layer: bool) -> None:
+def test_a_translucent_brush_laid_over_itself_on_a_layer(tmp_path: Path) -> None:
     for seed in range(6):
         rng = np.random.default_rng([seed, 2])
         opacity, alpha, hole = rng.uniform(0.3, 0.6), np.zeros((240, 320)), np.zeros((240, 320), bool)
         for _ in range(3):
             cover = strokes(rng, 240, 320, 1)
             alpha, hole = 1 - (1 - alpha) * (1 - cover * opacity), hole | (cover > 0.5)
-        array = on_layer(strong_colour(rng), alpha) if layer else np.round(alpha * 255).astype(np.uint8)
-        assert overlap(read(save(tmp_path / "m.png", array)).hole, hole) >= 0.95, seed
-
-
-def test_a_faint_stroke_beside_a_strong_one(tmp_path: Path) -> None:
-    for seed in range(4):
-        rng = np.random.default_rng([seed, 3])
-        strong, faint = strokes(rng, 120, 300, 1), strokes(rng, 120, 300, 1)
-        cover = cv2.GaussianBlur(np.vstack([strong, np.zeros((40, 300)), faint]), (0, 0), 3)
-        alpha = np.vstack([np.full((140, 300), 1.0), np.full((140, 300), 0.2)]) * cover
-        found = read(save(tmp_path / "m.png", on_layer(strong_colour(rng), alpha))).hole
-        assert overlap(found, cover > 0.5) >= 0.9, seed  # where faint strokes are narrow, half of their own peak counts
+        assert overlap(read(save(tmp_path / "m.png", on_layer(strong_colour(rng), alpha))).hole, hole) >= 0.95, seed
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
@@ -303,7 +288,7 @@ REFUSED = [
         "has one part of 80% that is opaque and one of 20% that is transparent: --mask-from alpha fills the opaque one",
     ),
     (cut(PHOTOGRAPH, np.ones(PHOTOGRAPH.shape[:2], bool)), "is transparent everywhere, but has colours: .*from luma"),
-    (TWO_COLOURS, r"has more than one colour besides black \(#000000\): take one channel with --mask-from red, green"),
+    (TWO_COLOURS, r"has more than one colour besides black \(#000000\): take one with --mask-from red, green"),
     (mixed((255, 0, 0), (0, 0, 255), np.linspace(0, 1, 40).round() * np.ones((40, 1))), "is .* on 50% of it and"),
     (mixed((255, 0, 0), (0, 0, 0), labelled(1) / 1.0), r"is red \(#ff0000\) on 55% .*--mask-from red fills the red"),
     (labelled(1, 2, 3), "has 4 grey levels, 0, 1, 2 and 3: --mask-from index:N fills one, --mask-from luma those "),
@@ -328,14 +313,17 @@ def test_photographs_are_recognised_as_jpeg_too(tmp_path: Path) -> None:
             read(save(tmp_path / "m.jpg", array, quality=quality))
 
 
-def test_several_labels_of_a_palette_are_listed(tmp_path: Path) -> None:
+def test_several_labels_of_a_palette_are_refused(tmp_path: Path) -> None:
     path, labels = tmp_path / "m.png", labelled(1, 7, 200)
     image = Image.fromarray(labels, "P")
-    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
-    image.save(path)
-    message = r"has 3 palette labels besides 0, 1 \(15%\), 7 \(15%\) and 200 \(15%\): fill one with --mask-from index:N"
-    with pytest.raises(UsageError, match=message):
-        read(path)
+    for palette, message in (
+        (np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8), "has more than one colour besides"),
+        (np.zeros(768, np.uint8), "has the palette labels 0, 1, 7 and 200 in one colour: fill one with --mask-from in"),
+    ):
+        image.putpalette(palette.tobytes())
+        image.save(path)
+        with pytest.raises(UsageError, match=message):
+            read(path)
     np.testing.assert_array_equal(read(path, source="index:7").hole, labels == 7)
     with pytest.raises(UsageError, match="has no pixel of index 3: it holds 0, 1, 7 and 200"):
         read(path, source="index:3")
@@ -409,26 +397,14 @@ def test_a_mask_of_the_stored_picture_is_turned_with_it(tmp_path: Path, mode: st
 # Anything at all
 
 
-def odd_contents() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Samples of any kind, with palette indices or without."""
-    rng = np.random.default_rng(0)
-    for shape, channels, dtype in itertools.product([(1, 1), (1, 7), (7, 1), (40, 50)], (1, 3), (np.uint8, np.uint16)):
-        top, size = np.iinfo(dtype).max, (*shape, channels)
-        noise = rng.integers(0, top, size, dtype, endpoint=True)
-        flat = [np.full(size, value, dtype) for value in (0, top // 3, top, rng.integers(0, top, channels))]
-        for pixels in (*flat, rng.integers(0, 2, size, dtype) * dtype(top), rng.integers(0, 3, size, dtype), noise):
-            yield pixels, None
-            for alpha in (*(np.full(shape, value, dtype) for value in (0, top // 2, top)), noise[..., 0]):
-                yield np.dstack([pixels, alpha]), None
-        indices = rng.integers(0, 256, shape, np.uint8)
-        yield rng.integers(0, 256, (256, 3), np.uint8)[indices], indices
-        yield np.zeros((*shape, 3), np.uint8), indices % 2
-
-
 @pytest.mark.parametrize("source", [None, "alpha", "luma", "green", "index:0"])
 def test_odd_contents_are_a_mask_or_one_line(source: str | None) -> None:
-    masks = refused = 0
-    for samples, indices in odd_contents():
+    rng, masks, refused = np.random.default_rng(0), 0, 0
+    sizes = itertools.product([(1, 1), (1, 7), (7, 1), (40, 50)], (1, 2, 3, 4), (np.uint8, np.uint16), (1, 2, 3, 256))
+    for shape, channels, dtype, values in sizes:
+        few = rng.integers(0, values, (*shape, channels)) * (np.iinfo(dtype).max // max(1, values - 1))
+        samples = few.astype(dtype)
+        indices = samples[..., 0] if dtype is np.uint8 else None
         try:
             hole, note = read_hole(samples, "mask m.png", source, indices)
         except UsageError as error:
@@ -436,8 +412,6 @@ def test_odd_contents_are_a_mask_or_one_line(source: str | None) -> None:
             refused += 1
             continue
         masks += 1
-        assert hole.dtype == np.bool_ and hole.shape == samples.shape[:2] and "nan" not in note
-        pixels = samples[..., : 1 if samples.shape[2] < 3 else 3]
-        something = pixels.max() > 16 and (samples.shape[2] in (1, 3) or samples[..., -1].max() > 16)
-        assert source is not None or hole.any() or not something
+        assert hole.dtype == np.bool_ and hole.shape == shape and "nan" not in note
+        assert source is not None or hole.any() or samples.min(axis=2).max() == 0, "something to fill is filled"
     assert masks > 0 and (refused > 0 or source in ("luma", "green"))

@@ -66,7 +66,7 @@ def test_png_keeps_what_says_colour_and_size(tmp_path: Path, dtype: type) -> Non
     ("chunks", "lost"),
     [
         ([(b"gAMA", GAMMA_1)], "gAMA"),
-        ([(b"cHRM", WIDE_PRIMARIES), (b"gAMA", GAMMA_1)], "gAMA and cHRM"),
+        ([(b"cHRM", WIDE_PRIMARIES), (b"gAMA", GAMMA_1)], "gAMA"),
         ([(b"cICP", PQ), (b"gAMA", GAMMA_1)], "cICP"),
         ([(b"gAMA", struct.pack(">I", 45455))], ""),  # these say no more than that it is sRGB
         ([(b"sRGB", b"\0"), (b"gAMA", GAMMA_1)], ""),
@@ -78,7 +78,7 @@ def test_other_formats_say_which_colours_they_cannot_hold(
 ) -> None:
     for name, form in (("out.jpg", "JPEG"), ("out.tif", "TIFF"), ("out.webp", "WEBP"), ("out.bmp", "BMP")):
         notes = write_picture(tmp_path / name, read(tmp_path, png_with(*chunks)))
-        expected = f"{tmp_path / name} is {form}, which holds no {lost}: colours may look different; .png keeps them"
+        expected = f"{tmp_path / name} is {form}, which holds no {lost}: colours may look different; .png keeps it"
         assert [note for note in notes if "lossy" not in note] == ([expected] if lost else [])
 
 
@@ -154,7 +154,7 @@ def test_exif_is_kept_without_any_copy_of_the_picture(tmp_path: Path, source: st
         assert exif.get_ifd(1) == {}, "there is no directory of a thumbnail"
     assert "José Müller".encode() in data or source == ".tif", "there Pillow has written it as question marks"
     assert inner[0x9003] == "2026:01:02 03:04:05" and inner[0x829A] == pytest.approx(0.01)
-    assert (inner[0xA002], inner[0xA003]) == (21, 34)
+    assert not {0xA002, 0xA003} & inner.keys(), "the size before it was turned"
     assert place[1] == "N" and place[2] == (52.0, 30.0, 15.0)
 
 

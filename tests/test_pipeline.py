@@ -216,30 +216,20 @@ def test_guidance_on_an_interval_runs_half_beside_it(photo: np.ndarray, hole: np
     def predict(x: np.ndarray, mask: np.ndarray, masked: np.ndarray, t: int, branch: np.ndarray) -> np.ndarray:
         return np.clip(x * (0.9 if t > 400 else 0.5), -1, 1) * np.where(branch == 0, 1.0, 0.7)[:, None, None, None]
 
-    def run(guidance: float, interval: Interval | None) -> tuple[Result, list[int], FakeRuntime]:
+    def run(guidance: float, interval: Interval | None) -> tuple[Result, list[list[int]]]:
         runtime = FakeRuntime(predict)
         result = inpaint(photo, hole, runtime, steps=10, guidance=guidance, guidance_interval=interval)
-        return result, [len(feeds["branch"]) for feeds in runtime.called("denoiser")], runtime
+        return result, [feeds["branch"].tolist() for feeds in runtime.called("denoiser")]
 
-    whole, rows, _ = run(3.0, None)
-    assert rows == [2] * 9 and whole.settings["guidance_interval"] is None
-    everywhere, rows, _ = run(3.0, (0, 1000))
-    assert rows == [2] * 9 and everywhere.settings["guidance_interval"] == [0, 1000] and everywhere.notes == []
+    (whole, _), (everywhere, rows) = run(3.0, None), run(3.0, (0, 1000))
+    assert rows == [[1, 0]] * 9 and everywhere.settings["guidance_interval"] == [0, 1000] and everywhere.notes == []
     np.testing.assert_array_equal(everywhere.image, whole.image)
-    middle, rows, runtime = run(3.0, (300, 600))  # the timesteps are 800, 700, .. 0
-    assert rows == [1, 1, 1, 2, 2, 2, 1, 1, 1] and middle.notes == []
-    assert [f["branch"].tolist() for f in runtime.called("denoiser")][2:4] == [[0], [1, 0]]
-    assert not np.array_equal(middle.image, whole.image)
-
-    plain, rows, _ = run(1.0, None)
-    assert rows == [1] * 9 and not np.array_equal(plain.image, middle.image)
-    for empty in ((500, 500), (301, 400)):
-        none, rows, _ = run(3.0, empty)
-        assert rows == [1] * 9 and none.settings["guidance"] == 3.0
-        np.testing.assert_array_equal(none.image, plain.image)
-        note = f"guidance interval {empty[0]},{empty[1]} holds no timestep with guidance: none was applied"
-        assert none.notes == [note]
-    assert len(run(1.0, (300, 600))[0].notes) == 1
+    middle, rows = run(3.0, (300, 600))  # the timesteps are 800, 700, .. 0
+    assert rows == [[0]] * 3 + [[1, 0]] * 3 + [[0]] * 3 and not np.array_equal(middle.image, whole.image)
+    (plain, _), (none, rows) = run(1.0, None), run(3.0, (301, 400))
+    assert rows == [[0]] * 9 and none.settings["guidance"] == 3.0
+    np.testing.assert_array_equal(none.image, plain.image)
+    assert none.notes == ["guidance interval 301,400 holds no timestep with guidance: none was applied"]
 
 
 def test_distilled_guidance_runs_one_branch_and_is_stated(photo: np.ndarray, hole: np.ndarray) -> None:
@@ -511,17 +501,13 @@ def test_what_is_not_finite_ends_the_run(
     [
         ({"start": "nothing"}, "unknown start 'nothing': choose one of image, prefill, noise"),
         ({"scheduler": "euler"}, r"unknown scheduler 'euler': choose one of ddim, dpm\+\+2m"),
-        ({"steps": 0}, "steps is 0"),
         ({"steps": 1}, "strength 0.99 leaves no"),
-        ({"strength": 1.5}, "strength is 1.5"),
         ({"start": "noise", "strength": 0.5}, "strength 0.5 does not go with start noise, which is strength 1"),
         ({"guidance": float("nan")}, "guidance is nan: give a number from 0 to 1000"),
-        ({"guidance": -1.0}, "guidance is -1.0"),
         ({"cache_interval": 0}, "cache interval is 0: give a whole number of 1"),
         ({"guidance_interval": (500, 200)}, "interval is 500,200: give LOW,HIGH with 0 <= LOW <= HIGH <= 1000"),
         ({"seed": -1}, "seed is -1"),
         ({"feather": -2}, "feather is -2: give 0 or more pixels"),
-        ({"feather": float("inf")}, "feather is inf"),
         ({"cache_interval": 2}, "cache interval is 2, and bundle nowhere was exported without the part"),
         ({"mask": np.zeros((170, 150), bool)}, "the mask is 150x170 and the picture is 170x150: give a mask of"),
     ],

@@ -112,27 +112,21 @@ def refuse_other_network(path: Path, names: Iterable[str], wanted: str | None) -
 def unwrap_names(path: Path, expected: Iterable[str], tensors: Tensors, notes: list[str]) -> Tensors:
     """``tensors`` under the names of a student or a teacher, whose names are ``expected``.
 
-    Tensors outside of the prefix under which the network is are left out, with a note. Raises BundleError where two
-    networks in the file would fit.
+    Wrapper classes and a prefix are taken off the names, and tensors outside of that prefix are left out, with a note.
+    Raises BundleError where two networks in the file would fit.
     """
     if all(name in tensors for name in expected):
         return tensors
     plain = {_WRAPPER.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(plain) < len(tensors):
-        raise BundleError(f"{path} holds the same network twice, wrapped and plain", _SAVE_AGAIN)
-    if plain.keys() != tensors.keys():
-        wrapper = next(match[0] for match in map(_WRAPPER.search, tensors) if match)
-        notes.append(f"{path.name}: {wrapper!r} is left out of the tensors' names")
     prefixes = [n.removesuffix(_EMBEDDING) for n in plain if n == _EMBEDDING or n.endswith("." + _EMBEDDING)]
-    if len(prefixes) > 1:
-        under = ", ".join(shortened(prefix or "no prefix", 30) for prefix in prefixes[:_SHOWN])
-        raise BundleError(f"{path} holds several networks, under {under}", "save the one that is meant by itself")
-    if prefixes in ([], [""]):
-        return plain
-    inside = {n.removeprefix(prefixes[0]): tensor for n, tensor in plain.items() if n.startswith(prefixes[0])}
-    left = len(plain) - len(inside)
-    beside = f", {left} tensors beside them are not used" if left else ""
-    notes.append(f"{path.name}: the tensors named {prefixes[0]}* are taken{beside}")
+    if len(plain) < len(tensors) or len(prefixes) > 1:
+        raise BundleError(f"{path} holds several networks", "save the one that is meant by itself")
+    prefix = prefixes[0] if prefixes else ""
+    inside = {n.removeprefix(prefix): tensor for n, tensor in plain.items() if n.startswith(prefix)}
+    if inside.keys() != tensors.keys():
+        left = len(tensors) - len(inside)
+        beside = f", {left} tensors beside them are not used" if left else ""
+        notes.append(f"{path.name}: prefixes are taken off the names of its tensors{beside}")
     return inside
 
 

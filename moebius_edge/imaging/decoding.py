@@ -1,7 +1,7 @@
 """From a picture file to upright samples in the file's own depth, without loss and without surprises.
 
-``png``, ``jpeg`` and ``tiff`` take the first picture out of a file, Pillow decodes those of 8 bits and OpenCV those
-of 16. Whatever is wrong with a file becomes an error of one line.
+Pillow decodes pictures of 8 bits and OpenCV those of 16. Before they do, the file's header is checked against limits
+of memory and time. Whatever is wrong with a file becomes an error of one line.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +20,13 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image, UnidentifiedImageError, features
 
 from ..errors import MachineError, MoebiusError, UsageError
-from .first_picture import MAX_PIXELS, FirstPicture, TooLarge, Unreadable, check_size
-from .jpeg import END as JPEG_END
-from .jpeg import first_jpeg
-from .metadata import Metadata, is_profile, plausible_dpi, read_exif, set_size
+from .metadata import Metadata, is_profile, plausible_dpi, read_exif
 from .picture import Picture
-from .png import first_png
-from .tiff import check_tiff
+from .png import PNG_SIGNATURE, read_png
+from .tiff import check_tiff, has_xmp
 
 _SUFFIXES = {  # by format; none of these starts another program
     "PNG": (".png", ".apng"),
@@ -43,14 +40,23 @@ _SUFFIXES = {  # by format; none of these starts another program
 }
 FORMATS = tuple(_SUFFIXES)
 SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)  # what a folder is searched for
+MAX_PIXELS = 250_000_000  # above the largest camera sensors (200 MP), below what a hostile header would claim
 # What these decoders take in memory and time for a pixel is a multiple of the others'.
 _MAX_PIXELS = {"WEBP": 70_000_000, "AVIF": 70_000_000, "JPEG2000": 60_000_000}
 _MAX_BYTES_AT_16_BITS = 1_000_000_000  # OpenCV takes as much again
+_MAX_FILE_BYTES = 1_100_000_000
 _COPIED_PIXELS = 1 << 20  # at a time
-_NOISE = bytes((73 * i + i // 7) % 251 for i in range(4096))  # decodes to anything but a blank
+# Of a JPEG in several scans all numbers are kept in memory, and each scan takes as long as a picture.
+_MAX_PIXELS_IN_SCANS = 140_000_000
+_MAX_SCANS = 20  # of a JPEG of any size; the usual script for progressive CMYK has 18
+_MAX_SCANNED_PIXELS = 1_500_000_000  # pixels times scans, where there are more scans; two or three seconds of work
+_MAX_SEGMENTS = 10_000  # of a JPEG
+# A marker of a JPEG: none of the bytes that stand in coded data, which are stuffing (0) and restarts (D0 to D7).
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+_MAX_JUNK = 256  # bytes between two segments of a JPEG's header
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La"), "L"),
-    **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"), "RGB"),
+    **dict.fromkeys(("P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr", "CMYK"), "RGB"),
 }
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damage would go to stderr
@@ -76,8 +82,8 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
     Grey stays grey and 16 bits stay 16, but AVIF, and JPEG 2000 in colour, are read at 8 bits. Palettes become RGB, a
-    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes sRGB, by its profile if it has one, and of several
-    frames the first is read: these two leave a note. With ``contents`` they are read in place of a file, as from a
+    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes RGB, without its profile, and of several frames the
+    first is read: these two leave a note. With ``contents`` they are read in place of a file, as from a
     member of an archive, and ``path`` is their name in errors.
 
     Raises:
@@ -85,35 +91,46 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
     """
     with _opened(Path(path), contents) as (stream, form):
-        first = {"PNG": first_png, "JPEG": first_jpeg}.get(form, FirstPicture)(stream)
-        image = _header(first.file, form)
-        exif, orientation, exif_dpi, sound = read_exif(image, first.exif)
-        if isinstance(image, TiffImageFile):
-            check_tiff(first, image)
-        elif form != "PNG":
-            first.icc, first.xmp = image.info.get("icc_profile"), first.xmp or "xmp" in image.info
-            first.several |= form != "JPEG" and getattr(image, "is_animated", False)
-        _check_size(image, form, first.bits)
-        notes = _notes(first, form, sound)
-        if first.bits == 16 and form in ("PNG", "TIFF"):
-            samples = _decode16(first, form, len(image.getbands()))
-        else:
-            samples = _decode8(first, image, form, notes)
+        png = read_png(stream) if form == "PNG" else None
+        scans = _count_scans(stream) if form == "JPEG" else 1
+        image = _header(stream if png is None else png.file, form)
+        bits = png.bits if png else check_tiff(image, stream) if form == "TIFF" else 8
+        _check_size(path, image, form, bits, scans)
+        exif, orientation, exif_dpi, sound = read_exif(image, png.chunks.get(b"eXIf") if png else None)
+        icc = png.icc() if png else image.info.get("icc_profile")
+        several = png.animated if png else form != "JPEG" and getattr(image, "is_animated", False)
+        xmp = png.xmp if png else has_xmp(image)
+        sentences = {
+            "has more frames or pages than one: only the first is used": several,
+            "is CMYK: converted to RGB without its profile, so colours may shift": image.mode == "CMYK",
+            "has damaged EXIF metadata: what could not be read of them is left out": not sound,
+            "has XMP or IPTC metadata, which may hold a small copy of the picture: left out": xmp,
+        }
+        notes = [sentence for sentence, applies in sentences.items() if applies]
+        file = png.file if png else stream
+        samples = _decode16(file, len(image.getbands())) if bits == 16 else _decode8(image, form)
         turn = 1 if form == "TIFF" else orientation  # both decoders turn a TIFF upright
         samples = upright(samples, turn)
         indices = upright(np.asarray(image), turn) if image.mode == "P" else None
-    icc = None if image.mode == "CMYK" else first.icc
-    if icc is not None and not is_profile(icc, b"GRAY" if samples.shape[2] < 3 else b"RGB "):
+    if image.mode == "CMYK":
+        icc = None
+    elif icc is not None and not is_profile(icc, b"GRAY" if samples.shape[2] < 3 else b"RGB "):
         notes.append("has an ICC profile that is damaged or does not fit its pixels: left out")
         icc = None
-    dpi = image.info.get("dpi") if form not in ("TIFF", "WEBP") else None
-    dpi = exif_dpi if dpi is None else plausible_dpi(*map(float, dpi))
-    if dpi is not None and orientation > 4:
-        dpi = dpi[::-1]
-    set_size(exif, samples.shape[1], samples.shape[0])
-    metadata = Metadata(icc, dpi, tuple(first.png_colour), exif)
+    dpi = _resolution(image, form, exif_dpi, orientation)
+    metadata = Metadata(icc, dpi, png.colour() if png else (), exif)
     picture = Picture.from_array(samples, metadata, tuple(f"{path} {note}" for note in notes))
     return replace(picture, orientation=orientation, indices=indices)
+
+
+def _resolution(
+    image: Image.Image, form: str, from_exif: tuple[float, float] | None, orientation: int
+) -> tuple[float, float] | None:
+    """Pixels per inch across and down of the upright picture, None where they are not known."""
+    # Pillow makes up a resolution where a JPEG's EXIF has none.
+    declared = form not in ("TIFF", "WEBP") and (form != "JPEG" or image.info.get("jfif_unit"))
+    dpi = plausible_dpi(*map(float, image.info["dpi"])) if declared and "dpi" in image.info else from_exif
+    return dpi[::-1] if dpi is not None and orientation > 4 else dpi
 
 
 def _open(path: Path) -> BinaryIO:
@@ -136,7 +153,6 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, s
         head = stream.read(32)
         if not head:
             raise UsageError(f"picture {path} is empty (0 bytes): copy it again")
-        stream.seek(0)
         form = picture_format(head)
         if form is None:
             raise UsageError(
@@ -146,21 +162,19 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, s
         if form == "AVIF" and not features.check("avif"):
             command = "pip install 'pillow>=11.3'"
             raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `{command}`")
+        if stream.seek(0, io.SEEK_END) > _MAX_FILE_BYTES:
+            raise UsageError(f"picture {path} has more than {_MAX_FILE_BYTES / 1e9:g} GB: scale it down first")
         try:
             yield stream, form
         except MoebiusError:
             raise
         except UnidentifiedImageError:
             raise UsageError(f"{form} picture {path} is truncated, or its header is damaged: copy it again") from None
-        except TooLarge as error:
-            raise UsageError(f"picture {path} is {error}; scale it down or cut it first") from None
-        except Unreadable as error:
-            raise UsageError(f"cannot read picture {path}: {error}: copy or save it again") from None
         except MemoryError:
             raise MachineError(f"not enough memory to read picture {path}: scale it down first") from None
         except Exception as error:  # a decoder meets damage with any exception at all
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"picture {path} is truncated or damaged ({reason}): copy it again") from None
+            raise UsageError(f"cannot read picture {path}: {reason}: copy or save it again") from None
 
 
 def _header(stream: BinaryIO, form: str) -> Image.Image:
@@ -174,23 +188,37 @@ def _header(stream: BinaryIO, form: str) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _check_size(image: Image.Image, form: str, bits: int) -> None:
-    """Raise ``TooLarge`` where decoding would take gigabytes above the samples, or many seconds."""
-    most, of_what = _MAX_PIXELS.get(form, MAX_PIXELS), f" of {form}" if form in _MAX_PIXELS else ""
-    channels = len(image.getbands())
-    if bits == 16 and most > (deepest := _MAX_BYTES_AT_16_BITS // (2 * channels)):
-        most, of_what = deepest, f" with {channels} channels of 16 bits"
-    check_size(*image.size, most, of_what)
-
-
-def _notes(first: FirstPicture, form: str, exif_sound: bool) -> list[str]:
-    sentences = {
-        "has more frames or pages than one: only the first is used": first.several,
-        f"lacks the mark that ends a {form} file: its pixels are all there": not first.ended,
-        "has damaged EXIF metadata: what could not be read of them is left out": not exif_sound,
-        "has XMP or IPTC metadata, which may hold a small copy of the picture: left out": first.xmp,
+def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: int) -> None:
+    """Raise ``UsageError`` where decoding would take gigabytes above the samples, or many seconds."""
+    channels, (width, height) = len(image.getbands()), image.size
+    limits = {
+        f" of {form}" if form in _MAX_PIXELS else "": _MAX_PIXELS.get(form, MAX_PIXELS),
+        f" with {channels} channels of 16 bits": _MAX_BYTES_AT_16_BITS // (2 * channels) if bits == 16 else MAX_PIXELS,
+        f" of JPEG in {scans} scans": _MAX_PIXELS_IN_SCANS if scans > 1 else MAX_PIXELS,
+        f" of JPEG in so many scans, {scans},": _MAX_SCANNED_PIXELS // scans if scans > _MAX_SCANS else MAX_PIXELS,
     }
-    return [*first.notes, *(sentence for sentence, applies in sentences.items() if applies)]
+    of_what, most = min(limits.items(), key=lambda limit: limit[1])
+    if width * height > most:
+        size = f"{width}x{height}, {width * height / 1e6:.0f} megapixels"
+        raise UsageError(f"picture {path} is {size}: at most {most / 1e6:.0f}{of_what} are read: scale it down first")
+
+
+def _count_scans(stream: BinaryIO) -> int:
+    """The scans of the first picture in a JPEG file; those that cameras append are previews and depth maps.
+
+    Raises ``ValueError`` for a header whose reading would not end.
+    """
+    stream.seek(0)
+    data, at, scans = stream.read(), 2, 0
+    for _ in range(_MAX_SEGMENTS):
+        marker = _MARKER.search(data, at, len(data) if scans else at + _MAX_JUNK)
+        if marker is None and scans == 0:
+            raise ValueError("its header is damaged")
+        if marker is None or (code := data[marker.end() - 1]) == 0xD9:  # the end of the picture
+            return scans
+        scans += code == 0xDA
+        at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    raise ValueError(f"it has more than {_MAX_SEGMENTS} segments")
 
 
 @contextmanager
@@ -208,88 +236,43 @@ def _silent_decoders() -> Iterator[None]:
         yield
 
 
-def _decode16(first: FirstPicture, form: str, channels: int) -> np.ndarray:
+def _decode16(stream: BinaryIO, channels: int) -> np.ndarray:
     """The samples of a PNG or TIFF, (H, W, 1 to 4) uint16 as stored: Pillow cannot hold colours so deep."""
-    data, decoded = first.contents(), None
+    stream.seek(0)
+    data, decoded = stream.read(), None
     with _silent_decoders(), suppress(cv2.error):
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None:
-        raise Unreadable("it is truncated or damaged")
+        raise ValueError("it is truncated or damaged")
     if decoded.dtype != np.uint16:
-        raise Unreadable("its kind of 16-bit samples is not supported")
+        raise ValueError("its kind of 16-bit samples is not supported")
     samples = np.atleast_3d(decoded)
     if samples.shape[2] > 2:
         order = {3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGBA}[samples.shape[2]]
         for part in np.array_split(samples, max(1, samples.nbytes >> 20)):  # a second array might be gigabytes
             part[...] = cv2.cvtColor(part, order)
-    if form == "PNG" and data[25] == 4:  # grey and alpha, which OpenCV spreads over four channels
+    if data.startswith(PNG_SIGNATURE) and data[25] == 4:  # grey and alpha, which OpenCV spreads over four channels
         return np.ascontiguousarray(samples[..., [0, 3]])
     return np.ascontiguousarray(samples[..., :channels])
 
 
-def _decode8(first: FirstPicture, image: Image.Image, form: str, notes: list[str]) -> np.ndarray:
+def _decode8(image: Image.Image, form: str) -> np.ndarray:
     """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
     with _silent_decoders() if form == "TIFF" else nullcontext():
         image.load()
-    if form == "JPEG" and not _jpeg_is_complete(first, image):
-        raise Unreadable("it is truncated")
     if image.mode == "I;16":
         return np.asarray(image)[..., None]
-    if image.mode == "CMYK":
-        return _samples(image, "RGB", _cmyk_to_srgb(first.icc, notes))
     if image.mode not in _PLAIN_MODES:
-        raise Unreadable(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
+        raise ValueError(f"its colour mode {image.mode} is not supported, RGB and grey of 8 or 16 bits are")
     mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
-    return _samples(image, mode, lambda part: part if part.mode == mode else part.convert(mode))
-
-
-def _samples(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """The pixels as an array (H, W, C) in ``mode``, converted part by part to save memory."""
     width, height = image.size
     samples = np.empty((height, width, len(mode)), np.uint8)
-    for top, rows in _rows(image):
-        samples[top : top + rows.height] = np.asarray(convert(rows)).reshape(rows.height, width, -1)
-    return samples
-
-
-def _rows(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(first row, some rows) from top to bottom: Pillow makes two copies of what is asked of it in one piece."""
-    width, height = image.size
-    step = max(1, _COPIED_PIXELS // width)
+    step = max(1, _COPIED_PIXELS // width)  # of all rows together Pillow would make two copies
     for top in range(0, height, step):
-        yield top, image.crop((0, top, width, min(top + step, height)))
-
-
-def _jpeg_is_complete(first: FirstPicture, image: Image.Image) -> bool:
-    """Whether a JPEG, decoded in ``image``, has all of its pixels: libjpeg makes up those that are missing.
-
-    If none is missing, what follows the coded data makes no difference. Where the end is marked, this is tried only if
-    the last pixels are blank, as made up ones are.
-    """
-    width, height = image.size
-    # The last block, up to 16 pixels wide, but for an edge that its neighbours' colours may run into.
-    left, top = (min(side - 1, (side - 1) // 16 * 16 + 2) for side in (width, height))
-    corner = np.asarray(image.crop((left, top, width, height)))
-    # What a progressive file lacks at its end is mere detail, and it would be slow to decode.
-    if first.ended and ((corner != corner[-1, -1]).any() or "progressive" in image.info):
-        return True
-    coded = first.contents().removesuffix(JPEG_END)
-    other = _header(io.BytesIO(coded + _NOISE + JPEG_END), "JPEG")
-    pairs = zip(_rows(image), _rows(other), strict=True)
-    return all(np.array_equal(np.asarray(one), np.asarray(two)) for (_, one), (_, two) in pairs)
-
-
-def _cmyk_to_srgb(profile: bytes | None, notes: list[str]) -> Callable[[Image.Image], Image.Image]:
-    """A conversion of images, by ``profile`` if it can be used; a note says whether it was."""
-    how = "without a profile" if profile is None else "without its profile, which is damaged or not for CMYK"
-    transform = None
-    if profile is not None and is_profile(profile, b"CMYK"):
-        with suppress(ImageCms.PyCMSError):
-            srgb = ImageCms.createProfile("sRGB")
-            transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, "CMYK", "RGB")
-            how = "by its profile"
-    notes.append(f"is CMYK: converted to sRGB {how}")
-    return lambda image: image.convert("RGB") if transform is None else transform.apply(image)
+        rows = image.crop((0, top, width, min(top + step, height)))
+        rows = rows if rows.mode == mode else rows.convert(mode)
+        samples[top : top + rows.height] = np.asarray(rows).reshape(rows.height, width, -1)
+    return samples
 
 
 def upright(samples: np.ndarray, orientation: int) -> np.ndarray:

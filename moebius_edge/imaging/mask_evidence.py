@@ -1,4 +1,4 @@
-"""What can be seen in a mask file: its labels and flat levels, its colours and paint, and photographs.
+"""What can be seen in a mask file: its flat levels, its colours and paint, and photographs.
 
 Distances are in levels of 255, and the samples are in 8 bits unless they are said to be of any depth.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -21,7 +20,7 @@ Colour = npt.NDArray[np.float32]
 NOISE = 16  # around a flat colour, as JPEG leaves it
 APART = 24  # between two flat parts that are two levels of their own
 COLOURED = 32  # between the largest and the smallest channel of a colour that is no grey
-MOST_LABELS = 64  # distinct values; an antialiased mask may have as many as 256
+MOST_LABELS = 64  # of greys no brighter than this each is a label
 WHITE = 255
 OFF_LINE = 48  # of a pixel from the mixtures of two colours: JPEG's edges reach about 40
 
@@ -70,7 +69,7 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.subtract(cv2.dilate(values, square), cv2.erode(values, square)))
 
 
-def _counts(values: np.ndarray, where: Mask | None = None) -> npt.NDArray[np.float32]:
+def value_counts(values: np.ndarray, where: Mask | None = None) -> npt.NDArray[np.float32]:
     """How many pixels of ``values`` (H, W), of any depth, have each value."""
     length = int(np.iinfo(values.dtype).max) + 1
     mask = None if where is None else where.view(np.uint8)
@@ -78,22 +77,10 @@ def _counts(values: np.ndarray, where: Mask | None = None) -> npt.NDArray[np.flo
     return np.asarray(counts, np.float32).ravel()
 
 
-def exact_labels(values: np.ndarray) -> list[int]:
-    """The values of a picture (H, W) that consists of one or two, or of a few in flat areas; else none."""
-    counts = _counts(values)
-    used = np.flatnonzero(counts).tolist()
-    if len(used) <= 2 or len(used) > MOST_LABELS:
-        return used if len(used) <= 2 else []
-    flat = _counts(values, _spread(values) == 0)
-    labels = [value for value in used if 5 * flat[value] >= counts[value]]
-    edges = counts.sum() - counts[labels].sum()
-    return labels if len(labels) > 1 and edges <= 0.1 * (counts.sum() - counts.max()) else []
-
-
 def flat_levels(values: Bytes) -> list[int]:
     """The levels of the flat parts, rising: the background and the strokes, but no level of their edges."""
-    flat = _counts(values, _spread(values) <= 2)
-    every, window = (np.convolve(counts, np.ones(13), "same") for counts in (_counts(values), flat))
+    flat = value_counts(values, _spread(values) <= 2)
+    every, window = (np.convolve(counts, np.ones(13), "same") for counts in (value_counts(values), flat))
     window[2 * window < every] = 0
     least = max(16.0, 0.03 * (flat.sum() - window.max()))
     peaks: list[int] = []
@@ -106,30 +93,13 @@ def flat_levels(values: Bytes) -> list[int]:
     return [round(float(np.average(levels, weights=flat[levels]))) for levels in near]
 
 
-def painted(amount: Bytes, faint_too: bool = False) -> Mask:
-    """Where there is paint, by its amount from 0 to 255: more than half of the faintest flat part of each stroke.
+def painted(amount: Bytes) -> Mask:
+    """Where there is paint, by its amount from 0 to 255: more than half of the faintest flat part of the strokes.
 
-    A stroke is what hangs together. One without a flat part is cut at half of the strongest paint of all, or with
-    ``faint_too`` at half of its own.
+    Strokes without a flat part are cut at half of the strongest paint.
     """
-    count, numbers = cv2.connectedComponents((amount > NOISE / 2).view(np.uint8))
-    strokes = np.asarray(numbers, np.int32)
-    peak = np.zeros(count, np.uint8)
-    np.maximum.at(peak, strokes, amount)
-    cut = peak / 2 if faint_too else np.full(count, peak.max() / 2)
-    sizes, flat = np.bincount(strokes.ravel(), minlength=count), _spread(amount) <= 2
-    for level in reversed(flat_levels(amount)):
-        near = strokes[flat & (np.abs(amount.astype(np.int16) - level) <= 6)]
-        cut[(np.bincount(near, minlength=count) > 0.03 * sizes) & (level > np.maximum(peak / 10, NOISE))] = level / 2
-    cut[0] = WHITE
-    return np.asarray(amount > cut[strokes])
-
-
-def one_brush(levels: Sequence[int]) -> bool:
-    """Whether the levels are those of one translucent white brush, laid over itself 1, 2, 3, ... times."""
-    clear = (WHITE - levels[1]) / (WHITE - levels[0])
-    expected = [WHITE - (WHITE - levels[0]) * clear**times for times in range(len(levels))]
-    return all(abs(level - right) <= 4 for level, right in zip(levels, expected, strict=True))
+    levels = [level for level in flat_levels(amount) if level > NOISE]
+    return np.asarray(amount > (levels[0] if levels else int(amount.max())) / 2)
 
 
 def common_colour(pixels: Bytes) -> Colour:
@@ -144,7 +114,7 @@ def common_colour(pixels: Bytes) -> Colour:
 def far_colour(pixels: Bytes, distance: Bytes) -> Colour:
     """The colour of the pixels at the largest ``distance`` (H, W) from the background's."""
     # JPEG leaves single pixels beyond the farthest colour: one in two hundred of those off the background.
-    off = np.cumsum(_counts(distance)[NOISE + 1 :])
+    off = np.cumsum(value_counts(distance)[NOISE + 1 :])
     far = NOISE + 1 + int(np.searchsorted(off, 0.995 * off[-1]))
     return np.asarray(np.median(pixels[distance > 0.95 * far], axis=0), np.float32)
 
@@ -188,7 +158,7 @@ def is_photograph(pixels: Bytes, shown: Mask | None = None) -> bool:
     only those pixels count, and they must be rough: colours painted over each other on a layer are smooth.
     """
     grey = luma(pixels)
-    if shown is None and grey.size >= 4096 and np.count_nonzero(_counts(grey)) == 2:
+    if shown is None and grey.size >= 4096 and np.count_nonzero(value_counts(grey)) == 2:
         return float((cv2.medianBlur(grey, 3) != grey).mean()) > 0.08  # dithered: dots all over
     where = np.ones(grey.shape, np.uint8) if shown is None else shown.view(np.uint8)
     if (reduce := max(1, max(grey.shape) // 900)) > 1:
@@ -196,7 +166,7 @@ def is_photograph(pixels: Bytes, shown: Mask | None = None) -> bool:
         grey = np.asarray(cv2.resize(grey, size, interpolation=cv2.INTER_AREA))
         where = np.asarray(cv2.resize(where, size, interpolation=cv2.INTER_NEAREST), np.uint8)
     seen = where.astype(bool) if shown is None else core(where.astype(bool), 3)
-    if np.count_nonzero(_counts(grey, seen)) < 12:
+    if np.count_nonzero(value_counts(grey, seen)) < 12:
         return False
     between = seen.copy()
     for level in flat_levels(grey):

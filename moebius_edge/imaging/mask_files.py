@@ -6,12 +6,11 @@ hole, with a note unless it is plain white on black, or refuses in one line that
 1. Alpha, where some pixels are clear and others are not: strokes on a transparent layer are the hole, whatever their
    colour. A photograph with a clear part is refused, since some programs mean the clear part and some the rest.
    Black and white on a transparent layer are composited on black, and go on.
-2. Palette indices, where they and not their colours tell the parts of the file apart: one label besides the
-   background is the hole, several are refused.
+2. A palette of two labels, where their colours do not say which is the background: the label that is not 0.
 3. A photograph, also one that was drawn on, is refused.
 4. Colours: strokes of one colour on black, white or grey are the hole. Several colours are refused.
 5. Grey: the brighter of two levels is the hole, whatever they are (255, 1, or a brush at 40%). Of more levels all
-   above half are the hole, and so are the overlaps of one translucent white brush; others are refused.
+   above half are the hole; others are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from .picture import Picture
 
 CHANNELS = ("red", "green", "blue")
 SOURCES = ("alpha", "luma", *CHANNELS)  # of --mask-from, besides index:N
+_BACKGROUND = 0.8  # of the picture: what a colour must cover to be the background for certain
 _MOSTLY = 0.5  # a mask that fills more of the picture may be meant the other way round
 
 
@@ -144,7 +144,7 @@ def _of_channel(pixels: Bytes, alpha: Bytes | None, source: str, name: str) -> M
         if alpha is None or np.ptp(alpha) <= NOISE:
             has = "no alpha channel" if alpha is None else f"alpha {alpha.max()} everywhere"
             raise UsageError(f"{name} has {has}: leave out --mask-from alpha")
-        return evidence.painted(alpha, faint_too=True)
+        return evidence.painted(alpha)
     pixels = pixels if alpha is None else evidence.on_black(pixels, alpha)
     if source == "luma" or pixels.shape[2] == 1:
         return threshold(evidence.luma(pixels), name)
@@ -179,39 +179,28 @@ def _of_layer(pixels: Bytes, alpha: Bytes, name: str) -> Mask | None:
     if shown.mean() > 0.5:
         options = "--mask-from alpha fills the opaque one, --mask-from alpha --invert-mask the other"
         _refuse(name, f"has one part of {opaque} that is opaque and one of {clear} that is transparent", options)
-    return evidence.painted(alpha, faint_too=True)
+    return evidence.painted(alpha)
 
 
 def _of_labels(indices: np.ndarray, pixels: Bytes, name: str) -> tuple[Mask, str] | None:
-    """Of a palette picture; None where its colours tell as much, or where its indices are no labels."""
-    labels = evidence.exact_labels(indices)
-    if len(labels) < 2:
+    """Of a palette picture of two labels; None where its colours tell as much."""
+    counts = evidence.value_counts(indices)
+    labels = np.flatnonzero(counts).tolist()
+    if len(labels) > 2 and np.ptp(pixels) <= NOISE:
+        _refuse(name, f"has the palette labels {_listed(labels)} in one colour", "fill one with --mask-from index:N")
+    if len(labels) != 2:
         return None
-    colours = [pixels[divmod(int((indices == label).argmax()), indices.shape[1])].astype(int) for label in labels]
-    common = max(labels, key=lambda label: int((indices == label).sum()))
-    if len(labels) == 2 and np.abs(colours[0] - colours[1]).max() > evidence.APART:
-        if not _coloured(colours[labels.index(common)]):
-            return None
-    elif (
-        len(labels) > 2
-        and not any(map(_coloured, colours))
-        and _white_parts(sorted({0, *(int(colour[0]) for colour in colours)}))
-    ):
+    common, rare = sorted(labels, key=lambda label: -counts[label])
+    colours = [pixels[indices == label][0].astype(int) for label in (common, rare)]
+    if np.abs(colours[0] - colours[1]).max() > evidence.APART and not _coloured(colours[0]):
         return None
-    background = 0 if 0 in labels else common
-    others = [label for label in labels if label != background]
-    if len(others) > 1:
-        shares = [f"{label} ({_percent(float((indices == label).mean()))})" for label in others]
-        seen = f"has {len(others)} palette labels besides {background}, {_listed(shares)}"
-        _refuse(name, seen, "fill one with --mask-from index:N")
-    return indices != background, f"{name} tells its parts apart by palette index: {others[0]} is filled"
+    background = 0 if labels[0] == 0 else common
+    other = rare if background == common else common
+    return indices == other, f"{name} tells its parts apart by palette index: {other} is filled"
 
 
 def _of_colours(pixels: Bytes, name: str) -> tuple[Mask, str]:
-    """Of a file that is not grey: strokes of one colour, or white on a colour.
-
-    Strokes are coloured, and white where only the background is. Of two colours the common one is the background.
-    """
+    """Of a file that is not grey: strokes of one colour on the common one, which is the background."""
     common = evidence.common_colour(pixels)
     distance = evidence.colour_distance(pixels, common)
     if distance.max() <= NOISE:
@@ -221,11 +210,9 @@ def _of_colours(pixels: Bytes, name: str) -> tuple[Mask, str]:
     strokes = int((distance > max(NOISE, float(distance.max()) / 2)).sum())
     if int(evidence.core(apart > evidence.OFF_LINE, 3).sum()) > 0.08 * strokes:
         seen = f"has more than one colour besides {_named(common)}"
-        _refuse(name, seen, "take one channel with --mask-from red, green or blue")
+        _refuse(name, seen, "take one with --mask-from red, green or blue, or index:N of a palette")
     share = float((distance <= NOISE).mean())
-    if _coloured(common) and not _coloured(other) and share <= 0.5:
-        common, other, amount = other, common, WHITE - amount
-    elif _coloured(common) and share <= (0.6 if _coloured(other) else 0.8 if other.min() >= 192 else 1):
+    if _coloured(common) and share <= _BACKGROUND:
         channel = CHANNELS[int(np.argmax(common - other))]
         _refuse(
             name,
@@ -238,13 +225,13 @@ def _of_colours(pixels: Bytes, name: str) -> tuple[Mask, str]:
 
 def _of_greys(values: Bytes, exact: np.ndarray, name: str) -> tuple[Mask, str]:
     """Of brightness; ``exact`` are the same in the file's own depth, for they may be labels."""
-    labels = evidence.exact_labels(exact)
+    labels = np.flatnonzero(evidence.value_counts(exact)).tolist()
     low, high = int(values.min()), int(values.max())
     if len(labels) == 2 and labels[0] == 0:
         note = f"{name} has the values 0 and {labels[1]}: the brighter is filled"
         return exact > labels[1] / 2, "" if high > 0.9 * WHITE else note
     if len(labels) > 2 and labels[-1] <= evidence.MOST_LABELS:
-        _refuse_levels(name, labels, exact=True)
+        _refuse_levels(name, labels)
     if high - low <= NOISE:
         if low > 0 and high <= WHITE - NOISE:
             _refuse(name, f"is one grey ({high} of {WHITE}) everywhere and marks nothing", "")
@@ -255,18 +242,9 @@ def _of_greys(values: Bytes, exact: np.ndarray, name: str) -> tuple[Mask, str]:
     if len(levels) == 2:
         note = f"{name} has the grey levels {_listed(levels)}: the brighter is filled"
         return values > sum(levels) / 2, "" if levels[0] <= NOISE and levels[1] > 0.9 * WHITE else note
-    if _white_parts(levels):
+    if levels[0] <= WHITE / 2 < levels[1]:
         return values > WHITE / 2, f"{name} has the levels {_listed(levels)}: all above half are filled"
-    if evidence.one_brush(levels):
-        share = _percent((levels[1] - levels[0]) / (WHITE - levels[0]))
-        note = f"{name} was painted with a brush of {share} white: all of it is filled"
-        return values > (levels[0] + levels[1]) / 2, note
-    _refuse_levels(name, labels or levels, exact=bool(labels))
-
-
-def _white_parts(levels: Sequence[int]) -> bool:
-    """Whether all levels but the darkest are above half: then white and not black are the same."""
-    return levels[0] <= WHITE / 2 < min(levels[1:], default=0)
+    _refuse_levels(name, levels)
 
 
 def _coloured(colour: np.ndarray) -> bool:
@@ -281,9 +259,9 @@ def _refuse(name: str, seen: str, remedy: str, separator: str = ": ") -> NoRetur
     raise UsageError(f"{name} {seen}{separator}{f'{remedy}, or {save}' if remedy else save}")
 
 
-def _refuse_levels(name: str, levels: Sequence[int], exact: bool) -> NoReturn:
-    one = "--mask-from index:N fills one, " if exact else ""
-    _refuse(name, f"has {len(levels)} grey levels, {_listed(levels)}", f"{one}--mask-from luma those above half")
+def _refuse_levels(name: str, levels: Sequence[int]) -> NoReturn:
+    options = "--mask-from index:N fills one, --mask-from luma those above half"
+    _refuse(name, f"has {len(levels)} grey levels, {_listed(levels)}", options)
 
 
 def _listed(values: Sequence[object] | np.ndarray) -> str:

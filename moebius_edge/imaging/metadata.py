@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 Fields = dict[int, Any]  # EXIF's by their numbers, as Pillow has them; the fields of an inner directory in a dictionary
 
 _ORIENTATION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 274, 282, 283, 296
-_EXIF_IFD, _GPS_IFD, _MAKER_NOTE, _INTEROPERABILITY_IFD = 34665, 34853, 0x927C, 0xA005
-_SIZE = (0xA002, 0xA003)  # width and height, of the EXIF directory
+_EXIF_IFD, _GPS_IFD = 34665, 34853
+# The maker note, the size before the picture was turned upright, and directories.
+_LEFT_OUT = {0x927C, 0xA002, 0xA003, 0xA005, _GPS_IFD}
 _METRES_PER_INCH = 0.0254
 _MAX_EXIF_VALUE = 60_000  # bytes
 _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"WEBPVP8", b"ftypavif", b"ftypheic")
@@ -30,13 +30,12 @@ _PICTURE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"WEBPVP8", b"ftypavif", b"f
 _DESCRIPTION = frozenset([269, 270, 271, 272, 305, 306, 315, 316, 33432, 0x4746, 0x4749, *range(0x9C9B, 0x9CA0)])
 _EXIF_RANGES = (range(0x829A, 0x829E), range(0x8822, 0x8836), range(0x9000, 0x9406), range(0xA000, 0xA501))
 _KEPT = {
-    _EXIF_IFD: {n for numbers in _EXIF_RANGES for n in numbers} - {_MAKER_NOTE, _GPS_IFD, _INTEROPERABILITY_IFD},
+    _EXIF_IFD: {n for numbers in _EXIF_RANGES for n in numbers} - _LEFT_OUT,
     _GPS_IFD: set(range(32)),
 }
 
-PNG_COLOUR_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8}  # lengths of the chunks
 _SRGB_CODE_POINTS = b"\1\x0d\0\1"  # cICP: BT.709 primaries, sRGB's curve, RGB, full range
-_SRGB_VALUES = {b"gAMA": (45455,), b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)}  # in 1/100 000
+_SRGB_GAMMA = struct.pack(">I", 45455)  # gAMA, in 1/100 000
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,13 @@ class Metadata:
         resolution = {} if self.dpi is None else dict(zip((_X_RESOLUTION, _Y_RESOLUTION), self.dpi, strict=True))
         return self.exif | resolution | ({_RESOLUTION_UNIT: 2} if resolution else {})
 
-    def special_colours(self) -> list[str]:
-        """The names of the PNG chunks that a viewer of another format would miss: they say that this is not sRGB."""
+    def special_colour(self) -> str:
+        """The name of the PNG chunk that a viewer of another format would miss, for this is no sRGB; else empty."""
         chunks = dict(self.png_colour)
-        if b"cICP" in chunks:  # each of these takes precedence over those below
-            return [] if chunks[b"cICP"] == _SRGB_CODE_POINTS else ["cICP"]
-        if self.icc is not None or b"sRGB" in chunks:
-            return []
-        present = {name: np.frombuffer(chunks[name], ">u4") for name in _SRGB_VALUES if name in chunks}
-        return [
-            name.decode() for name, v in present.items() if not np.allclose(v, _SRGB_VALUES[name], rtol=0, atol=500)
-        ]
+        if b"cICP" in chunks:  # it takes precedence over the others
+            return "" if chunks[b"cICP"] == _SRGB_CODE_POINTS else "cICP"
+        described = self.icc is not None or b"sRGB" in chunks
+        return "" if described or chunks.get(b"gAMA", _SRGB_GAMMA) == _SRGB_GAMMA else "gAMA"
 
 
 def plausible_dpi(x: float, y: float) -> tuple[float, float] | None:
@@ -104,7 +99,7 @@ def read_exif(image: Image.Image, block: bytes | None) -> tuple[Fields, int, tup
         The fields, without the orientation and the resolution; the orientation, 1 to 8, 1 being upright; pixels per
         inch, None where there are none; and whether the block was undamaged.
     """
-    exif, kept = Image.Exif(), Fields()
+    exif, kept, sound = Image.Exif(), Fields(), True
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
         try:
@@ -114,20 +109,17 @@ def read_exif(image: Image.Image, block: bytes | None) -> tuple[Fields, int, tup
                 exif.load(block or image.info.get("exif", b""))
             kept = _kept(exif, _DESCRIPTION)
             for pointer, numbers in _KEPT.items():
-                if inner := _kept(exif.get_ifd(pointer), numbers, pointer):
+                if inner := _kept(exif.get_ifd(pointer), numbers):
                     kept[pointer] = inner
-        except Exception as error:  # Pillow meets damage with any exception at all
-            complaints.append(warnings.WarningMessage(str(error), UserWarning, "", 0))
+            exif_block(kept)
+        except Exception:  # Pillow meets damage, and values that it cannot write, with any exception at all
+            kept, sound = Fields(), False
         orientation, dpi = _orientation_and_dpi(exif)
-    return kept, orientation, dpi, not complaints
+    return kept, orientation, dpi, sound and not complaints
 
 
-def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int], pointer: int | None = None) -> Fields:
-    """Those of ``numbers``, without values that are too long for a field or hold a picture, as private uses might.
-
-    A value of another type than its field's is left out with a warning, for it could not be written. ``pointer`` is the
-    field of the outer directory that holds these.
-    """
+def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int]) -> Fields:
+    """Those of ``numbers``, without values that are too long for a field or hold a picture, as private uses might."""
     kept = {}
     for number in numbers.intersection(fields):
         value = fields[number]
@@ -137,11 +129,7 @@ def _kept(fields: Mapping[int, Any], numbers: frozenset[int] | set[int], pointer
                 continue
             # Pillow writes text of other than ASCII as question marks, but bytes as they are.
             value = value if isinstance(value, str) and value.isascii() else data
-        try:
-            exif_block({number: value} if pointer is None else {pointer: {number: value}})
-            kept[number] = value
-        except Exception as error:  # Pillow's writer meets it with any exception at all
-            warnings.warn(f"EXIF field {number}: {error}", stacklevel=1)
+        kept[number] = value
     return kept
 
 
@@ -155,12 +143,6 @@ def _orientation_and_dpi(exif: Mapping[int, Any]) -> tuple[int, tuple[float, flo
     orientation, unit, x, y = values
     scale = {2.0: 1.0, 3.0: 2.54}.get(unit, 0.0)  # inches, centimetres
     return int(orientation) if orientation in range(1, 9) else 1, plausible_dpi(x * scale, y * scale)
-
-
-def set_size(exif: Fields, width: int, height: int) -> None:
-    """Correct the size that an EXIF block repeats: it was given before the picture was turned upright."""
-    inner = exif.get(_EXIF_IFD, {})
-    inner.update({number: value for number, value in zip(_SIZE, (width, height), strict=True) if number in inner})
 
 
 def exif_block(fields: Fields) -> bytes:

@@ -11,8 +11,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..system.files import atomic_write
-from .decoding import read_picture
-from .first_picture import MAX_PIXELS
+from .decoding import MAX_PIXELS, read_picture
 from .metadata import exif_block
 from .picture import Picture
 from .png import write_png
@@ -84,8 +83,8 @@ def _losses(form: str, picture: Picture) -> list[str]:
     if metadata.icc is not None and (form == "BMP" or (form == "WEBP" and grey)):
         of_what = " for grey" if form == "WEBP" else ""
         losses.append(f"which holds no ICC profile{of_what}: colours may look different; .png keeps it")
-    if form != "PNG" and (chunks := metadata.special_colours()):
-        losses.append(f"which holds no {' and '.join(chunks)}: colours may look different; .png keeps them")
+    if form != "PNG" and (chunk := metadata.special_colour()):
+        losses.append(f"which holds no {chunk}: colours may look different; .png keeps it")
     if metadata.exif and (form == "BMP" or (form == "JPEG" and len(exif_block(metadata.exif)) > _LONGEST_EXIF)):
         losses.append("which holds no EXIF metadata of this length: left out; .png keeps them")
     return losses

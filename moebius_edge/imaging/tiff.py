@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
-from .first_picture import FirstPicture, Unreadable, check_scans
 from .metadata import Fields
 from .png import LEVEL
 
@@ -20,17 +20,17 @@ _PREDICTOR, _ROWS_PER_STRIP = 317, 278
 _STRIP_PLACES, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILE_PLACES, _TILE_BYTES = 273, 279, 322, 323, 324, 325
 _EXTRA_SAMPLES, _SAMPLE_FORMAT, _ICC = 338, 339, 34675
 _XMP_AND_IPTC = (700, 33723, 34377)
-_RAW, _JPEG, _DEFLATE = 1, 7, 8
+_RAW, _DEFLATE = 1, 8
 _MAX_PARTS = 1 << 17
 _BLOCK_BYTES = 1 << 20  # compressed at a time
 
 
-def check_tiff(first: FirstPicture, image: TiffImageFile) -> None:
-    """Fill in what Pillow's header of a TIFF says of its first page.
+def check_tiff(image: Image.Image, stream: BinaryIO) -> int:
+    """The bits of one sample in the first page, 8 for less.
 
-    Raises:
-        Unreadable: the file lacks pixels, is of a kind that would lose depth, or asks for too much work.
+    Raises ``ValueError`` where the file lacks pixels, is of a kind that would lose depth, or asks for too much work.
     """
+    assert isinstance(image, TiffImageFile)
     tags = image.tag_v2
 
     def values(tag: int, default: Sequence[int] = ()) -> tuple[int, ...]:
@@ -42,29 +42,27 @@ def check_tiff(first: FirstPicture, image: TiffImageFile) -> None:
     plain = tags.get(_PHOTOMETRIC) in (1, 2) and tags.get(_PLANAR, 1) == 1 and 1 not in values(_EXTRA_SAMPLES)
     if formats != {1} or (bits == {16} and not plain) or not bits <= {1, 2, 4, 8, 16}:
         kind = f"TIFF with {max(bits)}-bit samples of this kind"
-        raise Unreadable(f"{kind} is not supported, grey and RGB of 8 or 16 bits are")
-    first.bits, first.several = max(8, *bits), image.is_animated
-    first.xmp = any(tag in tags for tag in _XMP_AND_IPTC)
-    first.icc = tags.get(_ICC)
+        raise ValueError(f"{kind} is not supported, grey and RGB of 8 or 16 bits are")
     width, height = tags[_WIDTH], tags[_HEIGHT]
     part_width, part_height = tags.get(_TILE_WIDTH, width), tags.get(_TILE_HEIGHT, tags.get(_ROWS_PER_STRIP, height))
     if part_width * min(part_height, height) > max(1 << 24, 4 * width * height):
-        raise Unreadable(f"its tiles are {part_width}x{part_height}")
+        raise ValueError(f"its tiles are {part_width}x{part_height}")
     count = -(-width // part_width) * -(-height // part_height)
-    count *= tags.get(_SAMPLES, 1) if tags.get(_PLANAR, 1) == 2 else 1
     places, sizes = values(_STRIP_PLACES) or values(_TILE_PLACES), values(_STRIP_BYTES) or values(_TILE_BYTES)
-    length = first.file.seek(0, io.SEEK_END)
-    compression = tags.get(_COMPRESSION, _RAW)
+    length = stream.seek(0, io.SEEK_END)
+    ends = [place + size for place, size in zip(places, sizes, strict=False)]
     # Some of libtiff's decoders make up what is missing; of raw samples Pillow itself tells that they are cut off.
-    parts = [(p, n) for p, n in zip(places, sizes, strict=False) if compression == _RAW or p + n <= length]
-    if len(parts) < count and (sizes or count > 1):
-        raise Unreadable(f"it is truncated: {len(parts)} of {count} strips or tiles are there")
-    if count > _MAX_PARTS or (compression != _RAW and sum(size for _, size in parts) > length):
-        raise Unreadable(f"its {count} strips or tiles overlap, or are more than {_MAX_PARTS}")
-    if compression == _JPEG:
-        data = first.contents()
-        scans = sum(data[place : place + size].count(b"\xff\xda") for place, size in parts)
-        check_scans(scans, part_width * min(part_height, height))
+    if tags.get(_COMPRESSION, _RAW) != _RAW and (len(ends) < count or max(ends) > length):
+        raise ValueError("it is truncated: some of its strips or tiles are not there")
+    if count > _MAX_PARTS or (tags.get(_COMPRESSION, _RAW) != _RAW and sum(sizes) > length):
+        raise ValueError(f"its {count} strips or tiles overlap, or are more than {_MAX_PARTS}")
+    return max(8, *bits)
+
+
+def has_xmp(image: Image.Image) -> bool:
+    """Whether a file that Pillow has opened has XMP or IPTC metadata."""
+    tagged = isinstance(image, TiffImageFile) and any(tag in image.tag_v2 for tag in _XMP_AND_IPTC)
+    return tagged or "xmp" in image.info or "photoshop" in image.info
 
 
 def write_tiff(stream: BinaryIO, samples: np.ndarray, metadata: Fields | None = None, icc: bytes | None = None) -> None:

@@ -24,7 +24,6 @@ from ..checkpoints.weights_file import open_weights
 from ..errors import BundleError
 
 _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # of batch norms
-_OTHER_CONFIG = "the file is of another configuration: give the configuration it was trained with"
 
 Rename = Callable[[str], str]
 Note = Callable[[str], None]
@@ -93,30 +92,27 @@ def _file_beside(path: Path) -> Path:
 
 
 def _check_tensors(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    missing = [name for name in expected if name not in tensors]
-    if len(missing) == len(expected):
+    there = {name: (tensors[name], tensor) for name, tensor in expected.items() if name in tensors}
+    if not there:
         network = kind_of(expected) or "network"
         raise BundleError(f"{path} has tensors {some(tensors)}, none of a {network}", f"give a {network}'s weights")
-    unexpected = [name for name in tensors if name not in expected]
-    if missing or unexpected:
-        faults = {"missing": missing, "unexpected": unexpected}
-        listed = ", ".join(f"{fault} {some(names)}" for fault, names in faults.items() if names)
-        raise BundleError(f"{path} does not fit the network: tensors {listed}; {_OTHER_CONFIG}")
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if tensors[name].shape != tensor.shape
-    ]
-    if shapes:
-        raise BundleError(f"{path} does not fit the network: tensors of other shapes {some(shapes)}; {_OTHER_CONFIG}")
-    types = [
-        f"{name} of {str(tensors[name].dtype).removeprefix('torch.')}"
-        for name, tensor in expected.items()
-        if tensor.is_floating_point() and not tensors[name].is_floating_point()
-    ]
-    if types:
-        problem = f"{path} has whole numbers where weights belong, {some(types)}"
-        raise BundleError(problem, "give the weights before quantisation")
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of other shapes": [
+            f"{name} is {tuple(given.shape)}, expected {tuple(own.shape)}"
+            for name, (given, own) in there.items()
+            if given.shape != own.shape
+        ],
+        "of whole numbers": [
+            f"{name} of {str(given.dtype).removeprefix('torch.')}"
+            for name, (given, own) in there.items()
+            if own.is_floating_point() and not given.is_floating_point()
+        ],
+    }
+    if listed := ", ".join(f"{fault} {some(names)}" for fault, names in faults.items() if names):
+        problem = f"{path} does not fit the network: tensors {listed}; it is of another configuration or quantised"
+        raise BundleError(problem, "give the configuration it was trained with")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ diffusers inpainting pipeline. Files are read and written by ``imaging``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -175,25 +175,19 @@ class Inpainter:
             if filling.windows:
                 self._open()
             groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
-            calls = len(sampling.scheduler.timesteps)
-            shape = (1, self.bundle.latent_channels, self.bundle.latent_size, self.bundle.latent_size)
+            calls, done = len(sampling.scheduler.timesteps), 0
+
+            def report(step: Step) -> None:
+                if on_step is not None:
+                    on_step(replace(step, index=done * calls + step.index, total=len(groups) * calls))
+
             for done, group in enumerate(groups):
-
-                def report(step: Step, before: int = done * calls) -> None:
-                    if on_step is not None:
-                        on_step(replace(step, index=before + step.index, total=len(groups) * calls))
-
-                first = sum(map(len, groups[:done]))  # each window has its own noise
-                noise = np.concatenate([initial_noise(seed, first + i, shape) for i in range(len(group))])
+                first = sum(map(len, groups[:done]))
                 with timer.measure("preprocess"):
                     images, holes, starts = _views(filling, group, start)
+                    noise = self._noise(seed, range(first, first + len(group)))
                 filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
-                for window, seen, decoded in zip(group, holes, filled.images, strict=True):
-                    generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
-                    if on_window is not None:
-                        on_window(window, generated, seen)
-                    with timer.measure("stitch"):
-                        filling.paste(window, generated)
+                _paste(filling, group, holes, filled.images, on_window, timer)
         notes = [*picture.notes, *_notes(hole, sampling)]
         settings = {
             "start": start,
@@ -213,6 +207,11 @@ class Inpainter:
             "match_colours": match_colours,
         }
         return Result(replace(picture, pixels=filling.canvas), notes, settings)
+
+    def _noise(self, seed: int, windows: Iterable[int]) -> Floats:
+        """(B, C, h, w): each window, by its number, has its own noise."""
+        shape = (1, self.bundle.latent_channels, self.bundle.latent_size, self.bundle.latent_size)
+        return np.concatenate([initial_noise(seed, window, shape) for window in windows])
 
     def __call__(
         self,
@@ -288,6 +287,23 @@ def _views(filling: Filling, windows: Sequence[Window], start: str) -> tuple[Flo
     if start == "prefill":
         return images, holes, np.stack([_to_network(prefill(image, hole)) for image, hole in views])
     return images, holes, images if start == "image" else None
+
+
+def _paste(
+    filling: Filling,
+    windows: Sequence[Window],
+    holes: Mask,
+    images: Floats,
+    on_window: OnWindow | None,
+    timer: StageTimer,
+) -> None:
+    """Blend the decoded ``images`` (B, 3, R, R) in [-1, 1] of ``windows`` into the picture."""
+    for window, hole, decoded in zip(windows, holes, images, strict=True):
+        generated = decoded.transpose(1, 2, 0) / 2 + np.float32(0.5)
+        if on_window is not None:
+            on_window(window, generated, hole)
+        with timer.measure("stitch"):
+            filling.paste(window, generated)
 
 
 def _to_network(image: Floats) -> Floats:

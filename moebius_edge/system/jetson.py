@@ -14,11 +14,6 @@ from typing import Any
 from .machine import read_number, read_sizes, read_text
 
 ROOT = Path("/")
-# The release of L4T, which a board always knows, and the JetPack that belongs to it; its package may not be installed.
-JETPACK_OF_L4T = {
-    **{"36.3": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1", "36.5": "6.2.2"},
-    **{"38.2": "7.0", "38.4": "7.1", "39.2": "7.2"},
-}
 OLDEST_L4T = 36  # JetPack 6: the first with Python 3.10
 # A rule, not a measurement: the published model's files in float32 are 1.24 GB, and whoever builds an engine holds
 # the weights twice for a time, beside CUDA's own half gigabyte.
@@ -49,8 +44,8 @@ class Board:
 
     model: str
     l4t: str | None
-    jetpack: str | None
-    tensorrt: str | None  # the system's package
+    jetpack: str | None  # the system's packages
+    tensorrt: str | None
     tensorrt_bindings: bool  # its Python module, for the system's Python
     power_mode: int | None
     power_modes: dict[int, str]
@@ -91,7 +86,7 @@ def read_board(root: Path | None = None) -> Board | None:
     return Board(
         model=read_text(root / "proc/device-tree/model") or "Jetson",
         l4t=l4t,
-        jetpack=_numbers(packages.get("nvidia-jetpack") or packages.get("nvidia-jetpack-runtime")) or _jetpack(l4t),
+        jetpack=_numbers(packages.get("nvidia-jetpack") or packages.get("nvidia-jetpack-runtime")),
         tensorrt=_numbers(tensorrt),
         tensorrt_bindings=_BINDINGS in packages,
         power_mode=int(mode.group(1)) if mode else None,
@@ -112,7 +107,9 @@ def findings(board: Board) -> list[Finding]:
 def _system(board: Board) -> Finding | None:
     if board.l4t is None:
         return None
-    detail = f"L4T {board.l4t}, JetPack {board.jetpack or 'unknown'}, TensorRT {board.tensorrt or 'not installed'}"
+    detail = (
+        f"L4T {board.l4t}, JetPack {board.jetpack or 'not installed'}, TensorRT {board.tensorrt or 'not installed'}"
+    )
     if int(board.l4t.split(".")[0]) < OLDEST_L4T:
         return Finding("JetPack", False, f"{detail}: too old, its Python is below 3.10; flash JetPack 6 or newer")
     if board.tensorrt is None:
@@ -166,12 +163,6 @@ def _l4t(release: str | None) -> str | None:
     """``# R36 (release), REVISION: 4.3, GCID: ...`` -> ``36.4.3``."""
     match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release or "")
     return f"{match.group(1)}.{match.group(2)}" if match else None
-
-
-def _jetpack(l4t: str | None) -> str | None:
-    """By the longest release known that ``l4t`` begins with, in whole numbers."""
-    known = [r for r in JETPACK_OF_L4T if l4t is not None and f"{l4t}.".startswith(f"{r}.")]
-    return JETPACK_OF_L4T[max(known, key=len)] if known else None
 
 
 def _installed(status: Path) -> dict[str, str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from moebius_edge.errors import BundleError, MachineError, MoebiusError, UsageError
+from moebius_edge.system import files
 from moebius_edge.system.files import (
     atomic_directory,
     atomic_write,
@@ -197,17 +198,61 @@ def test_every_file_has_a_name_in_utf8(tmp_path: Path, path: bytes) -> None:
             assert (Path(name).parent / "beside").read_text() == "beside"
 
 
-def test_what_a_killed_process_left_is_removed_after_a_week(tmp_path: Path) -> None:
-    """But not what is younger, nor what is set aside while it is replaced, nor other hidden files."""
-    old = [".moebius-0123456789aa.png", ".moebius-0123456789ab.part", ".moebius-0123456789ac.old", ".moebius-mine.part"]
-    for name in [*old, "photo.png", ".moebius-0123456789ad.png"]:
-        (tmp_path / name).write_text("x")
-    (tmp_path / ".moebius-0123456789ae").symlink_to("photo.png")
-    for name in [*old, "photo.png", ".moebius-0123456789ae"]:
-        os.utime(tmp_path / name, (time.time() - 8 * 86_400,) * 2, follow_symlinks=False)
-    with atomic_write(tmp_path / "d.txt") as temporary:
-        temporary.write_text("new")
-    assert names(tmp_path) == sorted([*old[2:], "photo.png", ".moebius-0123456789ad.png", "d.txt"])
+HOLDER = """
+import sys
+from moebius_edge.system.files import atomic_directory, atomic_write
+with atomic_write(sys.argv[1] + "/a.txt") as file, atomic_directory(sys.argv[1] + "/b") as folder:
+    file.write_text("half")
+    (folder / "c").write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+WRITER = """
+import sys; from moebius_edge.system.files import atomic_write
+with atomic_write(sys.argv[1]) as file: file.write_text('new')
+"""
+
+
+def test_the_next_process_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """But not what a living one holds, nor what is set aside while it is replaced, nor other hidden files."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in holders:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    killed, living = holders
+    assert len(temporaries := names(tmp_path)) == 4
+    killed.kill()
+    killed.communicate()
+    assert names(tmp_path) == temporaries
+
+    others = [".moebius-0123456789ab.old", ".moebius-mine.part", ".moebius-0123456789abc", "photo.png"]
+    for name in others:
+        (tmp_path / name).write_text("stays")
+    (tmp_path / ".moebius-0123456789ab.part").symlink_to("photo.png")
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "d.txt")], check=True)
+    left = set(names(tmp_path)) - {*others, "d.txt", ".moebius-0123456789ab.part"}
+    assert len(left) == 2 and left < set(temporaries)
+    living.communicate("")
+    assert living.returncode == 0 and (tmp_path / "b" / "c").read_text() == (tmp_path / "a.txt").read_text() == "half"
+    assert left.isdisjoint(names(tmp_path))
+
+
+def test_a_temporary_that_is_taken_for_a_left_over_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may remove a folder between its making and its locking."""
+    lock, calls = files._lock, []
+
+    def late(path: Path) -> int | None:
+        calls.append(path)
+        if len(calls) == 1:
+            path.rmdir()
+        return lock(path)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with scratch_directory(tmp_path / "out") as folder:
+        assert folder.is_dir() and folder == calls[1]
+    assert names(tmp_path) == []
 
 
 def test_results_are_found_under_the_same_facts_alone(tmp_path: Path) -> None:

@@ -2,20 +2,20 @@
 
 Everything is written under a hidden temporary name beside its target and renamed at the end, so that an error, a full
 disk or Ctrl-C leaves neither half a file nor the temporary one. A process that is killed outright cannot clean up:
-what it left is removed once it is a week old, by the next process that writes into the same folder. Nothing is flushed
-to the platter: this guards against errors, not against power cuts.
+while it lives it holds a lock on each of its temporary files and folders, and the next process that writes into the
+same folder removes those that nobody holds. Nothing is flushed to the platter: this guards against errors, not against
+power cuts.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import os
 import re
 import secrets
 import shutil
-import time
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,9 +24,9 @@ from ..errors import BundleError, MachineError, UsageError
 
 _CHUNK = 4 << 20  # bytes read at a time when hashing; larger is no faster
 _NAME_BYTES = 255  # the longest name that most file systems take
-_LEFT_OVER_S = 7 * 86_400  # the age from which on nobody can be writing a temporary file any more
 _TEMPORARY = re.compile(r"\.moebius-[0-9a-f]{12}(\..*)?")
 _SET_ASIDE = ".old"  # the suffix of what is being replaced: if the process dies just then, it is the only copy
+_cleaned: set[str] = set()  # the folders in which this process has looked for what dead ones left
 
 # These can only come from writing, so they concern the output wherever in the caller's block they arise.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -176,17 +176,22 @@ def safe_join(root: str | os.PathLike[str], name: str) -> Path:
 
 @contextmanager
 def _temporary(shown: Path, target: Path, suffix: str, folder: bool = False) -> Iterator[Path]:
-    """A new file or folder beside ``target``; what is left of it is removed at the end.
+    """A new file or folder beside ``target``, locked by this process; what is left of it is removed at the end.
 
     An ``OSError`` that concerns our output becomes a ``MachineError`` that calls it ``shown``.
     """
     _remove_left_overs(target.parent)
-    temporary = _temporary_path(target, suffix)
+    temporary, lock = _temporary_path(target, suffix), None
     try:
-        if folder:
-            temporary.mkdir()
-        else:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        while True:
+            if folder:
+                temporary.mkdir()
+            else:
+                os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            with suppress(BlockingIOError):  # before the lock was set, another process took it for a left-over
+                lock = _lock(temporary)
+                break
+            temporary = _temporary_path(target, suffix)
         yield temporary
     except OSError as error:
         named = [os.fsdecode(f) for f in (error.filename, error.filename2) if isinstance(f, (str, bytes, os.PathLike))]
@@ -196,6 +201,8 @@ def _temporary(shown: Path, target: Path, suffix: str, folder: bool = False) -> 
         raise _write_error(error, shown, target.parent) from error
     finally:  # also on KeyboardInterrupt; after a rename there is nothing left to remove
         _remove(temporary)
+        if lock is not None:
+            os.close(lock)
 
 
 def _temporary_path(target: Path, suffix: str) -> Path:
@@ -203,22 +210,51 @@ def _temporary_path(target: Path, suffix: str) -> Path:
     return target.with_name(f".moebius-{secrets.token_hex(6)}{suffix}")
 
 
-@functools.cache
-def _remove_left_overs(folder: Path) -> None:
-    """Remove, once a process, the temporary files and folders in ``folder`` that are a week old.
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on a temporary file or folder until it is closed, by the kernel at the latest.
 
-    What was set aside stays, for it may be the only copy.
+    None where the file system has no locks. Raises ``BlockingIOError`` where another process holds the lock, or has
+    removed the path.
     """
+    if sys.platform == "win32":  # an open file could not be renamed there
+        return None
+    import fcntl
+
+    # Network file systems lock only what is open for writing; a folder cannot be, and is not locked there.
+    how = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = None
+    try:
+        descriptor = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.lstat(path)  # fails where the path was removed in between
+        return descriptor
+    except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise BlockingIOError(errno.EWOULDBLOCK, "held or removed by another process") from None
+        return None
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Remove, once a process, the temporary files and folders in ``folder`` that no living process holds."""
+    if os.fspath(folder) in _cleaned:
+        return
+    _cleaned.add(os.fspath(folder))
     with suppress(OSError):
-        for entry in os.scandir(folder):
-            left = _TEMPORARY.fullmatch(entry.name) and not entry.name.endswith(_SET_ASIDE)
-            if left and time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_OVER_S:
-                _remove(folder / entry.name)
+        paths = [folder / entry.name for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
+        for path in paths:
+            if path.suffix == _SET_ASIDE or path.is_symlink():
+                continue
+            with suppress(BlockingIOError):
+                if (lock := _lock(path)) is not None:
+                    _remove(path)
+                    os.close(lock)
 
 
 def _remove(path: Path) -> None:
     """Remove a temporary file or folder, if it is there and may be removed."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

@@ -2,10 +2,10 @@
 
     python -m examples.train_tiny.denoiser --vae runs/sharpened/vae --photos PHOTOS --output runs/denoiser --steps 20000
 
-Every sample has a new crop, flip and mask; each is encoded once and used with several noises. The branch says what the
-hole holds, background or an object (see objects.py), so that guidance has something to lead away from. The same
-command continues an interrupted training exactly. It writes ``student.safetensors``, ``student.json`` and ``vae/``,
-which ``moebius-edge export`` reads. The autoencoder in it gives every latent channel zero mean and unit deviation.
+Every sample has a new crop, flip and mask. The branch says what the hole holds, background or an object (see
+objects.py), so that guidance has something to lead away from. The same command continues an interrupted training
+exactly. It writes ``student.safetensors``, ``student.json`` and ``vae/``, which ``moebius-edge export`` reads. The
+autoencoder in it gives every latent channel zero mean and unit deviation.
 """
 
 from __future__ import annotations
@@ -25,21 +25,26 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moebius_edge.export.source import open_vae
 from moebius_edge.model import build_student
+from moebius_edge.spec import LATENT_CHANNELS
 from moebius_edge.system.files import atomic_write
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
-from moebius_edge.training.losses import Task
+from moebius_edge.training.losses import autocast, noise_loss
 from moebius_edge.training.networks import identity_start
-from moebius_edge.training.recipe import Recipe, RunOptions, preset_recipe, with_values
+from moebius_edge.training.noising import Batch, draw_noise, prompt_ids
+from moebius_edge.training.recipe import LossRecipe, Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
 from .data import NETWORK_SIDE, PictureMixture, list_photographs, open_cache, to_network
 from .objects import BranchSamples
 from .training import save_autoencoder
+
+SETTLING_PICTURES = 512  # that the batch norms' statistics are measured on at the end
 
 
 @torch.no_grad()
@@ -146,11 +151,10 @@ class HoleTask:
     def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(batch.sample.device, self.precision):
             predicted = model(batch.sample, batch.timestep, prompt_ids(self.prompts, batch.unconditional)).noise
-        weight = noise_weight(batch, self.recipe)
-        at_border = border_cells(batch.mask)
-        velocity = weight / (1 + (self.recipe.hole_weight - 1) * batch.mask)
-        weight = torch.where(at_border, self.border_weight * velocity, weight)
-        loss = noise_loss(predicted, batch.noise, weight)
+        weight = 1 + (self.recipe.hole_weight - 1) * batch.mask
+        weight = torch.where(border_cells(batch.mask), self.border_weight, weight)
+        velocity = (1 / batch.alpha_bar).clamp(max=self.recipe.velocity_limit)[:, None, None, None]
+        loss = noise_loss(predicted, batch.noise, weight * velocity)
         error = noise_loss(predicted.detach(), batch.noise, batch.mask) / batch.mask.mean()
         return loss, {"task": loss.detach(), "hole_error": error}
 
@@ -166,6 +170,33 @@ def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
     student = {} if latent_channels == LATENT_CHANNELS else {"latent_channels": latent_channels}
     values = {"seed": options.seed, "optimiser": optimiser, "student": student}
     return with_values(preset_recipe("tiny", "student"), values)
+
+
+def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: BranchSamples) -> BranchTrainer:
+    """Build the student and its trainer as the command line's ``options`` say, at the start of the training."""
+    accelerator = make_accelerator(options.device)
+    device = accelerator.device
+    recipe = recipe_of(options, vae.config["latent_channels"])
+    vae.to(device)
+    torch.manual_seed(recipe.seed)
+    network = build_student(recipe.student)
+    identity_start(network)
+    source: EncodedSamples | PooledSamples = EncodedSamples(vae, samples)
+    if device.type == "cpu":
+        source = PooledSamples(vae, samples, options.pool, options.reuse)
+    trainer = BranchTrainer(
+        recipe,
+        network.to(device),
+        build_student(recipe.student),
+        HoleTask(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision),
+        source,
+        options.output,
+        replace(RunOptions(), save_every=options.save_every, workers=options.workers),
+        accelerator,
+    )
+    if options.compile:
+        trainer.model = torch.compile(trainer.model)
+    return trainer
 
 
 def write_checkpoint(trainer: Trainer, vae: AutoencoderKL, folder: Path) -> None:
@@ -189,38 +220,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3, help="noises that each encoded picture is used with")
+    parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held on a CPU")
+    parser.add_argument("--reuse", type=int, default=8, help="noises that each of them is used with")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw samples; on a GPU use most cores")
+    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    if options.batch % options.repeats:
-        parser.error(f"--batch {options.batch} is no multiple of --repeats {options.repeats}")
+    if options.pool < PooledSamples.GROUP or options.pool % PooledSamples.GROUP:
+        parser.error(f"--pool {options.pool} is no multiple of {PooledSamples.GROUP}")
     cv2.setNumThreads(0)
     options.output.mkdir(parents=True, exist_ok=True)
     names = list_photographs(options.photos, options.exclude)
     cache = open_cache(options.cache or options.output / "photos.bin", options.photos, names)
-    accelerator = make_accelerator(options.device)
-    recipe = recipe_of(options)
-    mixture = PictureMixture(cache, recipe.seed)
-    vae = open_vae(options.vae)
+    mixture, vae = PictureMixture(cache, options.seed), open_vae(options.vae)
     settle_latents(vae, mixture)
-    vae = vae.to(accelerator.device)
-    torch.manual_seed(recipe.seed)
-    network = build_student(recipe.student)
-    identity_start(network)
-    objective = Task(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision)
-    source = EncodedSamples(vae, BranchSamples(mixture), options.repeats)
-    trainer = BranchTrainer(
-        recipe,
-        network.to(accelerator.device),
-        build_student(recipe.student),
-        objective,
-        source,
-        options.output,
-        replace(RunOptions(), save_every=options.save_every),
-        accelerator,
-    )
+    trainer = build_trainer(options, vae, BranchSamples(mixture))
     trainer.resume()
     for figures in trainer.run():
         if trainer.done % 100 == 0:

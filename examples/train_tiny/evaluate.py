@@ -4,9 +4,9 @@
     python -m examples.train_tiny.evaluate --bundle runs/bundle --photos PHOTOS/held-out --sheet sheet.png
 
 Fills are compared with the mean colour of the hole's border and with OpenCV's inpainting: Telea, Navier-Stokes, and
-where opencv-contrib-python is installed frequency-selective reconstruction (FSR) and shift-map. Each bundle is run with
-its defaults and with every combination of --start, --steps and --guidance; name several to compare, such as one with
-distilled guidance. The tables are Markdown. The perceptual distance is between the features of the encoder of
+with --contrib, which needs opencv-contrib-python, frequency-selective reconstruction and shift-map. Each bundle is run
+with its defaults and with every combination of --start, --steps and --guidance; name several to compare, such as one
+with distilled guidance. The tables are Markdown. The perceptual distance is between the features of the encoder of
 --features, by default the bundled model's. Without --photos, four photographs of scikit-image are used.
 """
 
@@ -17,7 +17,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import nn
 
 from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.bundle.manifest import resolved_components
+from moebius_edge.errors import MachineError
 from moebius_edge.export.source import open_vae
 from moebius_edge.imaging.classical import navier_stokes, telea
 from moebius_edge.metrics.fidelity import hole_psnr_db, hole_ssim
@@ -128,21 +129,29 @@ def flat_error(fills: Sequence[np.ndarray], cases: Sequence[Case]) -> float:
     return float(np.quantile(np.concatenate(errors), 0.99))
 
 
-def baselines() -> dict[str, Fill]:
-    """The fills without a network, by name; those of opencv-contrib-python where that is installed."""
+def baselines(contrib: bool = False) -> dict[str, Fill]:
+    """The fills without a network, by name; with ``contrib`` also those of opencv-contrib-python, which take seconds.
+
+    Raises MachineError if that is asked for and not installed.
+    """
     fills: dict[str, Fill] = {"border mean": border_mean, "Telea": telea, "Navier-Stokes": navier_stokes}
-    for name, algorithm in (("FSR", "INPAINT_FSR_FAST"), ("shift-map", "INPAINT_SHIFTMAP")):
-        if hasattr(cv2, "xphoto"):
-            fills[name] = partial(_xphoto, getattr(cv2.xphoto, algorithm))
+    if contrib:
+        xphoto: Any = vars(cv2).get("xphoto")
+        if xphoto is None:
+            raise MachineError(
+                "OpenCV lacks xphoto", "pip install opencv-contrib-python-headless in another environment"
+            )
+        fills["FSR"] = partial(_contributed, xphoto, xphoto.INPAINT_FSR_FAST)
+        fills["shift-map"] = partial(_contributed, xphoto, xphoto.INPAINT_SHIFTMAP)
     return fills
 
 
-def _xphoto(algorithm: int, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """OpenCV's contributed inpainting, which wants BGR and, for shift-map, Lab; its masks are 0 where to fill."""
-    lab = algorithm == cv2.xphoto.INPAINT_SHIFTMAP
+def _contributed(xphoto: Any, algorithm: int, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """OpenCV's contributed inpainting, which wants BGR or, for shift-map, Lab; its masks are 0 where to fill."""
+    lab = algorithm == xphoto.INPAINT_SHIFTMAP
     there, back = (cv2.COLOR_RGB2Lab, cv2.COLOR_Lab2RGB) if lab else (cv2.COLOR_RGB2BGR, cv2.COLOR_BGR2RGB)
     filled = np.zeros_like(image)
-    cv2.xphoto.inpaint(cv2.cvtColor(image, there), np.where(mask, 0, 255).astype(np.uint8), filled, algorithm)
+    xphoto.inpaint(cv2.cvtColor(image, there), np.where(mask, 0, 255).astype(np.uint8), filled, algorithm)
     return np.where(mask[..., None], cv2.cvtColor(filled, back), image)
 
 
@@ -152,26 +161,26 @@ def network_fills(inpainter: Inpainter, grid: Sequence[dict[str, Any]]) -> dict[
     A bundle with distilled guidance has one guidance, and takes no other.
     """
     distilled, defaults = inpainter.bundle.distilled_guidance is not None, inpainter.bundle.defaults
-    chosen = [defaults, *({**defaults, "strength": None, **settings} for settings in grid)]
     fills: dict[str, Fill] = {}
-    for settings in chosen:
+    for settings in (defaults, *({**defaults, "strength": None, **settings} for settings in grid)):
         if distilled:
             settings = {name: value for name, value in settings.items() if name != "guidance"}
         name = f"{settings['start']}, {settings['steps']} steps, guidance {settings.get('guidance', 'distilled')}"
         if settings.get("strength") is not None:
             name += f", strength {settings['strength']}"
 
-        def run(image: np.ndarray, mask: np.ndarray, settings: dict[str, Any] = settings) -> np.ndarray:
-            return np.asarray(inpainter.inpaint(image, mask, seed=0, **settings).image)
-
-        fills.setdefault(name, run)
+        fills.setdefault(name, partial(_network_fill, inpainter, settings))
     return fills
+
+
+def _network_fill(inpainter: Inpainter, settings: Mapping[str, Any], image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.asarray(inpainter.inpaint(image, mask, seed=0, **settings).image)
 
 
 def evaluate_fills(
     fills: dict[str, Fill], cases: Sequence[Case], distance: FeatureDistance, sheet: Path | None = None
 ) -> str:
-    """Fill all cases in each way, and return the tables of the figures, Markdown; ``sheet`` shows the first 24 cases."""
+    """Fill all cases in each way; return tables of the figures, in Markdown. ``sheet`` shows 24 cases."""
     flat = flat_cases(len(cases[0].mask))
     kinds = sorted({case.kind for case in cases})
     outputs: dict[str, list[np.ndarray]] = {}
@@ -221,7 +230,7 @@ def evaluate_bundles(options: argparse.Namespace) -> str:
         for start, steps, guidance in itertools.product(options.start, options.steps, options.guidance)
     ]
     with ExitStack() as stack:
-        fills = baselines()
+        fills = baselines(options.contrib)
         for bundle in options.bundle:
             inpainter = stack.enter_context(Inpainter(bundle))
             prefix = f"{Path(bundle).name}, " if len(options.bundle) > 1 else ""
@@ -258,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--start", nargs="+", default=["noise"], choices=("noise", "prefill", "image"))
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--contrib", action="store_true", help="compare with opencv-contrib-python's inpainting too")
     parser.add_argument("--features", type=Path, default=BUNDLED_VAE, help="autoencoder of the perceptual distance")
     parser.add_argument("--sheet", type=Path, help="file for a contact sheet")
     options = parser.parse_args(arguments)

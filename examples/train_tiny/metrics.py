@@ -161,7 +161,7 @@ class FeatureDistance:
         for block in self.encoder.down_blocks:
             features = block(features)
             first, second = F.normalize(features, dim=1).chunk(2)
-            weight = F.adaptive_avg_pool2d(mask, first.shape[-2:])
+            weight = F.adaptive_avg_pool2d(mask, (first.shape[-2], first.shape[-1]))
             squares = (first - second).square().sum(1, keepdim=True)
             distances.append(float((squares * weight).sum() / weight.sum()))
         return float(np.mean(distances))

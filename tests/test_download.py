@@ -135,7 +135,9 @@ def test_the_weights_of_the_perceptual_distance(hub: Hub, tmp_path: Path, capsys
     assert "non-commercial" in err and "elatentlpips" in out.splitlines()[-1]
 
 
-def test_what_is_missing_or_altered_is_refused(hub: Hub, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_or_altered_is_refused(
+    hub: Hub, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = "pretrained, places2, celebahq, ffhq, teacher, elatentlpips"
     message = f"unknown model 'imagenet': choose one of {known} ('tiny' comes"
     refused(capsys, 2, message, "download", "imagenet")

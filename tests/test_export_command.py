@@ -237,7 +237,9 @@ def test_int8_defaults_and_json(work: Work, tmp_path: Path, capsys: Captured) ->
     assert document["notes"] == ["a note on the pictures"]
 
 
-def test_a_checkpoint_is_exported_in_float32_first(work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_in_float32_first(
+    work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     weights, out = tmp_path / "weights" / "w.bin", tmp_path / "out"
     source = SimpleNamespace(checkpoint=weights, vae=tmp_path / "vae", config=None)
     monkeypatch.setattr(exporter_module, "find_source", lambda *paths: source)

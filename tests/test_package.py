@@ -98,7 +98,9 @@ def test_wheel_is_importable_without_the_checkout(wheel: Path, tmp_path: Path) -
         "    print(importlib.import_module('moebius_edge' + name).__file__)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     package = site / "moebius_edge"
     expected = [package / "__init__.py", *(package / f / "__init__.py" for f in ("calibration", "export", "runtimes"))]

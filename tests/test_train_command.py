@@ -66,7 +66,9 @@ def test_a_missing_package_is_named(
     refused(capsys, 3, install, "train", "-o", tmp_path / "run", "--images", tmp_path)
 
 
-def test_an_interruption_says_how_to_go_on(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_says_how_to_go_on(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*given: Any) -> Path:
         raise KeyboardInterrupt
 

@@ -65,7 +65,7 @@ def trained_teacher(folder: Path) -> Path:
     return train_stage(recipe, stage_inputs(), folder, OPTIONS)
 
 
-def small_vae(seed: int = 0, scaling_factor: float = 1.0) -> AutoencoderKL:
+def small_vae(seed: int = 0, scaling_factor: float = 1.0, channels: int = 4) -> AutoencoderKL:
     """An autoencoder of random weights with four levels of eight channels."""
     torch.manual_seed(seed)
     return AutoencoderKL(
@@ -73,7 +73,7 @@ def small_vae(seed: int = 0, scaling_factor: float = 1.0) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         scaling_factor=scaling_factor,
     ).eval()

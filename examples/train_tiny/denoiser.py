@@ -2,10 +2,10 @@
 
     python -m examples.train_tiny.denoiser --vae runs/sharpened/vae --photos PHOTOS --output runs/denoiser --steps 20000
 
-Every sample has a new crop, flip and mask; each is encoded once and used with several noises. The branch says what the
-hole holds, background or an object (see objects.py), so that guidance has something to lead away from. The same
-command continues an interrupted training exactly. It writes ``student.safetensors``, ``student.json`` and ``vae/``,
-which ``moebius-edge export`` reads. The autoencoder in it gives every latent channel zero mean and unit deviation.
+Every sample has a new crop, flip and mask. The branch says what the hole holds, background or an object (see
+objects.py), so that guidance has something to lead away from. The same command continues an interrupted training
+exactly. It writes ``student.safetensors``, ``student.json`` and ``vae/``, which ``moebius-edge export`` reads. The
+autoencoder in it gives every latent channel zero mean and unit deviation.
 """
 
 from __future__ import annotations
@@ -25,21 +25,26 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moebius_edge.export.source import open_vae
 from moebius_edge.model import build_student
+from moebius_edge.spec import LATENT_CHANNELS
 from moebius_edge.system.files import atomic_write
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
-from moebius_edge.training.losses import Task
+from moebius_edge.training.losses import autocast, noise_loss
 from moebius_edge.training.networks import identity_start
-from moebius_edge.training.recipe import Recipe, RunOptions, preset_recipe, with_values
+from moebius_edge.training.noising import Batch, draw_noise, prompt_ids
+from moebius_edge.training.recipe import LossRecipe, Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
 from .data import NETWORK_SIDE, PictureMixture, list_photographs, open_cache, to_network
 from .objects import BranchSamples
 from .training import save_autoencoder
+
+SETTLING_PICTURES = 512  # that the batch norms' statistics are measured on at the end
 
 
 @torch.no_grad()
@@ -63,41 +68,135 @@ def settle_latents(vae: AutoencoderKL, mixture: PictureMixture, count: int = 48)
 
 
 class EncodedSamples:
-    """A source for the trainer: pictures with mask and branch, encoded as they are drawn.
+    """A source for the trainer: pictures with mask and branch, encoded as they are used. For a GPU, which is quick."""
 
-    ``repeats`` consecutive samples are the same picture and mask, each with a noise and timestep of its own: encoding
-    costs as much as the denoiser's step. The batch has to be a multiple of it.
-    """
-
-    def __init__(self, vae: AutoencoderKL, samples: BranchSamples, repeats: int) -> None:
-        self.vae, self.samples, self.repeats = vae, samples, repeats
+    def __init__(self, vae: AutoencoderKL, samples: BranchSamples) -> None:
+        self.vae, self.samples = vae, samples
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """uint8 RGB (S, S, 3), bool (S, S) and the branch; ``rng`` is left to the noise."""
-        picture, mask, branch = self.samples(number // self.repeats)
-        return picture, mask, np.asarray(branch, np.int64)
+        """uint8 RGB (S, S, 3), bool (1, S, S) and the branch; ``rng`` is left to the noise."""
+        picture, mask, branch = self.samples(number)
+        return picture, mask[None], np.asarray(branch, np.int64)
 
     def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean and masked latents (N, 4, h, w) and the mask (N, 1, h, w)."""
-        pictures, masks = (column[:: self.repeats].cpu().numpy() for column in drawn[:2])
-        clean, masked, mask = (
-            part.repeat_interleave(self.repeats, 0) for part in encode_batch(self.vae, pictures, masks[:, None])
-        )
+        """Clean and masked latents (N, C, h, w) and the mask (N, 1, h, w)."""
+        clean, masked, mask = encode_batch(self.vae, *(part.cpu().numpy() for part in drawn))
         return clean, masked[:, 0], mask
 
 
+class PooledSamples:
+    """A source for the trainer on a CPU: samples come from a rolling pool of encoded ones, of ``size``.
+
+    Encoding costs half as much as the denoiser's step. Each sample stays in the pool while ``size * reuse`` are drawn,
+    so it is used ``reuse`` times, each with its own noise and timestep, and seldom twice in a batch. Which sample is
+    drawn depends on the number alone: a resumed training encodes the same ones again. The trainer draws in a process
+    of its own, which holds the pool and encodes beside the training where there is a second core.
+    """
+
+    GROUP = 8  # samples that are encoded together
+
+    def __init__(self, vae: AutoencoderKL, samples: BranchSamples, size: int = 1024, reuse: int = 8) -> None:
+        self.vae, self.samples, self.size, self.reuse = vae, samples, size, reuse
+        self._groups: dict[int, tuple[int, list[np.ndarray]]] = {}  # by place in the pool: a group's number and arrays
+
+    def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Clean and masked latent (C, h, w), mask (1, h, w), float32, and the branch."""
+        oldest = number // self.reuse // self.GROUP * self.GROUP
+        group, row = divmod(oldest + int(rng.integers(self.size)), self.GROUP)
+        place = group % (self.size // self.GROUP)
+        if self._groups.get(place, (-1,))[0] != group:
+            self._groups[place] = group, self._encoded(group)
+        *latents, branch = (column[row] for column in self._groups[place][1])
+        return (*(array.astype(np.float32) for array in latents), branch)
+
+    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        clean, masked, mask = drawn
+        return clean, masked, mask
+
+    def _encoded(self, group: int) -> list[np.ndarray]:
+        drawn = [self.samples(number) for number in range(group * self.GROUP, (group + 1) * self.GROUP)]
+        pictures, masks, branches = (np.stack(column) for column in zip(*drawn, strict=True))
+        clean, masked, mask = encode_batch(self.vae, pictures, masks[:, None])
+        return [clean.half().numpy(), masked[:, 0].half().numpy(), mask.half().numpy(), branches]
+
+
 class BranchTrainer(Trainer):
-    """The trainer, with the branch that belongs to each sample instead of one that is drawn at random."""
+    """The trainer, with noise of the autoencoder's channels and with the branch that belongs to each sample."""
+
+    source: EncodedSamples | PooledSamples
 
     def draw(self, number: int, seed: int | None = None) -> tuple[Any, ...]:
-        picture, mask, branch, noise, timestep, _ = super().draw(number, seed)
-        return picture, mask, noise, timestep, branch
+        rng = np.random.default_rng([self.recipe.seed if seed is None else seed, number])
+        if seed is not None:  # what no step trains on has its own noise; pictures far from the pool would cost much
+            number %= SETTLING_PICTURES
+        *sample, branch = self.source.draw(number, rng)
+        channels, side = self.source.vae.config["latent_channels"], self.recipe.student.latent_size
+        batch = self.recipe.optimiser.batch
+        noise, timestep, _ = draw_noise(rng, (channels, side, side), number % batch, batch, self.recipe.noise)
+        return (*sample, noise, timestep, branch)
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """Return the preset ``tiny``: the task alone, weighed as predicting the velocity would, the hole five times."""
+class HoleTask:
+    """Predicting the true noise: the trainer's objective.
+
+    A known cell counts once, a cell of the hole five times, and one at the hole's border, on either side, eight times.
+    Whatever is predicted for the known region is thrown away, but for the cells that the decoder mixes into the hole;
+    and a wrong colour next to the border is what makes a fill look like a patch. Timesteps are weighed as predicting
+    the velocity would, or the early ones, which decide the colours, would hardly count.
+    """
+
+    def __init__(self, recipe: LossRecipe, num_prompts: int, precision: str, border_weight: float = 8.0) -> None:
+        self.recipe, self.prompts, self.precision, self.border_weight = recipe, num_prompts, precision, border_weight
+
+    def __call__(self, model: nn.Module, batch: Batch, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(batch.sample.device, self.precision):
+            predicted = model(batch.sample, batch.timestep, prompt_ids(self.prompts, batch.unconditional)).noise
+        weight = 1 + (self.recipe.hole_weight - 1) * batch.mask
+        weight = torch.where(border_cells(batch.mask), self.border_weight, weight)
+        velocity = (1 / batch.alpha_bar).clamp(max=self.recipe.velocity_limit)[:, None, None, None]
+        loss = noise_loss(predicted, batch.noise, weight * velocity)
+        error = noise_loss(predicted.detach(), batch.noise, batch.mask) / batch.mask.mean()
+        return loss, {"task": loss.detach(), "hole_error": error}
+
+
+def border_cells(mask: Tensor) -> Tensor:
+    """The cells on either side of the hole's border, bool (N, 1, h, w), from a mask of 0 and 1."""
+    return (F.max_pool2d(mask, 3, 1, 1) + F.max_pool2d(1 - mask, 3, 1, 1)) > 1.5
+
+
+def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
+    """Return the preset ``tiny``, with the student's channels those of the autoencoder."""
     optimiser = {"steps": options.steps, "batch": options.batch, "ema_decay": 0.999}
-    return with_values(preset_recipe("tiny", "student"), {"seed": options.seed, "optimiser": optimiser})
+    student = {} if latent_channels == LATENT_CHANNELS else {"latent_channels": latent_channels}
+    values = {"seed": options.seed, "optimiser": optimiser, "student": student}
+    return with_values(preset_recipe("tiny", "student"), values)
+
+
+def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: BranchSamples) -> BranchTrainer:
+    """Build the student and its trainer as the command line's ``options`` say, at the start of the training."""
+    accelerator = make_accelerator(options.device)
+    device = accelerator.device
+    recipe = recipe_of(options, vae.config["latent_channels"])
+    vae.to(device)
+    torch.manual_seed(recipe.seed)
+    network = build_student(recipe.student)
+    identity_start(network)
+    source: EncodedSamples | PooledSamples = EncodedSamples(vae, samples)
+    if device.type == "cpu":
+        source = PooledSamples(vae, samples, options.pool, options.reuse)
+    trainer = BranchTrainer(
+        recipe,
+        network.to(device),
+        build_student(recipe.student),
+        HoleTask(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision),
+        source,
+        options.output,
+        replace(RunOptions(), save_every=options.save_every, workers=options.workers),
+        accelerator,
+    )
+    if options.compile:
+        trainer.model = torch.compile(trainer.model)
+    return trainer
 
 
 def write_checkpoint(trainer: Trainer, vae: AutoencoderKL, folder: Path) -> None:
@@ -121,38 +220,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3, help="noises that each encoded picture is used with")
+    parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held on a CPU")
+    parser.add_argument("--reuse", type=int, default=8, help="noises that each of them is used with")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw samples; on a GPU use most cores")
+    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    if options.batch % options.repeats:
-        parser.error(f"--batch {options.batch} is no multiple of --repeats {options.repeats}")
+    if options.pool < PooledSamples.GROUP or options.pool % PooledSamples.GROUP:
+        parser.error(f"--pool {options.pool} is no multiple of {PooledSamples.GROUP}")
     cv2.setNumThreads(0)
     options.output.mkdir(parents=True, exist_ok=True)
     names = list_photographs(options.photos, options.exclude)
     cache = open_cache(options.cache or options.output / "photos.bin", options.photos, names)
-    accelerator = make_accelerator(options.device)
-    recipe = recipe_of(options)
-    mixture = PictureMixture(cache, recipe.seed)
-    vae = open_vae(options.vae)
+    mixture, vae = PictureMixture(cache, options.seed), open_vae(options.vae)
     settle_latents(vae, mixture)
-    vae = vae.to(accelerator.device)
-    torch.manual_seed(recipe.seed)
-    network = build_student(recipe.student)
-    identity_start(network)
-    objective = Task(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision)
-    source = EncodedSamples(vae, BranchSamples(mixture), options.repeats)
-    trainer = BranchTrainer(
-        recipe,
-        network.to(accelerator.device),
-        build_student(recipe.student),
-        objective,
-        source,
-        options.output,
-        replace(RunOptions(), save_every=options.save_every),
-        accelerator,
-    )
+    trainer = build_trainer(options, vae, BranchSamples(mixture))
     trainer.resume()
     for figures in trainer.run():
         if trainer.done % 100 == 0:

@@ -1,4 +1,8 @@
-"""How faithfully an autoencoder returns pictures: PSNR, flat colours, texture, and the mesh of the latent grid."""
+"""How faithfully an autoencoder returns pictures, and how a fill compares with what was in the hole.
+
+For the autoencoder: PSNR, flat colours, texture, and the mesh of the latent grid. For fills: texture, specks, and a
+distance between features.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,14 @@ from itertools import product
 
 import cv2
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
 
 CELL = 8  # pixels that one latent cell covers, along each side
+SPECK_LEVELS = 24  # of 255, by which a speck lies outside the colours of its hole's surroundings
+SURROUNDINGS = 32  # pixels round the hole that are its surroundings
 HALF_WIDTH = 3  # frequency bins to each side of a mesh frequency that count as belonging to it
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]  # uint8 RGB (H, W, 3) to the same
@@ -107,3 +117,51 @@ def evaluate(
         "flat_error_99": float(flat[:, 1].max()),
         "flat_error_99_median": float(np.median(flat[:, 1])),
     }
+
+
+def hole_texture_ratio(result: np.ndarray, original: np.ndarray, mask: np.ndarray) -> float:
+    """Variance of the Laplacian in the hole over that of the original there; uint8 RGB (H, W, 3), bool (H, W).
+
+    NaN where the original is flat: there is no texture to reach.
+    """
+    first, second = (
+        cv2.Laplacian(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY).astype(np.float32), cv2.CV_32F)[mask].var()
+        for p in (result, original)
+    )
+    return float(first / second) if second > 1 else float("nan")
+
+
+def speck_share(result: np.ndarray, mask: np.ndarray) -> float:
+    """The share of the hole's pixels that lie outside the colours round the hole by more than ``SPECK_LEVELS``.
+
+    Those colours are, for each channel, all from the darkest to the brightest within ``SURROUNDINGS`` pixels.
+    """
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 3)
+    ring = result[(distance > 0) & (distance <= SURROUNDINGS)].astype(int)
+    hole = result[mask].astype(int)
+    outside = (hole < ring.min(0) - SPECK_LEVELS) | (hole > ring.max(0) + SPECK_LEVELS)
+    return float(outside.any(1).mean())
+
+
+class FeatureDistance:
+    """A perceptual distance that needs no download: between the features of an autoencoder's encoder.
+
+    As LPIPS without its learned weights (Zhang et al., arXiv 1801.03924, equation 1): at every level the features are
+    brought to unit length at each position, and their squared differences are averaged over the hole, then the levels.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.encoder = vae.encoder.float().eval()
+
+    @torch.no_grad()
+    def __call__(self, result: Tensor, original: Tensor, mask: Tensor) -> float:
+        """Pictures (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) of 0 and 1."""
+        features = self.encoder.conv_in(torch.cat([result, original]))
+        distances = []
+        for block in self.encoder.down_blocks:
+            features = block(features)
+            first, second = F.normalize(features, dim=1).chunk(2)
+            weight = F.adaptive_avg_pool2d(mask, (first.shape[-2], first.shape[-1]))
+            squares = (first - second).square().sum(1, keepdim=True)
+            distances.append(float((squares * weight).sum() / weight.sum()))
+        return float(np.mean(distances))

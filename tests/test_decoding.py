@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import struct
 import time
 import zlib
@@ -95,7 +96,37 @@ def test_tiff_of_any_layout(tmp_path: Path, kind: str, dtype: type) -> None:
         np.testing.assert_array_equal(read_picture(tmp_path / "a.tif").pixels, array)
 
 
-# Parts of pictures
+# Whole pictures whose end is not marked, and parts of pictures whose end is
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("RGB", {}), ("L", {}), ("CMYK", {}), ("RGB", {"restart_marker_rows": 1})]
+)
+def test_jpeg_without_an_end(tmp_path: Path, mode: str, options: dict) -> None:
+    whole = encoded(Image.fromarray(photo()).convert(mode), "JPEG", **options)
+    expected, unmarked = read(tmp_path, whole), read(tmp_path, whole[:-2])
+    np.testing.assert_array_equal(unmarked.pixels, expected.pixels)
+    assert f"{tmp_path}/picture lacks the mark that ends a JPEG file: its pixels are all there" in unmarked.notes
+    for missing in (12, 40, len(whole) // 3, len(whole) // 2):
+        with pytest.raises(UsageError, match="truncated"):
+            read(tmp_path, whole[:-missing])
+
+
+def test_a_progressive_jpeg_without_an_end_may_lack_scans(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="truncated"):
+        read(tmp_path, encoded(Image.fromarray(photo()), "JPEG", progressive=True)[:-2])
+
+
+def test_jpeg_with_an_end_but_without_its_last_rows(tmp_path: Path) -> None:
+    whole = encoded(Image.fromarray(photo(), "RGB"), "JPEG")
+    for share in (0.5, 0.8, 0.95):
+        with pytest.raises(UsageError, match="cannot read picture .*: it is truncated: copy or save it again"):
+            read(tmp_path, whole[: int(len(whole) * share)] + b"\xff\xd9")
+
+
+def test_a_flat_jpeg_is_whole(tmp_path: Path) -> None:
+    for mode, size, progressive in itertools.product(("RGB", "L"), ((64, 64), (7, 5), (200, 3)), (False, True)):
+        assert read(tmp_path, encoded(flat(*size, mode), "JPEG", progressive=progressive)).size == size
 
 
 CODED = {

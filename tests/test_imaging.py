@@ -184,7 +184,9 @@ def test_cmyk_is_converted_with_a_note(tmp_path: Path) -> None:
     picture = read_picture(tmp_path / "a.jpg")
     assert picture.pixels.shape == (6, 8, 3) and picture.metadata.icc is None
     assert picture.pixels[3, 3, 0] > 240 and picture.pixels[3, 3, 1:].max() < 15
-    assert picture.notes == (f"{tmp_path}/a.jpg is CMYK: converted to RGB without its profile, so colours may shift",)
+    assert picture.notes == (
+        f"{tmp_path}/a.jpg is CMYK: converted to sRGB without its profile, which is damaged or not for CMYK",
+    )
 
 
 def test_a_profile_that_does_not_fit_is_left_out_with_a_note(tmp_path: Path) -> None:

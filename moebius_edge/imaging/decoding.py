@@ -12,15 +12,15 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 
 from ..errors import MachineError, MoebiusError, UsageError
 from .metadata import Metadata, is_profile, plausible_dpi, read_exif
@@ -53,6 +53,9 @@ _MAX_SCANNED_PIXELS = 1_500_000_000  # pixels times scans, where there are more 
 _MAX_SEGMENTS = 10_000  # of a JPEG
 # A marker of a JPEG: none of the bytes that stand in coded data, which are stuffing (0) and restarts (D0 to D7).
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+_JPEG_END = b"\xff\xd9"
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)  # the frames whose pixels are spread over scans
+_NOISE = bytes((73 * i + i // 7) % 251 for i in range(4096))  # decodes to anything but a blank
 _MAX_JUNK = 256  # bytes between two segments of a JPEG's header
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La"), "L"),
@@ -60,6 +63,7 @@ _PLAIN_MODES = {
 }
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths of the second header, one for each version of the format
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damage would go to stderr
+Convert = Callable[[Image.Image], Image.Image]
 _process_state = threading.Lock()  # held while Pillow's limit or stderr is changed
 
 
@@ -82,7 +86,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
     Grey stays grey and 16 bits stay 16, but AVIF, and JPEG 2000 in colour, are read at 8 bits. Palettes become RGB, a
-    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes RGB, without its profile, and of several frames the
+    transparent colour becomes alpha, 1 bit becomes 8. CMYK becomes sRGB by its profile, and of several frames the
     first is read: these two leave a note. With ``contents`` they are read in place of a file, as from a
     member of an archive, and ``path`` is their name in errors.
 
@@ -92,23 +96,31 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
     """
     with _opened(Path(path), contents) as (stream, form):
         png = read_png(stream) if form == "PNG" else None
-        scans = _count_scans(stream) if form == "JPEG" else 1
-        image = _header(stream if png is None else png.file, form)
+        jpeg = _scan_jpeg(stream) if form == "JPEG" else None
+        scans = jpeg.scans if jpeg else 1
+        file = png.file if png else stream if jpeg is None or jpeg.marked else io.BytesIO(jpeg.coded + _JPEG_END)
+        image = _header(file, form)
         bits = png.bits if png else check_tiff(image, stream) if form == "TIFF" else 8
         _check_size(path, image, form, bits, scans)
+        # A Huffman code takes a bit or more for a block of the finest component: 8x8 pixels, of a quarter of them.
+        if jpeg is not None and image.width * image.height > 8 * 256 * len(jpeg.coded) + (1 << 16):
+            raise ValueError("it is truncated")
         exif, orientation, exif_dpi, sound = read_exif(image, png.chunks.get(b"eXIf") if png else None)
         icc = png.icc() if png else image.info.get("icc_profile")
         several = png.animated if png else form != "JPEG" and getattr(image, "is_animated", False)
         xmp = png.xmp if png else has_xmp(image)
         sentences = {
             "has more frames or pages than one: only the first is used": several,
-            "is CMYK: converted to RGB without its profile, so colours may shift": image.mode == "CMYK",
+            "lacks the mark that ends a JPEG file: its pixels are all there": jpeg is not None and not jpeg.marked,
             "has damaged EXIF metadata: what could not be read of them is left out": not sound,
             "has XMP or IPTC metadata, which may hold a small copy of the picture: left out": xmp,
         }
         notes = [sentence for sentence, applies in sentences.items() if applies]
-        file = png.file if png else stream
-        samples = _decode16(file, len(image.getbands())) if bits == 16 else _decode8(image, form)
+        cmyk, how = _cmyk_to_srgb(image) if image.mode == "CMYK" else (None, "")
+        notes += [f"is CMYK: converted to sRGB {how}"] if how else []
+        samples = _decode16(file, len(image.getbands())) if bits == 16 else _decode8(image, form, cmyk)
+        if jpeg is not None and not _is_complete(jpeg, image):
+            raise ValueError("it is truncated")
         turn = 1 if form == "TIFF" else orientation  # both decoders turn a TIFF upright
         samples = upright(samples, turn)
         indices = upright(np.asarray(image), turn) if image.mode == "P" else None
@@ -203,22 +215,67 @@ def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: i
         raise UsageError(f"picture {path} is {size}: at most {most / 1e6:.0f}{of_what} are read: scale it down first")
 
 
-def _count_scans(stream: BinaryIO) -> int:
-    """The scans of the first picture in a JPEG file; those that cameras append are previews and depth maps.
+class _Jpeg(NamedTuple):
+    """The first picture of a JPEG file up to the mark of its end, and whether that is there."""
 
-    Raises ``ValueError`` for a header whose reading would not end.
+    scans: int
+    coded: bytes
+    marked: bool
+
+
+def _scan_jpeg(stream: BinaryIO) -> _Jpeg:
+    """The first picture in a JPEG file; those that cameras append are previews and depth maps.
+
+    Raises ``ValueError`` for a header whose reading would not end, and for scans of which the last may be missing.
     """
     stream.seek(0)
-    data, at, scans = stream.read(), 2, 0
+    data, at, scans, progressive = stream.read(), 2, 0, False
     for _ in range(_MAX_SEGMENTS):
         marker = _MARKER.search(data, at, len(data) if scans else at + _MAX_JUNK)
         if marker is None and scans == 0:
             raise ValueError("its header is damaged")
+        if marker is None and progressive:
+            raise ValueError("it is truncated")
         if marker is None or (code := data[marker.end() - 1]) == 0xD9:  # the end of the picture
-            return scans
-        scans += code == 0xDA
+            return _Jpeg(scans, data[: marker.start() if marker else len(data)], marker is not None)
+        scans, progressive = scans + (code == 0xDA), progressive or code in _PROGRESSIVE
         at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     raise ValueError(f"it has more than {_MAX_SEGMENTS} segments")
+
+
+def _is_complete(jpeg: _Jpeg, image: Image.Image) -> bool:
+    """Whether a JPEG, decoded in ``image``, has all of its pixels: libjpeg makes up those that are missing.
+
+    If none is missing, what follows the coded data makes no difference. Where the end is marked, this is tried only if
+    the last block of pixels is blank, as made up ones are, and not in a progressive file, which lacks mere detail.
+    """
+    width, height = image.size
+    # The last block is up to 16 pixels wide, but for an edge that its neighbours' colours may run into.
+    left, top = (min(side - 1, (side - 1) // 16 * 16 + 2) for side in (width, height))
+    corner = np.asarray(image.crop((left, top, width, height)))
+    if jpeg.marked and ((corner != corner[-1, -1]).any() or "progressive" in image.info):
+        return True
+    other = _header(io.BytesIO(jpeg.coded + _NOISE + _JPEG_END), "JPEG")
+    areas = [(0, top, width, end) for top, end in _bands(width, height)]
+    return all(np.array_equal(np.asarray(image.crop(area)), np.asarray(other.crop(area))) for area in areas)
+
+
+def _bands(width: int, height: int) -> list[tuple[int, int]]:
+    """(first row, row after the last) of parts of a picture: Pillow makes two copies of what is asked of it."""
+    step = max(1, _COPIED_PIXELS // width)
+    return [(top, min(top + step, height)) for top in range(0, height, step)]
+
+
+def _cmyk_to_srgb(image: Image.Image) -> tuple[Convert, str]:
+    """A conversion of parts of a CMYK picture by its profile, if that can be used, and the words for a note."""
+    profile = image.info.get("icc_profile")
+    if profile and is_profile(profile, b"CMYK"):
+        with suppress(ImageCms.PyCMSError):
+            srgb = ImageCms.createProfile("sRGB")
+            transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, "CMYK", "RGB")
+            return transform.apply, "by its profile"
+    how = "without a profile" if not profile else "without its profile, which is damaged or not for CMYK"
+    return lambda part: part.convert("RGB"), how
 
 
 @contextmanager
@@ -256,8 +313,8 @@ def _decode16(stream: BinaryIO, channels: int) -> np.ndarray:
     return np.ascontiguousarray(samples[..., :channels])
 
 
-def _decode8(image: Image.Image, form: str) -> np.ndarray:
-    """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's."""
+def _decode8(image: Image.Image, form: str, cmyk: Convert | None) -> np.ndarray:
+    """Samples (H, W, 1 to 4) as stored, uint8; of grey JPEG 2000 as deep as the file's; of CMYK as ``cmyk`` has it."""
     with _silent_decoders() if form == "TIFF" else nullcontext():
         image.load()
     if image.mode == "I;16":
@@ -267,11 +324,10 @@ def _decode8(image: Image.Image, form: str) -> np.ndarray:
     mode = _PLAIN_MODES[image.mode] + ("A" if image.has_transparency_data else "")
     width, height = image.size
     samples = np.empty((height, width, len(mode)), np.uint8)
-    step = max(1, _COPIED_PIXELS // width)  # of all rows together Pillow would make two copies
-    for top in range(0, height, step):
-        rows = image.crop((0, top, width, min(top + step, height)))
-        rows = rows if rows.mode == mode else rows.convert(mode)
-        samples[top : top + rows.height] = np.asarray(rows).reshape(rows.height, width, -1)
+    for top, end in _bands(width, height):
+        rows = image.crop((0, top, width, end))
+        rows = cmyk(rows) if cmyk else rows if rows.mode == mode else rows.convert(mode)
+        samples[top:end] = np.asarray(rows).reshape(end - top, width, -1)
     return samples
 
 

@@ -9,7 +9,7 @@ then run with a rounding after each operator, and one that is not good enough st
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..bundle.manifest import ComponentPrecision
+from ..data.calibration_pictures import square
+from ..data.sources import open_pictures
 from ..errors import BundleError
-from ..metrics.fidelity import psnr_db
+from ..metrics.fidelity import planes, psnr_db
 from ..metrics.trajectory import SEED, draw_scene
 from ..progress import Progress
 from ..runtimes.providers import quiet_options
@@ -32,7 +34,8 @@ Feeds = Mapping[str, np.ndarray]
 
 AUTOENCODER = ("vae_encoder", "vae_decoder")
 MARGIN = 8.0  # how many times what was recorded must fit into FP16: other pictures reach further
-_DRAWN_SCENES = 2
+_DRAWN_SCENES = 2  # each whole and with a hole
+_PICTURES = 16
 # Operators that multiply their first input by constant weights, and those that only arrange what they read.
 _PRODUCTS = ("Conv", "MatMul")
 _ARRANGING = ("Concat", "DepthToSpace", "Pad", "Reshape", "Resize", "Slice", "Squeeze", "Transpose", "Unsqueeze")
@@ -60,8 +63,14 @@ def half_autoencoder(
     return precisions, islands
 
 
-def drawn_images(resolution: int) -> list[np.ndarray]:
-    """Images (1, 3, H, W) in [-1, 1] for ``half_autoencoder`` where there are no pictures: scenes, and with a hole."""
+def range_images(resolution: int, pictures: str | None = None) -> list[np.ndarray]:
+    """Images (1, 3, H, W) in [-1, 1] for ``half_autoencoder``: the first of ``pictures``, else drawn scenes.
+
+    ``pictures`` are as for ``open_pictures``, which says what is raised.
+    """
+    if pictures is not None:
+        opened = open_pictures(pictures)
+        return [planes(square(opened.read(i)[0], resolution))[None] for i in range(min(_PICTURES, len(opened)))]
     scenes = [draw_scene(resolution, SEED + number) for number in range(_DRAWN_SCENES)]
     return [image * part for image, hole in scenes for part in (np.float32(1), (~hole).astype(np.float32))]
 
@@ -172,7 +181,7 @@ def attention_scores(model: ModelProto) -> set[str]:
     return {name for name in read if name in makers and makers[name].op_type == "MatMul"}
 
 
-def choose_divisor(ranges: Iterator[float]) -> int:
+def choose_divisor(ranges: Iterable[float]) -> int:
     """The least power of two by which the largest of ``ranges`` is below FP16's end by ``MARGIN`` times.
 
     A power of two changes no digit of the weights, short of FP16's smallest.
@@ -224,7 +233,7 @@ def _is_linear(node: NodeProto, constant: Collection[str]) -> bool:
     """Whether a node is linear in the tensors that are no constants, but for an added constant."""
     if node.op_type in _PRODUCTS:
         return node.input[0] not in constant and all(name in constant for name in node.input[1:])
-    if node.op_type == "Pad":
+    if node.op_type == "Pad":  # with zeros, unless a third input says otherwise
         return attribute(node, "mode", b"constant") == b"constant" and len(node.input) < 3
     return node.op_type == "Add" or node.op_type in _ARRANGING
 

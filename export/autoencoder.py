@@ -75,9 +75,7 @@ def range_images(resolution: int, pictures: str | None = None) -> list[np.ndarra
     return [image * part for image, hole in scenes for part in (np.float32(1), (~hole).astype(np.float32))]
 
 
-def _half(
-    path: Path, feeds: Sequence[Feeds], min_psnr_db: float
-) -> tuple[ComponentPrecision, Any, list[np.ndarray]]:
+def _half(path: Path, feeds: Sequence[Feeds], min_psnr_db: float) -> tuple[ComponentPrecision, Any, list[np.ndarray]]:
     """``half_autoencoder`` of one file, and what its float32 form returns for each of the ``feeds``."""
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), check_type=True, data_prop=True)
     ranges, results = record_ranges(model, feeds)

@@ -48,7 +48,8 @@ def export(
         float | None, Option(metavar="DB", help="Below it nothing is saved. Default 60; fp16 40; int8 30.")
     ] = None,
     calibration_data: Annotated[
-        Path | None, Option(metavar="DIR", help="INT8, FP16: photographs of the kind to fill, 20 or more; a list, .tar.")
+        Path | None,
+        Option(metavar="DIR", help="INT8, FP16: photographs like those to fill, 20 or more; a list, .tar."),
     ] = None,
     calibration_masks: Annotated[Path | None, Option(metavar="DIR", help="INT8: their masks; default drawn.")] = None,
     target: Annotated[Int8Target, Option(help="INT8: what executes it; tensorrt: GPUs in general.")] = "tensorrt",

@@ -122,7 +122,7 @@ def check_onnx(path: Path, component: Component) -> None:
 
 
 def _drop_metadata(model: Any, name: str) -> None:
-    """Name the graph, and keep of the exporter's notes a node's module path alone: the rest holds this machine's paths."""
+    """Name the graph, and keep of the exporter's notes a node's module path alone: others hold this machine's paths."""
     model.graph.name = name
     items = [model, model.graph, *model.graph.all_nodes(), *model.graph.inputs, *model.graph.outputs]
     items += model.graph.initializers.values()

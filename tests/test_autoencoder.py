@@ -165,33 +165,30 @@ def loud_values(weights: dict[str, np.ndarray]) -> None:
     weights["vae.decoder.mid_block.attentions.0.to_v.bias"] += 1e5  # read by a product, not by a norm
 
 
-def loud_weight(weights: dict[str, np.ndarray]) -> None:
-    weights["vae.decoder.conv_out.weight"][0, 0, 0, 0] = 1e5
-
-
-def uneven_stream(weights: dict[str, np.ndarray]) -> None:
-    """One channel is so far above the others that these vanish once they are divided like it."""
-    weights["vae.decoder.conv_in.bias"][0] += 1e12
+def unchanged(weights: dict[str, np.ndarray]) -> None:
+    """Whose FP16 is some 70 dB from float32."""
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("damage", "floor", "reason"),
     [
-        (loud_values, r"tensor \S+ \(\w+\) reaches \S+, FP16 ends at 65504 and 8 times the recorded range must fit"),
-        (loud_weight, r"weight vae.decoder.conv_out.weight reaches 1e\+05, FP16 ends at 65504"),
-        (uneven_stream, r"in FP16 it is \S+ dB from float32, 40 dB is the floor"),
+        (
+            loud_values,
+            40,
+            r"tensor \S+ \(\w+\) reaches \S+, FP16 ends at 65504 and 8 times the recorded range must fit",
+        ),
+        (unchanged, 120, r"in FP16 it is \S+ dB from float32, 120 dB is the floor"),
     ],
 )
 def test_a_decoder_that_no_division_helps_stays_float32_and_says_why(
-    plain: dict[str, Path], tmp_path: Path, damage: Callable[[dict[str, np.ndarray]], None], reason: str
+    plain: dict[str, Path], tmp_path: Path, damage: Callable[..., None], floor: float, reason: str
 ) -> None:
     decoder = {"vae_decoder": plain["vae_decoder"]}
     change(decoder, tmp_path, damage)
     paths = {"vae_encoder": tmp_path / "encoder.onnx", "vae_decoder": tmp_path / "vae_decoder.onnx"}
     paths["vae_encoder"].write_bytes(plain["vae_encoder"].read_bytes())
     before = paths["vae_decoder"].read_bytes()
-    precisions, islands = half_autoencoder(paths, range_images(RESOLUTION), 40, no_progress)
-    assert precisions["vae_encoder"]["type"] == "float16"
+    precisions, islands = half_autoencoder(paths, range_images(RESOLUTION), floor, no_progress)
     assert precisions["vae_decoder"]["type"] == "float32" and islands["vae_decoder"] == "all"
     assert paths["vae_decoder"].read_bytes() == before
     assert re.fullmatch(reason, precisions["vae_decoder"]["reason"]), json.dumps(precisions)

@@ -125,7 +125,7 @@ def export(
         else:
             options = replace(
                 options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr,
-                calibration_data=calibration_data and str(calibration_data),
+                calibration_data=None if calibration_data is None else str(calibration_data),
             )  # fmt: skip
             with console.progress() as on_progress:
                 bundle = export_bundle(source, output, options, on_progress)

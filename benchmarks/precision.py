@@ -37,7 +37,7 @@ CHOICES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ("encoder, as exported", (ENCODER,), ISLANDS, ISLAND_MODULES),
     ("decoder, no island", (DECODER,), (), ()),
     ("decoder, islands as elsewhere", (DECODER,), ISLANDS, ISLAND_MODULES),
-    ("as exported: encoder and denoiser", (ENCODER, DENOISER), ISLANDS, ISLAND_MODULES),
+    ("encoder and denoiser, as exported", (ENCODER, DENOISER), ISLANDS, ISLAND_MODULES),
 ]
 
 

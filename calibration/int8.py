@@ -23,8 +23,9 @@ from ..bundle.bundle import Bundle, write_bundle
 from ..data.calibration_pictures import ADVISED, HELD_OUT_CASES, open_calibration
 from ..data.pictures import Pictures
 from ..errors import BundleError, QualityError, UsageError
+from ..export.autoencoder import AUTOENCODER, half_autoencoder, range_images
+from ..export.exporter import MIN_PSNR_DB as FLOAT_MIN_PSNR_DB
 from ..export.exporter import judge_shallow, shallow_difference
-from ..export.precision import FLOAT32_COMPONENTS, to_float16
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
 from ..progress import Progress, no_progress
@@ -115,7 +116,7 @@ def quantise_bundle(
             recipe = search.find_recipe(options.min_psnr_db)
         recipe.save(options.folder / RECIPE_FILE)
         progress("quantise", 0, 0)
-        card = _write_files(folder, reference, quantiser, recipe)
+        card = _write_files(folder, reference, quantiser, recipe, progress)
         card["name"], int8 = Path(output).resolve().name, card["int8"]
         int8["calibration"] = {key: statistics.facts[key] for key in ("pictures", "steps", "seed")}
         write_bundle(folder, gate={}, **card)  # provisional, so that a runtime can be made of it
@@ -130,7 +131,9 @@ def quantise_bundle(
     return Bundle.load(Path(output), verify=False), notes + advice(int8["speed"], options.target)
 
 
-def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe) -> dict[str, Any]:
+def _write_files(
+    folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe, progress: Progress
+) -> dict[str, Any]:
     """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them.
 
     They keep the target's rules: TensorRT's, or that every quantised operator has a kernel in integers on the CPU.
@@ -138,7 +141,7 @@ def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: 
     target, rest = quantiser.target, REST[quantiser.target]
     half = rest == "float16"
     denoiser, float32_nodes = quantiser.quantise(recipe, half)
-    float32: dict[str, Any] = {DENOISER: float32_nodes, **dict.fromkeys(FLOAT32_COMPONENTS, "all")} if half else {}
+    float32: dict[str, Any] = {DENOISER: float32_nodes} if half else {}
     networks = {DENOISER: denoiser}
     if SHALLOW in reference.components:
         networks[SHALLOW] = shallow_part(denoiser)
@@ -150,14 +153,19 @@ def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: 
         file = folder / reference.components[name].file
         if name not in networks:
             shutil.copyfile(reference.component_path(name), file)
-            if half and name not in FLOAT32_COMPONENTS:
-                float32[name] = to_float16(file)
             continue
         onnx.save(networks[name], str(file))
         if target == "cpu":
             integer_kernels(file)
         elif wrong := problems(networks[name]):
             raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}", "this is a bug, please report it")
+    precisions: dict[str, Any] = dict.fromkeys(networks, {"type": "int8"})
+    precisions |= dict.fromkeys(AUTOENCODER, {"type": "float32"})
+    if half:
+        files = {name: folder / reference.components[name].file for name in AUTOENCODER}
+        images = range_images(reference.resolution)
+        typed, float32_nodes = half_autoencoder(files, images, FLOAT_MIN_PSNR_DB["float16"], progress)
+        precisions, float32 = precisions | typed, float32 | float32_nodes
     recipe.save(folder / RECIPE_FILE)
     tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     int8 = {
@@ -174,6 +182,7 @@ def _write_files(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: 
     }
     card: dict[str, Any] = {field: getattr(reference, field) for field in _INHERITED}
     card |= {"precision": "int8", "float32_islands": float32, "tools": {**reference.tools, **tools}, "int8": int8}
+    card["precisions"] = precisions
     return card
 
 

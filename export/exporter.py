@@ -59,6 +59,8 @@ class BundleOptions:
         distilled_guidance: the guidance that a student has learned whose checkpoint does not note it.
         precision: ``float32`` or ``float16``.
         min_psnr_db: the gate's floor, by default the precision's in ``MIN_PSNR_DB``.
+        calibration_data: pictures, as for ``open_pictures``, that the autoencoder's ranges are recorded over for
+            ``float16``; by default scenes are drawn.
         force: replace an existing bundle.
     """
 
@@ -69,6 +71,7 @@ class BundleOptions:
     distilled_guidance: float | None = None
     precision: str = "float32"
     min_psnr_db: float | None = None
+    calibration_data: str | None = None
     force: bool = False
 
 
@@ -148,7 +151,17 @@ def _export(
     resolution = config.latent_size * LATENT_DOWNSCALE
     components = resolved_components(resolution, config.deep_channels, config.latent_channels)
     student, vae = load_student(files, config), load_vae(files)
-    islands = _write_components(folder, components, student, vae, options.precision == "float16", progress)
+    paths = {name: folder / component.file for name, component in components.items()}
+    min_psnr_db = MIN_PSNR_DB[options.precision] if options.min_psnr_db is None else options.min_psnr_db
+    half = options.precision == "float16"
+    islands = _write_components(paths, components, student, vae, half, progress)
+    precisions: dict[str, Any] = dict.fromkeys(islands, {"type": "float16"})
+    if half:
+        from .autoencoder import half_autoencoder, range_images
+
+        images = range_images(config.latent_size * LATENT_DOWNSCALE, options.calibration_data)
+        typed, float32_nodes = half_autoencoder(paths, images, min_psnr_db, progress)
+        precisions, islands = precisions | typed, islands | float32_nodes
     reference = trajectory(TorchRuntime(student, vae, components), "gate, PyTorch")
 
     del student, vae  # a gigabyte at full size, and the other runtime needs as much again
@@ -158,9 +171,8 @@ def _export(
     if files.distilled_guidance is not None:
         defaults["guidance"] = guidance  # any other is refused
     card = {**_description(name, files, config), "tools": tools, "defaults": defaults}
-    card |= {"precision": options.precision, "float32_islands": islands}
-    min_psnr_db = MIN_PSNR_DB[options.precision] if options.min_psnr_db is None else options.min_psnr_db
-    with OrtRuntime(components, {name: folder / part.file for name, part in components.items()}) as runtime:
+    card |= {"precision": options.precision, "precisions": precisions, "float32_islands": islands}
+    with OrtRuntime(components, paths) as runtime:
         gate = compare(trajectory(runtime, "gate, ONNX Runtime"), reference)
         judge(gate, min_psnr_db)
         gate["shallow_difference"] = shallow_difference(runtime)
@@ -171,26 +183,26 @@ def _export(
 
 
 def _write_components(
-    folder: Path, components: dict[str, Any], student: Any, vae: Any, half: bool, progress: Progress
+    paths: dict[str, Path], components: dict[str, Any], student: Any, vae: Any, half: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Write the ONNX file of each component; the operators that stay float32 in an FP16 bundle, by component."""
+    """Write the ONNX file of each component, the denoiser's in FP16 if ``half``; of these the float32 nodes."""
     from .onnx_file import OPSET, build_modules, check_onnx, write_onnx
     from .operators import TRANSLATIONS, function_bodies
-    from .precision import FLOAT32_COMPONENTS, to_float16
+    from .precision import to_float16
     from .shallow import write_shallow
 
     modules = build_modules(student, vae)
-    islands: dict[str, Any] = dict.fromkeys(FLOAT32_COMPONENTS, "all") if half else {}
+    islands: dict[str, Any] = {}
     for index, (name, component) in enumerate(components.items()):
         progress(f"export {name}", index, len(components))
-        path = folder / component.file
+        path = paths[name]
         if name == SHALLOW:
-            write_shallow(folder / components[DENOISER].file, path)
+            write_shallow(paths[DENOISER], path)
             check_onnx(path, component)
             continue
         bodies = function_bodies(student.config, OPSET) if name == DENOISER else ()
         write_onnx(modules[name], component, path, TRANSLATIONS, bodies)
-        if half and name not in FLOAT32_COMPONENTS:
+        if half and name == DENOISER:
             islands[name] = to_float16(path)
             check_onnx(path, component)
     return islands

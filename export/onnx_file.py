@@ -24,7 +24,7 @@ from ..model import Student
 from ..spec import Component
 from ..system.files import utf8_path
 from .onnx_graph import signature
-from .specialise import specialise
+from .specialise import specialise, specialise_autoencoder
 from .trt_rules import OPSET, problems
 
 
@@ -53,7 +53,12 @@ class Decoder(_Autoencoder):
 
 def build_modules(student: Student, vae: Any) -> dict[str, nn.Module]:
     """The modules by component name, in evaluation mode."""
-    return {"vae_encoder": Encoder(vae).eval(), "denoiser": specialise(student), "vae_decoder": Decoder(vae).eval()}
+    special = specialise_autoencoder(vae)
+    return {
+        "vae_encoder": Encoder(special).eval(),
+        "denoiser": specialise(student),
+        "vae_decoder": Decoder(special).eval(),
+    }
 
 
 def write_onnx(
@@ -117,8 +122,7 @@ def check_onnx(path: Path, component: Component) -> None:
 
 
 def _drop_metadata(model: Any, name: str) -> None:
-    """Name the graph, and keep of the exporter's notes a node's module path alone: the rest holds this machine's paths.
-    """
+    """Name the graph, and keep of the exporter's notes a node's module path alone: others hold this machine's paths."""
     model.graph.name = name
     items = [model, model.graph, *model.graph.all_nodes(), *model.graph.inputs, *model.graph.outputs]
     items += model.graph.initializers.values()

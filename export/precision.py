@@ -8,6 +8,7 @@ to FP16 on its way to an island, the timestep too. Needs onnx only, no PyTorch.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,6 @@ LARGEST = 65504.0  # of FP16
 ISLANDS = ("Softmax", "InstanceNormalization", "LayerNormalization")
 # Modules whose every node stays float32, by the module path that the exporter noted: angles of up to 999 radians.
 ISLAND_MODULES = ("time_embedding",)
-# The decoders of the published autoencoder's family overflow in FP16, and run once a picture.
-FLOAT32_COMPONENTS = ("vae_decoder",)
 
 _EITHER = ("Shape", "Size", "Cast")  # what these return does not depend on the type of what they read
 _FLOAT_INPUTS = {"Resize": (1, 2)}  # region and scales, float32 whatever is resized
@@ -49,11 +48,17 @@ def to_float16(
 
 
 def convert(
-    model: onnx.ModelProto, islands: tuple[str, ...] = ISLANDS, modules: tuple[str, ...] = ISLAND_MODULES
+    model: onnx.ModelProto,
+    islands: tuple[str, ...] = ISLANDS,
+    modules: tuple[str, ...] = ISLAND_MODULES,
+    float32_tensors: Collection[str] = (),
 ) -> dict[str, list[str]]:
-    """``to_float16`` on a float32 model whose every tensor's type is known, in place."""
+    """``to_float16`` on a float32 model whose every tensor's type is known, in place.
+
+    The nodes that compute ``float32_tensors`` stay float32 too.
+    """
     graph = model.graph
-    floats = _float_tensors(graph)
+    floats = float_tensors(graph)
     native = {value.name: TensorProto.FLOAT for value in graph.input}  # the type that a tensor is computed in
     weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
     nodes: list[onnx.NodeProto] = []
@@ -82,6 +87,7 @@ def convert(
         if node.op_type not in _EITHER:
             path = "".join(p.value for p in node.metadata_props if p.key == "namespace")
             island = node.op_type in islands or any(re.search(rf"\b{module}\b", path) for module in modules)
+            island = island or node.output[0] in float32_tensors
             kind = TensorProto.FLOAT if island else TensorProto.FLOAT16
             for i, name in enumerate(node.input):
                 if name in floats and i not in _FLOAT_INPUTS.get(node.op_type, ()):
@@ -107,7 +113,8 @@ def convert(
     return float32_nodes
 
 
-def _float_tensors(graph: onnx.GraphProto) -> set[str]:
+def float_tensors(graph: onnx.GraphProto) -> set[str]:
+    """The names of the float32 tensors of a graph whose every tensor's type is known."""
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
     unknown = [name for node in graph.node for name in node.output if name and name not in types]
     if unknown:
@@ -120,5 +127,6 @@ def _rounded(tensor: onnx.TensorProto) -> onnx.TensorProto:
     values = numpy_helper.to_array(tensor)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= LARGEST:
-        raise BundleError(f"weight {tensor.name} reaches {largest:.3g}, FP16 ends at {LARGEST:g}: use --precision fp32")
+        problem = f"weight {tensor.name} reaches {largest:.3g}, FP16 ends at {LARGEST:g}"
+        raise BundleError(problem, "use --precision fp32")
     return numpy_helper.from_array(values.astype(np.float16), f"{tensor.name}_float16")

@@ -333,15 +333,18 @@ def test_a_bundle_passes_its_gate_and_lists_its_islands(half: Bundle) -> None:
     assert set(half.float32_islands) == {"vae_encoder", "denoiser", "vae_decoder"}
     listed = half.float32_islands["denoiser"]
     assert set(ISLANDS) <= set(listed) and {"Sin", "Cos"} <= set(listed)
-    assert half.float32_islands["vae_decoder"] == "all"
+    assert half.precisions == {
+        **dict.fromkeys((DENOISER,), {"type": "float16"}),
+        **dict.fromkeys(("vae_encoder", "vae_decoder"), {"type": "float16", "divisor": 1}),
+    }
     names = [n.name for n in onnx.load(half.component_path("denoiser")).graph.node]
     assert all(names.count(name) == 1 for kind in listed.values() for name in kind)
 
 
-def test_its_weights_are_fp16_but_for_the_islands_and_the_decoder(half: Bundle) -> None:
+def test_its_weights_are_fp16_but_for_the_islands(half: Bundle) -> None:
     sizes = {name: weight_bytes(onnx.load(half.component_path(name))) for name in half.components}
     assert sizes["denoiser"]["FLOAT16"] > 8 * sizes["denoiser"]["FLOAT"]
-    assert "FLOAT16" not in sizes["vae_decoder"]
+    assert all(sizes[name]["FLOAT16"] > 8 * sizes[name]["FLOAT"] for name in ("vae_encoder", "vae_decoder"))
     for name in half.components:
         types = element_types(onnx.load(half.component_path(name)))
         declared = [*half.components[name].inputs, *half.components[name].outputs]

@@ -107,6 +107,18 @@ class Int8(TypedDict):
     speed: NotRequired[JsonObject]
 
 
+class ComponentPrecision(TypedDict):
+    """What the file of one component computes in.
+
+    Tensors that group norms alone read are divided by ``divisor``, see docs/rewrites.md. ``reason`` says why an
+    autoencoder's file is float32 in a bundle of lower precision.
+    """
+
+    type: Literal["float32", "float16", "int8"]
+    divisor: NotRequired[Annotated[int, Field(strict=True, ge=1, le=1 << 30)]]
+    reason: NotRequired[Text]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What ``bundle.json`` and a loaded ``Bundle`` have in common."""
@@ -117,6 +129,8 @@ class Manifest:
     precision: Literal["float32", "float16", "int8"]
     # What stayed float32 in files of lower precision: component -> operator type -> node names, or "all".
     float32_islands: dict[Text, Literal["all"] | dict[Text, NodeNames]] = field(default_factory=dict)
+    # Of a bundle of lower precision, by component; in a float32 bundle there is nothing to say.
+    precisions: dict[Text, ComponentPrecision] = field(default_factory=dict)
     # The guidance that the conditional branch predicts by itself; see ``guidance``.
     distilled_guidance: Annotated[Number, Field(gt=1, le=MAX_GUIDANCE)] | None = None
     # Channels of the feature that calls may reuse, see ``deep_cache``. Without it they cannot.

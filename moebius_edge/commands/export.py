@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Options by the one thing that they are for.
 _OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance")
-_OF_INT8 = ("calibration_data", "calibration_masks", "target", "int8_recipe", "ranges", "calibration_cache")
+_OF_INT8 = ("calibration_masks", "target", "int8_recipe", "ranges", "calibration_cache")
 _OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability")
 _SHOWN_OF_GATE = ("hole_psnr_db", "mean_hole_psnr_db", "psnr_db", "ssim", "image_max_difference", "min_psnr_db")
 
@@ -48,7 +48,8 @@ def export(
         float | None, Option(metavar="DB", help="Below it nothing is saved. Default 60; fp16 40; int8 30.")
     ] = None,
     calibration_data: Annotated[
-        Path | None, Option(metavar="DIR", help="INT8: photographs of the kind to fill, 20 or more; or a list, .tar.")
+        Path | None,
+        Option(metavar="DIR", help="INT8, FP16: photographs like those to fill, 20 or more; a list, .tar."),
     ] = None,
     calibration_masks: Annotated[Path | None, Option(metavar="DIR", help="INT8: their masks; default drawn.")] = None,
     target: Annotated[Int8Target, Option(help="INT8: what executes it; tensorrt: GPUs in general.")] = "tensorrt",
@@ -86,7 +87,8 @@ def export(
     pip install "moebius-edge[tensorrt]" or "moebius-edge[rtx]", as doctor says it for this machine
     """
     if precision != "int8":
-        _refuse(context, _OF_INT8, "options of INT8", "add --precision int8")
+        others = () if precision == "fp16" else ("calibration_data",)
+        _refuse(context, (*others, *_OF_INT8), "options of INT8", "add --precision int8")
     elif engine is not None and target == "cpu":
         raise UsageError("--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it", "leave --engine out")
     if engine is None:
@@ -121,12 +123,16 @@ def export(
                 min_psnr_db=min_psnr, steps=steps, guidance=guidance, force=force,
             )  # fmt: skip
         else:
-            options = replace(options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr)
+            options = replace(
+                options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr,
+                calibration_data=None if calibration_data is None else str(calibration_data),
+            )  # fmt: skip
             with console.progress() as on_progress:
                 bundle = export_bundle(source, output, options, on_progress)
     if not engines_alone and not as_json:
         _print_bundle(bundle)
     built = None if engine_options is None else _build(bundle, engine_options)
+    notes += [f"{name} stays float32: {p['reason']}" for name, p in bundle.precisions.items() if "reason" in p]
     notes += built.notes if built else ()
     for text in notes:
         console.note(text)

@@ -21,6 +21,7 @@ from ..spec import DENOISER, SHALLOW, Component
 from .base import Arrays, LatentBatch, Runtime
 from .cuda import Cuda, CudaError, Gpu
 from .engine_files import VARIANTS, Engine, build_command, choose_engine, load_package, make_logger
+from .lambda_plugin import load_plugin
 from .latent_loop import SHARED, UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, update_component
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class TrtRuntime(Runtime):
         try:
             self._gpu = self._cuda.gpu()
             self._engine = choose_engine(self._bundle, self._variant, str(self._trt.__version__), self._gpu)
+            load_plugin(self._trt, self._engine)
             self._cuda.open()
             self._open = True
             self._stream = self._cuda.create_stream()

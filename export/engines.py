@@ -49,7 +49,8 @@ class EngineOptions:
     """How engines are built. ``max_batch`` counts pictures; guidance makes two rows of each.
 
     ``compute_capabilities``, such as 8.6, are for TensorRT for RTX, and by default those of this machine's GPU or, in
-    a machine without one, all that it builds for. ``lambda_plugin`` is auto, on or off. ``force`` builds engines again that are there.
+    a machine without one, all that it builds for. ``lambda_plugin`` is auto, on or off. ``force`` builds engines again
+    that are there.
     """
 
     variant: str

@@ -56,7 +56,7 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     if request["onnx"] is None:
         network = builder.create_update(request["profile"]["sample"][0][-1])
     else:
-        network = builder.parse(Path(request["onnx"]), request["lambda_plugin"])
+        network = builder.parse(Path(request["onnx"]), request.get("lambda_plugin"))
     plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
     with atomic_write(request["plan"]) as temporary:
         temporary.write_bytes(plan)

@@ -78,7 +78,8 @@ class Bench:
 
     def ms(self, run: Callable[[], Any], seconds: float = 0.5) -> float:
         """Median milliseconds, after three runs that are not counted, for at least about that long."""
-        run() if self.small else [run() for _ in range(3)]
+        for _ in range(0 if self.small else 3):
+            run()
         times: list[float] = []
         while not times or (sum(times) < 1000 * seconds and len(times) < 200 and not self.small):
             if self.gpu:

@@ -50,7 +50,6 @@ from moebius_edge.runtimes.cuda import Cuda, find_gpu
 from moebius_edge.runtimes.lambda_plugin import KERNEL, find_kernel
 
 TOTAL_S = 600
-WINDOW = 15
 FORMS = ("tiled", "convolved", "one product", "fused")
 Result = dict[str, Any]
 
@@ -66,8 +65,10 @@ class Bench:
         self.device = "cuda" if self.gpu else "cpu"
         self.config = StudentConfig()
         if small:
-            self.config = StudentConfig(block_out_channels=(32,), num_heads=1, latent_size=16, layers_per_block=1)
-        self.heads = self.config.num_heads
+            self.config = StudentConfig(
+                block_out_channels=(32,), num_heads=1, latent_size=16, layers_per_block=1, window=3
+            )
+        self.heads, self.window = self.config.num_heads, self.config.window
         self.levels = {16: 32} if small else published_levels()
 
     @property
@@ -121,7 +122,7 @@ def graph(bench: Bench, cuda: Any = None) -> Result:
     size, keys, heads = 64, 40, 8
     kernel = find_kernel(gpu.compute_capability, size)
     function = cuda.load_kernel(kernel.ptx, KERNEL)
-    counts = (size**2 * heads * keys, keys**2, size**2 * keys, WINDOW * 16 * keys, size**2 * heads * keys)
+    counts = (size**2 * heads * keys, keys**2, size**2 * keys, 15 * 16 * keys, size**2 * heads * keys)
     sizes = [2 * count for count in counts]
     rng = np.random.default_rng(0)
     host = [cuda.allocate_host(size) for size in sizes]
@@ -182,6 +183,7 @@ class Local(nn.Module):
         super().__init__()
         self.special, self.form, self.kernel = special, form, kernel
         self.taps: Tensor | None = None
+        self.window = round(special.kernel.shape[1] ** 0.5)
 
     def prepare(self) -> None:
         """Arrange the weights; once they have their type and device."""
@@ -189,7 +191,7 @@ class Local(nn.Module):
         if self.form == "fused":
             self.taps = arrange_taps(weight)
         elif self.form == "tiled":
-            table = torch.from_numpy(kernel_positions(WINDOW, self.special.tile)).to(weight.device)
+            table = torch.from_numpy(kernel_positions(self.window, self.special.tile)).to(weight.device)
             self.taps = F.pad(weight, (0, 1))[:, table].transpose(0, 1).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,16 +209,19 @@ class Local(nn.Module):
         if self.form == "fused":
             assert self.taps is not None
             q = q.reshape(rows, positions, heads, keys)
-            return fused_local_lambda(q, content, v, self.taps, WINDOW, kernel=self.kernel, num_warps=4)
+            return fused_local_lambda(q, content, v, self.taps, self.window, kernel=self.kernel, num_warps=4)
         if self.form == "convolved":
             maps = v.transpose(1, 2).reshape(rows * keys, 1, size, size)
-            convolved = F.conv2d(maps, special.kernel.reshape(keys, 1, WINDOW, WINDOW), padding=WINDOW // 2)
+            convolved = F.conv2d(
+                maps, special.kernel.reshape(keys, 1, self.window, self.window), padding=self.window // 2
+            )
             lambdas = convolved.reshape(rows, keys, keys, positions).permute(0, 3, 2, 1) + content.unsqueeze(1)
             return q.reshape(rows, positions, heads, keys) @ lambdas
         if self.form == "one product":
             q = q.reshape(rows, positions, heads, keys)
             maps = v.transpose(1, 2).reshape(rows, keys, size, size)
-            seen = F.unfold(maps, WINDOW, padding=WINDOW // 2).reshape(rows, keys, -1, positions).permute(0, 3, 2, 1)
+            seen = F.unfold(maps, self.window, padding=self.window // 2)
+            seen = seen.reshape(rows, keys, -1, positions).permute(0, 3, 2, 1)
             return q @ special.kernel @ seen + q @ content.unsqueeze(1)
         assert self.taps is not None
         tile = special.tile
@@ -239,7 +244,9 @@ def one_level(bench: Bench, size: int, keys: int, form: str, dtype: torch.dtype)
     from moebius_edge.model.lambdas import LocalLambda
 
     torch.manual_seed(size)
-    special = SpecialLocal(LocalLambda(keys * bench.heads, bench.heads, WINDOW).eval(), size, 8).to(bench.device, dtype)
+    special = SpecialLocal(LocalLambda(keys * bench.heads, bench.heads, bench.window).eval(), size, 8).to(
+        bench.device, dtype
+    )
     local = Local(special, form, bench.kernel)
     local.prepare()
     q, v = (bench.normal(2, size * size, width, dtype=dtype) for width in (keys * bench.heads, keys))
@@ -274,11 +281,11 @@ def fused(bench: Bench) -> Result:
         q, content = q.reshape(2, -1, bench.heads, keys), k @ v + local.special.bias
         for warps in (4, 8) if bench.gpu else (4,):
             run = lambda q=q, c=content, v=v, w=warps, t=local.taps: fused_local_lambda(  # noqa: E731
-                q, c, v, t, WINDOW, kernel=bench.kernel, num_warps=w
+                q, c, v, t, bench.window, kernel=bench.kernel, num_warps=w
             )
             found[f"{size} {warps} warps ms"] = bench.ms(run)
     for capability in (80, 87, 89, 110) if not bench.small else (87,):
-        ptx, _ = compile_kernel(capability, 16, 160, 8, WINDOW)
+        ptx, _ = compile_kernel(capability, 16, 160, 8, 15)
         (bench.out / f"sm_{capability}-16.ptx").write_text(ptx)
     return found
 

@@ -28,6 +28,7 @@ FOUND = {
 }
 
 
+@pytest.mark.benchmark
 @pytest.mark.slow
 @pytest.mark.parametrize("step", FOUND)
 def test_a_step_finds_what_it_promises(step: str, tmp_path: Path) -> None:
@@ -40,6 +41,7 @@ def test_a_step_finds_what_it_promises(step: str, tmp_path: Path) -> None:
         assert ".target sm_87" in (tmp_path / "sm_87-16.ptx").read_text()
 
 
+@pytest.mark.benchmark
 @pytest.mark.slow
 def test_the_four_forms_agree() -> None:
     bench = run.Bench(True, Path())
@@ -129,6 +131,7 @@ def test_a_failure_says_why_and_the_table_leaves_its_row_open(tmp_path: Path) ->
     assert sum(limit for _, limit in run.STEPS.values()) <= run.TOTAL_S
 
 
+@pytest.mark.benchmark
 @pytest.mark.slow
 def test_it_needs_nothing_but_pytorch_triton_and_numpy(tmp_path: Path) -> None:
     absent = ("onnx", "onnxscript", "onnxruntime", "pydantic", "safetensors", "cv2", "PIL", "diffusers", "polygraphy")

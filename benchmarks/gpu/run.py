@@ -63,6 +63,7 @@ class Bench:
         if not (self.gpu or small):
             raise RuntimeError("PyTorch sees no GPU")
         self.device = "cuda" if self.gpu else "cpu"
+        self.half = torch.float16 if self.gpu else torch.float32  # of whole networks: a CPU is slow at FP16
         self.config = StudentConfig()
         if small:
             self.config = StudentConfig(
@@ -308,7 +309,7 @@ def plain(bench: Bench) -> Result:
     """The plain student, eager, in float32 (TF32 off) and FP16."""
     torch.backends.cudnn.benchmark = True
     found = {}
-    for name, dtype in (("float32", torch.float32), ("FP16", torch.float16)):
+    for name, dtype in (("float32", torch.float32), ("FP16", bench.half)):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         student, inputs = plain_network(bench, dtype)
         found[f"{name} ms"] = bench.ms(lambda s=student, i=inputs: s(*i))  # type: ignore[misc]
@@ -317,7 +318,7 @@ def plain(bench: Bench) -> Result:
 
 def compiled(bench: Bench) -> Result:
     """The plain student in FP16 through torch.compile."""
-    student, inputs = plain_network(bench, torch.float16)
+    student, inputs = plain_network(bench, bench.half)
     run = torch.compile(student, backend="eager" if bench.small else "inductor")
     started = time.perf_counter()
     run(*inputs)
@@ -365,12 +366,12 @@ def network(bench: Bench) -> Result:
     torch.manual_seed(0)
     special = specialise(build_student(bench.config).eval())
     found: Result = {"gmacs a row": multiply_adds(bench, special) / 1e9}
-    special.half().to(bench.device)
+    special.to(bench.device, bench.half)
     for form in ("tiled", "fused"):
         ours = copy.deepcopy(special)
         replace_local(ours, form, bench)
         for rows in (1, 2):
-            sample, timestep, branch = inputs_of(bench, rows, torch.float16)
+            sample, timestep, branch = inputs_of(bench, rows, bench.half)
             noise, deep = ours(sample, timestep, branch)
             if not torch.isfinite(noise).all():
                 found[f"{form} {rows} rows not finite"] = True

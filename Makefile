@@ -12,7 +12,7 @@ DEMO_OUTPUT := outputs/coffee.png
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow lint types docs schemas wheel clean
+.PHONY: demo test test-slow lint types docs schemas wheel gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/.installed
@@ -45,6 +45,10 @@ schemas: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	@rm -rf build/lib build/bdist.*
 	$(VENV)/bin/python -m pip wheel $(PIP_QUIET) --no-deps --no-build-isolation --wheel-dir dist .
+
+# Ten minutes on an NVIDIA GPU, with any Python that has PyTorch with CUDA, Triton and numpy; see docs/benchmarks.md.
+gpu:
+	$(PYTHON) -m benchmarks.gpu.run
 
 clean:
 	rm -rf build dist $(DEMO_OUTPUT) .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

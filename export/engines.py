@@ -32,6 +32,7 @@ from ..runtimes.engine_files import (
     load_package,
     read_engine,
 )
+from ..runtimes.lambda_plugin import uses_plugin
 from ..runtimes.latent_loop import UPDATE, update_component
 from ..spec import DENOISER, SHALLOW, Component
 from ..system.files import atomic_directory
@@ -48,7 +49,8 @@ class EngineOptions:
     """How engines are built. ``max_batch`` counts pictures; guidance makes two rows of each.
 
     ``compute_capabilities``, such as 8.6, are for TensorRT for RTX, and by default those of this machine's GPU or, in
-    a machine without one, all that it builds for. ``force`` builds engines again that are there.
+    a machine without one, all that it builds for. ``lambda_plugin`` is auto, on or off. ``force`` builds engines again
+    that are there.
     """
 
     variant: str
@@ -57,6 +59,7 @@ class EngineOptions:
     opt_level: int | None = None
     timing_cache: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
+    lambda_plugin: str = "auto"
     force: bool = False
 
 
@@ -161,7 +164,7 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
     Nothing is left behind by an error or Ctrl-C. Raises as ``find_engine_key``, and
 
     Raises:
-        UsageError: the bundle is INT8 for another target.
+        UsageError: the bundle is INT8 for another target, or there is no plug-in for it.
         BundleError: TensorRT cannot build the files.
         MachineError: memory or disk ran out, or a build was killed.
     """
@@ -175,6 +178,8 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size, bundle.latent_channels)}
     hashes = {name: bundle.files[component.file]["sha256"] for name, component in bundle.components.items()}
     settings: Any = {name: getattr(options, name) for name in ("max_batch", "workspace_bytes", "opt_level")}
+    plugin = uses_plugin(options.lambda_plugin, bundle, key.variant, key.compute_capabilities)
+    settings |= {"lambda_plugin": True} if plugin else {}
     profiles = {name: rows(name, options.max_batch, bundle.branches) for name in components}
     engine = Engine(folder, ENGINE_SCHEMA_VERSION, key, hashes, {}, settings, profiles, {})
     notes: list[str] = []
@@ -202,6 +207,7 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
                 "profile": profile(component, profiles[name]),
                 "workspace_bytes": options.workspace_bytes,
                 "opt_level": options.opt_level,
+                "lambda_plugin": key.compute_capabilities[0] if plugin else None,
                 "timing_cache": _timing_cache(bundle, options, key),
             }
             progress(stage, 0, 100)

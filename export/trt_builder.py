@@ -23,6 +23,7 @@ import numpy as np
 from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory
 from ..progress import Progress
 from ..runtimes.engine_files import VARIANTS, load_package, max_opset, version_of
+from ..runtimes.lambda_plugin import plugin_model, register_plugin
 from ..runtimes.latent_loop import COEFFICIENTS, update_component
 from ..runtimes.onnx_check import check_onnx_file
 from ..spec import MAX_LATENT_CHANNELS, Component, sample_channels
@@ -54,7 +55,7 @@ def build(request: dict[str, Any], progress: Progress, note: Note) -> dict[str, 
     if request["onnx"] is None:
         network = builder.create_update(*request["profile"]["noise"][0][2:0:-1])
     else:
-        network = builder.parse(Path(request["onnx"]))
+        network = builder.parse(Path(request["onnx"]), request.get("lambda_plugin"))
     plan = builder.build(network, request, lambda percent: progress(request["stage"], percent, 100))
     with atomic_write(request["plan"]) as temporary:
         temporary.write_bytes(plan)
@@ -102,8 +103,8 @@ class TrtBuilder:
 
         self.polygraphy = trt
 
-    def parse(self, onnx: Path) -> Any:
-        """The network of an ONNX file.
+    def parse(self, onnx: Path, plugin_for: str | None = None) -> Any:
+        """The network of an ONNX file; ``plugin_for`` a GPU such as 8.7 the plug-in takes the place of ``LocalLambda``.
 
         Raises ``BundleError`` for a file that ``export`` does not write, of too new an opset, or with a node that
         cannot be parsed, which is named.
@@ -112,6 +113,9 @@ class TrtBuilder:
         if opset > highest:
             problem = f"{onnx} is not for {self.title}: opset {opset} is newer than {highest}, the highest it parses"
             raise BundleError(problem, "export the bundle again")
+        if plugin_for and (model := plugin_model(onnx)):
+            self._call("start", lambda: register_plugin(self.package, plugin_for))
+            return self._call(f"parse {onnx}", self.polygraphy.NetworkFromOnnxBytes(model, strongly_typed=True))
         with utf8_path(onnx) as name:
             return self._call(f"parse {onnx}", self.polygraphy.NetworkFromOnnxPath(name, strongly_typed=True))
 

@@ -37,6 +37,7 @@ Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # as said -> as in bundle.json
 Engine = Literal["tensorrt", "tensorrt-rtx"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+LambdaPlugin = Literal["auto", "on", "off"]  # auto is off, until it is measured
 Int8Target = Literal["tensorrt", "cpu"]
 INT8_TARGETS: tuple[str, ...] = get_args(Int8Target)
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]

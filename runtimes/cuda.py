@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -223,6 +223,19 @@ class Cuda:
 
     def destroy_graph(self, graph: int) -> None:
         self._call("cuGraphExecDestroy", c_void_p(graph))
+
+    def load_kernel(self, ptx: bytes, name: str) -> int:
+        """The function ``name`` of a module, compiled by the driver into the current context, which keeps it."""
+        return self._new("cuModuleGetFunction", c_void_p(self._new("cuModuleLoadData", ptx)), name.encode())
+
+    def launch_kernel(
+        self, kernel: int, grid: tuple[int, int], threads: int, shared: int, addresses: Sequence[int], stream: int
+    ) -> None:
+        """Queue a kernel whose arguments are all addresses; ``shared`` is bytes for each block."""
+        arguments = [c_void_p(address) for address in addresses]
+        pointers = (c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        sizes = (*grid, 1, threads, 1, 1, shared)
+        self._call("cuLaunchKernel", c_void_p(kernel), *sizes, c_void_p(stream), pointers, c_void_p())
 
     def _attribute(self, attribute: int, device: c_int) -> int:
         value = c_int()

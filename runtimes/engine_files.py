@@ -127,6 +127,7 @@ class Settings(TypedDict):
     max_batch: Positive  # pictures
     workspace_bytes: Count | None
     opt_level: Count | None
+    lambda_plugin: NotRequired[Literal[True]]  # where LocalLambda is one kernel (``lambda_plugin``)
 
 
 @dataclass(frozen=True)

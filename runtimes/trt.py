@@ -22,6 +22,7 @@ from .base import Arrays, LatentBatch, Runtime
 from .cuda import Cuda, CudaError, Gpu
 from .engine_files import VARIANTS, Engine, RuntimeCache, build_command, choose_engine, load_package, make_logger
 from .engine_memory import check_fits, plan_memory
+from .lambda_plugin import load_plugin
 from .latent_loop import UPDATE, DeviceLatents, Executor, LatentLoop, LaunchError, shared_tensors, update_component
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class TrtRuntime(Runtime):
         try:
             self._gpu = self._cuda.gpu()
             self._engine = choose_engine(self._bundle, self._variant, str(self._trt.__version__), self._gpu)
+            load_plugin(self._trt, self._engine)
             self._cuda.open()
             self._open = True
             check_fits(plan_memory(self._bundle, self._engine, self._gpu), self._bundle, self._variant, self._cuda)

@@ -230,3 +230,23 @@ def test_the_context_is_let_go_once_and_memory_that_runs_out_is_told_apart(libra
     cuda.close()
     cuda.close()
     assert len(library.named("cuDevicePrimaryCtxRetain")) == len(library.named("cuDevicePrimaryCtxRelease_v2")) == 1
+
+
+def test_a_kernel_gets_its_arguments_by_reference(library: Library) -> None:
+    def answer(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == "cuLaunchKernel":
+            places = arguments[9]
+            read.extend(ctypes.c_void_p.from_address(places[i]).value for i in range(3))
+        elif name in ("cuModuleLoadData", "cuModuleGetFunction"):
+            arguments[0]._obj.value = {"cuModuleLoadData": 5, "cuModuleGetFunction": 6}[name]
+
+    read: list[int | None] = []
+    library.answer = answer  # type: ignore[method-assign]
+    cuda = Cuda()
+    kernel = cuda.load_kernel(b".version 8.0", "local_window")
+    assert kernel == 6 and library.named("cuModuleGetFunction")[0][1].value == 5
+    addresses = [0x7F00_0000_1000, 2, 3]
+    cuda.launch_kernel(kernel, (256, 2), 128, 25088, addresses, 77)
+    (arguments,) = library.named("cuLaunchKernel")
+    assert arguments[0].value == 6 and arguments[1:8] == (256, 2, 1, 128, 1, 1, 25088) and arguments[8].value == 77
+    assert read == addresses

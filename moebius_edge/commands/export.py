@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from ..errors import UsageError
-from ..options import PRECISIONS, Engine, Int8Target, Precision, Ranges
+from ..options import PRECISIONS, Engine, Int8Target, LambdaPlugin, Precision, Ranges
 from ..text import counted
 from . import console
 from .shared import AsJson, Force, Guidance
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Options by the one thing that they are for.
 _OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance")
 _OF_INT8 = ("calibration_masks", "target", "int8_recipe", "ranges", "calibration_cache")
-_OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability")
+_OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability", "lambda_plugin")
 _SHOWN_OF_GATE = ("hole_psnr_db", "mean_hole_psnr_db", "psnr_db", "ssim", "image_max_difference", "min_psnr_db")
 
 
@@ -68,6 +68,9 @@ def export(
     compute_capability: Annotated[
         list[str] | None, Option(metavar="X.Y", help="Engines for RTX: for this GPU generation; may be repeated.")
     ] = None,
+    lambda_plugin: Annotated[
+        LambdaPlugin, Option(help="Engines for TensorRT, FP16: LocalLambda as one kernel; auto is off: not yet timed.")
+    ] = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -102,7 +105,7 @@ def export(
 
         workspace_bytes, capabilities = workspace and workspace * 1_000_000, tuple(compute_capability or ())
         engine_options = EngineOptions(
-            engine, max_batch, workspace_bytes, opt_level, timing_cache, capabilities, force=force
+            engine, max_batch, workspace_bytes, opt_level, timing_cache, capabilities, lambda_plugin, force
         )
         find_engine_key(engine_options, "float32")  # the machine is checked before anything long is begun
     notes: list[str] = []

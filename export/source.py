@@ -17,11 +17,11 @@ from typing_extensions import NotRequired, TypedDict
 from ..bundle.bundle import ASSETS, BUNDLED
 from ..checkpoints.network_names import STUDENT, network_tensors, refuse_other_network
 from ..checkpoints.weights_file import open_weights
+from ..checkpoints.weights_metadata import find_guidance
 from ..documents import JsonObject, read_document
 from ..errors import BundleError, MachineError, UsageError
 from ..spec import MAX_LATENT_CHANNELS
 from ..system.files import sha256_file
-from .weights_metadata import find_guidance
 
 if TYPE_CHECKING:
     from ..model import Student, StudentConfig

@@ -27,6 +27,7 @@ from toy import make_toy_bundle
 
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.bundle.manifest import resolved_components
+from moebius_edge.checkpoints.weights_metadata import guidance_metadata
 from moebius_edge.errors import BundleError, QualityError, UsageError
 from moebius_edge.export import BundleOptions, export_bundle, float32_bundle
 from moebius_edge.export.exporter import judge
@@ -34,7 +35,6 @@ from moebius_edge.export.onnx_file import check_onnx
 from moebius_edge.export.onnx_graph import signature
 from moebius_edge.export.precision import ISLANDS
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
-from moebius_edge.export.weights_metadata import guidance_metadata
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.runtimes import create_runtime

@@ -17,10 +17,10 @@ from exporting import CONFIG, save_student, save_vae
 from golden import golden_state
 from safetensors.torch import load_file, save, save_file
 
+from moebius_edge.checkpoints.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export import BundleOptions, export_bundle
 from moebius_edge.export.source import find_source, load_config, load_student, load_vae
-from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.model import StudentConfig, TeacherConfig, build_teacher
 
 WEIGHTS = "diffusion_pytorch_model"

@@ -37,11 +37,11 @@ BELOW_REPORT = DEVICE.keys() - {"report"}
 
 # What runs on a workstation, and what each part may import.
 WORKSTATION: dict[str, set[str]] = {
-    "checkpoints": {"errors"},
+    "checkpoints": {"errors", "sampling"},
     "model": {"checkpoints", "documents", "errors", "spec", "system"},
     "export": BELOW_REPORT | {"checkpoints", "model"},
     "calibration": BELOW_REPORT | {"model", "export"},
-    "training": BELOW_REPORT | {"model", "export"},
+    "training": BELOW_REPORT | {"checkpoints", "model", "export"},
 }
 COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside functions
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch

@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL
 
 from moebius_edge import training
 from moebius_edge.calibration.blocks import Recipe as QuantisationRecipe
+from moebius_edge.checkpoints.weights_metadata import find_guidance
 from moebius_edge.cli import main
 from moebius_edge.commands import train as command_module
-from moebius_edge.export.weights_metadata import find_guidance
 
 torch.set_num_threads(1)
 TINY = ("train", "--preset", "tiny", "--device", "cpu")

@@ -23,8 +23,8 @@ from test_monitor import scalars
 from torch import nn
 from training_toys import OPTIONS, RECIPE, STUDENT, TEACHER, FlatLatents, stage_inputs, trained_teacher
 
+from moebius_edge.checkpoints.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.errors import BundleError, UsageError
-from moebius_edge.export.weights_metadata import find_guidance, guidance_metadata
 from moebius_edge.model import build_student, build_teacher, load_checkpoint
 from moebius_edge.training import stage as stage_module
 from moebius_edge.training import trainer as trainer_module

@@ -24,11 +24,11 @@ from safetensors.torch import save
 from torch import nn
 
 from .. import __version__
+from ..checkpoints.weights_metadata import find_guidance, guidance_metadata
 from ..data.samples import MaskedPictures, Transform, listed_names
 from ..data.sources import open_pictures
 from ..errors import BundleError, MachineError, UsageError
 from ..export.source import open_vae
-from ..export.weights_metadata import find_guidance, guidance_metadata
 from ..model import build_student, build_teacher
 from ..progress import Progress, no_progress
 from ..system.files import atomic_write, sha256_file

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoints.weights_file import is_safetensors, open_weights
 from ..errors import BundleError, MachineError, UsageError
 from ..sampling.guidance import is_distillable
+from .weights_file import is_safetensors, open_weights
 
 _KEY = "distilled_guidance"
 

@@ -152,6 +152,7 @@ def test_two_machines_are_merged(tmp_path: Path, capsys: Captured) -> None:
     assert merged["limits"]["max_latency_ms"] == 9 and len(merged["machines"]) == 2
     assert [len(row["pictures"]) for row in merged["configurations"]] == [1, 0]
     assert (tmp_path / "both" / "pictures" / "inputs" / "beach_mask.png").is_file()
+    assert (tmp_path / "both" / "report.md").is_file()
     assert (tmp_path / "both" / "report.html").is_file(), "the page of what other machines measured"
     assert "1 picture not found beside" in err and out.splitlines()[-1] == f"saved {both}/results.json"
     merge = ("report", "merge", "--output", both)

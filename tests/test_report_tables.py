@@ -62,3 +62,13 @@ def test_absent_figures_and_their_reasons() -> None:
     numbers = {c["id"]: n for n, c in enumerate(results["configurations"], start=1)}
     found = tables.absences(results, numbers)
     assert ("energy", "no power sensor that this program can read", "1, 2, 3, 4, 5, 8") in found
+
+
+def test_markdown_has_the_recommendation_and_a_row_for_each_configuration() -> None:
+    rows = [configuration("a", latency=1835.2, truth=24.07), configuration("b|c", latency=11.53, truth=22.0)]
+    lines = tables.markdown(report_of(rows)).splitlines()
+    assert lines[0] == f"# {tables.TITLE}" and any(line.startswith("**") for line in lines)
+    head, rule, *body = [line for line in lines if line.startswith("|")]
+    assert "| Hole PSNR to truth (dB) |" in head and set(rule) <= set("|- ")
+    assert [line.count("|") - line.count("\\|") for line in (head, rule, *body)] == [head.count("|")] * 4
+    assert "11.5" in body[0] and "1835.2" in body[1], "the fastest first"

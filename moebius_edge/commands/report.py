@@ -171,12 +171,15 @@ def _inputs(images: Path | None, masks: Path | None, truth: str, output: Path) -
 
 
 def _finish(results: dict[str, Any], output: Path, as_json: bool) -> int:
-    """Write ``report.html``, print the results and what to take, and return the exit code."""
-    from ..report import html
+    """Write ``report.html`` and ``report.md``, print the results and what to take, and return the exit code."""
+    from ..report import html, tables
     from ..report.recommend import recommend
     from ..report.results import RESULTS_FILE
+    from ..system.files import atomic_write
 
-    written = [output / RESULTS_FILE]
+    written = [output / tables.MARKDOWN_FILE, output / RESULTS_FILE]
+    with atomic_write(written[0]) as temporary:
+        temporary.write_text(tables.markdown(results), encoding="utf-8", newline="\n")
     if problem := html.how_to_render(output):
         console.note(problem)
     else:

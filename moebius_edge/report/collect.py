@@ -30,7 +30,7 @@ from .measure import trace_name
 from .results import PICTURES_FOLDER, RESULTS_FILE, Results, load
 
 CACHE_FOLDER = "measured"
-_WRITTEN = (RESULTS_FILE, "report.html")
+_WRITTEN = (RESULTS_FILE, "report.html", "report.md")
 _INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless")

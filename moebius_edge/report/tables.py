@@ -1,4 +1,4 @@
-"""Tables of configurations as the page shows them, and what it says of a whole report."""
+"""Tables of configurations as the page and ``report.md`` show them, and what they say of a whole report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from ..metrics.fidelity import PSNR_CAP_DB
 from ..text import counted
 from . import figures
 from .figures import Configuration, Results, at, is_ok, latency_ms
-from .recommend import standings
+from .recommend import recommend, standings
 
+MARKDOWN_FILE = "report.md"
 TITLE = "Accuracy against latency, memory and energy"
 ABSENT = "\N{EN DASH}"
 
@@ -148,3 +149,19 @@ def conditions(results: Results) -> str:
     reference = next((row["label"] for row in results["configurations"] if row["id"] == c["reference"]), None)
     runs = f"{counted(c['warmup'], 'warm-up run')} and {counted(c['runs'], 'measured run')} an input"
     return f"Seed {c['seed']}; {runs}; " + (f"reference: {reference}." if reference else "no float32 reference.")
+
+
+def markdown(results: Results) -> str:
+    """``report.md``: the recommendations and the comparison, to be pasted where Markdown is shown."""
+    results = figures.clean(results)
+    rows = in_order(results)
+    lines = [f"# {TITLE}", "", summary(results) + ".", "", conditions(results), ""]
+    for each in recommend(results):
+        lines += [f"**{each.title}**: " + " ".join(each.sentences), ""]
+    columns = [["Configuration", *(figures.full_label(results, c) for c in rows)]]
+    for column, shown, _ in table(COMPARISON, rows):
+        title = f"{column.title} ({column.unit})" if column.unit else column.title
+        columns.append([title, *(cell.text for cell in shown)])
+    head, *body = (" | ".join(text.replace("|", "\\|") for text in line) for line in zip(*columns, strict=True))
+    lines += [f"| {line} |" for line in (head, " | ".join("---" for _ in columns), *body)]
+    return "\n".join(lines) + "\n"

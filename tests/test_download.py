@@ -179,3 +179,20 @@ def test_an_interruption_can_be_resumed(hub: Hub, capsys: Captured) -> None:
     hub.failure = KeyboardInterrupt()
     assert main(["download", "places2"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted: run the same command again to resume"
+
+
+def test_a_user_without_a_home_has_a_cache_of_his_own(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    private = tmp_path / f"moebius-edge-{os.getuid()}"
+    assert main(["download", "places2"]) == 0
+    note = f"note: there is no home folder: downloads are kept in {private}/huggingface; HF_HOME chooses another"
+    assert note in capsys.readouterr().err and private.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setattr("os.getuid", lambda: private.stat().st_uid + 1)
+    (tmp_path / f"moebius-edge-{os.getuid()}").mkdir()
+    refused(capsys, 3, "belongs to another user: set XDG_CACHE_HOME to a folder of yours", *PLACES2)

@@ -7,6 +7,7 @@ from it and checks every tensor.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -155,6 +156,12 @@ def _place_distance(folder: Path, root: Path) -> Path:
 
 
 def _import_hub() -> ModuleType:
+    from ..system.machine import cache_directory, has_home
+
+    if not has_home() and not os.environ.get("HF_HOME"):  # huggingface_hub fails, or makes a folder that is called "~"
+        home = cache_directory() / "huggingface"
+        os.environ["HF_HOME"] = os.fspath(home)
+        console.note(f"there is no home folder: downloads are kept in {home}; HF_HOME chooses another place")
     with console.needs("download", "download"):
         import huggingface_hub
         import huggingface_hub.errors  # an attribute of the package only once it was imported

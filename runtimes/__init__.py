@@ -2,8 +2,9 @@
 
 ``create_runtime`` picks a runtime by name, or the fastest that works, and imports it only then, so a machine needs no
 more than the runtime it uses. ``base`` has the interface and its checks, ``auto`` the choice, ``ort`` and ``providers``
-ONNX Runtime, ``openvino`` and ``onnx_inline`` OpenVINO, ``trt`` TensorRT with ``latent_loop`` (buffers, launches, sampling on the GPU), ``cuda``,
-``engine_files`` and ``engine_memory``; ``pytorch`` runs the networks themselves, as the reference.
+ONNX Runtime, ``openvino`` and ``onnx_inline`` OpenVINO, ``trt`` TensorRT with ``latent_loop`` (buffers, launches,
+sampling on the GPU), ``cuda``, ``engine_files`` and ``engine_memory``; ``pytorch`` runs the networks themselves, as the
+reference.
 """
 
 from __future__ import annotations

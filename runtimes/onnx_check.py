@@ -123,9 +123,9 @@ class _Reader:
 
 
 class Field(NamedTuple):
-    """One field of a message: its bytes are ``start`` to ``end``, those after its tag and length ``content`` to ``end``.
+    """One field of a message, from ``start`` to ``end``; after its tag and length its ``content`` begins.
 
-    ``value`` is a number's.
+    ``value`` is what a field that holds a number says.
     """
 
     number: int

@@ -1,10 +1,10 @@
 """OpenVINO: the same ONNX files on a plain CPU, where it has bfloat16 and INT8 kernels that ONNX Runtime lacks.
 
-A component is compiled for each number of rows that it is called with, once. The result is kept in the user's cache,
-for compiling takes seconds and minutes at most. OpenVINO knows no local functions, so they are written out first.
+A component is compiled once for each number of rows that it is called with. Compiled models are kept in the user's
+cache, so that the next start is fast. OpenVINO knows no local functions of ONNX, so they are written out first.
 
-ONNX files state their types, but a CPU multiplies no float16: of a component that is in half precision OpenVINO computes
-in the fastest of the types of 16 bits that the device has, and of the others in float32.
+Few CPUs multiply float16. A component that is in half precision is computed in bfloat16 where the device has it, else
+in float16; every other component is computed in float32.
 """
 
 from __future__ import annotations
@@ -172,12 +172,12 @@ class OpenVinoRuntime(Runtime):
         try:
             data = np.memmap(path, np.uint8, "c")
             blob = data[_DIGEST_BYTES:]
-            if hashlib.sha256(blob).hexdigest().encode() == data[:_DIGEST_BYTES].tobytes():  # else it might crash
+            if hashlib.sha256(blob.data).hexdigest().encode() == data[:_DIGEST_BYTES].tobytes():  # else it might crash
                 tensor = self._ov.Tensor(blob, shared_memory=True)
                 self._mapped.append((blob, tensor))
                 return self._core.import_model(tensor, self._device.upper(), dict(properties))
             problem = "it is damaged"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             problem = str(error)

@@ -111,7 +111,10 @@ def test_metadata(metadata: email.message.Message) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = set(metadata.get_all("Provides-Extra") or [])
-    assert extras == {"cpu", "gpu", "tensorrt", "rtx", "download", "export", "report", "train", "docs", "dev"}
+    assert extras == {
+        *("cpu", "gpu", "openvino", "tensorrt", "rtx"),
+        *("download", "export", "report", "train", "docs", "dev"),
+    }
 
 
 def test_the_device_installs_no_framework(metadata: email.message.Message) -> None:

@@ -142,6 +142,7 @@ def test_without_a_gpu_nothing_changes(bundle: Bundle) -> None:
         "tensorrt-rtx on cuda",
         "onnxruntime on tensorrt",
         "onnxruntime on cuda",
+        "openvino on cpu",
     }
     assert runtime.report()["selection"] == runtime.selection and "selection" not in runtime.info
     by_name = create_runtime("onnxruntime", bundle, "cpu")
@@ -205,8 +206,9 @@ def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytes
     ("runtime", "device", "message"),
     [
         ("auto", "tpu", "there is no device 'tpu': choose one of cuda, tensorrt, cpu, or auto"),
+        ("auto", "npu", "choose one of .*, or auto; gpu and npu are for --runtime openvino"),
         ("onnxruntime", "tpu", "has no device 'tpu': choose one of cpu, cuda, tensorrt"),
-        ("caffe", "auto", "unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx, or auto"),
+        ("caffe", "auto", "unknown runtime 'caffe': choose one of onnxruntime, openvino, tensorrt, .*, or auto"),
     ],
 )
 def test_wrong_names(bundle: Bundle, runtime: str, device: str, message: str) -> None:

@@ -30,6 +30,7 @@ _NEEDED = {  # name -> module, remedy: what ``run`` imports
 _OPTIONAL = {  # name -> distributions, extra, purpose: what other commands need
     "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt", "engines and --runtime tensorrt"),
     "tensorrt_rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"), "rtx", "--runtime tensorrt-rtx"),
+    "openvino": (("openvino",), "openvino", "--runtime openvino, fast on a CPU in fp16 and int8"),
     "torch": (("torch",), "export", "export and train"),
     "huggingface_hub": (("huggingface_hub",), "download", "download"),
 }

@@ -32,7 +32,10 @@ CACHE_FOLDER = "measured"
 _WRITTEN = (RESULTS_FILE, "report.md", "report.html")
 _INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless", "torch")
+_PACKAGES = (
+    *("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13"),
+    *("opencv-python-headless", "torch"),
+)
 _WORKER = (sys.executable, "-m", "moebius_edge.report.measure")
 Outcome = dict[str, Any]  # "status" and "reason"; the measured figures where the status is ok
 

@@ -25,7 +25,13 @@ from ..sampling.scheduler import SCHEDULERS
 
 FLOAT32 = "float32"
 TORCH = "torch"
-_TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX", TORCH: "PyTorch"}
+_TITLES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+    TORCH: "PyTorch",
+}
 # Two configurations whose network outputs are compared have these settings in common.
 _COMPARED = ("start", "steps", "guidance", "guidance_interval", "strength", "scheduler", "seed")
 

@@ -14,6 +14,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,7 +67,7 @@ class OpenVinoRuntime(Runtime):
         self.paths, self._digests, self._rows = dict(paths), dict(digests or {}), dict(rows or {})
         self._device, self._threads = device, available_cores() if threads is None else threads
         self._ov = import_openvino()
-        self._core = self._ov.Core()
+        self._core = shared_core()
         there = self._core.available_devices
         if device.upper() not in {name.partition(".")[0] for name in there}:
             problem = f"OpenVINO {self._version} finds no {device} here, only {', '.join(there)}"
@@ -174,7 +175,7 @@ class OpenVinoRuntime(Runtime):
             blob = data[_DIGEST_BYTES:]
             if hashlib.sha256(blob.data).hexdigest().encode() == data[:_DIGEST_BYTES].tobytes():  # else it might crash
                 tensor = self._ov.Tensor(blob, shared_memory=True)
-                self._mapped.append((blob, tensor))
+                self._mapped.append(tensor)
                 return self._core.import_model(tensor, self._device.upper(), dict(properties))
             problem = "it is damaged"
         except (FileNotFoundError, NotADirectoryError):
@@ -214,6 +215,16 @@ def _reason(error: Exception) -> str:
     """What an error says, without the places in OpenVINO's sources."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.startswith(("Exception from", "Check '"))), str(error))
+
+
+@cache
+def shared_core() -> Any:
+    """OpenVINO's core, one for the process and as long as it lives.
+
+    Its plugin for CPUs gives the thread a stack for signals. Of two cores the one that goes last leaves the thread with
+    the other's stack, which is freed by then, and the next signal ends the process.
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> ModuleType:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +244,19 @@ def test_auto_takes_it_where_onnx_runtime_has_no_fast_kernels(bundle: Bundle, mo
     call_int8(bundle.path, target="tensorrt")
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert chosen()[0] == "onnxruntime"
+
+
+def test_a_signal_after_two_runtimes_does_not_end_the_process(bundle: Bundle) -> None:
+    """Cores that live at the same time leave a stack for signals that is freed: the kernel then kills the process."""
+    first, second = create_runtime("openvino", bundle), create_runtime("openvino", bundle)
+    noise(first, bundle)
+    del first
+    noise(second, bundle)
+    del second
+    gc.collect()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 def test_a_graph_that_is_not_what_the_bundle_says(bundle: Bundle) -> None:

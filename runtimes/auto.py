@@ -48,7 +48,8 @@ class Selection:
     def note(self) -> str:
         """Why a faster candidate was passed over, or why it is not ONNX Runtime on a CPU; else empty."""
         if self.candidate.runtime == "openvino" and self.tried:
-            return "openvino computes this bundle, faster on a CPU than onnxruntime and with other roundings"
+            rounding = "not as its gate was, in bfloat16 where the CPU has it"
+            return f"openvino computes this bundle, faster on a CPU than onnxruntime but {rounding}"
         if not self.passed_over or (self.candidate.device == CPU and gpu_name() is None):
             return ""
         skipped = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())

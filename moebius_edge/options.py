@@ -11,9 +11,9 @@ from typing import Final, Literal, get_args
 AUTO: Final = "auto"  # as a runtime or a device: the fastest that works on this machine
 
 # What executes a bundle, and where.
-Runtime = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Runtime = Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 RUNTIMES: tuple[str, ...] = tuple(name for name in get_args(Runtime) if name != AUTO)
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "gpu", "npu"]
 DEVICES: tuple[str, ...] = tuple(name for name in get_args(Device) if name != AUTO)
 
 # How a picture is sampled.

@@ -46,7 +46,10 @@ class Selection:
 
     @property
     def note(self) -> str:
-        """Why a faster candidate was passed over; empty where none was, and without a GPU."""
+        """Why a faster candidate was passed over, or why it is not ONNX Runtime on a CPU; else empty."""
+        if self.candidate.runtime == "openvino" and self.tried:
+            rounding = "not as its gate was, in bfloat16 where the CPU has it"
+            return f"openvino computes this bundle, faster on a CPU than onnxruntime but {rounding}"
         if not self.passed_over or (self.candidate.device == CPU and not has_nvidia_gpu()):
             return ""
         skipped = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
@@ -69,7 +72,8 @@ def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection
     if not candidates:
         known = ", ".join(dict.fromkeys(c.device for c in of_runtime))
         where = "there is" if runtime == AUTO else f"runtime {runtime} has"
-        raise UsageError(f"{where} no device {device!r}", f"choose one of {known}, or auto")
+        others = "; gpu and npu are for --runtime openvino" if runtime == AUTO else ""
+        raise UsageError(f"{where} no device {device!r}", f"choose one of {known}, or auto{others}")
     if len(candidates) == 1:
         return Selection(candidates[0], {}, tried=False)
     passed_over: dict[str, str] = {}
@@ -104,10 +108,27 @@ def _tensorrt_problem(variant: str, bundle: Bundle) -> str:
     return ""
 
 
+def _openvino_problem(bundle: Bundle) -> str:
+    """Empty where OpenVINO is there and the bundle is one that ONNX Runtime has no fast kernels for on a CPU.
+
+    All others are computed by ONNX Runtime, as in the gate of their export, so that their pictures can be repeated.
+    """
+    from .openvino import import_openvino
+
+    if bundle.precision == "float32" or (bundle.int8 is not None and bundle.int8["target"] == CPU):
+        return "this bundle is computed as its gate was, by onnxruntime, unless --runtime openvino is given"
+    try:
+        import_openvino()
+    except MachineError as error:
+        return str(error)
+    return ""
+
+
 # Fastest first. The last one is the last resort: if it fails as well, creating it says why.
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate("tensorrt", "cuda", partial(_tensorrt_problem, "tensorrt")),
     Candidate("tensorrt-rtx", "cuda", partial(_tensorrt_problem, "tensorrt-rtx")),
     Candidate("onnxruntime", "cuda", _cuda_problem),
+    Candidate("openvino", CPU, _openvino_problem),
     Candidate("onnxruntime", CPU, lambda bundle: ""),
 )

@@ -12,6 +12,7 @@ import mmap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import BundleError, MachineError
 
@@ -83,18 +84,22 @@ class _Reader:
         texts: dict[int, str] = {}
         numbers: dict[int, int] = {}
         before = self._nodes
-        for field, wire_type, value, stop in self._fields(at, end):
-            content = _FIELDS[message].get(field, "")
+        for field in read_fields(self._data, at, end):
+            self._fields_read += 1
+            if self._fields_read > _MAX_FIELDS:
+                raise ValueError(f"it has over {_MAX_FIELDS} fields")
+            content = _FIELDS[message].get(field.number, "")
             if content.startswith("!"):
                 raise ValueError(content[1:])
-            if content and (content == "number") != (wire_type == _VARINT):
+            if content and (content == "number") != (field.wire_type == _VARINT):
                 raise ValueError("a number stands where a message belongs")
             if content == "number":
-                numbers[field] = value
+                numbers[field.number] = field.value
             elif content == "text":
-                texts[field] = self._data[value : min(stop, value + 200)].decode("utf-8", "replace")
+                text = self._data[field.content : min(field.end, field.content + 200)]
+                texts[field.number] = text.decode("utf-8", "replace")
             elif content:
-                self._read(content, value, stop)
+                self._read(content, field.content, field.end)
         if message == "function":
             name = texts.get(1, "")
             if name in self._bodies:
@@ -116,38 +121,52 @@ class _Reader:
             raise ValueError(f"it has the operator {operator!r:.40} of {where}")
         self._count(1)
 
-    def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Each field's number and wire type; then a number's value and 0, or where the content begins and ends."""
-        while at < end:
-            self._fields_read += 1
-            if self._fields_read > _MAX_FIELDS:
-                raise ValueError(f"it has over {_MAX_FIELDS} fields")
-            tag, at = self._varint(at, end)
-            field, wire_type = tag >> 3, tag & 7
-            if not field or wire_type not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
-                raise ValueError(f"no field of a model at byte {at}")
-            if wire_type == _VARINT:
-                value, at = self._varint(at, end)
-                yield field, wire_type, value, 0
-                continue
-            length = 8 if wire_type == _FIXED64 else 4
-            if wire_type == _BYTES:
-                length, at = self._varint(at, end)
-            if at + length > end:
-                raise ValueError("it is cut short")
-            yield field, wire_type, at, at + length
-            at += length
 
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
-        """The number whose first byte is at ``at``, and where it ends."""
-        value = shift = 0
-        while at < end:
-            byte = self._data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value, at
-            shift += 7
-            if shift > 63:
-                raise ValueError("a number is too long")
-        raise ValueError("it is cut short")
+class Field(NamedTuple):
+    """One field of a message, from ``start`` to ``end``; after its tag and length its ``content`` begins.
+
+    ``value`` is what a field that holds a number says.
+    """
+
+    number: int
+    wire_type: int
+    value: int
+    start: int
+    content: int
+    end: int
+
+
+def read_fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[Field]:
+    """The fields of the message between two bytes. Raises ``ValueError`` where that is none."""
+    while at < end:
+        start = at
+        tag, at = _read_varint(data, at, end)
+        number, wire_type = tag >> 3, tag & 7
+        if not number or wire_type not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
+            raise ValueError(f"no field of a model at byte {at}")
+        value, length, content = 0, 8 if wire_type == _FIXED64 else 4, at
+        if wire_type == _VARINT:
+            value, at = _read_varint(data, at, end)
+            length = 0
+        elif wire_type == _BYTES:
+            length, at = _read_varint(data, at, end)
+            content = at
+        if at + length > end:
+            raise ValueError("it is cut short")
+        at += length
+        yield Field(number, wire_type, value, start, content, at)
+
+
+def _read_varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
+    """The number whose first byte is at ``at``, and where it ends."""
+    value = shift = 0
+    while at < end:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")
+    raise ValueError("it is cut short")

@@ -27,6 +27,7 @@ from moebius_edge.pipeline.presets import PRESETS
 from moebius_edge.report.measure import CLASSICAL
 from moebius_edge.runtimes.auto import CANDIDATES
 from moebius_edge.runtimes.engine_files import VARIANTS
+from moebius_edge.runtimes.openvino import DEVICES as OPENVINO_DEVICES
 from moebius_edge.sampling.scheduler import SCHEDULERS
 
 COMMANDS = ("run", "report", "inspect", "compare", "profile", "doctor", "download", "export", "train")
@@ -97,7 +98,7 @@ def test_python_m_and_the_version() -> None:
             for x in ("200", "a,b", "1,2,3", "0.2,0.8")
         ),
         ("run a b --start x", "Invalid value for '--start': 'x' is not one of 'image', 'prefill', 'noise'"),
-        ("run a b --runtime caffe", "'caffe' is not one of 'auto', 'onnxruntime', 'tensorrt', 'tensorrt-rtx'"),
+        ("run a b --runtime caffe", "'caffe' is not one of 'auto', 'onnxruntime', 'openvino', 'tensorrt', 'tensorrt-"),
         ("compare a b --device-a tpu", "Invalid value for '--device-a': 'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         ("export a --precision fp8", "Invalid value for '--precision': 'fp8' is not one of 'fp32', 'fp16', 'int8'"),
         ("train -o run --stage dream", "'dream' is not one of 'teacher', 'student', 'guidance', 'int8'"),
@@ -117,7 +118,7 @@ def test_the_choices_are_those_of_the_modules_that_implement_them() -> None:
     assert tuple(TARGETS) == options.INT8_TARGETS
     assert set(options.RUNTIMES) == {candidate.runtime for candidate in CANDIDATES}
     assert set(options.BASELINES) == set(CLASSICAL)
-    assert set(options.DEVICES) == {candidate.device for candidate in CANDIDATES}
+    assert set(options.DEVICES) == {candidate.device for candidate in CANDIDATES} | set(OPENVINO_DEVICES)
 
 
 # --- how a command ends ----------------------------------------------------------------------------------

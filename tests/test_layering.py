@@ -47,7 +47,8 @@ COMMAND_LINE = {"__main__", "cli", "commands"}  # imports everything, but inside
 TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of a device folder with torch
 
 FRAMEWORKS = {"diffusers", "fla", "onnx", "onnxscript", "safetensors", "skimage", "torch", "torchvision"}
-HEAVY = FRAMEWORKS | {"cv2", "numpy", "onnxruntime", "PIL", "pydantic", "tensorrt", "tensorrt_rtx", "huggingface_hub"}
+RUNTIMES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"}
+HEAVY = FRAMEWORKS | RUNTIMES | {"cv2", "numpy", "PIL", "pydantic", "huggingface_hub"}
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def test_the_device_path_runs_where_no_framework_is_installed() -> None:
     """Import all of it in a fresh interpreter that has numpy, OpenCV and Pillow, but no runtime either."""
     names = [m for m in modules() if top(m) in DEVICE or top(m) in COMMAND_LINE]
     names = [f"{PACKAGE}.{m}" for m in names if m not in (TORCH_BACKEND, "__main__")]
-    blocked = sorted(FRAMEWORKS | {"onnxruntime", "tensorrt", "tensorrt_rtx", "huggingface_hub"})
+    blocked = sorted(FRAMEWORKS | RUNTIMES | {"huggingface_hub"})
     code = (
         "import importlib, sys\n"
         f"sys.modules.update(dict.fromkeys({blocked}))\n"  # None there makes an import fail

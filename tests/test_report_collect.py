@@ -75,7 +75,7 @@ def plan(tmp_path: Path) -> Plan:
     path = half / "bundle.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "float16"}))
     full = make_toy_bundle(tmp_path / "full", name="full")
-    made = rows(half, full, steps=(3, 5))
+    made = rows(half, full, steps=(3, 5), runtimes=("onnxruntime",))
     return Plan([*made, *baseline_rows(["telea"])], write_inputs(tmp_path), runs=1, warmup=0)
 
 

@@ -140,6 +140,7 @@ def test_without_a_gpu_nothing_changes(bundle: Bundle) -> None:
         "tensorrt on cuda",
         "tensorrt-rtx on cuda",
         "onnxruntime on cuda",
+        "openvino on cpu",
     }
     assert runtime.report()["selection"] == runtime.selection and "selection" not in runtime.info
     by_name = create_runtime("onnxruntime", bundle, "cpu")
@@ -184,9 +185,10 @@ def test_what_is_asked_for_is_never_exchanged(bundle: Bundle, monkeypatch: pytes
     ("runtime", "device", "message"),
     [
         ("auto", "tpu", "there is no device 'tpu': choose one of cuda, cpu, or auto"),
+        ("auto", "npu", "choose one of .*, or auto; gpu and npu are for --runtime openvino"),
         ("onnxruntime", "tensorrt", "has no device 'tensorrt': choose one of cpu, cuda"),
         ("onnxruntime", "tpu", "has no device 'tpu': choose one of cpu, cuda"),
-        ("caffe", "auto", "unknown runtime 'caffe': choose one of onnxruntime, tensorrt, tensorrt-rtx, or auto"),
+        ("caffe", "auto", "unknown runtime 'caffe': choose one of onnxruntime, openvino, tensorrt, .*, or auto"),
     ],
 )
 def test_wrong_names(bundle: Bundle, runtime: str, device: str, message: str) -> None:

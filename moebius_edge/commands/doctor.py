@@ -31,6 +31,7 @@ _OPTIONAL = {  # name -> distributions, extra, purpose: what other commands need
     "tensorrt": (("tensorrt-cu13", "tensorrt-cu12", "tensorrt"), "tensorrt", "engines and --runtime tensorrt"),
     "tensorrt_rtx": (("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "rtx", "engines and --runtime tensorrt-rtx"),
     "polygraphy": (("polygraphy",), "", "engines"),
+    "openvino": (("openvino",), "openvino", "--runtime openvino, fast on a CPU in fp16 and int8"),
     "torch": (("torch",), "export", "export and train"),
     "huggingface_hub": (("huggingface_hub",), "download", "download"),
 }

@@ -33,7 +33,7 @@ CACHE_FOLDER = "measured"
 _WRITTEN = (RESULTS_FILE, "report.html", "report.md")
 _INPUTS = "inputs"  # their name in the cache; a configuration's has more parts
 _NO_REFERENCE = "no float32 bundle of its resolution was measured with these settings"
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless")
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "opencv-python-headless")
 _WORKER = (sys.executable, "-m", "moebius_edge.report.measure")
 _STATUSES = (  # of an error, by the first class that it is of
     (OutOfMemory, "out of memory"),

@@ -24,7 +24,12 @@ from ..sampling.guidance import choose_guidance
 from ..sampling.scheduler import SCHEDULERS
 
 FLOAT32 = "float32"
-_TITLES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+_TITLES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT for RTX",
+}
 # Two configurations whose network outputs are compared have these settings in common.
 _COMPARED = ("start", "steps", "guidance", "guidance_interval", "strength", "scheduler", "seed")
 

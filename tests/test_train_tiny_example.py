@@ -234,8 +234,6 @@ def test_the_holes_border_counts_most_and_the_known_region_least() -> None:
 def test_a_step_is_taken_with_the_autoencoders_channels(
     samples: objects.BranchSamples, tmp_path: Path, channels: int
 ) -> None:
-    if channels != 4 and not hasattr(STUDENT, "latent_channels"):
-        pytest.skip("this package's student has four latent channels only")
     options = SimpleNamespace(
         device="cpu", seed=0, steps=1, batch=2, pool=8, reuse=1, output=tmp_path, save_every=9, workers=1, compile=False
     )

@@ -43,7 +43,7 @@ class Recipe:
 
     block_out_channels: tuple[int, ...] = (16, 32, 96, 128)
     layers_per_block: int = 1
-    latent_channels: int = 4
+    latent_channels: int = 16  # the published autoencoder has 4
     norm_num_groups: int = 1
     attention: bool = False
     learning_rate: float = 1e-3

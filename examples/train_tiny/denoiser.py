@@ -30,7 +30,6 @@ from torch.nn import functional as F
 
 from moebius_edge.export.source import open_vae
 from moebius_edge.model import build_student
-from moebius_edge.spec import LATENT_CHANNELS
 from moebius_edge.system.files import atomic_write
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
@@ -167,8 +166,7 @@ def border_cells(mask: Tensor) -> Tensor:
 def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
     """Return the preset ``tiny``, with the student's channels those of the autoencoder."""
     optimiser = {"steps": options.steps, "batch": options.batch, "ema_decay": 0.999}
-    student = {} if latent_channels == LATENT_CHANNELS else {"latent_channels": latent_channels}
-    values = {"seed": options.seed, "optimiser": optimiser, "student": student}
+    values = {"seed": options.seed, "optimiser": optimiser, "student": {"latent_channels": latent_channels}}
     return with_values(preset_recipe("tiny", "student"), values)
 
 

@@ -12,14 +12,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import BundleError
+from ..errors import BundleError, UsageError
 from ..sampling.calls import Call
 from ..sampling.scheduler import Scheduler
 from ..spec import DEEP, DENOISER, SHALLOW, Component, Tensor
+from ..system.machine import available_cores
 
 Arrays = dict[str, np.ndarray]
 _Self = TypeVar("_Self", bound="Runtime")  # typing.Self needs Python 3.11
 CONDITIONAL, UNCONDITIONAL = 0, 1  # the values of the denoiser's ``branch``
+
+
+def choose_threads(threads: int | None) -> int:
+    """``threads``, by default as many as the cores this process may run on, which in a container may be few.
+
+    Raises UsageError for a number below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be 1 or more, got {threads}")
+    return available_cores() if threads is None else threads
 
 
 class LatentBatch(ABC):

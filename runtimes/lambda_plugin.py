@@ -16,7 +16,6 @@ import json
 import math
 import mmap
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..bundle.bundle import ASSETS
 from ..errors import UsageError
 from .cuda import Cuda
 from .engine_files import Engine, version_of
+from .protobuf import read_contents, read_fields, write_field
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -105,52 +105,14 @@ def plugin_model(path: Path) -> bytes | None:
     The file is one that ``check_onnx_file`` has passed.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        fields = list(_fields(data, 0, len(data)))
-        functions = [place for place in fields if place[0] == _FUNCTION_FIELD]
-        ours = [p for p in functions if _text(data, p, _NAME_FIELD) == FUNCTION.encode()]
+        functions = [f for f in read_fields(data, 0, len(data)) if f.number == _FUNCTION_FIELD]
+        name = FUNCTION.encode()
+        ours = [f for f in functions if read_contents(data, f.content, f.end).get(_NAME_FIELD, [b""])[0] == name]
         if not ours:
             return None
-        ((_, start, _, end),) = ours
-        body = _member("function.bin")
-        tag = _varint(_FUNCTION_FIELD << 3 | 2)
-        return b"".join((memoryview(data)[:start], tag, _varint(len(body)), body, memoryview(data)[end:]))
-
-
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Each field of a protobuf message: its number, where it starts, where its content does, and where it ends."""
-
-    def read_varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = data[at], at + 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < end:
-        start, tag = at, read_varint()
-        wire_type = tag & 7
-        length = read_varint() if wire_type in (0, 2) else {1: 8, 5: 4}[wire_type]
-        content = at
-        at += 0 if wire_type == 0 else length
-        yield tag >> 3, start, content, at
-
-
-def _text(data: mmap.mmap, message: tuple[int, int, int, int], field: int) -> bytes:
-    """The first field of that number in a message that lies in ``data``; empty if it has none."""
-    inside = _fields(data, message[2], message[3])
-    return next((data[content:end] for number, _, content, end in inside if number == field), b"")
-
-
-def _varint(value: int) -> bytes:
-    groups = []
-    while True:
-        value, group = value >> 7, value & 0x7F
-        groups.append(group | (0x80 if value else 0))
-        if not value:
-            return bytes(groups)
+        (place,) = ours
+        body = write_field(_FUNCTION_FIELD, _member("function.bin"))
+        return b"".join((memoryview(data)[: place.start], body, memoryview(data)[place.end :]))
 
 
 _registered: set[str] = set()  # the packages that know the plug-in: they keep it as long as the process lives

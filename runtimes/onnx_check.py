@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import BundleError, MachineError
+from .protobuf import VARINT, read_fields
 
 MAX_NODES = 20_000  # functions written out; the published denoiser has 2 000, and three times that in INT8
 _MAX_FIELDS = 1_000_000
 _STANDARD, _OURS = ("", "ai.onnx"), "moebius"  # domains
 _QUICK_GELU = ("com.microsoft", "QuickGelu")  # ONNX Runtime's own, which INT8 for a CPU uses
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _SUBGRAPH = "!it has a graph inside of an operator, as loops and branches have"
 _SPARSE = "!it has sparse weights"
@@ -91,7 +89,7 @@ class _Reader:
             content = _FIELDS[message].get(field.number, "")
             if content.startswith("!"):
                 raise ValueError(content[1:])
-            if content and (content == "number") != (field.wire_type == _VARINT):
+            if content and (content == "number") != (field.wire_type == VARINT):
                 raise ValueError("a number stands where a message belongs")
             if content == "number":
                 numbers[field.number] = field.value
@@ -120,53 +118,3 @@ class _Reader:
             where = f"domain {domain!r:.40}" + (" inside of a function" if inside else "")
             raise ValueError(f"it has the operator {operator!r:.40} of {where}")
         self._count(1)
-
-
-class Field(NamedTuple):
-    """One field of a message, from ``start`` to ``end``; after its tag and length its ``content`` begins.
-
-    ``value`` is what a field that holds a number says.
-    """
-
-    number: int
-    wire_type: int
-    value: int
-    start: int
-    content: int
-    end: int
-
-
-def read_fields(data: mmap.mmap | bytes, at: int, end: int) -> Iterator[Field]:
-    """The fields of the message between two bytes. Raises ``ValueError`` where that is none."""
-    while at < end:
-        start = at
-        tag, at = _read_varint(data, at, end)
-        number, wire_type = tag >> 3, tag & 7
-        if not number or wire_type not in (_VARINT, _FIXED64, _BYTES, _FIXED32):
-            raise ValueError(f"no field of a model at byte {at}")
-        value, length, content = 0, 8 if wire_type == _FIXED64 else 4, at
-        if wire_type == _VARINT:
-            value, at = _read_varint(data, at, end)
-            length = 0
-        elif wire_type == _BYTES:
-            length, at = _read_varint(data, at, end)
-            content = at
-        if at + length > end:
-            raise ValueError("it is cut short")
-        at += length
-        yield Field(number, wire_type, value, start, content, at)
-
-
-def _read_varint(data: mmap.mmap | bytes, at: int, end: int) -> tuple[int, int]:
-    """The number whose first byte is at ``at``, and where it ends."""
-    value = shift = 0
-    while at < end:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number is too long")
-    raise ValueError("it is cut short")

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from .onnx_check import Field, read_fields
+from .protobuf import Data, Field, field_head, read_contents, read_fields, write_field
 
 _MODEL_GRAPH, _MODEL_FUNCTION = 7, 25
 _GRAPH_NODE = 1
 _FUNCTION_NAME, _FUNCTION_INPUT, _FUNCTION_OUTPUT, _FUNCTION_NODE = 1, 4, 5, 7
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _NODE_DOMAIN = 1, 2, 3, 4, 7
 _STANDARD = (b"", b"ai.onnx")
-
-_Data = mmap.mmap | bytes
 
 
 class _Function(NamedTuple):
@@ -41,29 +39,29 @@ def inline_functions(path: Path) -> bytes:
             if field.number == _MODEL_GRAPH:
                 graph = [part for inner in read_fields(data, field.content, field.end)
                          for part in _graph_field(data, inner, functions)]  # fmt: skip
-                parts += [_head(_MODEL_GRAPH, sum(map(len, graph))), *graph]
+                parts += [field_head(_MODEL_GRAPH, sum(map(len, graph))), *graph]
             elif field.number != _MODEL_FUNCTION:
                 parts.append(data[field.start : field.end])
         return b"".join(parts)
 
 
-def _function(data: _Data, field: Field) -> tuple[bytes, _Function]:
-    texts = _texts(data, field.content, field.end)
+def _function(data: Data, field: Field) -> tuple[bytes, _Function]:
+    texts = read_contents(data, field.content, field.end)
     formal = [*texts.get(_FUNCTION_INPUT, []), *texts.get(_FUNCTION_OUTPUT, [])]
     return texts[_FUNCTION_NAME][0], _Function(formal, texts.get(_FUNCTION_NODE, []))
 
 
-def _graph_field(data: _Data, field: Field, functions: Mapping[bytes, _Function]) -> Iterator[bytes]:
+def _graph_field(data: Data, field: Field, functions: Mapping[bytes, _Function]) -> Iterator[bytes]:
     """The field of a graph as it is, or the nodes of the function that it calls."""
     if field.number == _GRAPH_NODE:
-        call = _texts(data, field.content, field.end)
+        call = read_contents(data, field.content, field.end)
         function = functions.get(call[_NODE_OPERATOR][0])
         if function is not None and call.get(_NODE_DOMAIN, [b""])[0] not in _STANDARD:
             actual = [*call.get(_NODE_INPUT, []), *call.get(_NODE_OUTPUT, [])]
             names = dict(zip(function.formal, actual, strict=True))
             prefix = call[_NODE_OUTPUT][0] + b"/"  # which is unique in a graph, as the names of nodes need not be
             for node in function.nodes:
-                yield _message(_GRAPH_NODE, b"".join(_renamed(node, names, prefix)))
+                yield write_field(_GRAPH_NODE, b"".join(_renamed(node, names, prefix)))
             return
     yield data[field.start : field.end]
 
@@ -73,30 +71,8 @@ def _renamed(node: bytes, names: Mapping[bytes, bytes], prefix: bytes) -> Iterat
     for field in read_fields(node, 0, len(node)):
         text = node[field.content : field.end]
         if field.number in (_NODE_INPUT, _NODE_OUTPUT) and text:  # an optional input that is absent has no name
-            yield _message(field.number, names.get(text, prefix + text))
+            yield write_field(field.number, names.get(text, prefix + text))
         elif field.number == _NODE_NAME:
-            yield _message(field.number, prefix + text)
+            yield write_field(field.number, prefix + text)
         else:
             yield node[field.start : field.end]
-
-
-def _texts(data: _Data, at: int, end: int) -> dict[int, list[bytes]]:
-    """The contents of a message's fields by their numbers."""
-    texts: dict[int, list[bytes]] = {}
-    for field in read_fields(data, at, end):
-        texts.setdefault(field.number, []).append(data[field.content : field.end])
-    return texts
-
-
-def _message(number: int, content: bytes) -> bytes:
-    return _head(number, len(content)) + content
-
-
-def _head(number: int, length: int) -> bytes:
-    """The tag and the length before the content of a field."""
-    return _varint(number << 3 | 2) + _varint(length)
-
-
-def _varint(value: int) -> bytes:
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])

@@ -24,9 +24,9 @@ import numpy as np
 from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory, UsageError
 from ..spec import Component
 from ..system.files import atomic_write, sha256_file
-from ..system.machine import available_cores, cache_directory
+from ..system.machine import cache_directory
 from ..system.packages import install
-from .base import Arrays, Runtime, batched
+from .base import Arrays, Runtime, batched, choose_threads
 from .onnx_check import check_onnx_file
 from .onnx_inline import inline_functions
 
@@ -62,10 +62,8 @@ class OpenVinoRuntime(Runtime):
         super().__init__(components)
         if device not in DEVICES:
             raise UsageError(f"runtime openvino has no device {device!r}", f"choose one of {', '.join(DEVICES)}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads must be 1 or more, got {threads}")
         self.paths, self._digests, self._rows = dict(paths), dict(digests or {}), dict(rows or {})
-        self._device, self._threads = device, available_cores() if threads is None else threads
+        self._device, self._threads = device, choose_threads(threads)
         self._ov = import_openvino()
         self._core = shared_core()
         there = self._core.available_devices

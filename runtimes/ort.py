@@ -24,9 +24,8 @@ from ..sampling.calls import Call
 from ..sampling.scheduler import Scheduler
 from ..spec import DENOISER, SHALLOW, Component, Tensor
 from ..system.files import utf8_path
-from ..system.machine import available_cores
 from ..system.packages import mend_onnxruntime
-from .base import Arrays, HostLatents, LatentBatch, Runtime, batched
+from .base import Arrays, HostLatents, LatentBatch, Runtime, batched, choose_threads
 from .onnx_check import check_onnx_file
 from .providers import (
     CPU,
@@ -71,12 +70,10 @@ class OrtRuntime(Runtime):
         super().__init__(components)
         if device not in PROVIDERS:
             raise UsageError(f"runtime onnxruntime has no device {device!r}", f"choose one of {', '.join(PROVIDERS)}")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads must be 1 or more, got {threads}")
         self.paths = dict(paths)
         self._branches = branches
         self._device = device
-        self._threads = available_cores() if threads is None else threads
+        self._threads = choose_threads(threads)
         self._ort = import_onnxruntime()
         self._provider = PROVIDERS[device][0]
         if lack := absence(self._ort, device):

@@ -109,7 +109,7 @@ def test_the_rest_of_an_int8_bundle_has_the_type_that_it_names(bundle: Bundle, r
 
 
 def test_threads_are_the_cores_that_the_process_may_use(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_cores", lambda: 1)  # as in a container with a quota
+    monkeypatch.setattr("moebius_edge.runtimes.base.available_cores", lambda: 1)  # as in a container with a quota
     runtime = create_runtime("openvino", bundle)
     asked, plain = [], openvino.Core.compile_model
 

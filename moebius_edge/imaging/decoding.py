@@ -98,7 +98,9 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
         png = read_png(stream) if form == "PNG" else None
         jpeg = _scan_jpeg(stream) if form == "JPEG" else None
         scans = jpeg.scans if jpeg else 1
-        file = png.file if png else stream if jpeg is None or jpeg.marked else io.BytesIO(jpeg.coded + _JPEG_END)
+        file = png.file if png else stream
+        if jpeg is not None and not jpeg.marked:
+            file = io.BytesIO(b"".join((jpeg.coded, _JPEG_END)))
         image = _header(file, form)
         bits = png.bits if png else check_tiff(image, stream) if form == "TIFF" else 8
         _check_size(path, image, form, bits, scans)
@@ -219,7 +221,7 @@ class _Jpeg(NamedTuple):
     """The first picture of a JPEG file up to the mark of its end, and whether that is there."""
 
     scans: int
-    coded: bytes
+    coded: memoryview
     marked: bool
 
 
@@ -237,7 +239,7 @@ def _scan_jpeg(stream: BinaryIO) -> _Jpeg:
         if marker is None and progressive:
             raise ValueError("it is truncated")
         if marker is None or (code := data[marker.end() - 1]) == 0xD9:  # the end of the picture
-            return _Jpeg(scans, data[: marker.start() if marker else len(data)], marker is not None)
+            return _Jpeg(scans, memoryview(data)[: marker.start() if marker else len(data)], marker is not None)
         scans, progressive = scans + (code == 0xDA), progressive or code in _PROGRESSIVE
         at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     raise ValueError(f"it has more than {_MAX_SEGMENTS} segments")
@@ -255,7 +257,7 @@ def _is_complete(jpeg: _Jpeg, image: Image.Image) -> bool:
     corner = np.asarray(image.crop((left, top, width, height)))
     if jpeg.marked and ((corner != corner[-1, -1]).any() or "progressive" in image.info):
         return True
-    other = _header(io.BytesIO(jpeg.coded + _NOISE + _JPEG_END), "JPEG")
+    other = _header(io.BytesIO(b"".join((jpeg.coded, _NOISE, _JPEG_END))), "JPEG")
     areas = [(0, top, width, end) for top, end in _bands(width, height)]
     return all(np.array_equal(np.asarray(image.crop(area)), np.asarray(other.crop(area))) for area in areas)
 

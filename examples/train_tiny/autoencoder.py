@@ -102,14 +102,13 @@ def reconstruction_loss(recipe: Recipe) -> Loss:
     return loss
 
 
-def draw_batch(mixture: PictureMixture, hole_share: float, first: int, count: int, side: int) -> np.ndarray:
-    """Draw pictures ``first`` to ``first + count`` - 1, some with a mid-grey hole; uint8 (count, side, side, 3)."""
-    pictures = np.stack([mixture(number, side) for number in range(first, first + count)])
-    for number, picture in enumerate(pictures, first):
-        rng = np.random.default_rng([mixture.seed + 1, number])
-        if rng.random() < hole_share:
-            picture[draw_mask(rng, side, str(rng.choice(["medium", "thick", "box"])))] = HOLE_LEVEL
-    return pictures
+def draw_picture(mixture: PictureMixture, hole_share: float, number: int, side: int) -> np.ndarray:
+    """Draw picture ``number``, sometimes with a mid-grey hole; uint8 (side, side, 3)."""
+    picture = mixture(number, side)
+    rng = np.random.default_rng([mixture.seed + 1, number])
+    if rng.random() < hole_share:
+        picture[draw_mask(rng, side, str(rng.choice(["medium", "thick", "box"])))] = HOLE_LEVEL
+    return picture
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.resume()
     if options.decay_over:
         training.begin_decay(options.decay_over)
-    train(training, reconstruction_loss(recipe), partial(draw_batch, mixture, recipe.hole_share), pictures, options)
+    train(training, reconstruction_loss(recipe), partial(draw_picture, mixture, recipe.hole_share), pictures, options)
 
 
 if __name__ == "__main__":

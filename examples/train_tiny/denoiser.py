@@ -166,7 +166,8 @@ def border_cells(mask: Tensor) -> Tensor:
 def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
     """Return the preset ``tiny``, with the student's channels those of the autoencoder."""
     optimiser = {"steps": options.steps, "batch": options.batch, "ema_decay": 0.999}
-    values = {"seed": options.seed, "optimiser": optimiser, "student": {"latent_channels": latent_channels}}
+    student = {"block_out_channels": list(options.channels)} if options.channels else {}
+    values = {"seed": options.seed, "optimiser": optimiser, "student": {**student, "latent_channels": latent_channels}}
     return with_values(preset_recipe("tiny", "student"), values)
 
 
@@ -197,15 +198,15 @@ def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: Bran
     return trainer
 
 
-def write_checkpoint(trainer: Trainer, vae: AutoencoderKL, folder: Path) -> None:
-    """Write the averaged weights, rounded to float16, their configuration and the autoencoder."""
+def write_student(student: nn.Module, recipe: Recipe, vae: AutoencoderKL, folder: Path) -> None:
+    """Write the student's weights, rounded to float16, their configuration and the autoencoder."""
     weights = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in trainer.average.state_dict().items()
+        for name, tensor in student.state_dict().items()
     }
     with atomic_write(folder / "student.safetensors") as temporary:
         save_file(weights, temporary)
-    atomic_save(trainer.recipe.student.to_dict(), folder / "student.json")
+    atomic_save(recipe.student.to_dict(), folder / "student.json")
     save_autoencoder(copy.deepcopy(vae).half(), folder / "vae")
 
 
@@ -218,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--channels", type=int, nargs="+", help="of the denoiser's levels (default: the preset's)")
     parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held on a CPU")
     parser.add_argument("--reuse", type=int, default=8, help="noises that each of them is used with")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw samples; on a GPU use most cores")
@@ -236,13 +238,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settle_latents(vae, mixture)
     trainer = build_trainer(options, vae, BranchSamples(mixture))
     trainer.resume()
+    recipe = trainer.recipe
     for figures in trainer.run():
         if trainer.done % 100 == 0:
             print(json.dumps({"time": time.strftime("%H:%M:%S"), **figures}), flush=True)
         if trainer.done % options.save_every == 0:
-            write_checkpoint(trainer, vae, options.output)
+            write_student(trainer.average, recipe, vae, options.output)
     trainer.settle_batch_norms()
-    write_checkpoint(trainer, vae, options.output)
+    write_student(trainer.average, recipe, vae, options.output)
 
 
 if __name__ == "__main__":

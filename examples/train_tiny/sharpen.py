@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from moebius_edge.export.source import open_vae
 
-from .autoencoder import add_noise, draw_batch
+from .autoencoder import add_noise, draw_picture
 from .losses import Adversary, balance, mean_colours, pattern_loss, pyramid_l1, texture_loss
 from .training import Loss, Training, changed, open_data, parser, train
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.resume()
     if options.decay_over:
         training.begin_decay(options.decay_over)
-    draw = partial(draw_batch, mixture, recipe.hole_share)
+    draw = partial(draw_picture, mixture, recipe.hole_share)
     train(training, sharpening_loss(recipe, adversary), draw, pictures, options)
 
 

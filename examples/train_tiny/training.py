@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.system.files import atomic_directory
-from moebius_edge.training.loop import load_state, save_state, update_average
+from moebius_edge.training.loop import draw_batches, load_state, save_state, update_average
 from moebius_edge.training.optimiser import MuonAdamW
 
 from .data import PictureMixture, list_photographs, open_cache, split_validation, to_network, validation_pictures
@@ -190,26 +191,35 @@ def validate(training: Training, pictures: Sequence[np.ndarray], log: Log) -> No
     write_sheet(training.folder / f"sheet-{training.step:06d}.png", [pictures, decoded[: len(pictures)]])
 
 
+def numbers(training: Training, options: argparse.Namespace) -> Iterator[list[tuple[int, int]]]:
+    """The numbers and the side of each following step's pictures, without end."""
+    first = training.drawn
+    for step in itertools.count(training.step):
+        side = options.sides[step % len(options.sides)]
+        count = max(1, options.pixels // side**2)
+        yield [(number, side) for number in range(first, first + count)]
+        first += count
+
+
 def train(
     training: Training,
     loss: Loss,
-    draw: Callable[[int, int, int], np.ndarray],
+    draw: Callable[[int, int], np.ndarray],
     pictures: Sequence[np.ndarray],
     options: argparse.Namespace,
 ) -> None:
     """Train until the learning rate is zero, ``options.steps`` steps are done, or the process is asked to stop.
 
-    ``draw(first, count, side)`` draws training pictures by their numbers, uint8 (count, side, side, 3).
+    ``draw(number, side)`` draws a training picture by its number, uint8 (side, side, 3), in other processes.
     """
     log, begun = Log(training.folder / "log.jsonl"), time.monotonic()
     stop_signals: list[int] = []
     recent: list[dict[str, float]] = []  # the figures since the last line of the log
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stop_signals.append(received))
+    batches = draw_batches(lambda item: (draw(*item),), numbers(training, options), options.workers)
     while not (training.finished or stop_signals or (options.steps and training.step >= options.steps)):
-        side = options.sides[training.step % len(options.sides)]
-        count = max(1, options.pixels // side**2)
-        recent.append(training.train_step(draw(training.drawn, count, side), loss))
+        recent.append(training.train_step(*next(batches), loss))
         if training.step % options.log_every == 0:
             means = {name: float(np.mean([figures[name] for figures in recent])) for name in recent[0]}
             elapsed = round(time.monotonic() - begun, 1)
@@ -219,6 +229,7 @@ def train(
             training.save()
         if training.step % options.validate_every == 0:
             validate(training, pictures, log)
+    batches.close()
     training.save()
     if not stop_signals:
         validate(training, pictures, log)
@@ -240,6 +251,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--save-every", type=int, default=500)
     options.add_argument("--validate-every", type=int, default=1500)
     options.add_argument("--log-every", type=int, default=100)
+    options.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     options.add_argument("--device", default="cpu")
     options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")
     return options

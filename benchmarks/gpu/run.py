@@ -68,7 +68,7 @@ class Found(Result):
             self.path.write_text(json.dumps(self, indent=2) + "\n", encoding="utf-8")
 
     def measure(self, key: str, value: Callable[[], Any]) -> None:
-        """Enter ``value()``, or why there is none: memory, or a kernel that the card refuses; the others still count."""
+        """Enter ``value()``, or why there is none: memory, or a kernel that the card refuses. The rest goes on."""
         try:
             self[key] = value()
         except Exception as error:
@@ -557,7 +557,24 @@ def table(results: dict[str, Result]) -> str:
         ours = name.startswith("ours")
         share = f"{4 * work / value / peak:.0%}" if ours and value and peak and work else "-"
         lines.append(f"| {name} | {'-' if value is None else f'{value:.2f}'} | {gain} | {share} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *decoder_rows(results.get("decoder", {}))]) + "\n"
+
+
+def decoder_rows(found: Result) -> list[str]:
+    """The table of one decode to 512 x 512, of what was measured."""
+
+    def text(key: str, digits: int) -> str:
+        value = found.get(key, "-")
+        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    names = [key.removesuffix(" psnr_db") for key in found if key.endswith(" psnr_db")]
+    lines = [
+        "",
+        "| decoder | PSNR against float32, dB | eager, ms | in a CUDA graph, ms |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| {n} | {text(n + ' psnr_db', 1)} | {text(n + ' ms', 2)} | {text(n + ' graph ms', 2)} |" for n in names]
+    return lines if names else []
 
 
 def run_step(name: str, small: bool, out: Path) -> Result:

@@ -49,7 +49,8 @@ FOUND = {
 def test_a_step_finds_what_it_promises(step: str, tmp_path: Path) -> None:
     result = run.run_step(step, small=True, out=tmp_path)
     assert set(result) == FOUND[step] | {"seconds"}
-    assert all(value > 0 for value in result.values() if not isinstance(value, str | dict))
+    figures = [value for name, value in result.items() if name != "seconds" and not isinstance(value, str | dict)]
+    assert all(value > 0 for value in figures)
     assert json.loads((tmp_path / f"{step}.json").read_text()) == result
     if step == "fused":
         assert result["16 relative error"] < 1e-3

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-for _name in ("onnx", "onnxscript", "onnxruntime", "pydantic", "safetensors", "cv2", "PIL"):
+for _name in ("onnx", "onnx.utils", "onnx_ir", "onnxscript", "onnxruntime", "pydantic", "safetensors", "cv2", "PIL"):
     try:
         importlib.import_module(_name)
     except ImportError:  # imported, and not needed for anything here

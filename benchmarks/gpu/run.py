@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-for _name in ("onnx", "onnx.utils", "onnx_ir", "onnxscript", "onnxruntime", "pydantic", "safetensors", "cv2", "PIL"):
+_ONNX = ("onnx", "onnx.reference", "onnx.utils", "onnx_ir", "onnxscript", "onnxruntime")
+for _name in (*_ONNX, "pydantic", "safetensors", "cv2", "PIL", "PIL.TiffImagePlugin"):
     try:
         importlib.import_module(_name)
     except ImportError:  # imported, and not needed for anything here

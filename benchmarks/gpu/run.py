@@ -1,12 +1,12 @@
-"""What a GPU has to tell in ten minutes: driver, graphs, ceilings, the local lambda operator, and the whole network.
+"""What a GPU has to tell in ten minutes: driver, graphs, ceilings, the lambda operator, the network and the decoder.
 
-    make gpu                                             # all steps, in order
-    python -m benchmarks.gpu.run --out DIR --step fused  # one of them
+    make gpu                                                            # all steps, in order
+    python -m benchmarks.gpu.run --out DIR --step fused --step network  # those, in this order
 
 Needs PyTorch with CUDA, Triton, numpy and this checkout, nothing else: other packages that the modules it uses import
-are stood in for. Each step is a process of its own with a limit, and its result is written at once, DIR/STEP.json;
-what failed says why, and the rest goes on. ``--small`` runs tiny shapes, on the CPU where there is no GPU: that is what
-the tests do. Weights are random, which does not matter to the time.
+are stood in for. Each step is a process of its own with a limit, forked when all is imported. Every figure is written
+at once, to DIR/STEP.json; what failed says why, and the rest goes on. ``--small`` runs tiny shapes, on the CPU where
+there is no GPU: that is what the tests do. Weights are random, which does not matter to the time.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import argparse
 import copy
 import importlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-for _name in ("onnx", "onnxscript", "onnxruntime", "pydantic", "safetensors", "cv2", "PIL"):
+_ONNX = ("onnx", "onnx.reference", "onnx.utils", "onnx_ir", "onnxscript", "onnxruntime")
+for _name in (*_ONNX, "pydantic", "safetensors", "cv2", "PIL", "PIL.TiffImagePlugin"):
     try:
         importlib.import_module(_name)
     except ImportError:  # imported, and not needed for anything here
@@ -34,31 +36,55 @@ for _name in ("onnx", "onnxscript", "onnxruntime", "pydantic", "safetensors", "c
 import numpy as np
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor, nn
 
-from moebius_edge.export.lambda_kernel import (
-    arrange_taps,
-    compile_kernel,
-    fused_local_lambda,
-    local_window,
-    published_levels,
-)
+from moebius_edge.export.lambda_kernel import arrange_taps, fused_local_lambda, local_window, published_levels
 from moebius_edge.export.operators import kernel_positions
 from moebius_edge.export.specialise import SpecialLocal, specialise
+from moebius_edge.metrics.fidelity import psnr_db
 from moebius_edge.model import StudentConfig, build_student
 from moebius_edge.runtimes.cuda import Cuda, find_gpu
 from moebius_edge.runtimes.lambda_plugin import KERNEL, find_kernel
+from moebius_edge.training.optimiser import MuonAdamW
+
+from .decoder import PUBLISHED, loud_decoder, quarter, rescale
+from .shares import floors, kernel_shares
 
 TOTAL_S = 600
 FORMS = ("tiled", "convolved", "one product", "fused")
 Result = dict[str, Any]
 
 
+class Found(Result):
+    """What a step has found, in a file from the first figure on: what came before a limit or a crash is not lost."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__()
+        self.path = path
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.path is not None:
+            self.path.write_text(json.dumps(self, indent=2) + "\n", encoding="utf-8")
+
+    def measure(self, key: str, value: Callable[[], Any]) -> None:
+        """Enter ``value()``, or why there is none: memory, or a kernel that the card refuses. The rest goes on."""
+        try:
+            self[key] = value()
+        except Exception as error:
+            self[f"{key} failed"] = _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:600]
+
+
 class Bench:
     """Where and how large: ``small`` shapes on whatever there is, and Triton's interpreter without a GPU."""
 
-    def __init__(self, small: bool, out: Path) -> None:
-        self.small, self.out = small, out
+    def __init__(self, small: bool, out: Path, found: Found | None = None) -> None:
+        self.small, self.out, self.found = small, out, Found() if found is None else found
         self.gpu = torch.cuda.is_available()
         if not (self.gpu or small):
             raise RuntimeError("PyTorch sees no GPU")
@@ -74,9 +100,11 @@ class Bench:
 
     @property
     def kernel(self) -> Any:
+        if self.gpu:
+            return local_window
         from triton.runtime.interpreter import InterpretedFunction
 
-        return local_window if self.gpu else InterpretedFunction(local_window.fn)
+        return InterpretedFunction(local_window.fn)
 
     def ms(self, run: Callable[[], Any], seconds: float = 0.5) -> float:
         """Median milliseconds, after three runs that are not counted, for at least about that long."""
@@ -106,12 +134,17 @@ class Bench:
 
 def driver(bench: Bench) -> Result:
     """What the driver says of the GPU, and that a process without one says so."""
-    code = "from benchmarks.gpu.run import find_gpu; print(find_gpu())"
+    code = "from moebius_edge.runtimes.cuda import find_gpu; print(find_gpu())"
     hidden = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=20,
     )  # fmt: skip
-    return {"gpu": str(find_gpu()), "hidden": hidden.stdout.strip(), "hidden_error": hidden.stderr[-300:]}
+    bench.found["versions"] = (
+        f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, Triton {triton.__version__}"
+    )
+    bench.found["gpu"] = str(find_gpu())
+    bench.found["hidden"], bench.found["hidden_error"] = hidden.stdout.strip(), hidden.stderr[-300:]
+    return bench.found
 
 
 def graph(bench: Bench, cuda: Any = None) -> Result:
@@ -165,16 +198,19 @@ def graph(bench: Bench, cuda: Any = None) -> Result:
 
 def ceilings(bench: Bench) -> Result:
     """Copy bandwidth, and the fastest large product of each type."""
-    found: Result = {}
     source = torch.empty((1 << 16) if bench.small else (1 << 29), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
-    found["copy_gb_per_s"] = 2 * len(source) / bench.ms(lambda: target.copy_(source)) / 1e6
+    bench.found.measure("copy_gb_per_s", lambda: 2 * len(source) / bench.ms(lambda: target.copy_(source)) / 1e6)
     side = 64 if bench.small else 8192
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = (bench.normal(side, side, dtype=dtype) for _ in range(2))
+        return 2 * side**3 / bench.ms(lambda: a @ b) / 1e9
+
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("tf32", torch.float32)):
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        a, b = bench.normal(side, side, dtype=dtype), bench.normal(side, side, dtype=dtype)
-        found[f"{name}_tflops"] = 2 * side**3 / bench.ms(lambda a=a, b=b: a @ b) / 1e9  # type: ignore[misc]
-    return found
+        bench.found.measure(f"{name}_tflops", lambda dtype=dtype: product(dtype))  # type: ignore[misc]
+    return bench.found
 
 
 class Local(nn.Module):
@@ -257,38 +293,38 @@ def one_level(bench: Bench, size: int, keys: int, form: str, dtype: torch.dtype)
 
 def operator(bench: Bench) -> Result:
     """The operator's four forms in FP16, level by level."""
-    found: Result = {}
+
+    def ms(size: int, keys: int, form: str) -> float:
+        local, inputs = one_level(bench, size, keys, form, torch.float16)
+        return bench.ms(lambda: local.lambdas(*inputs), 0.3)
+
     for size, keys in bench.levels.items():
         for form in FORMS:
-            local, inputs = one_level(bench, size, keys, form, torch.float16)
-            try:
-                found[f"{size} {form} ms"] = bench.ms(lambda run=local.lambdas, i=inputs: run(*i))  # type: ignore[misc]
-            except RuntimeError as error:  # memory, or a kernel that the card refuses: the others still count
-                found[f"{size} {form} failed"] = str(error)[:300]
-    return found
+            bench.found.measure(f"{size} {form} ms", lambda given=(size, keys, form): ms(*given))  # type: ignore[misc]
+    return bench.found
 
 
 def fused(bench: Bench) -> Result:
-    """The kernel against float64 with fresh inputs, timed with 4 and 8 warps, and its PTX for four targets."""
-    found: Result = {}
-    for size, keys in bench.levels.items():
+    """The kernel against float64 with fresh inputs, timed with 4 and 8 warps."""
+
+    def error(size: int, keys: int) -> float:
         local, inputs = one_level(bench, size, keys, "fused", torch.float16)
+        result = local.lambdas(*inputs).double().flatten()
         exact = Local(local.special.double(), "convolved", None)
         expected = exact.lambdas(*(t.double() for t in inputs)).flatten()
-        local.special.half()
-        worst = (local.lambdas(*inputs).double().flatten() - expected).abs().max() / expected.abs().max()
-        found[f"{size} relative error"] = float(worst)
-        q, k, v = inputs
-        q, content = q.reshape(2, -1, bench.heads, keys), k @ v + local.special.bias
+        return float((result - expected).abs().max() / expected.abs().max())
+
+    def ms(size: int, keys: int, warps: int) -> float:
+        local, (q, k, v) = one_level(bench, size, keys, "fused", torch.float16)
+        assert local.taps is not None
+        given = q.reshape(2, -1, bench.heads, keys), k @ v + local.special.bias, v, local.taps, bench.window
+        return bench.ms(lambda: fused_local_lambda(*given, kernel=bench.kernel, num_warps=warps), 0.3)
+
+    for size, keys in bench.levels.items():
+        bench.found.measure(f"{size} relative error", lambda given=(size, keys): error(*given))  # type: ignore[misc]
         for warps in (4, 8) if bench.gpu else (4,):
-            run = lambda q=q, c=content, v=v, w=warps, t=local.taps: fused_local_lambda(  # noqa: E731
-                q, c, v, t, bench.window, kernel=bench.kernel, num_warps=w
-            )
-            found[f"{size} {warps} warps ms"] = bench.ms(run)
-    for capability in (80, 87, 89, 110) if not bench.small else (87,):
-        ptx, _ = compile_kernel(capability, 16, 160, 8, 15)
-        (bench.out / f"sm_{capability}-16.ptx").write_text(ptx)
-    return found
+            bench.found.measure(f"{size} {warps} warps ms", lambda given=(size, keys, warps): ms(*given))  # type: ignore[misc]
+    return bench.found
 
 
 def inputs_of(bench: Bench, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,7 +335,8 @@ def inputs_of(bench: Bench, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def plain_network(bench: Bench, dtype: torch.dtype) -> tuple[Any, tuple[Tensor, ...]]:
     torch.manual_seed(0)
-    student = build_student(bench.config).eval().to(bench.device, dtype)
+    with torch.device(bench.device):
+        student = build_student(bench.config).eval().to(dtype)
     sample, timestep, branch = inputs_of(bench, 2, dtype)
     prompts = torch.arange(bench.config.num_prompts, device=bench.device)
     return student, (sample, timestep, prompts + bench.config.num_prompts * branch[:, None])
@@ -308,12 +345,15 @@ def plain_network(bench: Bench, dtype: torch.dtype) -> tuple[Any, tuple[Tensor, 
 def plain(bench: Bench) -> Result:
     """The plain student, eager, in float32 (TF32 off) and FP16."""
     torch.backends.cudnn.benchmark = True
-    found = {}
-    for name, dtype in (("float32", torch.float32), ("FP16", bench.half)):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def ms(dtype: torch.dtype) -> float:
         student, inputs = plain_network(bench, dtype)
-        found[f"{name} ms"] = bench.ms(lambda s=student, i=inputs: s(*i))  # type: ignore[misc]
-    return found
+        return bench.ms(lambda: student(*inputs), 1)
+
+    bench.found.measure("float32 ms", lambda: ms(torch.float32))
+    bench.found.measure("FP16 ms", lambda: ms(bench.half))
+    return bench.found
 
 
 def compiled(bench: Bench) -> Result:
@@ -322,7 +362,9 @@ def compiled(bench: Bench) -> Result:
     run = torch.compile(student, backend="eager" if bench.small else "inductor")
     started = time.perf_counter()
     run(*inputs)
-    return {"compile_s": time.perf_counter() - started, "FP16 ms": bench.ms(lambda: run(*inputs))}
+    bench.found["compile_s"] = time.perf_counter() - started
+    bench.found["FP16 ms"] = bench.ms(lambda: run(*inputs))
+    return bench.found
 
 
 def recorded(bench: Bench, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -341,59 +383,155 @@ def recorded(bench: Bench, run: Callable[[], Any]) -> Callable[[], Any]:
     return captured.replay
 
 
-def multiply_adds(bench: Bench, special: Any) -> int:
-    """Of one row: products and convolutions as PyTorch counts them, and the local operator at its true window."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def local(q: Any, k: Any, v: Any, weight: Any, *_: Any, **__: Any) -> int:
-        rows, positions, keys = v
-        return 2 * rows * positions * bench.heads * keys * (2 * weight[1] + keys) + 2 * rows * positions * keys * keys
-
-    def interactive(q: Any, keys: Any, values: Any, table: Any, **_: Any) -> int:
-        return int(2 * q[0] * q[1] * q[2] * keys[-1] * (q[3] + values[-1]))
-
-    ours = torch.ops.moebius
-    formulas: Any = {ours.local_lambda: local, ours.interactive_lambda: interactive}
-    meta = [t.cpu() for t in inputs_of(bench, 1, torch.float32)]
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        special(*meta)
-    return int(counter.get_total_flops()) // 2
+def special_network(bench: Bench) -> Any:
+    """The student rewritten as for the export, with random weights, in FP16."""
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        special = specialise(build_student(bench.config).eval())
+    return special.to(bench.device, bench.half)
 
 
 def network(bench: Bench) -> Result:
     """The rewritten student in FP16 in a CUDA graph: tiled and fused, one row and two, whole and cached."""
     torch.backends.cudnn.benchmark = True
-    torch.manual_seed(0)
-    special = specialise(build_student(bench.config).eval())
-    found: Result = {"gmacs a row": multiply_adds(bench, special) / 1e9}
-    special.to(bench.device, bench.half)
+    special = special_network(bench)
+
+    def gmacs() -> float:
+        parts = floors(special, inputs_of(bench, 1, bench.half), bench.heads)
+        return sum(part["gmacs"] for part in parts.values())
+
+    bench.found.measure("gmacs a row", gmacs)
     for form in ("tiled", "fused"):
         ours = copy.deepcopy(special)
         replace_local(ours, form, bench)
-        for rows in (1, 2):
-            sample, timestep, branch = inputs_of(bench, rows, bench.half)
-            noise, deep = ours(sample, timestep, branch)
-            if not torch.isfinite(noise).all():
-                found[f"{form} {rows} rows not finite"] = True
-            whole = recorded(bench, lambda n=ours, i=(sample, timestep, branch): n(*i))  # type: ignore[misc]
-            found[f"{form} {rows} rows ms"] = bench.ms(whole)
-            cached = recorded(
-                bench,
-                lambda n=ours, i=(sample, timestep, branch, deep): n.network.shallow(*i),  # type: ignore[misc]
-            )
-            found[f"{form} {rows} rows cached ms"] = bench.ms(cached)
-    return found
+        for rows in (2, 1):
+            bench.found.measure(f"{form} {rows} rows ms", lambda n=ours, r=rows: whole_ms(bench, n, r))  # type: ignore[misc]
+            bench.found.measure(f"{form} {rows} rows cached ms", lambda n=ours, r=rows: cached_ms(bench, n, r))  # type: ignore[misc]
+        ours.to(memory_format=torch.channels_last)
+        bench.found.measure(f"{form} 2 rows channels last ms", lambda n=ours: whole_ms(bench, n, 2))  # type: ignore[misc]
+    return bench.found
+
+
+def whole_ms(bench: Bench, ours: Any, rows: int) -> float:
+    inputs = inputs_of(bench, rows, bench.half)
+    if not torch.isfinite(ours(*inputs)[0]).all():
+        raise ValueError("the noise is not finite")
+    return bench.ms(recorded(bench, lambda: ours(*inputs)))
+
+
+def cached_ms(bench: Bench, ours: Any, rows: int) -> float:
+    inputs = inputs_of(bench, rows, bench.half)
+    deep = ours(*inputs)[1]
+    return bench.ms(recorded(bench, lambda: ours.network.shallow(*inputs, deep)))
+
+
+def shares(bench: Bench) -> Result:
+    """Kernel time of the rewritten student's guided step by class of operator, eager, beside the floor of each class.
+
+    A floor is the time of an operator's arithmetic at the measured FP16 product or that of its inputs and outputs at
+    the measured copy, whichever is longer, where the step ``ceilings`` has run; the local operator counts as one.
+    """
+    torch.backends.cudnn.benchmark = True
+    special, inputs = special_network(bench), inputs_of(bench, 2, bench.half)
+    measured = bench.out / "ceilings.json"
+    peaks = json.loads(measured.read_text()) if measured.exists() else {}
+    bench.found.measure("floor", lambda: floors(special, inputs, bench.heads, peaks))
+    for form in ("tiled", "fused"):
+        ours = copy.deepcopy(special)
+        replace_local(ours, form, bench)
+        bench.found.measure(form, lambda n=ours: kernel_shares(n, inputs, Local, 1 if bench.small else 3))  # type: ignore[misc]
+    return bench.found
+
+
+def decoder(bench: Bench) -> Result:
+    """The published decoder's shape, its residual stream beyond FP16: PSNR against float32, eager, and in a graph."""
+    torch.backends.cudnn.benchmark = True
+    plain = loud_decoder((32, 32, 32, 64) if bench.small else PUBLISHED).to(bench.device)
+    latent = bench.normal(1, 4, *((4, 4) if bench.small else (64, 64)), dtype=torch.float32)
+    quarter(plain)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    expected = plain(latent).cpu().numpy()
+
+    def measure(
+        name: str, network: Any, dtype: torch.dtype = torch.float32, layout: Any = torch.preserve_format
+    ) -> None:
+        network, x = (t.to(dtype=dtype, memory_format=layout) for t in (copy.deepcopy(network), latent))
+
+        def fidelity() -> float | str:
+            result = network(x).float().cpu().numpy()
+            return psnr_db(result, expected) if np.isfinite(result).all() else "not finite"
+
+        bench.found.measure(f"{name} psnr_db", fidelity)
+        bench.found.measure(f"{name} ms", lambda: bench.ms(lambda: network(x), 0.3))
+        bench.found.measure(f"{name} graph ms", lambda: bench.ms(recorded(bench, lambda: network(x)), 0.3))
+
+    measure("float32", plain)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    measure("TF32", plain)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    measure("BF16", plain, torch.bfloat16)
+    measure("FP16", plain, torch.float16)
+    bench.found["divisor"] = rescale(plain, latent)
+    measure("FP16 rescaled", plain, torch.float16)
+    measure("FP16 rescaled, channels last", plain, torch.float16, torch.channels_last)
+    return bench.found
+
+
+def demonstration() -> StudentConfig:
+    """The shape of the demonstration's student, examples/train_tiny/denoiser.py: the recipe ``tiny``, 16 channels."""
+    return StudentConfig(
+        block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=32, prompt_embedding_dim=32,
+        latent_size=32, latent_channels=16,
+    )  # fmt: skip
+
+
+@torch.enable_grad()
+def training(bench: Bench) -> Result:
+    """Images a second of training the demonstration's student in BF16: forward, backward and the optimiser's step."""
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    config, batch = demonstration(), 2 if bench.small else 96
+    student = build_student(config).to(bench.device).train()
+    optimiser = MuonAdamW(student, 3e-3)
+    side, channels = config.latent_size, config.latent_channels
+    sample = bench.normal(batch, 2 * channels + 1, side, side, dtype=torch.float32)
+    noise = bench.normal(batch, channels, side, side, dtype=torch.float32)
+    timestep = torch.randint(0, 1000, (batch,), device=bench.device)
+    prompts = torch.arange(config.num_prompts, device=bench.device).expand(batch, -1)
+
+    def step(model: Any) -> None:
+        with torch.autocast(bench.device, torch.bfloat16):
+            predicted = model(sample, timestep, prompts).noise
+        F.mse_loss(predicted.float(), noise).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    def images_per_s(model: Any) -> float:
+        return 1000 * batch / bench.ms(lambda: step(model), 2)
+
+    bench.found.measure("eager images/s", lambda: images_per_s(student))
+    F.mse_loss(student(sample, timestep, prompts).noise, noise).backward()
+    bench.found.measure("optimiser ms", lambda: bench.ms(optimiser.step))
+    compiled = torch.compile(student, backend="eager" if bench.small else "inductor")
+    started = time.perf_counter()
+    step(compiled)
+    bench.found["compile_s"] = time.perf_counter() - started
+    bench.found.measure("compiled images/s", lambda: images_per_s(compiled))
+    return bench.found
 
 
 STEPS: dict[str, tuple[Callable[[Bench], Result], int]] = {  # and the most seconds of each
-    "driver": (driver, 40),
-    "graph": (graph, 40),
-    "ceilings": (ceilings, 40),
-    "operator": (operator, 80),
-    "fused": (fused, 80),
-    "plain": (plain, 80),
-    "network": (network, 100),
-    "compiled": (compiled, 140),
+    "driver": (driver, 30),
+    "graph": (graph, 20),
+    "ceilings": (ceilings, 20),
+    "operator": (operator, 40),
+    "fused": (fused, 40),
+    "plain": (plain, 40),
+    "network": (network, 60),
+    "shares": (shares, 50),
+    "decoder": (decoder, 60),
+    "training": (training, 110),
+    "compiled": (compiled, 130),
 }
 
 
@@ -420,41 +558,64 @@ def table(results: dict[str, Result]) -> str:
         ours = name.startswith("ours")
         share = f"{4 * work / value / peak:.0%}" if ours and value and peak and work else "-"
         lines.append(f"| {name} | {'-' if value is None else f'{value:.2f}'} | {gain} | {share} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *decoder_rows(results.get("decoder", {}))]) + "\n"
+
+
+def decoder_rows(found: Result) -> list[str]:
+    """The table of one decode to 512 x 512, of what was measured."""
+
+    def text(key: str, digits: int) -> str:
+        value = found.get(key, "-")
+        return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    names = [key.removesuffix(" psnr_db") for key in found if key.endswith(" psnr_db")]
+    lines = [
+        "",
+        "| decoder | PSNR against float32, dB | eager, ms | in a CUDA graph, ms |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| {n} | {text(n + ' psnr_db', 1)} | {text(n + ' ms', 2)} | {text(n + ' graph ms', 2)} |" for n in names]
+    return lines if names else []
 
 
 def run_step(name: str, small: bool, out: Path) -> Result:
     """Run one step here and write what it found, or why it failed."""
-    torch.set_grad_enabled(False)
     started = time.perf_counter()
+    found = Found(out / f"{name}.json")
     try:
-        result = STEPS[name][0](Bench(small, out))
+        with torch.no_grad():
+            found.update(STEPS[name][0](Bench(small, out, found)))
     except Exception as error:
-        result = {"failed": f"{type(error).__name__}: {error}"[:1000]}
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    write(out / f"{name}.json", result)
-    return result
+        found["failed"] = _reason(error)
+    found["seconds"] = round(time.perf_counter() - started, 1)
+    print(f"{name}: {json.dumps(found)}", flush=True)
+    return found
 
 
-def write(path: Path, result: Result) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{path.stem}: {json.dumps(result)}", flush=True)
+def run_all(names: Iterable[str], small: bool, out: Path, seconds: float = TOTAL_S) -> None:
+    """Each step in a process of its own, so that a kernel that breaks its context breaks no other step.
 
-
-def run_all(small: bool, out: Path) -> None:
-    """Every step in a process of its own, so that a kernel that breaks its context breaks no other step."""
-    deadline = time.monotonic() + TOTAL_S
-    for name, (_, limit) in STEPS.items():
-        left = min(limit, deadline - time.monotonic())
-        command = [sys.executable, "-m", "benchmarks.gpu.run", "--step", name, "--out", str(out)]
-        try:
-            if left < 5:
-                raise subprocess.TimeoutExpired(command, left)
-            done = subprocess.run([*command, *(["--small"] if small else [])], timeout=left)
-            if done.returncode and not (out / f"{name}.json").exists():
-                write(out / f"{name}.json", {"failed": f"it ended with code {done.returncode}"})
-        except subprocess.TimeoutExpired:
-            write(out / f"{name}.json", {"failed": f"it took more than {left:.0f} s"})
+    It is forked from this one, which has imported everything and has not touched the GPU: that saves each the seconds
+    of the imports.
+    """
+    deadline = time.monotonic() + seconds
+    for name in names:
+        left = min(STEPS[name][1], deadline - time.monotonic())
+        path = out / f"{name}.json"
+        path.unlink(missing_ok=True)
+        process = multiprocessing.get_context("fork").Process(target=run_step, args=(name, small, out))
+        problem = f"it took more than {left:.0f} s" if left > 0 else "no time was left"
+        if left > 0:
+            process.start()
+            process.join(left)
+            if not process.is_alive():
+                problem = f"it ended with code {process.exitcode}" if process.exitcode else ""
+            process.kill()
+            process.join()
+        if problem:
+            found = {**(json.loads(path.read_text()) if path.exists() else {}), "failed": problem}
+            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            print(f"{name}: {json.dumps(found)}", flush=True)
         finish(out)
 
 
@@ -468,17 +629,16 @@ def finish(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    parser.add_argument("--step", choices=STEPS)
+    parser.add_argument("--step", choices=STEPS, action="append", help="run this one, and others that are named so")
+    parser.add_argument("--seconds", type=float, default=TOTAL_S, help="the most in all; what is left is not run")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.step:
-        run_step(options.step, options.small, options.out)
-    else:
+    if not options.step:
         for old in options.out.glob("*.json"):
             old.unlink()
-        run_all(options.small, options.out)
-        print((options.out / "table.md").read_text())
+    run_all(options.step or STEPS, options.small, options.out, options.seconds)
+    print((options.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
+import importlib.machinery
 import json
 import multiprocessing
 import os
@@ -31,7 +31,7 @@ for _name in (*_ONNX, "pydantic", "safetensors", "cv2", "PIL", "PIL.TiffImagePlu
     try:
         importlib.import_module(_name)
     except ImportError:  # imported, and not needed for anything here
-        sys.modules[_name] = MagicMock()
+        sys.modules[_name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(_name, None))
 
 import numpy as np
 import torch

@@ -12,7 +12,7 @@ from golden import check_against_golden, fill_golden, golden_input, golden_keys,
 
 from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.model import StudentConfig, TeacherConfig, build_student, build_teacher
-from moebius_edge.model.lambdas import LocalLambda, PositionConv, interactive_lambda
+from moebius_edge.model.lambdas import LocalLambda, PositionConv, interactive_lambda, position_product
 
 SMALL = StudentConfig(
     block_out_channels=(32, 64, 128),
@@ -140,6 +140,17 @@ def test_position_convolution_has_the_gradients_of_conv2d():
     weights = torch.randn_like(ours)
     expected = torch.autograd.grad(reference, inputs, weights)
     torch.testing.assert_close(torch.autograd.grad(ours, inputs, weights), expected)
+
+
+@pytest.mark.parametrize(("grid", "window"), [((8, 8), 15), ((9, 7), 5), ((16, 16), 15)])
+def test_the_position_product_is_the_convolution(grid, window):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((6, 1, *grid), (4, 1, window, window), (4,))]
+    ours, reference = position_product(*inputs), F.conv2d(*inputs, padding=window // 2)
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+    weights = torch.randn_like(ours)
+    expected = torch.autograd.grad(reference, inputs, weights)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, weights), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_training_reaches_every_weight_and_moves_the_batch_norms():

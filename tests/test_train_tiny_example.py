@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from training_toys import STUDENT, small_vae
 
-from examples.train_tiny import autoencoder, data, denoiser, evaluate, holes, metrics, objects, sharpen, training
+from examples.train_tiny import autoencoder, data, denoiser, evaluate, gpu, holes, metrics, objects, sharpen, training
 from examples.train_tiny.credits import credits_table
 from examples.train_tiny.evaluate import figures, fill
 from examples.train_tiny.losses import (
@@ -30,7 +33,7 @@ from examples.train_tiny.photographs import HELD_OUT, Case, border_mean, folder_
 from examples.train_tiny.scenes import draw_scene
 from moebius_edge.errors import UsageError
 from moebius_edge.metrics.fidelity import hole_psnr_db
-from moebius_edge.model import build_student
+from moebius_edge.model import StudentConfig, build_student, load_checkpoint
 from moebius_edge.training.noising import Batch
 from moebius_edge.training.recipe import LossRecipe
 
@@ -235,14 +238,38 @@ def test_a_step_is_taken_with_the_autoencoders_channels(
     samples: objects.BranchSamples, tmp_path: Path, channels: int
 ) -> None:
     options = SimpleNamespace(
-        device="cpu", seed=0, steps=1, batch=2, pool=8, reuse=1, output=tmp_path, save_every=9, workers=1, compile=False
-    )
+        device="cpu", seed=0, steps=1, batch=2, pool=8, reuse=1, output=tmp_path, save_every=9, workers=1,
+        compile=False, channels=None, weights=None, learning_rate=3e-3,
+    )  # fmt: skip
     pictures = objects.BranchSamples(samples.mixture)
     trainer = denoiser.build_trainer(options, small_vae(channels=channels), pictures)  # type: ignore[arg-type]
     batch = trainer.batch(tuple(np.stack(c) for c in zip(trainer.draw(0), trainer.draw(1), strict=True)))
     assert batch.noise.shape == (2, channels, 32, 32) and batch.sample.shape[1] == 2 * channels + 1
     figures = trainer.step([tuple(np.stack(c) for c in zip(trainer.draw(0), trainer.draw(1), strict=True))])
     assert math.isfinite(figures["task"]) and trainer.done == 1
+
+
+@pytest.mark.slow
+def test_the_gpus_training_writes_a_student_and_without_a_gpu_takes_the_same_steps(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = autoencoder.build_autoencoder(autoencoder.Recipe(block_out_channels=(8, 8, 8, 8)))
+    vae.save_pretrained(tmp_path / "vae")
+    for name, value in (("POOL", 16), ("GROUP", 8), ("VALIDATION", 1)):
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "settle", partial(gpu.settle, batches=1))
+    arguments = ["--vae", str(tmp_path / "vae"), "--photos", str(photos), "--output", str(tmp_path / "out")]
+    small = ["--minutes", "0.02", "--batch", "2", "--workers", "1", "--burst", "1", "--prefill", "8"]
+    gpu.main([*arguments, *small, "--channels", "32", "32"])
+    student = StudentConfig.from_dict(json.loads((tmp_path / "out" / "student.json").read_text()))
+    assert student.latent_channels == 16
+    load_checkpoint(build_student(student), tmp_path / "out" / "student.safetensors")
+
+
+def test_the_learning_rate_of_a_timed_training_rises_and_falls() -> None:
+    shares = [gpu.learning_rate_share(level / 40) for level in range(40)]
+    assert 0.5 < shares[0] <= 1 and max(shares) == pytest.approx(1, abs=0.01) and shares[-1] < 0.02
+    assert all(a > b for a, b in pairwise(shares[2:]))
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebius_edge.export.source import open_vae
-from moebius_edge.model import build_student
+from moebius_edge.model import build_student, load_checkpoint
 from moebius_edge.system.files import atomic_write
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
@@ -39,10 +39,11 @@ from moebius_edge.training.noising import Batch, draw_noise, prompt_ids
 from moebius_edge.training.recipe import LossRecipe, Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
-from .data import NETWORK_SIDE, PictureMixture, list_photographs, open_cache, to_network
+from .data import NETWORK_SIDE, PictureMixture, to_network
 from .objects import BranchSamples
-from .training import save_autoencoder
+from .training import open_data, save_autoencoder
 
+VALIDATION = 8  # photographs that are not trained on, the same as the autoencoder's
 SETTLING_PICTURES = 512  # that the batch norms' statistics are measured on at the end
 
 
@@ -166,6 +167,7 @@ def border_cells(mask: Tensor) -> Tensor:
 def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
     """Return the preset ``tiny``, with the student's channels those of the autoencoder."""
     optimiser = {"steps": options.steps, "batch": options.batch, "ema_decay": 0.999}
+    optimiser["learning_rate"] = options.learning_rate
     student = {"block_out_channels": list(options.channels)} if options.channels else {}
     values = {"seed": options.seed, "optimiser": optimiser, "student": {**student, "latent_channels": latent_channels}}
     return with_values(preset_recipe("tiny", "student"), values)
@@ -180,6 +182,9 @@ def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: Bran
     torch.manual_seed(recipe.seed)
     network = build_student(recipe.student)
     identity_start(network)
+    if options.weights:
+        load_checkpoint(network, options.weights)
+        network.float()
     source: EncodedSamples | PooledSamples = EncodedSamples(vae, samples)
     if device.type == "cpu":
         source = PooledSamples(vae, samples, options.pool, options.reuse)
@@ -219,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
+    parser.add_argument("--weights", type=Path, help="student.safetensors to start from")
     parser.add_argument("--channels", type=int, nargs="+", help="of the denoiser's levels (default: the preset's)")
     parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held on a CPU")
     parser.add_argument("--reuse", type=int, default=8, help="noises that each of them is used with")
@@ -232,9 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--pool {options.pool} is no multiple of {PooledSamples.GROUP}")
     cv2.setNumThreads(0)
     options.output.mkdir(parents=True, exist_ok=True)
-    names = list_photographs(options.photos, options.exclude)
-    cache = open_cache(options.cache or options.output / "photos.bin", options.photos, names)
-    mixture, vae = PictureMixture(cache, options.seed), open_vae(options.vae)
+    (mixture, _), vae = open_data(options, VALIDATION, options.seed), open_vae(options.vae)
     settle_latents(vae, mixture)
     trainer = build_trainer(options, vae, BranchSamples(mixture))
     trainer.resume()

@@ -40,14 +40,13 @@ from moebius_edge.training.networks import identity_start, measure_statistics
 from moebius_edge.training.noising import Batch, Noising, prompt_ids
 from moebius_edge.training.optimiser import MuonAdamW
 
-from .denoiser import HoleTask, recipe_of, settle_latents, write_student
+from .denoiser import VALIDATION, HoleTask, recipe_of, settle_latents, write_student
 from .objects import BranchSamples
 from .training import open_data
 
 POOL = 32768  # encoded samples on the GPU, 66 kB each
 GROUP = 64  # samples that are encoded together
 LEVELS = 40  # values that the learning rate takes
-VALIDATION = 8  # photographs that are not trained on, the same as the autoencoder's
 Encoded = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -45,8 +45,28 @@ class PositionConv(torch.autograd.Function):
         return grad_v, grad_weight, grad_bias
 
 
+_SMALL_GRID = 1024  # positions up to which a GPU trains with ``position_product``
+
+
+def position_product(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``position_conv`` as one matrix product, for training small grids on a GPU.
+
+    Row (k, y, x) of the matrix is kernel k centred on (y, x), cut off at the grid's edges. A convolution with one input
+    channel leaves the tensor cores idle, above all in its weight gradient.
+    """
+    height, width = v.shape[2:]
+    half = weight.shape[-1] // 2
+    # Both flipped, so that entry (y, x) with (y', x') lies at (y + y', x + x'): two unfolds give the matrix.
+    table = F.pad(weight.float().flip(2, 3).squeeze(1), (width - 1 - half,) * 2 + (height - 1 - half,) * 2)
+    matrix = table.unfold(1, height, 1).unfold(2, width, 1).reshape(-1, height * width)
+    product = F.linear(v.flip(2, 3).flatten(1), matrix.to(v.dtype))
+    return product.reshape(len(v), -1, height, width) + bias[:, None, None].to(v.dtype)
+
+
 def position_conv(v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Zero-padded correlation of v (B, 1, h, w) with weight (K, 1, r, r), plus bias (K,) -> (B, K, h, w)."""
+    if v.is_cuda and torch.is_grad_enabled() and weight.requires_grad and v[0, 0].numel() <= _SMALL_GRID:
+        return position_product(v, weight, bias)
     if v.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad:
         return cast(Tensor, PositionConv.apply(v, weight, bias))
     return F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2)

@@ -25,7 +25,7 @@ from ..data.pictures import Pictures
 from ..errors import BundleError, QualityError, UsageError
 from ..export.autoencoder import AUTOENCODER, half_autoencoder, range_images
 from ..export.exporter import MIN_PSNR_DB as FLOAT_MIN_PSNR_DB
-from ..export.exporter import judge_shallow, shallow_difference
+from ..export.exporter import check_gate_runtime, judge_shallow, shallow_difference
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
 from ..progress import Progress, no_progress
@@ -95,6 +95,7 @@ def quantise_bundle(
         BundleError: the reference is not in float32, or something it computes is not finite.
         QualityError: the gate was missed; nothing was saved.
     """
+    check_gate_runtime(options.gate_runtime)
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")

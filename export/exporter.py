@@ -24,10 +24,12 @@ from .. import __version__
 from ..bundle.bundle import Bundle, write_bundle
 from ..bundle.manifest import resolved_components
 from ..errors import MachineError, QualityError, UsageError
+from ..options import GATE_RUNTIMES
 from ..progress import Progress, no_progress
 from ..runtimes import create_runtime
 from ..runtimes.base import drawn_feeds
 from ..runtimes.onnx_check import check_onnx_file
+from ..runtimes.openvino import import_openvino
 from ..sampling.guidance import choose_guidance
 from ..spec import DEEP, DENOISER, LATENT_DOWNSCALE, SHALLOW
 from ..system.files import atomic_directory, check_replaceable, refuse_loss, scratch_directory
@@ -94,6 +96,7 @@ def export_bundle(
         raise UsageError(f"{options.steps} steps make no trajectory: choose 2 to 1000")
     if options.precision not in MIN_PSNR_DB:
         raise UsageError(f"there is no precision {options.precision!r}: choose one of {', '.join(MIN_PSNR_DB)}")
+    check_gate_runtime(options.gate_runtime)
     files = _find_source(source, output, options)
     guidance, _ = choose_guidance(options.guidance, files.distilled_guidance)
     with atomic_directory(output, overwrite=options.force) as folder:
@@ -243,6 +246,14 @@ def _tool_versions() -> dict[str, str]:
     except ImportError as error:
         raise MachineError(f"export needs {error.name}", str(install("export"))) from None
     return {"moebius-edge": __version__, **{package.__name__: str(package.__version__) for package in packages}}
+
+
+def check_gate_runtime(name: str) -> None:
+    """Raise ``UsageError`` or ``MachineError``, before anything long is begun, unless ``name`` can take a gate here."""
+    if name not in GATE_RUNTIMES:
+        raise UsageError(f"there is no gate on {name!r}", f"choose one of {', '.join(GATE_RUNTIMES)}")
+    if name == "openvino":
+        import_openvino()
 
 
 def judge(figures: dict[str, Any], min_psnr_db: float, runtime: str = "onnxruntime") -> None:

@@ -34,6 +34,7 @@ from .onnx_inline import inline_functions
 
 DEVICES = ("cpu", "gpu", "npu")
 _HALF = {"BF16": "bf16", "FP16": "f16"}  # what a device says that it can -> the type's name; the faster first
+_COMPILED_AS = 2  # raised where this module makes another model of the same file
 _DIGEST_BYTES = 64  # in hexadecimal, so that what follows is aligned
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|out of memory|cannot allocate|could not allocate", re.IGNORECASE)
 
@@ -146,7 +147,7 @@ class OpenVinoRuntime(Runtime):
             "INFERENCE_PRECISION_HINT": self._precision(name),  # by default OpenVINO computes float32 in bfloat16
             "PERFORMANCE_HINT": "LATENCY",
         }
-        facts = [self._digests.get(name), rows, properties, self._machine]
+        facts = [_COMPILED_AS, self._digests.get(name), rows, properties, self._machine]
         if self._device == "cpu":
             # Pinned, the threads of two processes would take the same cores and leave others idle.
             properties = {**properties, "INFERENCE_NUM_THREADS": self._threads, "ENABLE_CPU_PINNING": False}

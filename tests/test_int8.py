@@ -186,6 +186,19 @@ def test_a_missed_gate_saves_nothing_but_the_work(
     assert measured.keys() == {CONVOLUTION}, "the recipe's blocks alone"
 
 
+def test_the_gate_and_the_speed_can_be_openvinos(
+    recorded: Path, pictures: Path, exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which computes the very file, with the roundings of another type in its rest."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install moebius-edge[openvino]")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(recorded / "models"))
+    bundle, _ = quantise(recorded, pictures, RECIPE, gate_runtime="openvino")
+    assert bundle.files["denoiser.onnx"] == exported.bundle.files["denoiser.onnx"]
+    assert (bundle.gate["runtime"], exported.bundle.gate["runtime"]) == ("openvino", "onnxruntime")
+    assert bundle.gate["hole_psnr_db"] >= 30 and bundle.gate["hole_psnr_db"] != exported.bundle.gate["hole_psnr_db"]
+    assert bundle.int8["speed"]["runtime"].startswith("openvino 20") and bundle.int8["speed"]["other"] == "float16"
+
+
 def refused(where: Path, pictures: Path, match: str, recipe: Recipe | None = RECIPE, **changes: Any) -> None:
     """Before anything is recorded, and nothing is left."""
     with pytest.raises(UsageError, match=match):

@@ -186,6 +186,7 @@ def test_a_missed_gate_saves_nothing_but_the_work(
     assert measured.keys() == {CONVOLUTION}, "the recipe's blocks alone"
 
 
+@pytest.mark.slow
 def test_the_gate_and_the_speed_can_be_openvinos(
     recorded: Path, pictures: Path, exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

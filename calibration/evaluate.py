@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -99,10 +99,10 @@ class CandidateEvaluator:
         return trajectories
 
 
-def ort_runtime(bundle: Bundle, *names: str, device: str = "cpu") -> Runtime:
-    """ONNX Runtime for the components ``names`` of ``bundle`` alone."""
+def ort_runtime(bundle: Bundle, *names: str) -> Runtime:
+    """ONNX Runtime on the CPU for the components ``names`` of ``bundle`` alone."""
     part = replace(bundle, components={name: bundle.components[name] for name in names})
-    return create_runtime("onnxruntime", part, device)
+    return create_runtime("onnxruntime", part, "cpu")
 
 
 class CombinedRuntime(Runtime):
@@ -134,39 +134,41 @@ class CombinedRuntime(Runtime):
         return self._encoded[key]
 
 
-def fastest_device(target: str) -> str:
-    """Where files for ``target`` run on this machine by ONNX Runtime: ``cuda`` or ``cpu``."""
+def gate_device(runtime: str) -> str:
+    """Where ``runtime`` judges an INT8 bundle on this machine: ``cuda`` if ONNX Runtime has it, else ``cpu``."""
+    if runtime != "onnxruntime":
+        return "cpu"
     ort = import_onnxruntime()
-    works = target == "tensorrt" and not absence(ort, "cuda") and not start_problem(ort, "cuda")
-    return "cuda" if works else "cpu"
+    return "cpu" if absence(ort, "cuda") or start_problem(ort, "cuda") else "cuda"
 
 
-def measure_speed(reference: Bundle, candidate: Bundle, target: str, progress: Progress) -> dict[str, Any]:
-    """INT8 beside what one would run instead, FP16 on a GPU and float32 on a CPU, in turns on ONNX Runtime.
+def measure_speed(reference: Bundle, candidate: Bundle, runtime: str, progress: Progress) -> dict[str, Any]:
+    """INT8 beside what one would run instead in ``runtime``, in turns: FP16, but float32 in ONNX Runtime on a CPU.
 
     ``int8_ms`` and ``other_ms`` are median milliseconds of a call with ``rows`` rows; ``speedup`` is the other's time
     over INT8's, so that INT8 pays above 1. Both slow down alike on a noisy machine.
     """
-    device, rounds = fastest_device(target), WARM_UPS + ROUNDS
-    precision = "float32" if device == "cpu" else "float16"
+    device, rounds = gate_device(runtime), WARM_UPS + ROUNDS
+    precision: Literal["float32", "float16"] = "float32" if (runtime, device) == ("onnxruntime", "cpu") else "float16"
     feeds = drawn_feeds(reference.components[DENOISER], reference.branches)
     times: tuple[list[float], list[float]] = ([], [])
     with scratch_directory(candidate.path) as folder:
         other = reference
         if precision == "float16":
-            other = replace(reference, path=folder)
+            other = replace(reference, path=folder, precision=precision)
             shutil.copyfile(reference.component_path(DENOISER), other.component_path(DENOISER))
             to_float16(other.component_path(DENOISER))
-        int8, plain = (ort_runtime(bundle, DENOISER, device=device) for bundle in (candidate, other))
+        parts = (replace(b, components={DENOISER: b.components[DENOISER]}) for b in (candidate, other))
+        int8, plain = (create_runtime(runtime, part, device) for part in parts)
         with int8, plain:
             for turn in range(rounds):
-                for runtime, milliseconds in zip((int8, plain), times, strict=True):
+                for opened, milliseconds in zip((int8, plain), times, strict=True):
                     start = time.perf_counter()
-                    runtime.run(DENOISER, feeds)
+                    opened.run(DENOISER, feeds)
                     milliseconds.append((time.perf_counter() - start) * 1e3)
                 progress("speed beside INT8", turn + 1, rounds)
             info = int8.info
     int8_ms, other_ms = (statistics.median(milliseconds[WARM_UPS:]) for milliseconds in times)
-    where = {"device": device, "runtime": f"onnxruntime {info['version']}", "threads": info["threads"]}
+    where = {"device": device, "runtime": f"{runtime} {info['version']}", "threads": info["threads"]}
     speed = {"int8_ms": round(int8_ms, 2), "other_ms": round(other_ms, 2), "speedup": round(other_ms / int8_ms, 3)}
     return {"other": precision, **where, **speed, "rows": reference.branches}

@@ -25,7 +25,7 @@ from ..data.pictures import Pictures
 from ..errors import BundleError, QualityError, UsageError
 from ..export.autoencoder import AUTOENCODER, half_autoencoder, range_images
 from ..export.exporter import MIN_PSNR_DB as FLOAT_MIN_PSNR_DB
-from ..export.exporter import judge_shallow, shallow_difference
+from ..export.exporter import check_gate_runtime, judge_shallow, shallow_difference
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
 from ..progress import Progress, no_progress
@@ -34,15 +34,15 @@ from ..spec import DENOISER, SHALLOW
 from ..system.files import atomic_directory, refuse_loss
 from ..system.fingerprint import ResultCache
 from .blocks import Recipe, blocks
-from .evaluate import CandidateEvaluator, Metrics, fastest_device, make_cases, mean_hole_psnr_db, measure_speed
-from .quantise import Quantiser, integer_kernels, quantised_nodes
+from .evaluate import CandidateEvaluator, Metrics, gate_device, make_cases, mean_hole_psnr_db, measure_speed
+from .quantise import Quantiser, quantised_nodes
 from .record import record
 from .search import Search, best_psnr_db
 
 RECIPE_FILE = "recipe.json"
 MIN_PSNR_DB = 30.0  # in the hole, of the worst held-out case
 SEARCH_CASES = 2
-REST = {"tensorrt": "float16", "cpu": "float32"}  # what is not quantised
+REST = "float16"  # what is not quantised
 _INHERITED = (  # what an INT8 bundle has in common with the one that it was made from
     *("description", "licence", "model", "resolution", "scaling_factor"),
     *("distilled_guidance", "deep_channels", "latent_channels", "defaults", "source"),
@@ -54,13 +54,13 @@ class Int8Options:
     """How to quantise; ``folder`` keeps what was recorded and measured, with ``force`` an older output is replaced.
 
     ``data`` and ``masks`` are as for ``open_calibration``, ``recipe`` is a file that spares the search, ``ranges`` is
-    one of ``int8_ranges.METHODS``, and ``target`` one of ``quantise.TARGETS``. Raises UsageError without ``data``.
+    one of ``int8_ranges.METHODS``, and ``gate_runtime`` what judges and times the files. Raises UsageError without
+    ``data``.
     """
 
     folder: Path
     data: str | None
     masks: str | None = None
-    target: str = "tensorrt"
     recipe: Path | None = None
     ranges: str = "mse"
     min_psnr_db: float = MIN_PSNR_DB
@@ -68,6 +68,7 @@ class Int8Options:
     guidance: float | None = None
     seed: int = 0
     force: bool = False
+    gate_runtime: str = "onnxruntime"
 
     def __post_init__(self) -> None:
         if self.data is None:
@@ -94,6 +95,7 @@ def quantise_bundle(
         BundleError: the reference is not in float32, or something it computes is not finite.
         QualityError: the gate was missed; nothing was saved.
     """
+    check_gate_runtime(options.gate_runtime)
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
@@ -106,9 +108,9 @@ def quantise_bundle(
     settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
     with atomic_directory(output, overwrite=options.force) as folder:
         cache = ResultCache(options.folder)
-        statistics = record(reference, recorded, options.target, cache, progress, **settings)
+        statistics = record(reference, recorded, cache, progress, **settings)
         progress("read the denoiser", 0, 0)
-        quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges, options.target)
+        quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges)
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
         evaluator = partial(CandidateEvaluator, reference, cases, options.guidance)
         search = Search(quantiser, evaluator, cache, progress, options.steps)
@@ -126,9 +128,9 @@ def quantise_bundle(
             raise gate_error(metrics, recipe, search, options)
         int8["blocks"] = block_table(quantiser, recipe, int8["nodes"], search.sensitivity)
         int8["cases"] = [{k: v for k, v in m.items() if k != "latent_rms_drift"} for m in metrics]
-        int8["speed"] = measure_speed(reference, candidate, options.target, progress)
+        int8["speed"] = measure_speed(reference, candidate, options.gate_runtime, progress)
         write_bundle(folder, gate=gate, **card)
-    return Bundle.load(Path(output), verify=False), notes + advice(int8["speed"], options.target)
+    return Bundle.load(Path(output), verify=False), notes + advice(int8["speed"])
 
 
 def _write_files(
@@ -136,41 +138,33 @@ def _write_files(
 ) -> dict[str, Any]:
     """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them.
 
-    They keep the target's rules: TensorRT's, or that every quantised operator has a kernel in integers on the CPU.
+    They keep TensorRT's rules, which are the strictest.
     """
-    target, rest = quantiser.target, REST[quantiser.target]
-    half = rest == "float16"
-    denoiser, float32_nodes = quantiser.quantise(recipe, half)
-    float32: dict[str, Any] = {DENOISER: float32_nodes} if half else {}
+    denoiser, float32_nodes = quantiser.quantise(recipe, half=True)
+    float32: dict[str, Any] = {DENOISER: float32_nodes}
     networks = {DENOISER: denoiser}
     if SHALLOW in reference.components:
         networks[SHALLOW] = shallow_part(denoiser)
     nodes = {name: quantised_nodes(network) for name, network in networks.items()}
     if not nodes[DENOISER]:
-        problem = f"the recipe leaves nothing in INT8 for {target}"
-        raise UsageError(problem, "set a block to true that it computes in INT8")
+        raise UsageError("the recipe leaves nothing in INT8", "set a block to true that has a product")
     for name in reference.components:
         file = folder / reference.components[name].file
         if name not in networks:
             shutil.copyfile(reference.component_path(name), file)
             continue
         onnx.save(networks[name], str(file))
-        if target == "cpu":
-            integer_kernels(file)
-        elif wrong := problems(networks[name]):
+        if wrong := problems(networks[name]):
             raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}", "this is a bug, please report it")
     precisions: dict[str, Any] = dict.fromkeys(networks, {"type": "int8"})
-    precisions |= dict.fromkeys(AUTOENCODER, {"type": "float32"})
-    if half:
-        files = {name: folder / reference.components[name].file for name in AUTOENCODER}
-        images = range_images(reference.resolution)
-        typed, float32_nodes = half_autoencoder(files, images, FLOAT_MIN_PSNR_DB["float16"], progress)
-        precisions, float32 = precisions | typed, float32 | float32_nodes
+    files = {name: folder / reference.components[name].file for name in AUTOENCODER}
+    images = range_images(reference.resolution)
+    typed, float32_nodes = half_autoencoder(files, images, FLOAT_MIN_PSNR_DB["float16"], progress)
+    precisions, float32 = precisions | typed, float32 | float32_nodes
     recipe.save(folder / RECIPE_FILE)
     tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     int8 = {
-        "target": target,
-        "rest": rest,
+        "rest": REST,
         "quantised_products": len(nodes[DENOISER]),
         "products": sum(len(block.nodes) for block in quantiser.blocks),
         "share_of_multiplications": round(
@@ -194,15 +188,21 @@ def _measure(
     Raises QualityError if the shallow part differs from the whole denoiser.
     """
     cases = make_cases(pictures, max(HELD_OUT_CASES, len(pictures)), reference.resolution, options.seed + 1)
-    device = fastest_device(options.target)
+    name, device = options.gate_runtime, gate_device(options.gate_runtime)
     evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
-    with create_runtime("onnxruntime", candidate, device) as runtime:
+    with create_runtime(name, candidate, device) as runtime:
         metrics = evaluator.evaluate(runtime, "gate, held-out pictures", progress)
         gate: dict[str, Any] = {
             **{key: min(m[key] for m in metrics) for key in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim")},
             "mean_hole_psnr_db": mean_hole_psnr_db(metrics),
             "latent_rms_drift": [max(values) for values in zip(*(m["latent_rms_drift"] for m in metrics), strict=True)],
-            **{"min_psnr_db": options.min_psnr_db, "cases": len(metrics), "start": "image", "device": device},
+            **{
+                "min_psnr_db": options.min_psnr_db,
+                "cases": len(metrics),
+                "start": "image",
+                "runtime": name,
+                "device": device,
+            },
             **{"steps": options.steps, "guidance": evaluator.guidance.scale},
         }
         if SHALLOW in candidate.components:
@@ -231,7 +231,7 @@ def block_table(
 ) -> list[dict[str, Any]]:
     """Each block: its PSNR alone (None where it was not measured), its share of the multiply-adds, whether quantised.
 
-    ``nodes`` are those that really are quantised: a recipe may name blocks that the target computes in floating point.
+    ``nodes`` are those that really are quantised: a recipe may name blocks that have no product.
     """
     rows = []
     for block in quantiser.blocks:
@@ -242,14 +242,13 @@ def block_table(
     return rows
 
 
-def advice(speed: dict[str, Any], target: str) -> list[str]:
+def advice(speed: dict[str, Any]) -> list[str]:
     """What a measured speed means for this machine; nothing if INT8 pays."""
     if speed["speedup"] > 1:
         return []
-    option, device = {"float32": "fp32", "float16": "fp16"}[speed["other"]], speed["device"]
-    text = f"INT8 does not pay on this machine's {device}: {speed['int8_ms']:g} ms a call, {speed['other']} "
-    text += f"{speed['other_ms']:g} ms; use --precision {option} here"
-    if target == "tensorrt":
-        text += ", or try --target cpu" if device == "cpu" else ""
-        text += "; this file is for TensorRT, whose engines alone compute in INT8, and must be measured with them"
+    option, name = {"float32": "fp32", "float16": "fp16"}[speed["other"]], speed["runtime"].partition(" ")[0]
+    text = f"INT8 does not pay in {name} on this machine's {speed['device']}: {speed['int8_ms']:g} ms a call, "
+    text += f"{speed['other']} {speed['other_ms']:g} ms; use --precision {option} here"
+    if name == "onnxruntime":
+        text += ", or measure it in what computes INT8: engines, or on a CPU OpenVINO, with --gate-runtime openvino"
     return [text]

@@ -30,15 +30,12 @@ from ..system.fingerprint import ResultCache
 from ..system.machine import available_cores
 from .blocks import inlined
 from .evaluate import AUTOENCODER, CombinedRuntime, ort_runtime
-from .quantise import rounded_outputs
 from .statistics import Statistics, TensorStatistics
 
 _RESULT = "statistics"
 
 
-def record(
-    bundle: Bundle, pictures: Pictures, target: str, cache: ResultCache, progress: Progress, **settings: Any
-) -> Statistics:
+def record(bundle: Bundle, pictures: Pictures, cache: ResultCache, progress: Progress, **settings: Any) -> Statistics:
     """Statistics of the activations of ``bundle``'s denoiser over ``pictures``, kept in ``cache`` after each picture.
 
     A recording that was interrupted goes on with the first picture that is not in it, and ends with the same numbers;
@@ -55,12 +52,11 @@ def record(
     facts: dict[str, Any] = {
         "model": {component.file: bundle.files[component.file]["sha256"] for component in bundle.components.values()},
         "pictures": f"{len(pictures)}:{pictures.fingerprint()}",
-        "target": target,
         "onnx": onnx.__version__,  # which names inlined tensors
         **settings,
     }
     model = inlined(onnx.load(str(bundle.component_path(DENOISER))))
-    empty = {name: TensorStatistics(axis).to_dict() for name, axis in activation_axes(model, target).items()}
+    empty = {name: TensorStatistics(axis).to_dict() for name, axis in activation_axes(model).items()}
     cached = cache.get(_RESULT, facts) or {"pictures": 0, "tensors": empty}
     tensors = {name: TensorStatistics.from_dict(content) for name, content in cached["tensors"].items()}
     statistics, number = Statistics(facts, tensors), len(pictures)
@@ -81,22 +77,21 @@ def record(
     return statistics
 
 
-def activation_axes(model: ModelProto, target: str) -> dict[str, int | None]:
+def activation_axes(model: ModelProto) -> dict[str, int | None]:
     """The activations that INT8 may round in a model without function calls.
 
-    They are the inputs of convolutions and matrix products, and for the target ``cpu`` the outputs of convolutions.
-    Each has the axis of its channels, if constant weights alone sum over them, or None.
+    They are the inputs of convolutions and matrix products. Each has the axis of its channels, if constant weights
+    alone sum over them, or None.
     """
     constant = constant_tensors(model.graph)
     axes: dict[str, set[int | None]] = {}
-    operators = [node for node in model.graph.node if node.op_type in PRODUCTS]
-    for node in operators:
+    for node in model.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
         first, second = node.input[:2]
         for name, axis in ((first, summed_axis(node) if second in constant else None), (second, None)):
             if name not in constant:
                 axes.setdefault(name, set()).add(axis)
-    for name in rounded_outputs(model, [node.name for node in operators], target):
-        axes.setdefault(name, set()).add(None)
     return {name: found.pop() if len(found) == 1 else None for name, found in axes.items()}
 
 

@@ -164,15 +164,10 @@ def build_engines(bundle: Bundle, options: EngineOptions, progress: Progress = n
     Nothing is left behind by an error or Ctrl-C. Raises as ``find_engine_key``, and
 
     Raises:
-        UsageError: the bundle is INT8 for another target, or there is no plug-in for it.
+        UsageError: there is no plug-in for it.
         BundleError: TensorRT cannot build the files.
         MachineError: memory or disk ran out, or a build was killed.
     """
-    if bundle.int8 is not None and bundle.int8["target"] != "tensorrt":
-        raise UsageError(
-            f"bundle {bundle.path} is INT8 for {bundle.int8['target']}, TensorRT cannot build it: export it again with "
-            "--precision int8 --target tensorrt"
-        )
     key = find_engine_key(options, bundle.precision)
     folder = bundle.path / ENGINES_FOLDER / key.folder
     components = {**bundle.components, UPDATE: update_component(bundle.latent_size, bundle.latent_channels)}

@@ -38,8 +38,8 @@ PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "int
 Engine = Literal["tensorrt", "tensorrt-rtx"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 LambdaPlugin = Literal["auto", "on", "off"]  # auto is off, until it is measured
-Int8Target = Literal["tensorrt", "cpu"]
-INT8_TARGETS: tuple[str, ...] = get_args(Int8Target)
+GateRuntime = Literal["onnxruntime", "openvino"]
+GATE_RUNTIMES: tuple[str, ...] = get_args(GateRuntime)
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]
 RANGES: tuple[str, ...] = get_args(Ranges)
 

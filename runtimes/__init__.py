@@ -54,12 +54,12 @@ def _onnxruntime(bundle: Bundle, device: str, threads: int | None) -> Runtime:
     from .ort import OrtRuntime
 
     runtime = OrtRuntime(bundle.components, bundle.paths, device, threads, bundle.branches)
-    if bundle.int8 is not None and bundle.int8["target"] != device:
+    if bundle.int8 is not None:
         slow = (
-            f"this bundle is INT8 for {bundle.int8['target']}: onnxruntime on {device} gives the same pictures slowly"
+            f"this bundle is INT8, for which onnxruntime has no kernels on {device}: it gives the same pictures slowly"
         )
-        engine = "build engines with --engine tensorrt" if bundle.int8["target"] == "tensorrt" else "use the device cpu"
-        runtime.notes.append(f"{slow}; {engine}, or export with --precision fp{32 if device == 'cpu' else 16}")
+        faster = "use --runtime openvino" if device == "cpu" else "build engines with --engine tensorrt"
+        runtime.notes.append(f"{slow}; {faster}, or export with --precision fp{32 if device == 'cpu' else 16}")
     return runtime
 
 

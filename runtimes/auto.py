@@ -40,20 +40,22 @@ class Selection:
     ``tried`` is False where only one candidate was left: creating the runtime says what is wrong with it.
     """
 
+    bundle: Bundle
     candidate: Candidate
     passed_over: dict[str, str]
     tried: bool = True
 
     @property
     def note(self) -> str:
-        """Why a faster candidate was passed over, or why it is not ONNX Runtime on a CPU; else empty."""
-        if self.candidate.runtime == "openvino" and self.tried:
-            rounding = "not as its gate was, in bfloat16 where the CPU has it"
-            return f"openvino computes this bundle, faster on a CPU than onnxruntime but {rounding}"
-        if not self.passed_over or (self.candidate.device == CPU and not has_nvidia_gpu()):
-            return ""
-        skipped = "; ".join(f"not {name}: {why}" for name, why in self.passed_over.items())
-        return f"{self.candidate.name} is the fastest that works here ({skipped})"
+        """Why it is this one, and how its pictures differ from the gate's; empty where that is plain."""
+        skipped = [f"not {name}: {why}" for name, why in self.passed_over.items()]
+        if self.candidate.device == CPU and not has_nvidia_gpu():
+            skipped = []
+        gate = self.bundle.gate.get("runtime", "onnxruntime")
+        if self.candidate.runtime == "openvino" and self.tried and gate != "openvino":
+            in_bfloat16 = ", and in bfloat16 where the CPU has it" if self.bundle.precision != "float32" else ""
+            skipped.append(f"it rounds otherwise than {gate}, in which the gate was taken{in_bfloat16}")
+        return f"{self.candidate.name} is the fastest that works here ({'; '.join(skipped)})" if skipped else ""
 
     def to_dict(self) -> dict[str, Any]:
         chosen = {"runtime": self.candidate.runtime, "device": self.candidate.device}
@@ -75,11 +77,11 @@ def select(bundle: Bundle, runtime: str = AUTO, device: str = AUTO) -> Selection
         others = "; gpu and npu are for --runtime openvino" if runtime == AUTO else ""
         raise UsageError(f"{where} no device {device!r}", f"choose one of {known}, or auto{others}")
     if len(candidates) == 1:
-        return Selection(candidates[0], {}, tried=False)
+        return Selection(bundle, candidates[0], {}, tried=False)
     passed_over: dict[str, str] = {}
     for candidate in candidates:
         if not (problem := candidate.problem(bundle)):
-            return Selection(candidate, passed_over)
+            return Selection(bundle, candidate, passed_over)
         passed_over[candidate.name] = problem
     problems = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
     raise MachineError(f"nothing works here on {device}; {problems}")
@@ -109,14 +111,8 @@ def _tensorrt_problem(variant: str, bundle: Bundle) -> str:
 
 
 def _openvino_problem(bundle: Bundle) -> str:
-    """Empty where OpenVINO is there and the bundle is one that ONNX Runtime has no fast kernels for on a CPU.
-
-    All others are computed by ONNX Runtime, as in the gate of their export, so that their pictures can be repeated.
-    """
     from .openvino import import_openvino
 
-    if bundle.precision == "float32" or (bundle.int8 is not None and bundle.int8["target"] == CPU):
-        return "this bundle is computed as its gate was, by onnxruntime, unless --runtime openvino is given"
     try:
         import_openvino()
     except MachineError as error:

@@ -4,7 +4,7 @@ A component is compiled once for each number of rows that it is called with. Com
 cache, so that the next start is fast. OpenVINO knows no local functions of ONNX, so they are written out first.
 
 Few CPUs multiply float16. A component that is in half precision is computed in bfloat16 where the device has it, else
-in float16; every other component is computed in float32.
+in float16; every other component is computed in float32, and so are the sines and cosines of the timestep.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from .onnx_inline import inline_functions
 
 DEVICES = ("cpu", "gpu", "npu")
 _HALF = {"BF16": "bf16", "FP16": "f16"}  # what a device says that it can -> the type's name; the faster first
+_COMPILED_AS = 2  # raised where this module makes another model of the same file
 _DIGEST_BYTES = 64  # in hexadecimal, so that what follows is aligned
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|out of memory|cannot allocate|could not allocate", re.IGNORECASE)
 
@@ -128,11 +131,23 @@ class OpenVinoRuntime(Runtime):
         return self._requests[name, rows]
 
     def _load(self, name: str, rows: int) -> Any:
+        """The compiled model; in float32, with a note, where OpenVINO has no kernels in the 16 bits that it offers."""
+        try:
+            return self._find_or_compile(name, rows)
+        except RuntimeError as error:
+            half = self._precision(name)
+            if half == "f32" or _OUT_OF_MEMORY.search(str(error)):
+                raise
+            self._half -= {name}
+            self._note(f"OpenVINO cannot compile {name} in {half} here ({_reason(error)}): it takes float32")
+            return self._find_or_compile(name, rows)
+
+    def _find_or_compile(self, name: str, rows: int) -> Any:
         properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self._precision(name),  # by default OpenVINO computes float32 in bfloat16
             "PERFORMANCE_HINT": "LATENCY",
         }
-        facts = [self._digests.get(name), rows, properties, self._machine]
+        facts = [_COMPILED_AS, self._digests.get(name), rows, properties, self._machine]
         if self._device == "cpu":
             # Pinned, the threads of two processes would take the same cores and leave others idle.
             properties = {**properties, "INFERENCE_NUM_THREADS": self._threads, "ENABLE_CPU_PINNING": False}
@@ -157,6 +172,8 @@ class OpenVinoRuntime(Runtime):
                 problem = f"{self.paths[name]} has the {kind} {', '.join(names)}"
                 raise BundleError(f"{problem}, bundle.json says {', '.join(expected)}", "export it again")
         model.reshape({tensor.name: list(batched(tensor, rows)) for tensor in component.inputs})
+        if self._precision(name) != "f32":
+            keep_timestep_precise(model)
         return self._core.compile_model(model, self._device.upper(), dict(properties))
 
     def _cache_path(self, name: str) -> Path | None:
@@ -207,6 +224,45 @@ class OpenVinoRuntime(Runtime):
             return OutOfMemory(f"{what}: not enough memory on {self._device} ({reason})", "close other programs")
         problem = f"{what} in openvino {self._version} ({reason})"
         return BundleError(problem, "update it with `pip install -U openvino`, or export the bundle again")
+
+
+def keep_timestep_precise(model: Any) -> None:
+    """Let OpenVINO compute the arguments of sines and cosines in ``model`` in float32, whatever it is compiled for.
+
+    In bfloat16, with its 8 bits, a timestep of 850 is 848 and the argument of a sine is off by up to 2. OpenVINO's
+    attribute ``DisablePrecisionConversion`` prevents that. Python cannot set it, but a model that is read may have it:
+    what leads to the waves is written to a file, marked there, and read back in place of what was there.
+    """
+    ov = import_openvino()
+    from openvino import opset13
+
+    waves = [operator for operator in model.get_ops() if operator.get_type_name() in ("Sin", "Cos")]
+    times = [p for p in model.get_parameters() if p.output(0).names == {"timestep"}]
+    if not waves or not times:
+        return
+    for reader in times[0].output(0).get_target_inputs():
+        operator = reader.get_node()
+        if operator.get_type_name() == "Unsqueeze":  # OpenVINO makes a Reshape of it, which would lose the mark
+            shape = opset13.constant(list(operator.output(0).shape), np.int64)
+            column = opset13.reshape(times[0], shape, False).output(0)
+            for behind in operator.output(0).get_target_inputs():
+                behind.replace_source_output(column)
+    with tempfile.TemporaryDirectory(prefix="moebius-edge-") as folder:
+        xml, weights = Path(folder) / "part.xml", Path(folder) / "part.bin"
+        ov.serialize(ov.Model([wave.output(0) for wave in waves], times), str(xml), str(weights))
+        root = ElementTree.fromstring(xml.read_bytes())
+        for layer in root.iter("layer"):
+            if layer.get("type") not in ("Const", "Parameter", "Result"):
+                marks = layer.find("rt_info")
+                marks = ElementTree.SubElement(layer, "rt_info") if marks is None else marks
+                mark = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16,bf16"}
+                ElementTree.SubElement(marks, "attribute", mark)
+        part = shared_core().read_model(ElementTree.tostring(root), weights.read_bytes())
+    for reader in part.get_parameters()[0].output(0).get_target_inputs():
+        reader.replace_source_output(times[0].output(0))
+    for wave, result in zip(waves, part.get_results(), strict=True):
+        for reader in wave.output(0).get_target_inputs():
+            reader.replace_source_output(result.input_value(0))
 
 
 def _reason(error: Exception) -> str:

@@ -20,12 +20,13 @@ from moebius_edge.toml import read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"3.10": 35, "3.12": 39}  # Python of JetPack 6 and 7 -> minor version of Ubuntu's glibc
+EXTRAS = ("cpu", "openvino")
 FORBIDDEN = {"torch", "onnx", "onnxscript", "diffusers", "tensorrt"}  # the first four are a workstation's
 
 
 def requirements() -> list[str]:
     project = read_toml(ROOT / "pyproject.toml")["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    return [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
 
 
 def constraints_for(python: str, file: Path) -> Path:
@@ -73,7 +74,9 @@ def test_every_dependency_is_a_wheel(index: None, python: str, pinned: bool, tmp
     assert files.keys().isdisjoint(FORBIDDEN)
     assert [f for f in files.values() if not f.endswith(("-any.whl", "_aarch64.whl"))] == []
     compiled = {name for name, file in files.items() if file.endswith("_aarch64.whl")}
-    assert {"numpy", "opencv-python-headless", "pillow", "onnxruntime"} <= compiled, "the target was not asked for"
+    assert {"numpy", "opencv-python-headless", "pillow", "onnxruntime", "openvino"} <= compiled, (
+        "the target was not asked for"
+    )
     assert not (tmp_path / "unused").exists()
 
 

@@ -23,7 +23,7 @@ from moebius_edge.calibration.evaluate import (
     CandidateEvaluator,
     Case,
     CombinedRuntime,
-    fastest_device,
+    gate_device,
     make_cases,
     mean_hole_psnr_db,
     measure_speed,
@@ -208,7 +208,7 @@ def test_the_ratio_is_of_medians_without_warm_ups(
     monkeypatch.setattr(evaluate_module.time, "perf_counter", lambda: Timed.clock)
     monkeypatch.setattr(Timed, "calls", [])
     progress: list[tuple[str, int, int]] = []
-    speed = measure_speed(reference, int8, "cpu", lambda *update: progress.append(update))
+    speed = measure_speed(reference, int8, "onnxruntime", lambda *update: progress.append(update))
     assert speed == {
         **{"other": "float32", "device": "cpu", "runtime": "onnxruntime 1.23.0", "threads": 4},
         **{"int8_ms": 10.0, "other_ms": 25.0, "speedup": 2.5, "rows": rows},
@@ -232,15 +232,15 @@ def test_on_a_gpu_it_is_beside_fp16_that_is_gone_afterwards(toy: Bundle, monkeyp
         return create_runtime(name, bundle, "cpu")
 
     monkeypatch.setattr(evaluate_module, "create_runtime", on_the_cpu)
-    monkeypatch.setattr(evaluate_module, "fastest_device", lambda target: "cuda")
-    speed = measure_speed(toy, toy, "tensorrt", no_progress)
+    monkeypatch.setattr(evaluate_module, "gate_device", lambda runtime: "cuda")
+    speed = measure_speed(toy, toy, "onnxruntime", no_progress)
     assert (speed["other"], speed["device"]) == ("float16", "cuda") and speed["speedup"] > 0
     assert [bundle.path.exists() for bundle in opened] == [True, False]
 
 
-def test_a_file_for_a_cpu_is_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_is_on_the_gpu_where_onnx_runtime_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_module, "absence", lambda ort, device: "")
     monkeypatch.setattr(evaluate_module, "start_problem", lambda ort, device: "")
-    assert (fastest_device("cpu"), fastest_device("tensorrt")) == ("cpu", "cuda")
+    assert (gate_device("openvino"), gate_device("onnxruntime")) == ("cpu", "cuda")
     monkeypatch.setattr(evaluate_module, "start_problem", lambda ort, device: "no driver")
-    assert fastest_device("tensorrt") == "cpu"
+    assert gate_device("onnxruntime") == "cpu"

@@ -18,7 +18,6 @@ from commanding import Captured
 
 import moebius_edge
 from moebius_edge import errors, options
-from moebius_edge.calibration.quantise import TARGETS
 from moebius_edge.cli import main
 from moebius_edge.commands import app as app_module
 from moebius_edge.commands import console
@@ -115,7 +114,7 @@ def test_the_choices_are_those_of_the_modules_that_implement_them() -> None:
     assert tuple(PRESETS) == options.PRESETS
     assert tuple(VARIANTS) == options.ENGINES
     assert tuple(METHODS) == options.RANGES
-    assert tuple(TARGETS) == options.INT8_TARGETS
+    assert set(options.GATE_RUNTIMES) < set(options.RUNTIMES)
     assert set(options.RUNTIMES) == {candidate.runtime for candidate in CANDIDATES}
     assert set(options.BASELINES) == set(CLASSICAL)
     assert set(options.DEVICES) == {candidate.device for candidate in CANDIDATES} | set(OPENVINO_DEVICES)

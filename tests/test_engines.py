@@ -22,7 +22,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 from onnx.inliner import inline_local_functions
-from toy import call_int8, flip_byte, make_toy_bundle
+from toy import flip_byte, make_toy_bundle
 from trt_network import describe_network, network_facts
 
 from moebius_edge.bundle.bundle import Bundle
@@ -364,9 +364,6 @@ def test_what_takes_no_engines_is_told(toy: Bundle, monkeypatch: pytest.MonkeyPa
     (toy.path / "engines").write_text("a file where the folder should be")
     with pytest.raises(MachineError, match=r"cannot (make|write) .*engines.*: "):
         build_engines(toy, OPTIONS)
-    bundle = Bundle.load(call_int8(toy.path, target="cpu"))
-    with pytest.raises(UsageError, match="is INT8 for cpu, TensorRT cannot build it: .* --precision int8 --target ten"):
-        build_engines(bundle, OPTIONS)
     monkeypatch.setattr(engines.os, "access", lambda *a: False)
     with pytest.raises(UsageError, match="takes no engines, its folder is write-protected: name a copy with --output"):
         copy_bundle_for_engines(str(toy.path), None)

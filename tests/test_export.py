@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from toy import make_toy_bundle
 from moebius_edge.bundle.bundle import Bundle
 from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.checkpoints.weights_metadata import guidance_metadata
-from moebius_edge.errors import BundleError, QualityError, UsageError
+from moebius_edge.errors import BundleError, MachineError, QualityError, UsageError
 from moebius_edge.export import BundleOptions, export_bundle, float32_bundle
 from moebius_edge.export.exporter import judge
 from moebius_edge.export.onnx_file import check_onnx
@@ -111,12 +112,12 @@ def test_the_gate_is_passed_and_kept(exported: SimpleNamespace) -> None:
     assert gate["reference_image_std"] > 0.01, "a flat picture would pass any floor"
     assert (gate["steps"], gate["guidance"], gate["seed"]) == (STEPS, 2.0, 20)
     assert (gate["start"], gate["strength"], gate["scheduler"]) == ("image", 0.99, "ddim")
-    assert gate["min_psnr_db"] == 60
+    assert (gate["min_psnr_db"], gate["runtime"]) == (60, "onnxruntime")
     assert 0 <= gate["shallow_difference"] <= 1e-4
     assert bundle.defaults == {"steps": STEPS, "guidance": 2.0, "start": "image"}
     stages = {"load weights, VAE scaling factor 0.13025", *(f"export {n}" for n in NAMES), "gate, PyTorch"}
     assert stages <= {what for what, _, _ in exported.progress}
-    assert exported.progress.count(("gate, ONNX Runtime", 3, 3)) == 1
+    assert exported.progress.count(("gate, onnxruntime", 3, 3)) == 1
 
 
 def test_the_bundle_says_what_it_was_made_of(exported: SimpleNamespace, parts: SimpleNamespace) -> None:
@@ -241,6 +242,23 @@ def test_distilled_guidance_is_gated_on_one_branch(
     with pytest.raises(UsageError, match="guidance is 2.0, and the model has guidance 3.0 distilled"):
         export_bundle(student, tmp_path / "other", replace(parts.options, guidance=2.0))
     assert not (tmp_path / "other").exists()
+
+
+def test_the_gate_can_be_taken_on_openvino(
+    converted: None, parts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install moebius-edge[openvino]")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    steps: list[str] = []
+    options = replace(parts.options, gate_runtime="openvino")
+    bundle = export_bundle(parts.student, tmp_path / "bundle", options, lambda what, *_: steps.append(what))
+    assert bundle.gate["runtime"] == "openvino" and 60 <= bundle.gate["psnr_db"] < 200
+    assert "gate, openvino" in steps and "gate, onnxruntime" not in steps
+    with pytest.raises(QualityError, match="199 dB is the floor; .* try another openvino version, or lower"):
+        export_bundle(parts.student, tmp_path / "none", replace(options, min_psnr_db=199.0))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MachineError, match=r"the package openvino is missing .*pip install .*moebius-edge\[openvino\]"):
+        export_bundle(tmp_path / "is read later", tmp_path / "none", options)
 
 
 def test_a_gate_without_a_figure_is_missed() -> None:

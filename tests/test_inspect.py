@@ -57,7 +57,7 @@ def test_what_makes_a_bundle_special_is_shown(toy: Path, tmp_path: Path, capsys:
 def test_an_int8_bundle_is_shown_block_by_block(toy: Path, capsys: Captured) -> None:
     lines = printed(capsys, "inspect", call_int8(toy))
     (line,) = (line for line in lines if line.startswith("int8 "))
-    assert line.startswith("int8 target tensorrt, rest float16, ranges mse, quantised products 3, products 5, share")
+    assert line.startswith("int8 rest float16, ranges mse, quantised products 3, products 5, share")
     assert lines[-3:] == ["a 0.5 yes 45.04", "b 0.25 yes 33.5 41 yes", "c 0.25 no"]
     assert as_json(capsys, "inspect", toy)["int8"] == INT8
 

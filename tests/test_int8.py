@@ -27,7 +27,7 @@ from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration.blocks import Block, Recipe, blocks
 from moebius_edge.calibration.evaluate import mean_hole_psnr_db
 from moebius_edge.calibration.int8 import Int8Options, advice, block_table, quantise_bundle
-from moebius_edge.calibration.quantise import MIN_MAC_SHARE, SLOW, Quantiser, integer_kernels, quantised_nodes
+from moebius_edge.calibration.quantise import MIN_MAC_SHARE, SLOW, Quantiser, quantised_nodes
 from moebius_edge.calibration.record import RecordingRuntime
 from moebius_edge.cli import main
 from moebius_edge.errors import UsageError
@@ -72,30 +72,21 @@ def quantise(where: Path, pictures: Path, recipe: Recipe | None, **changes: Any)
     return quantise_bundle(reference, where / "out", dataclasses.replace(options, **changes), progress)
 
 
-def exported(folder: Path, pictures: Path, target: str) -> SimpleNamespace:
-    stages: list[str] = []
-    bundle, notes = quantise(folder, pictures, RECIPE, target=target, progress=lambda *step: stages.append(step[0]))
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
+    folder, stages = tmp_path_factory.mktemp("exported"), list[str]()
+    bundle, notes = quantise(folder, pictures, RECIPE, progress=lambda *step: stages.append(step[0]))
     return SimpleNamespace(bundle=bundle, notes=notes, stages=stages, cache=folder / "cache")
 
 
-@pytest.fixture(scope="module")
-def tensorrt(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
-    return exported(tmp_path_factory.mktemp("tensorrt"), pictures, "tensorrt")
-
-
-@pytest.fixture(scope="module")
-def cpu(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> SimpleNamespace:
-    return exported(tmp_path_factory.mktemp("cpu"), pictures, "cpu")
-
-
 @pytest.fixture
-def recorded(tensorrt: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recorded(exported: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose cache holds the recording already; it is not recorded again."""
 
     def record(self: RecordingRuntime) -> None:
         raise AssertionError("recorded again")
 
-    shutil.copytree(tensorrt.cache, tmp_path / "cache")
+    shutil.copytree(exported.cache, tmp_path / "cache")
     monkeypatch.setattr(RecordingRuntime, "activate", record)
     return tmp_path
 
@@ -112,10 +103,8 @@ def nodes_of(names: Sequence[str]) -> list[str]:
     return sorted(n for b in blocks(onnx.load(TINY.component_path("denoiser"))) if b.name in names for n in b.nodes)
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, target: str) -> None:
-    result = request.getfixturevalue(target)
-    bundle, expected = result.bundle, nodes_of(sorted(RECIPE.chosen))
+def test_the_bundle_says_how_it_was_quantised(exported: SimpleNamespace) -> None:
+    bundle, expected = exported.bundle, nodes_of(sorted(RECIPE.chosen))
     assert Bundle.load(bundle.path) == bundle and (bundle.name, bundle.precision) == ("out", "int8")
     graphs = ["denoiser.onnx", "denoiser_shallow.onnx", "vae_decoder.onnx", "vae_encoder.onnx"]
     assert sorted(bundle.files) == sorted([*graphs, "recipe.json"])
@@ -123,14 +112,13 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
     whole, part = (onnx.load(bundle.component_path(name)) for name in ("denoiser", "denoiser_shallow"))
     assert sorted(int8["nodes"]) == expected == sorted(quantised_nodes(whole))
     assert (int8["quantised_products"], int8["products"]) == (len(expected), 213)
-    assert (int8["target"], int8["rest"]) == (target, {"tensorrt": "float16", "cpu": "float32"}[target])
-    assert int8["ranges"] == "mse" and int8["calibration"]["steps"] == STEPS
+    assert (int8["rest"], int8["ranges"]) == ("float16", "mse") and int8["calibration"]["steps"] == STEPS
     rows = {row["name"]: row for row in int8["blocks"]}
     assert {name for name, row in rows.items() if row["quantised"]} == RECIPE.chosen
     assert {name for name, row in rows.items() if row.get("smoothed")} == {ATTENTION}
     share = sum(row["share"] for row in rows.values() if row["quantised"])
     assert int8["share_of_multiplications"] == pytest.approx(share, abs=2e-4)
-    assert Recipe.load(bundle.path / "recipe.json") == RECIPE == Recipe.load(result.cache / "recipe.json")
+    assert Recipe.load(bundle.path / "recipe.json") == RECIPE == Recipe.load(exported.cache / "recipe.json")
     inherited = ("defaults", "scaling_factor", "resolution", "source", "licence", "model", "distilled_guidance")
     for field in (*inherited, "deep_channels"):
         assert getattr(bundle, field) == getattr(TINY, field), field
@@ -141,19 +129,19 @@ def test_the_bundle_says_how_it_was_quantised(request: pytest.FixtureRequest, ta
     assert 0 <= bundle.gate["shallow_difference"] <= 1e-2
 
 
-def test_the_gate_is_the_worst_of_the_held_out_cases(tensorrt: SimpleNamespace) -> None:
-    gate, cases = tensorrt.bundle.gate, tensorrt.bundle.int8["cases"]
+def test_the_gate_is_the_worst_of_the_held_out_cases(exported: SimpleNamespace) -> None:
+    gate, cases = exported.bundle.gate, exported.bundle.int8["cases"]
     assert [case["name"] for case in cases] == ["4.png", "4.png, hole 2"], "the picture that was not recorded"
     for key in ("hole_psnr_db", "hole_ssim", "psnr_db", "ssim"):
         assert gate[key] == min(case[key] for case in cases), key
     assert gate["hole_psnr_db"] >= gate["min_psnr_db"] == 30.0 and len(gate["latent_rms_drift"]) == STEPS - 1
     assert gate["mean_hole_psnr_db"] == mean_hole_psnr_db(cases) > gate["hole_psnr_db"]
     assert (gate["cases"], gate["steps"], gate["guidance"], gate["start"]) == (CASES, STEPS, 2.0, "image")
-    assert tensorrt.bundle.int8["calibration"]["pictures"].startswith("4:")
+    assert exported.bundle.int8["calibration"]["pictures"].startswith("4:")
 
 
-def test_for_tensorrt_the_rest_is_fp16(tensorrt: SimpleNamespace) -> None:
-    bundle = tensorrt.bundle
+def test_the_rest_is_fp16(exported: SimpleNamespace) -> None:
+    bundle = exported.bundle
     types = weight_types(bundle, "denoiser")
     assert types["INT8"] > 10_000 and types["FLOAT16"] > 20 * types["FLOAT"]
     encoder, decoder = (weight_types(bundle, name) for name in ("vae_encoder", "vae_decoder"))
@@ -165,27 +153,18 @@ def test_for_tensorrt_the_rest_is_fp16(tensorrt: SimpleNamespace) -> None:
     assert "LayerNormalization" in bundle.float32_islands["denoiser"]
     assert bundle.files["denoiser.onnx"]["bytes"] < 0.55 * TINY.files["denoiser.onnx"]["bytes"]
     (note,) = create_runtime("onnxruntime", bundle, "cpu").notes
-    assert note.startswith("this bundle is INT8 for tensorrt: onnxruntime on cpu gives the same pictures slowly")
+    assert note.startswith("this bundle is INT8, for which onnxruntime has no kernels on cpu")
 
 
-def test_for_a_cpu_the_rest_is_float32_and_the_kernels_are_integer(cpu: SimpleNamespace) -> None:
-    bundle = cpu.bundle
-    types = weight_types(bundle, "denoiser")
-    assert types["INT8"] > 10_000 and types["FLOAT16"] == 0
-    assert sum(integer_kernels(bundle.component_path("denoiser")).values()) >= len(bundle.int8["nodes"])
-    assert all(bundle.files[name] == TINY.files[name] for name in ("vae_encoder.onnx", "vae_decoder.onnx"))
-    assert bundle.float32_islands == {} and create_runtime("onnxruntime", bundle, "cpu").notes == []
-
-
-def test_a_user_is_told_what_matters(tensorrt: SimpleNamespace) -> None:
-    speed = tensorrt.bundle.int8["speed"]
-    assert tensorrt.notes[:2] == [
+def test_a_user_is_told_what_matters(exported: SimpleNamespace) -> None:
+    speed = exported.bundle.int8["speed"]
+    assert exported.notes[:2] == [
         "5 calibration pictures are few: ranges may be too narrow for others, give 20",
         "5 of 5 calibration pictures have no mask: holes are drawn for them",
     ]
     assert speed["device"] == "cpu" and speed["other"] == "float32"
-    assert ["does not pay" in note for note in tensorrt.notes[2:]] == [True] * (speed["speedup"] <= 1)
-    stages = list(dict.fromkeys(tensorrt.stages))
+    assert ["does not pay" in note for note in exported.notes[2:]] == [True] * (speed["speedup"] <= 1)
+    stages = list(dict.fromkeys(exported.stages))
     assert stages[0] == "record 0.png, 1 of 4" and stages[-1] == "speed beside INT8"
     assert "gate, held-out pictures: float32" in stages and "gate, held-out pictures" in stages
 
@@ -205,6 +184,20 @@ def test_a_missed_gate_saves_nothing_but_the_work(
     assert sorted(p.name for p in recorded.iterdir()) == ["cache", "mine.json"]
     measured = json.loads((recorded / "cache" / "sensitivity.json").read_text())["result"]
     assert measured.keys() == {CONVOLUTION}, "the recipe's blocks alone"
+
+
+@pytest.mark.slow
+def test_the_gate_and_the_speed_can_be_openvinos(
+    recorded: Path, pictures: Path, exported: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which computes the very file, with the roundings of another type in its rest."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install moebius-edge[openvino]")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(recorded / "models"))
+    bundle, _ = quantise(recorded, pictures, RECIPE, gate_runtime="openvino")
+    assert bundle.files["denoiser.onnx"] == exported.bundle.files["denoiser.onnx"]
+    assert (bundle.gate["runtime"], exported.bundle.gate["runtime"]) == ("openvino", "onnxruntime")
+    assert bundle.gate["hole_psnr_db"] >= 30 and bundle.gate["hole_psnr_db"] != exported.bundle.gate["hole_psnr_db"]
+    assert bundle.int8["speed"]["runtime"].startswith("openvino 20") and bundle.int8["speed"]["other"] == "float16"
 
 
 def refused(where: Path, pictures: Path, match: str, recipe: Recipe | None = RECIPE, **changes: Any) -> None:
@@ -245,15 +238,8 @@ def test_what_is_read_or_kept_is_not_replaced(pictures: Path, tmp_path: Path) ->
     assert Bundle.load(out).files == TINY.files
 
 
-def test_a_recipe_of_nothing_that_the_target_computes(cpu: SimpleNamespace, pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(cpu.cache, tmp_path / "cache")
-    with pytest.raises(UsageError, match="the recipe leaves nothing in INT8 for cpu: set a block to true that"):
-        quantise(tmp_path, pictures, Recipe({TIME: True}), target="cpu")
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_table_says_of_each_block_what_it_costs_and_brings() -> None:
-    """A recipe may name a block that its target computes in floating point, or smooth one that is not quantised."""
+    """A recipe may name a block that has no product, or smooth one that is not quantised."""
     every = [Block(n, (f"{n}/1", f"{n}/2"), frozenset(), macs) for n, macs in (("a", 75), ("b", 20), ("e", 5))]
     quantiser: Any = SimpleNamespace(blocks=every, share=lambda block: block.macs / 100)
     sensitivity = {"a": {"psnr_db": 45.0}, "b": {"psnr_db": 30.0, "smoothed_psnr_db": 41.0}}
@@ -266,16 +252,16 @@ def test_the_table_says_of_each_block_what_it_costs_and_brings() -> None:
 
 
 def test_advice_where_int8_does_not_pay() -> None:
-    def said(speedup: float, device: str, target: str, other: str = "float32") -> str:
-        times = {"speedup": speedup, "int8_ms": 20.5, "other_ms": 20.5 * speedup}
-        return "".join(advice({**times, "device": device, "other": other}, target))
+    def said(speedup: float, device: str, runtime: str, other: str = "float16") -> str:
+        times = {"speedup": speedup, "int8_ms": 20.5, "other_ms": 20.5 * speedup, "runtime": f"{runtime} 1.2"}
+        return "".join(advice({**times, "device": device, "other": other}))
 
-    slow = "INT8 does not pay on this machine's cpu: 20.5 ms a call, float32 16.4 ms; use --precision fp32 here"
-    assert said(1.01, "cpu", "cpu") == said(2.0, "cuda", "tensorrt", "float16") == ""
-    assert said(0.8, "cpu", "cpu") == slow
-    elsewhere = "; this file is for TensorRT, whose engines alone compute in INT8, and must be measured with them"
-    assert said(0.8, "cpu", "tensorrt") == f"{slow}, or try --target cpu{elsewhere}"
-    assert said(1.0, "cuda", "tensorrt", "float16").endswith(f"float16 20.5 ms; use --precision fp16 here{elsewhere}")
+    assert said(1.01, "cpu", "openvino") == said(2.0, "cuda", "onnxruntime") == ""
+    slow = "INT8 does not pay in {} on this machine's {}: 20.5 ms a call, float16 16.4 ms; use --precision fp16 here"
+    assert said(0.8, "cpu", "openvino") == slow.format("openvino", "cpu")
+    elsewhere = ", or measure it in what computes INT8: engines, or on a CPU OpenVINO, with --gate-runtime openvino"
+    assert said(0.8, "cuda", "onnxruntime") == slow.format("onnxruntime", "cuda") + elsewhere
+    assert "float32 16.4 ms; use --precision fp32 here, or" in said(0.8, "cpu", "onnxruntime", "float32")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""INT8 files: the numbers against numpy, the placement of each target, what ONNX Runtime and TensorRT make of them."""
+"""INT8 files: the numbers against numpy, where the pairs stand, what TensorRT makes of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.calibration.blocks import Recipe, blocks
 from moebius_edge.calibration.quantise import (
     Quantiser,
-    fuse_silu,
-    integer_kernels,
     quantise,
     quantise_weight,
     quantised_nodes,
 )
 from moebius_edge.calibration.statistics import Statistics, TensorStatistics
-from moebius_edge.errors import BundleError, MachineError, UsageError
+from moebius_edge.errors import BundleError, UsageError
 from moebius_edge.export.int8_ranges import METHODS
 from moebius_edge.export.precision import convert
 from moebius_edge.export.trt_rules import problems
@@ -68,7 +66,7 @@ def run(model: onnx.ModelProto, names: list[str] | None = None, optimise: bool =
 
 
 def scales_of(model: onnx.ModelProto) -> dict[str, float]:
-    """Min-max scales of everything that either target may want."""
+    """Min-max scales of all that is computed."""
     names = list(dict.fromkeys(n for node in model.graph.node for n in node.output))
     values = {"x": X, **dict(zip(names, run(model, names), strict=True))}
     return {name: float(np.abs(v).max()) / 127 for name, v in values.items()}
@@ -95,13 +93,12 @@ def convolve(x: np.ndarray, w: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("nchwij,ocij->nohw", windows, w) + b[:, None, None]
 
 
-def expected(model: onnx.ModelProto, cpu: bool = False) -> np.ndarray:
-    """The small model with inputs and weights rounded, in float64; for the CPU outputs too, 255 steps for a ReLU."""
+def expected(model: onnx.ModelProto) -> np.ndarray:
+    """The small model with inputs and weights rounded, in float64."""
     w = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in model.graph.initializer}
     a = convolve(fake(X.astype(np.float64), SCALES["x"]), fake_weight(w["w1"], 0), w["b1"])
-    b = fake(a, SCALES["b"] * 127 / 255, 0, 255) if cpu else fake(np.maximum(a, 0), SCALES["b"])
+    b = fake(np.maximum(a, 0), SCALES["b"])
     c = convolve(b, fake_weight(w["w2"], 0), w["b2"])
-    c = fake(c, SCALES["c"]) if cpu else c
     return fake(c.mean((2, 3)), SCALES["e"]) @ fake_weight(w["w3"], 1)
 
 
@@ -135,52 +132,6 @@ def test_two_readers_share_a_pair() -> None:
     model.graph.node.insert(1, twice)
     inputs = {n.name: n.input[0] for n in quantise(model, Recipe({CONV: True}), SCALES).graph.node}
     assert inputs["first"] == inputs["other"] == "x_dequantised"
-
-
-# --- ONNX Runtime's CPU ----------------------------------------------------------------------------------
-
-
-def kernels(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
-    onnx.save(model, folder / "model.onnx")
-    return integer_kernels(folder / "model.onnx")
-
-
-def test_on_the_cpu_every_product_runs_in_integers(tmp_path: Path) -> None:
-    model = small_model()
-    q = quantise(model, ALL, {name: SCALES[name] for name in ("x", "b", "c", "e")}, "cpu")
-    assert kernels(q, tmp_path) == {"QLinearConv": 2, "MatMulIntegerToFloat": 1}
-    difference = np.abs(run(q)[0] - expected(model, cpu=True))
-    largest = max(np.abs(numpy_helper.to_array(t)).max() for t in model.graph.initializer if t.name == "w3")
-    # Values half way between two integers may go either way: at most a step of the last product's input.
-    assert np.median(difference) < 0.05 and difference.max() < 1.01 * SCALES["e"] * largest
-
-
-def test_products_left_in_float32_are_an_error(tmp_path: Path) -> None:
-    """TensorRT's placement leaves the convolutions in float32: that is why there are two."""
-    with pytest.raises(MachineError, match=r"computes 1 of the 3 quantised operators of .* export for the target cpu"):
-        kernels(quantise(small_model(), ALL, SCALES), tmp_path)
-
-
-def test_a_bias_larger_than_its_weights_survives() -> None:
-    """In units of a minute weight's scale it would overflow the INT32 that ONNX Runtime rounds it to."""
-    model = small_model()
-    for tensor in model.graph.initializer:
-        if tensor.name in ("w1", "b1"):
-            values = numpy_helper.to_array(tensor).copy()
-            values[0] = 1e-12 if tensor.name == "w1" else 30.0
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    scales = scales_of(model)
-    (got,) = run(quantise(model, ALL, scales, "cpu"), ["b"])
-    assert np.abs(got[:, 0] - 30.0).max() <= scales["b"]
-
-
-def test_what_a_relu_made_keeps_all_steps_above_zero() -> None:
-    q = quantise(small_model(), ALL, SCALES, "cpu")
-    zero = {n.input[0]: n.input[2] for n in q.graph.node if n.op_type == "QuantizeLinear"}
-    assert zero == {"x": "zero_point_128", "b_unrounded": "zero_point_0", "c_unrounded": "zero_point_128",
-                    "e": "zero_point_128"}  # fmt: skip
-    scale = next(numpy_helper.to_array(t) for t in q.graph.initializer if t.name == "b_scale")
-    assert scale == pytest.approx(SCALES["b"] * 127 / 255)
 
 
 # --- FP16 ------------------------------------------------------------------------------------------------
@@ -225,30 +176,6 @@ def test_weights_are_within_half_a_step_and_reach_127() -> None:
         assert np.abs(whole).max() == 127 and scale.size == (1 if axis is None else values.shape[axis])
 
 
-SILU = """<ir_version: 9, opset_import: ["": 20]> silu (float[2,4,8,8] x) => (float[2,4,8,8] y)
-<float scale = {0.1}, uint8 zero = {128}>
-{ q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) s = Sigmoid(d) y = Mul(s, d) }"""
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("", ""),
-        ("Sigmoid(d) y = Mul(s, d)", "Sigmoid(x) y = Mul(s, x)"),  # of a tensor that is not dequantised
-        ("y = Mul(s, d)", "m = Mul(s, d) y = Add(m, s)"),  # the sigmoid has another reader
-        ("Mul(s, d)", "Mul(s, x)"),  # times something else
-    ],
-)
-def test_silu_on_a_dequantised_tensor_is_one_node_with_the_same_values(old: str, new: str) -> None:
-    model = onnx.parser.parse_model(SILU.replace(old, new) if old else SILU)
-    (before,) = run(model, ["y"])
-    assert fuse_silu(model) == (not old)
-    onnx.checker.check_model(model)
-    kinds = Counter(n.op_type for n in model.graph.node)
-    assert (kinds["QuickGelu"], kinds["Sigmoid"], kinds["Mul"]) == ((0, 1, 1) if old else (1, 0, 0))
-    np.testing.assert_allclose(run(model, ["y"])[0], before, atol=1e-5)
-
-
 # --- the bundled model -----------------------------------------------------------------------------------
 
 LAMBDA = "down_blocks.0.attentions.0.attn1.lambda"
@@ -270,11 +197,6 @@ def test_a_lambda_operator_stays_a_node_where_the_recipe_leaves_it(tiny: SimpleN
     assert kinds["LocalLambda"] == 8 and kinds["InteractiveLambda"] == 9 and len(q.functions) == 2
     without = quantise(tiny.model, Recipe({CHOSEN[0]: True}), ANY_SCALE)
     assert len(without.functions) == 2 and Counter(n.op_type for n in without.graph.node)["LocalLambda"] == 9
-
-
-def test_on_the_cpu_all_that_the_recipe_names_runs_in_integers(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    q = quantise(tiny.model, Recipe({b.name: True for b in tiny.blocks}), ANY_SCALE, "cpu")
-    assert sum(kernels(q, tmp_path).values()) == len(quantised_nodes(q)) == 202  # 213 products less 11 Gemm
 
 
 def test_tensorrt_parses_exactly_the_recipes_layers(tiny: SimpleNamespace, tmp_path: Path) -> None:
@@ -305,7 +227,7 @@ def statistics() -> Statistics:
 
 @pytest.fixture(scope="module")
 def quantiser(statistics: Statistics) -> Quantiser:
-    return Quantiser(DENOISER, statistics, "minmax", "tensorrt")
+    return Quantiser(DENOISER, statistics, "minmax")
 
 
 def constants(model: onnx.ModelProto) -> dict[str, TensorProto]:
@@ -317,9 +239,7 @@ def activation_scales(model: onnx.ModelProto) -> dict[str, float]:
     return {name: float(numpy_helper.to_array(tensor)) for name, tensor in found.items()}
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_candidates_are_what_pays(statistics: Statistics, target: str) -> None:
-    quantiser = Quantiser(DENOISER, statistics, "minmax", target)
+def test_candidates_are_what_pays(quantiser: Quantiser) -> None:
     assert sum(map(quantiser.share, quantiser.blocks)) == pytest.approx(1)
     names = {b.name for b in quantiser.candidates}
     assert {ATTENTION, FEED_FORWARD, "up_blocks.0.resnets.0.conv1"} <= names
@@ -330,7 +250,7 @@ def test_candidates_are_what_pays(statistics: Statistics, target: str) -> None:
 
 @pytest.mark.parametrize("method", ["minmax", "percentile"])
 def test_a_recipe_becomes_pairs_at_its_blocks(statistics: Statistics, method: str) -> None:
-    quantiser = Quantiser(DENOISER, statistics, method, "tensorrt")
+    quantiser = Quantiser(DENOISER, statistics, method)
     before = quantiser.model.SerializeToString()
     model, islands = quantiser.quantise(Recipe({ATTENTION: True, FEED_FORWARD: False}))
     (block,) = (b for b in quantiser.blocks if b.name == ATTENTION)
@@ -369,5 +289,5 @@ def test_ranges_that_are_missing_zero_or_not_finite_name_their_tensor(
         tensors[name] = TensorStatistics(None)
         tensors[name].histogram.maximum = largest
     with pytest.raises(UsageError, match=shown) as error:
-        Quantiser(DENOISER, Statistics({}, tensors), "minmax", "tensorrt").quantise(recipe)
+        Quantiser(DENOISER, Statistics({}, tensors), "minmax").quantise(recipe)
     assert f" {name}" in str(error.value)

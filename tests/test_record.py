@@ -75,7 +75,7 @@ def pictures(tmp_path: Path) -> Pictures:
 
 def recorded(bundle: Bundle, pictures: Pictures, folder: Path, **changes: Any) -> Statistics:
     progress = changes.pop("progress", no_progress)
-    return record(bundle, pictures, "tensorrt", ResultCache(folder), progress, **{**SETTINGS, **changes})
+    return record(bundle, pictures, ResultCache(folder), progress, **{**SETTINGS, **changes})
 
 
 class Listening(CombinedRuntime):
@@ -167,16 +167,15 @@ def test_an_activation_that_is_not_finite_is_named_and_nothing_saved(pictures: P
 
 def test_inputs_of_products_are_found_inside_local_functions_too(tmp_path: Path) -> None:
     folder = make_calibration_bundle(tmp_path / "toy")
-    axes = activation_axes(inlined(onnx.load(folder / "denoiser.onnx")), "tensorrt")
+    axes = activation_axes(inlined(onnx.load(folder / "denoiser.onnx")))
     (first, inner, last) = axes
     assert (first, last) == ("exact", "passed") and inner.endswith("p_y") and list(axes.values()) == [-1, -1, 1]
     decoder = onnx.load(make_toy_bundle(tmp_path / "plain") / "vae_decoder.onnx")
-    assert list(activation_axes(decoder, "tensorrt")) == ["latent"], "an input of the component counts"
+    assert list(activation_axes(decoder)) == ["latent"], "an input of the component counts"
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "cpu"])
-def test_every_scale_that_is_needed_has_been_recorded(target: str) -> None:
+def test_every_scale_that_is_needed_has_been_recorded() -> None:
     model = onnx.load(ASSETS / "tiny" / "denoiser.onnx")
     scales: dict[str, float] = defaultdict(lambda: 0.05)
-    quantise(model, Recipe({block.name: True for block in blocks(model)}), scales, target)
-    assert scales and scales.keys() <= activation_axes(inlined(model), target).keys()
+    quantise(model, Recipe({block.name: True for block in blocks(model)}), scales)
+    assert scales and scales.keys() <= activation_axes(inlined(model)).keys()

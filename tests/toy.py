@@ -73,7 +73,6 @@ def make_toy_bundle(
 
 
 INT8 = {
-    "target": "tensorrt",
     "rest": "float16",
     "quantised_products": 3,
     "products": 5,

@@ -93,7 +93,6 @@ class Block(TypedDict):
 class Int8(TypedDict):
     """How a bundle was quantised, see docs/int8.md."""
 
-    target: Literal["tensorrt", "cpu"]
     rest: Text  # what is computed in floating point, in which type
     ranges: Text
     quantised_products: Count

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from ..errors import UsageError
-from ..options import PRECISIONS, Engine, Int8Target, LambdaPlugin, Precision, Ranges
+from ..options import PRECISIONS, Engine, GateRuntime, LambdaPlugin, Precision, Ranges
 from ..text import counted
 from . import console
 from .shared import AsJson, Force, Guidance
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..export.engines import Built
 
 # Options by the one thing that they are for.
-_OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance")
-_OF_INT8 = ("calibration_masks", "target", "int8_recipe", "ranges", "calibration_cache")
+_OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance", "gate_runtime")
+_OF_INT8 = ("calibration_masks", "int8_recipe", "ranges", "calibration_cache")
 _OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability", "lambda_plugin")
 _SHOWN_OF_GATE = ("hole_psnr_db", "mean_hole_psnr_db", "psnr_db", "ssim", "image_max_difference", "min_psnr_db")
 
@@ -47,12 +47,14 @@ def export(
     min_psnr: Annotated[
         float | None, Option(metavar="DB", help="Below it nothing is saved. Default 60; fp16 40; int8 30.")
     ] = None,
+    gate_runtime: Annotated[
+        GateRuntime, Option(help="What computes the trajectories that --min-psnr judges: name what will run it.")
+    ] = "onnxruntime",
     calibration_data: Annotated[
         Path | None,
         Option(metavar="DIR", help="INT8, FP16: photographs like those to fill, 20 or more; a list, .tar."),
     ] = None,
     calibration_masks: Annotated[Path | None, Option(metavar="DIR", help="INT8: their masks; default drawn.")] = None,
-    target: Annotated[Int8Target, Option(help="INT8: what executes it; tensorrt: GPUs in general.")] = "tensorrt",
     int8_recipe: Annotated[Path | None, Option(metavar="JSON", help="INT8: which blocks; default a search's.")] = None,
     ranges: Annotated[Ranges, Option(help="INT8: how ranges are set.")] = "mse",
     calibration_cache: Annotated[
@@ -77,7 +79,7 @@ def export(
     """Make a bundle from a checkpoint, and engines from a bundle.
 
     A bundle holds the network and its autoencoder, and runs without PyTorch. It is saved only if a whole
-    sampling trajectory on ONNX Runtime agrees with PyTorch's. Exporting it needs:
+    sampling trajectory on --gate-runtime agrees with PyTorch's. Exporting it needs:
     pip install "moebius-edge[cpu,export]"
 
     --precision int8 also takes a float32 bundle as SOURCE ('tiny' means the bundled one then). It records
@@ -92,8 +94,6 @@ def export(
     if precision != "int8":
         others = () if precision == "fp16" else ("calibration_data",)
         _refuse(context, (*others, *_OF_INT8), "options of INT8", "add --precision int8")
-    elif engine is not None and target == "cpu":
-        raise UsageError("--target cpu is for ONNX Runtime on a CPU, TensorRT cannot build it", "leave --engine out")
     if engine is None:
         _refuse(context, _OF_ENGINES, "options of engines", "add --engine")
     engines_alone = _asks_for_engines_alone(source, precision, engine)
@@ -122,12 +122,12 @@ def export(
         if precision == "int8":
             bundle, notes = _quantise(
                 source, output, options, calibration_cache, data=calibration_data and str(calibration_data),
-                masks=calibration_masks and str(calibration_masks), target=target, recipe=int8_recipe, ranges=ranges,
-                min_psnr_db=min_psnr, steps=steps, guidance=guidance, force=force,
+                masks=calibration_masks and str(calibration_masks), gate_runtime=gate_runtime, recipe=int8_recipe,
+                ranges=ranges, min_psnr_db=min_psnr, steps=steps, guidance=guidance, force=force,
             )  # fmt: skip
         else:
             options = replace(
-                options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr,
+                options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr, gate_runtime=gate_runtime,
                 calibration_data=None if calibration_data is None else str(calibration_data),
             )  # fmt: skip
             with console.progress() as on_progress:

@@ -57,10 +57,9 @@ def open_output() -> None:
 def flush_output() -> OSError | None:
     """Print what is buffered; return why stdout could not be written, and let the interpreter's end not try again."""
     failure = None
-    for stream in (sys.stderr, sys.stdout, sys.__stdout__):  # typer may have wrapped stdout
+    for stream in filter(None, (sys.stderr, sys.stdout, sys.__stdout__)):  # typer may have wrapped stdout
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError as error:
             failure = failure if stream is sys.stderr else error
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

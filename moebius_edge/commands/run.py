@@ -17,7 +17,7 @@ from ..options import AUTO, Device, PairBy, Preset, Runtime, Scheduler, Start
 from . import console
 from .pairs import check_writable, plan, same_file
 from .session import Session
-from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed
+from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed, Verbose
 
 DEMONSTRATION = "tiny"
 _SETTINGS = ("steps", "guidance", "guidance_interval", "cache_interval", "start", "strength", "scheduler", "seed",
@@ -41,8 +41,12 @@ def run(
     ] = None,
     recursive: Annotated[bool, Option("-r", "--recursive", help="Sub-folders too; results keep their place.")] = False,
     pair_by: Annotated[PairBy, Option(help="Masks of a folder by name, or in sorted order.")] = "name",
-    bundle: Annotated[str, Option("--bundle", "-b", metavar="DIR", help="The model.")] = DEMONSTRATION,
-    steps: Annotated[int | None, Option(min=1, max=1000, metavar="N", help="Steps; default the model's.")] = None,
+    bundle: Annotated[
+        str, Option("--bundle", "-b", metavar="DIR", help="The model: a bundle's folder, or 'tiny'.")
+    ] = DEMONSTRATION,
+    steps: Annotated[
+        int | None, Option(min=1, max=1000, metavar="N", help="Sampling steps; default the model's.")
+    ] = None,
     guidance: Guidance = None,
     guidance_interval: Annotated[
         Any, Option(parser=_interval, metavar="LOW,HIGH", help="Guidance at timesteps from LOW to below HIGH alone.")
@@ -67,6 +71,7 @@ def run(
     ] = 2,
     force: Annotated[bool, Option("--force", help="Folders: fill again what is done already.")] = False,
     latency_report: Annotated[Path | None, Option(metavar="FILE", help="Write the latencies to FILE as JSON.")] = None,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> int:
     """Fill what MASK marks in IMAGE, white or painted; the rest stays.

@@ -86,9 +86,7 @@ def import_polygraphy() -> ModuleType:
     logger.setLevel(logging.DEBUG)
     logger.addHandler(_LOG)
     if is_verbose():
-        printing = logging.StreamHandler()
-        printing.setLevel(logging.INFO)
-        logger.addHandler(printing)
+        logger.addHandler(logging.StreamHandler())
     return polygraphy
 
 

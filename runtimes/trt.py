@@ -282,6 +282,6 @@ def _logger(package: Any) -> Any:
         if "ERROR" in severity:
             _logged.append(text)
         if is_verbose():
-            print(f"{package.__name__} {severity.lower()}: {text}", file=sys.stderr)
+            print(f"tensorrt {severity.lower()}: {text}", file=sys.stderr)
 
     return make_logger(package, log)

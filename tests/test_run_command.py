@@ -872,6 +872,20 @@ def test_paths_that_are_not_utf8(here: Path, toys: Callable[..., Path], capsys: 
     assert as_json(capsys, "run", name, name, "-o", out, *options)["results"][0]["done_before"] is True
 
 
+@pytest.mark.parametrize(
+    ("runtime", "line"), [("onnxruntime", "[I:onnxruntime:"), ("openvino", "openvino denoiser of 2: ")]
+)
+def test_verbose_shows_what_the_runtime_logs(here: Path, toy: tuple[str, str], runtime: str, line: str) -> None:
+    pytest.importorskip(runtime, reason=f"the extra {runtime} is not installed")
+    command = [sys.executable, "-m", "moebius_edge", *PAIR, *toy, "--device", "cpu", "--runtime", runtime]
+    quiet, verbose = (
+        subprocess.run([*command, *more], capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": "cache"})
+        for more in ((), ("--verbose",))
+    )
+    assert quiet.returncode == verbose.returncode == 0
+    assert line in verbose.stderr and line not in quiet.stderr and line not in verbose.stdout
+
+
 def test_a_terminal_gets_a_bar_and_the_result_stays(here: Path, toy: tuple[str, str]) -> None:
     import pty
 

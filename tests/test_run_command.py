@@ -480,7 +480,7 @@ def test_a_batch_that_is_ended_says_what_is_done(
     signalled(monkeypatch, number, 25)
     assert main(["run", "in", "in", "-o", "out", *toy]) == 128 + number
     assert capsys.readouterr().err.splitlines()[-1] == f"{said}, 1 of 3 done: the same command goes on from there"
-    assert contents(here / "out") == {"a.png", "run.jsonl"}
+    assert len(contents(here / "out")) == 2 and len(log_lines(here / "out")) == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -558,13 +558,10 @@ def test_a_gpus_memory_that_runs_out_costs_one_picture(
     assert contents(here) == before
     gpu.failure, calls = "", 0
     write_folders(here, **{"a.png": "a.png", "b.png": "b.png"})
-    assert main([*FOLDERS, *toy, "--device", "cuda"]) == 6
+    assert main([*FOLDERS, *toy, "--device", "cuda", "--jobs", "1"]) == 6
     out, err = capsys.readouterr()
-    assert (
-        saved(out) == ["out/b.png"]
-        and contents(here / "out") == {"b.png", "run.jsonl"}
-        and f"error: a.png: {message}" in err
-    )
+    assert saved(out) == ["out/b.png"] and f"error: a.png: {message}" in err
+    assert contents(here / "out") == {"b.png", "run.jsonl"}
     assert main([*FOLDERS[:3], "-o", "whole", *toy, "--device", "cuda"]) == 0
     assert (here / "whole" / "b.png").read_bytes() == (here / "out" / "b.png").read_bytes()
 
@@ -715,7 +712,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("jobs", ["1", "3"])
+@pytest.mark.parametrize("jobs", ["3", "5"])
 def test_the_device_does_not_wait_for_files(
     here: Path, toy: tuple[str, str], capsys: Captured, monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
@@ -734,7 +731,7 @@ def test_the_device_does_not_wait_for_files(
     for name in ("pictures.read_picture", "pictures.write_picture"):
         module, _, function = f"moebius_edge.imaging.{name}".rpartition(".")
         monkeypatch.setattr(f"{module}.{function}", slow(getattr(sys.modules[module], function)))
-    document = as_json(capsys, *asked, *toy, "--guidance", "1", "--strength", "0.5", "--jobs", jobs)
+    document = as_json(capsys, *asked, *toy, "--guidance", "1", "--jobs", jobs)
     assert [result["output"] for result in document["results"]] == sorted(f"out/p{n}.png" for n in range(12))
     stages, throughput = document["latency"]["stages"], document["latency"]["throughput"]
     serial_ms = sum(stages[name]["total_ms"] for name in ("read", "total", "write"))
@@ -764,7 +761,7 @@ def test_few_pictures_are_in_memory_at_a_time(
     monkeypatch.setattr(pictures, "read_picture", read)
     monkeypatch.setattr(pictures, "write_picture", write)
     assert main([*asked, *toy, "--jobs", "2"]) == 0
-    assert counts["read"] == counts["written"] == 10 and counts["most"] <= 6
+    assert counts["read"] == counts["written"] == 10 and counts["most"] <= 2
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_picture(
@@ -826,7 +823,7 @@ def test_every_picture_of_a_folder_has_a_line(here: Path, toy: tuple[str, str], 
     assert main([*asked, *toy]) == 6
     lines = {line["name"]: line for line in log_lines(here / "out")}
     assert set(lines) == {"p0.png", "p1.png", "p2.png"}
-    assert lines["p0.png"]["settings"]["steps"] == 2 and lines["p0.png"]["inpaint_ms"] > 0
+    assert lines["p0.png"]["settings"]["steps"] == 2 and lines["p0.png"]["latency_ms"]["denoise"] > 0
     assert lines["p0.png"]["image"] == "in/p0.png" and lines["p0.png"]["output"] == "out/p0.png"
     assert lines["p1.png"]["exit_code"] == 2 and "in/p1.png" in lines["p1.png"]["error"]
     out, err = capsys.readouterr()

@@ -218,14 +218,16 @@ def progress() -> Iterator[Progress]:
 
 def _lines() -> Progress:
     """Progress for a log: the first line of each piece of work, then one every few seconds."""
-    current, last = "", 0.0
+    begun: set[str] = set()
+    last = 0.0
 
     def show(what: str, done: int, total: int) -> None:
-        nonlocal current, last
+        nonlocal last
         now = time.monotonic()
-        if what == current and now - last < _LINE_EVERY_S:
+        if what in begun and now - last < _LINE_EVERY_S:
             return
-        current, last = what, now
+        begun.add(what)
+        last = now
         _say(f"{what}: {done} of {total}" if total else what)
 
     return show

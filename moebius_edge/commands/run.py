@@ -67,8 +67,11 @@ def run(
     runtime: Annotated[Runtime, Option(help="tensorrt needs engines; auto: the fastest that works.")] = AUTO,
     device: Annotated[Device, Option(help="Where to execute; auto: the fastest that works.")] = AUTO,
     jobs: Annotated[
-        int, Option("--jobs", "-j", min=1, metavar="N", help="Folders: pictures read ahead, and written, at a time.")
-    ] = 2,
+        int,
+        Option(
+            "--jobs", "-j", min=1, metavar="N", help="Folders: pictures in work at a time; 1 takes the least memory."
+        ),
+    ] = 3,
     force: Annotated[bool, Option("--force", help="Folders: fill again what is done already.")] = False,
     latency_report: Annotated[Path | None, Option(metavar="FILE", help="Write the latencies to FILE as JSON.")] = None,
     verbose: Verbose = False,

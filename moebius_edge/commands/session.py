@@ -1,8 +1,8 @@
 """A model that is opened once, and one picture after another through it: what ``run`` does after its options are read.
 
-In a folder other threads read the next pictures and write the last results meanwhile, so that the device need not wait
-for files; the device itself is used by the calling thread alone. ``run.jsonl`` among the results says of each what it
-was made from, so that the same command goes on where it was ended.
+In a folder several pictures are in work, each in a thread of its own that reads, cuts windows, pastes and writes; the
+networks alone are run by the calling thread, one picture's at a time, so that the device waits for nothing else.
+``run.jsonl`` among the results says of each what it was made from, so that the same command goes on where it was ended.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Future, wait
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import BundleError, MachineError, MoebiusError, UsageError
+from ..progress import Progress, no_progress
 from . import console
 from .pairs import Job, check_replaceable
 
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from ..imaging.masks import Mask
     from ..imaging.picture import Picture
     from ..pipeline.inpainter import Inpainter, Result, Step
-    from ..progress import Progress
+    from ..pipeline.latency import StageTimer
     from ..system.fingerprint import ResultLog
 
 LOG = "run.jsonl"  # in a folder of results
@@ -40,16 +44,13 @@ class Source(NamedTuple):
     facts: dict[str, Any] | None
 
 
-class _Here(Executor):
-    """Executes what it is given at once, in the calling thread."""
+class _Task(NamedTuple):
+    """What a thread asks the calling one to do, since when, for whose latencies, and where the outcome goes."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        outcome: Future[Any] = Future()
-        try:
-            outcome.set_result(function(*arguments, **options))
-        except MoebiusError as error:
-            outcome.set_exception(error)
-        return outcome
+    work: Callable[[], Any]
+    posted: float
+    timer: StageTimer
+    outcome: Future[Any]
 
 
 @dataclass
@@ -57,9 +58,9 @@ class Session:
     """A model that is opened once, and one picture after another through it. Use as a context manager.
 
     ``settings`` go to ``Inpainter.inpaint``; what is not among them is the ``preset``'s, and what is not in that the
-    bundle's. ``mask_options`` go to ``read_mask``. ``results`` is the folder of a batch, for which ``threads`` pictures
-    are read ahead and as many results written at a time. ``timer`` collects the latencies of all pictures. ``bundle``
-    and ``runtime_info`` are known once the first picture was read.
+    bundle's. ``mask_options`` go to ``read_mask``. ``results`` is the folder of a batch, of which ``threads`` pictures
+    are in work at a time. ``timer`` collects the latencies of all pictures. ``bundle`` and ``runtime_info`` are known
+    once the first picture was read.
     """
 
     model: tuple[str, str, str]
@@ -76,7 +77,10 @@ class Session:
     _inpainter: Inpainter | None = None
     _opening: bool = False  # and if that fails, no picture is to blame
     _log: ResultLog | None = None  # of a batch
-    _pending: deque[tuple[Job, Future[Record]]] = field(default_factory=deque)  # filled, and perhaps not yet saved
+    _tasks: SimpleQueue[_Task | None] = field(default_factory=SimpleQueue)  # None: a job has ended
+    _running: deque[tuple[Job, Future[Record]]] = field(default_factory=deque)  # in the order of their records
+    _on_progress: Progress = no_progress
+    _closed: bool = False
 
     @property
     def batch(self) -> bool:
@@ -88,13 +92,15 @@ class Session:
         from ..pipeline.latency import StageTimer
 
         self.timer = StageTimer()
-        self._readers, self._writers = (ThreadPoolExecutor(self.threads) if self.batch else _Here() for _ in range(2))
+        self._pool = ThreadPoolExecutor(self.threads)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._readers.shutdown(cancel_futures=True)
-        self._writers.shutdown()  # what was filled is saved, in an interrupted run too
-        self.records += [outcome.result() for _, outcome in self._pending if not outcome.exception()]
+        """Of an interrupted folder what is being written is written, and the rest given up."""
+        self._closed = True
+        self._pool.shutdown(cancel_futures=True)
+        whole = [outcome for _, outcome in self._running if not outcome.cancelled() and not outcome.exception()]
+        self.records += [outcome.result() for outcome in whole]
         if self._inpainter is not None:
             self._inpainter.close()
 
@@ -104,36 +110,92 @@ class Session:
         In a batch a bad pair becomes a record with its error; a bad model is bad for all and ends the run. A picture
         is read before the model is opened: of two mistakes the cheap one is reported first.
         """
-        before = {} if self.results is None else self._done_before(jobs, self.results)
+        from ..pipeline.latency import StageTimer
+
+        if self.results is not None:
+            yield from self._process_folder(jobs, self.results)
+            return
+        for job in jobs:
+            with console.progress() as self._on_progress:
+                self._on_progress(job.name, 0, 0)
+                timer, on_step = StageTimer(), partial(self._step, job.name)
+                source, inpainter = self._read(job, timer), self._open()
+                result = inpainter.inpaint(source.picture, source.hole, on_step=on_step, timer=timer, **self.settings)
+                record = self._write(job, source, result, timer)
+            self._keep(record)
+            yield job, record
+
+    def _process_folder(self, jobs: Sequence[Job], results: Path) -> Iterator[tuple[Job, Record]]:
+        from ..imaging import mask_files, pictures  # noqa: F401  # here, so that no two threads import them at once
+
+        before = self._done_before(jobs, results)
         self.records += before.values()
-        ahead = self._read_ahead([job for job in jobs if job not in before])
-        for number, (job, reading) in enumerate(ahead, start=len(before) + 1):
-            what = f"[{number}/{len(jobs)}] {job.name}" if self.batch else job.name
+        for number, job in enumerate((job for job in jobs if job not in before), start=len(before) + 1):
+            outcome = self._pool.submit(self._work, job, f"[{number}/{len(jobs)}] {job.name}")
+            self._running.append((job, outcome))
+            outcome.add_done_callback(lambda outcome: self._tasks.put(None))
+        while self._running:
+            job, outcome = self._running[0]
+            with console.progress() as self._on_progress:
+                while not outcome.done():
+                    if (task := self._tasks.get()) is not None:
+                        self._execute(task)
             try:
-                with console.progress() as on_progress:
-                    on_progress(what, 0, 0)
-                    source = reading.result()
-                    inpainter, started = self._inpainter or self._open(), time.perf_counter()
-
-                    def on_step(step: Step, what: str = what, on_progress: Progress = on_progress) -> None:
-                        on_progress(what, step.index, step.total)
-
-                    result = inpainter.inpaint(
-                        source.picture, source.hole, on_step=on_step, timer=self.timer, **self.settings
-                    )
-                inpaint_ms = round((time.perf_counter() - started) * 1e3, 1)
-                self.runtime_info = inpainter.runtime.report()  # a runtime may learn about itself while it runs
-                outcome = self._writers.submit(self._write, job, source, result, inpaint_ms)
+                record = outcome.result()
             except MoebiusError as error:
-                if self._opening:
+                if self._log is None or isinstance(error, BundleError):
                     raise
-                outcome = Future()
-                outcome.set_exception(error)
-            self._pending.append((job, outcome))
-            yield from self._finished(self.threads)
-        yield from self._finished(0)
+                record = {**_inputs(job), "error": str(error), "exit_code": error.exit_code}
+                self._log.add(self._result_name(job), None, record)
+            self._running.popleft()
+            self._keep(record)
+            yield job, record
         order = {str(job.image): index for index, job in enumerate(jobs)}
         self.records.sort(key=lambda record: order[record["image"]])
+
+    def _keep(self, record: Record) -> None:
+        self.records.append(record)
+        if self._inpainter is not None:
+            self.runtime_info = self._inpainter.runtime.report()  # a runtime may learn about itself while it runs
+
+    def _work(self, job: Job, what: str) -> Record:
+        """One job of a folder, in a thread of its own."""
+        from ..pipeline.latency import StageTimer
+        from ..pipeline.loop import fill
+
+        timer = StageTimer()
+        source = self._read(job, timer)
+        inpainter = copy(self._ask(timer, self._begin, what))  # for its own ``fill``; the runtime is shared
+        inpainter.fill = partial(self._ask, timer, fill)
+        result = inpainter.inpaint(
+            source.picture, source.hole, on_step=partial(self._step, what), timer=timer, **self.settings
+        )
+        return self._write(job, source, result, timer)
+
+    def _ask(self, timer: StageTimer, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``function`` returns or raises in the calling thread of ``process``, which owns the device."""
+        outcome: Future[Any] = Future()
+        self._tasks.put(_Task(partial(function, *arguments), time.perf_counter(), timer, outcome))
+        while not wait([outcome], timeout=0.1).done:
+            if self._closed:  # nobody will ever do it
+                raise CancelledError
+        return outcome.result()
+
+    def _execute(self, task: _Task) -> None:
+        task.timer.leave_out(time.perf_counter() - task.posted)
+        try:
+            task.outcome.set_result(task.work())
+        except BaseException as error:
+            task.outcome.set_exception(error)
+            if self._opening or not isinstance(error, MoebiusError):
+                raise
+
+    def _begin(self, what: str) -> Inpainter:
+        self._on_progress(what, 0, 0)
+        return self._open()
+
+    def _step(self, what: str, step: Step) -> None:
+        self._on_progress(what, step.index, step.total)
 
     def _done_before(self, jobs: Sequence[Job], results: Path) -> dict[Job, Record]:
         """The records of those ``jobs`` that an earlier run has done, from files and settings that are the same."""
@@ -168,18 +230,7 @@ class Session:
     def _result_name(self, job: Job) -> str:
         return str(job.output.relative_to(self.results or "."))
 
-    def _read_ahead(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Future[Source]]]:
-        """Each job with its source, or what comes to be that; of a batch, with ``threads`` after it being read."""
-        from ..imaging import mask_files, pictures  # noqa: F401  # here, so that no two threads import them at once
-
-        ahead: deque[tuple[Job, Future[Source]]] = deque()
-        for job in jobs:
-            ahead.append((job, self._readers.submit(self._read, job)))
-            if len(ahead) > self.threads or not self.batch:
-                yield ahead.popleft()
-        yield from ahead
-
-    def _read(self, job: Job) -> Source:
+    def _read(self, job: Job, timer: StageTimer) -> Source:
         from ..imaging.mask_files import read_mask
         from ..imaging.pictures import check_output, read_picture
 
@@ -187,41 +238,27 @@ class Session:
             raise UsageError(job.problem)
         check_replaceable(job.output)
         facts = self._facts(job)
-        with self.timer.measure("read"):
+        with timer.measure("read"):
             picture = read_picture(job.image)
             hole, notes = read_mask(job.mask, picture, **self.mask_options)
             check_output(job.output, picture.opaque_in(hole))
         return Source(picture, hole, notes, facts)
 
-    def _write(self, job: Job, source: Source, result: Result, inpaint_ms: float) -> Record:
+    def _write(self, job: Job, source: Source, result: Result, timer: StageTimer) -> Record:
         """Write a result, and the line of the log after it: a kill in between costs the picture's time alone."""
         from ..imaging.pictures import write_picture
 
-        with self.timer.measure("write"):
+        with timer.measure("write"):
             _make_folder(job.output.parent)
             written = write_picture(job.output, result.picture)
+        self.timer.merge(timer)
         notes, settings = [*source.notes, *result.notes, *written], {"preset": self.preset, **result.settings}
         record = {**_inputs(job), "output": str(job.output), "settings": settings, "notes": notes}
-        record["inpaint_ms"] = inpaint_ms
+        record["latency_ms"] = timer.totals_ms()
         if self._log is not None:
             self._log.add(self._result_name(job), source.facts, {**record, "bytes": job.output.stat().st_size})
         self.span[1] = time.perf_counter()
         return record
-
-    def _finished(self, most: int) -> Iterator[tuple[Job, Record]]:
-        """Jobs that are done, in order, until at most ``most`` results are still to be saved."""
-        while self._pending and (len(self._pending) > most or self._pending[0][1].done()):
-            job, outcome = self._pending[0]
-            try:
-                record = outcome.result()
-            except MoebiusError as error:
-                if self._log is None or isinstance(error, BundleError):
-                    raise
-                record = {**_inputs(job), "error": str(error), "exit_code": error.exit_code}
-                self._log.add(self._result_name(job), None, record)
-            self._pending.popleft()
-            self.records.append(record)
-            yield job, record
 
     def _load(self) -> Bundle:
         """The bundle, read and with its settings, once."""
@@ -245,6 +282,8 @@ class Session:
     def _open(self) -> Inpainter:
         from ..pipeline.inpainter import Inpainter
 
+        if self._inpainter is not None:
+            return self._inpainter
         self._opening = True
         with self.timer.measure("load"):
             bundle = self._load()

@@ -736,7 +736,7 @@ def test_the_device_does_not_wait_for_files(
     stages, throughput = document["latency"]["stages"], document["latency"]["throughput"]
     serial_ms = sum(stages[name]["total_ms"] for name in ("read", "total", "write"))
     assert stages["read"]["count"] == stages["write"]["count"] == 12
-    assert throughput["elapsed_ms"] < 0.6 * serial_ms and throughput["device_busy_percent"] > 75
+    assert throughput["elapsed_ms"] < 0.6 * serial_ms and throughput["device_busy_percent"] > 60
     assert contents(here / "out") == {"run.jsonl", *(f"p{n}.png" for n in range(12))}
 
 
@@ -768,7 +768,7 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_picture(
     here: Path, toy: tuple[str, str], capsys: Captured
 ) -> None:
     """Killed outright, in a process of its own, as soon as some results are there."""
-    asked = [*write_batch(here, 40), *toy]
+    asked = [*write_batch(here, 24), *toy]
     process = subprocess.Popen([sys.executable, "-m", "moebius_edge", *asked], stderr=subprocess.DEVNULL)
     log = here / "out" / "run.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
@@ -777,16 +777,16 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_picture(
     assert process.wait() == -signal.SIGKILL
     there = {line["name"]: (here / "out" / line["name"]).stat().st_mtime_ns for line in log_lines(here / "out")}
     log.write_text(log.read_text() + '{"name": "p1')  # what a full disk may leave of a line
-    assert 5 <= len(there) < 40
+    assert 5 <= len(there) < 24
     document = as_json(capsys, *asked)
-    assert contents(here / "out") == {"run.jsonl", *(f"p{n}.png" for n in range(40))}
+    assert contents(here / "out") == {"run.jsonl", *(f"p{n}.png" for n in range(24))}
     before = {Path(result["output"]).name for result in document["results"] if "done_before" in result}
-    assert before == set(there) and len(document["results"]) == 40
+    assert before == set(there) and len(document["results"]) == 24
     assert all((here / "out" / name).stat().st_mtime_ns == when for name, when in there.items())
-    assert document["latency"]["settings"]["pictures"] == 40 - len(there)
+    assert document["latency"]["settings"]["pictures"] == 24 - len(there)
     whole = as_json(capsys, *asked[:4], "whole", *asked[5:])
     assert [r["settings"] for r in whole["results"]] == [r["settings"] for r in document["results"]]
-    for number in range(40):
+    for number in range(24):
         assert (here / "out" / f"p{number}.png").read_bytes() == (here / "whole" / f"p{number}.png").read_bytes()
 
 

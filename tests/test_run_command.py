@@ -628,6 +628,8 @@ def test_no_picture_is_overwritten_through_a_link(
         os.remove("out/b.png")
         report = ("--latency-report", "l.json")
         refused(capsys, 2, "the latency report l.json is one of the pictures", *FOLDERS, *toy, *report)
+        os.symlink("../images/b.png", "out/run.jsonl")
+        refused(capsys, 2, "out/run.jsonl leads to images/b.png, which would be lost", *FOLDERS, *toy)
 
 
 def test_what_is_no_picture_is_skipped_by_name(here: Path, toy: tuple[str, str], capsys: Captured) -> None:

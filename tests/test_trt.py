@@ -291,9 +291,9 @@ def test_memory_that_runs_out_in_a_picture_costs_that_picture_alone(
     pictures = {}
     for runtime, code in (("onnxruntime", 0), ("tensorrt", 6)):
         out = tmp_path / runtime
-        command = ["run", str(photos), str(photos), "-b", str(bundle.path), "-o", str(out), "--steps", "3"]
+        command = ["run", str(photos), str(photos), "-b", str(bundle.path), "-o", str(out), "--steps", "3", "-j", "1"]
         assert main([*command, "--runtime", runtime, "--device", "cpu" if code == 0 else "cuda"]) == code
-        pictures[runtime] = {path.name: np.asarray(Image.open(path)) for path in sorted(out.iterdir())}
+        pictures[runtime] = {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
         monkeypatch.setattr("moebius_edge.imaging.pictures.read_picture", read)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "2.png: TensorRT 10.3.0 cannot run" in errors[0] and "not enough memory on the GPU: close other" in errors[0]

@@ -16,7 +16,7 @@ from ..errors import MoebiusError, PartialFailure, UsageError
 from ..options import AUTO, Device, PairBy, Preset, Runtime, Scheduler, Start
 from . import console
 from .pairs import check_writable, plan, same_file
-from .session import Session
+from .session import LOG, Session
 from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed, Verbose
 
 DEMONSTRATION = "tiny"
@@ -95,6 +95,8 @@ def run(
         check_writable(latency_report)
         if same_file(latency_report, [*planned.inputs, *(job.output for job in planned.jobs)]):
             raise UsageError(f"the latency report {latency_report} is one of the pictures", "name another file")
+    if output is not None and image.is_dir() and (picture := same_file(output / LOG, planned.inputs)):
+        raise UsageError(f"{output / LOG} leads to {picture}, which would be lost", "remove the link")
     session = Session(
         model=(bundle, runtime, device),
         settings={name: context.params[name] for name in _SETTINGS if context.params[name] is not None},

@@ -34,7 +34,7 @@ COMMANDS: dict[Callable[..., Any], dict[str, str]] = {
     },
     compare: {
         "compare places2 places2-fp16": "what FP16 changes in a picture",
-        "compare tiny tiny --cache-interval 3 --layers": "where two denoisers part",
+        "compare places2 places2-fp16 --layers": "and in which tensors the two part",
     },
     profile: {
         "profile": "arithmetic and parameters beside the paper's",

@@ -63,39 +63,23 @@ def report(
     images: Annotated[Path | None, Option(metavar="DIR", help="The photographs.")] = None,
     masks: Annotated[Path | None, Option(metavar="DIR", help="Their masks; default photo_mask.png beside.")] = None,
     truth: Annotated[str, Option(metavar="DIR|images", help="True pictures by the same names, or the images.")] = "",
-    runtime: Annotated[
-        Any, Option(**_names((AUTO, *RUNTIMES)), help="Runtimes to compare, as of --runtime of run.")
-    ] = "",
+    runtime: Annotated[Any, Option(**_names((AUTO, *RUNTIMES)), help="Runtimes to compare, as of run.")] = "",
     device: Annotated[Any, Option(**_names((AUTO, *DEVICES)), help="Devices to compare.")] = "",
     steps: Annotated[Any, Option(**_COUNTS, help="Step counts to compare; default the bundle's.")] = "",
-    scheduler: Annotated[
-        Any, Option(**_names(SCHEDULERS), help=f"Schedulers to compare: {', '.join(SCHEDULERS)}.")
-    ] = "",
-    guidance: Annotated[
-        Any, Option(parser=_several(float), metavar="X,...", help="Guidance to compare; default the bundle's.")
-    ] = "",
+    scheduler: Annotated[Any, Option(**_names(SCHEDULERS), help=f"Schedulers: {', '.join(SCHEDULERS)}.")] = "",
+    guidance: Annotated[Any, Option(parser=_several(float), metavar="X,...", help="Scales of guidance.")] = "",
     cache_interval: Annotated[Any, Option(**_COUNTS, help="Reuse of deep features; default 1, none.")] = "",
     start: Annotated[Any, Option(**_names(STARTS), help=f"Starts to compare: {', '.join(STARTS)}.")] = "",
-    preset: Annotated[
-        Any, Option(**_names(PRESETS), help=f"Presets of run to compare as well: {', '.join(PRESETS)}.")
-    ] = "",
-    baseline: Annotated[
-        Any, Option(**_names(BASELINES), help=f"Fills without a network: {', '.join(BASELINES)}.")
-    ] = "",
-    reference: Annotated[
-        str, Option(metavar="BUNDLE", help="What accuracy is measured against; default float32.")
-    ] = "",
+    preset: Annotated[Any, Option(**_names(PRESETS), help=f"Presets of run as well: {', '.join(PRESETS)}.")] = "",
+    baseline: Annotated[Any, Option(**_names(BASELINES), help=f"Without a network: {', '.join(BASELINES)}.")] = "",
+    reference: Annotated[str, Option(metavar="BUNDLE", help="Accuracy is against it; default float32.")] = "",
     seed: Seed = 0,
     runs: Annotated[int, Option(min=1, metavar="N", help="Timed passes over all photographs.")] = 5,
     warmup: Annotated[int, Option(min=0, metavar="N", help="Passes before them.")] = 1,
-    sustained: Annotated[
-        float, Option(min=0.0, metavar="MINUTES", help="Then go on for so long, to compare cold and hot.")
-    ] = 0,
+    sustained: Annotated[float, Option(min=0.0, metavar="MINUTES", help="Then go on: cold against hot.")] = 0,
     max_latency_ms: Annotated[float | None, Option(min=0.0, metavar="MS", help="Recommend nothing slower.")] = None,
     min_psnr: Annotated[float | None, Option(metavar="DB", help="Recommend nothing less accurate in the hole.")] = None,
-    max_memory: Annotated[
-        Any, Option(parser=_bytes, metavar="SIZE", help="Recommend nothing larger, such as 2GB.")
-    ] = None,
+    max_memory: Annotated[Any, Option(parser=_bytes, metavar="SIZE", help="Recommend nothing above 2GB, say.")] = None,
     force: Annotated[bool, Option("--force", help="Measure everything again.")] = False,
     verbose: Verbose = False,
     as_json: AsJson = False,

@@ -41,12 +41,8 @@ def run(
     ] = None,
     recursive: Annotated[bool, Option("-r", "--recursive", help="Sub-folders too; results keep their place.")] = False,
     pair_by: Annotated[PairBy, Option(help="Masks of a folder by name, or in sorted order.")] = "name",
-    bundle: Annotated[
-        str, Option("--bundle", "-b", metavar="DIR", help="The model: a bundle's folder, or 'tiny'.")
-    ] = DEMONSTRATION,
-    steps: Annotated[
-        int | None, Option(min=1, max=1000, metavar="N", help="Sampling steps; default the model's.")
-    ] = None,
+    bundle: Annotated[str, Option("--bundle", "-b", metavar="DIR", help="The model, or 'tiny'.")] = DEMONSTRATION,
+    steps: Annotated[int | None, Option(min=1, max=1000, metavar="N", help="Steps; default the model's.")] = None,
     guidance: Guidance = None,
     guidance_interval: Annotated[
         Any, Option(parser=_interval, metavar="LOW,HIGH", help="Guidance at timesteps from LOW to below HIGH alone.")
@@ -66,12 +62,7 @@ def run(
     ] = True,
     runtime: Annotated[Runtime, Option(help="tensorrt needs engines; auto: the fastest that works.")] = AUTO,
     device: Annotated[Device, Option(help="Where to execute; auto: the fastest that works.")] = AUTO,
-    jobs: Annotated[
-        int,
-        Option(
-            "--jobs", "-j", min=1, metavar="N", help="Folders: pictures in work at a time; 1 takes the least memory."
-        ),
-    ] = 3,
+    jobs: Annotated[int, Option("--jobs", "-j", min=1, metavar="N", help="Folders: pictures in work at a time.")] = 3,
     force: Annotated[bool, Option("--force", help="Folders: fill again what is done already.")] = False,
     latency_report: Annotated[Path | None, Option(metavar="FILE", help="Write the latencies to FILE as JSON.")] = None,
     verbose: Verbose = False,

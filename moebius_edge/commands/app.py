@@ -54,7 +54,7 @@ COMMANDS: dict[Callable[..., Any], dict[str, str]] = {
     },
     train: {
         "train --preset tiny --images photos --output run": "try it on a laptop",
-        "train --output run --resume": "go on after an interruption",
+        "train --preset tiny --images photos --output run --resume": "go on after an interruption",
     },
 }
 EXIT_CODES = (

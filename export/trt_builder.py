@@ -22,6 +22,7 @@ import numpy as np
 
 from ..errors import BundleError, MachineError, MoebiusError, OutOfMemory
 from ..progress import Progress
+from ..runtimes.base import is_verbose
 from ..runtimes.engine_files import VARIANTS, load_package, max_opset, version_of
 from ..runtimes.lambda_plugin import plugin_model, register_plugin
 from ..runtimes.latent_loop import COEFFICIENTS, update_component
@@ -84,6 +85,8 @@ def import_polygraphy() -> ModuleType:
     G_LOGGER.module_severity = G_LOGGER.VERBOSE  # TensorRT's information, which has the sizes
     logger.setLevel(logging.DEBUG)
     logger.addHandler(_LOG)
+    if is_verbose():
+        logger.addHandler(logging.StreamHandler())
     return polygraphy
 
 

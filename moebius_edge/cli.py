@@ -40,11 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             error = console.Interrupted("interrupted, nothing written")
         except (Exception, SystemExit) as end:
-            # A file's error has its name; typer makes a broken pipe a SystemExit.
+            # A file's error has its name; typer makes a broken pipe a SystemExit, and ends so after a completion.
             is_output = isinstance(end, OSError) and end.filename is None and end.errno in _UNPRINTED
             if not (received or is_output or isinstance(end, SystemExit)):
                 raise
-            error = _unprinted(end)
+            if isinstance(end, SystemExit) and not isinstance(end.__context__, OSError):
+                code = end.code if isinstance(end.code, int) else 0
+            else:
+                error = _unprinted(end)
         if received and error is not None:
             error = _ended_by(received[0], error)
         try:
@@ -120,6 +123,11 @@ def _run(arguments: list[str]) -> int:
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
         raise OutOfMemory(f"not enough memory{reason}", "close other programs or use a smaller image") from None
+    except (OSError, RuntimeError) as error:
+        if "--install-completion" not in arguments:
+            raise
+        problem = f"completion cannot be installed ({error})"
+        raise MachineError(problem, "add what `moebius-edge --show-completion` prints to your shell's file") from None
     except Abort:  # how typer passes on Ctrl-C; newer versions return the code instead
         code = 128 + signal.SIGINT
     if code == 128 + signal.SIGINT:

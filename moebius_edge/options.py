@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
+VERBOSE: Final = "MOEBIUS_EDGE_VERBOSE"  # the variable that --verbose sets to 1, for child processes as well
 AUTO: Final = "auto"  # as a runtime or a device: the fastest that works on this machine
 
 # What executes a bundle, and where.

@@ -6,6 +6,7 @@ which takes the steps: in host memory unless the runtime keeps the latents on it
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import BundleError, UsageError
+from ..options import VERBOSE
 from ..sampling.calls import Call
 from ..sampling.scheduler import Scheduler
 from ..spec import DEEP, DENOISER, SHALLOW, Component, Tensor
@@ -31,6 +33,11 @@ def choose_threads(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be 1 or more, got {threads}")
     return available_cores() if threads is None else threads
+
+
+def is_verbose() -> bool:
+    """Whether what runtimes log is shown on standard error."""
+    return os.environ.get(VERBOSE) == "1"
 
 
 class LatentBatch(ABC):

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -28,7 +29,7 @@ from ..spec import Component
 from ..system.files import atomic_write, sha256_file
 from ..system.machine import cache_directory
 from ..system.packages import install
-from .base import Arrays, Runtime, batched, choose_threads
+from .base import Arrays, Runtime, batched, choose_threads, is_verbose
 from .onnx_check import check_onnx_file
 from .onnx_inline import inline_functions
 
@@ -151,6 +152,8 @@ class OpenVinoRuntime(Runtime):
         if self._device == "cpu":
             # Pinned, the threads of two processes would take the same cores and leave others idle.
             properties = {**properties, "INFERENCE_NUM_THREADS": self._threads, "ENABLE_CPU_PINNING": False}
+        if is_verbose():
+            properties = {**properties, "LOG_LEVEL": "LOG_INFO"}
         path = self._cache_path(f"{name}-{rows}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}")
         model = None if path is None else self._import(path, properties)
         self._from_cache[f"{name} of {rows}"] = model is not None
@@ -158,6 +161,10 @@ class OpenVinoRuntime(Runtime):
             model = self._compile(name, rows, properties)
             if path is not None and sha256_file(self.paths[name]) == self._digests.get(name):
                 self._keep(path, model)
+        if is_verbose():  # the plugin for CPUs logs nothing itself
+            chosen = {p: model.get_property(p) for p in model.get_property("SUPPORTED_PROPERTIES")}
+            listed = ", ".join(f"{p} {value}" for p, value in chosen.items() if p != "SUPPORTED_PROPERTIES")
+            print(f"openvino {name} of {rows}: {listed}", file=sys.stderr)
         return model
 
     def _compile(self, name: str, rows: int, properties: Mapping[str, Any]) -> Any:

@@ -34,6 +34,7 @@ from .providers import (
     first_line,
     import_onnxruntime,
     is_out_of_memory,
+    log_severity,
     quiet_options,
     session_providers,
     start_problem,
@@ -260,7 +261,7 @@ class BoundSession:
             bound_inputs[name].update_inplace(array)
         binding.synchronize_inputs()
         options = self._ort.RunOptions()
-        options.log_severity_level = 4  # fatal only, as the session's
+        options.log_severity_level = log_severity()  # as the session's
         options.add_run_config_entry("gpu_graph_id", str(batch) if self.records else "-1")  # -1: record nothing
         self._session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()

@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import MachineError
 from ..system.machine import has_nvidia_gpu, package_version
 from ..system.packages import install, mend_onnxruntime
+from .base import is_verbose
 from .cuda import require_gpu
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -74,7 +75,7 @@ def start_problem(ort: ModuleType, device: str) -> str:
         require_gpu()
     except MachineError as error:
         return str(error)
-    ort.set_default_logger_severity(4)  # it would print what is said here, in colours
+    ort.set_default_logger_severity(log_severity())  # it would print what is said here, in colours
     if hasattr(ort, "preload_dlls"):  # since onnxruntime 1.21: loads libraries that came as Python packages
         with suppress(Exception), redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls(msvc=False)
@@ -105,10 +106,15 @@ def session_providers(ort: ModuleType, device: str, graphs: bool = False) -> lis
     return [(name, cuda) if name == CUDA else name for name in chain]
 
 
+def log_severity() -> int:
+    """What ONNX Runtime prints: fatal errors alone, for others arrive as exceptions; information too for --verbose."""
+    return 1 if is_verbose() else 4
+
+
 def quiet_options(ort: ModuleType, threads: int = 0) -> Any:
-    """Session options that print nothing: errors arrive as exceptions and must not print twice."""
+    """Session options with which ONNX Runtime prints nothing unless ``--verbose`` asks for it."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal only
+    options.log_severity_level = log_severity()
     options.intra_op_num_threads = threads
     return options
 

@@ -7,6 +7,7 @@ Loading and checking stand here; buffers, launches and sampling on the device ar
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -18,7 +19,7 @@ import numpy as np
 from ..errors import BundleError, MachineError, OutOfMemory, UsageError
 from ..sampling.scheduler import Scheduler
 from ..spec import DENOISER, SHALLOW, Component
-from .base import Arrays, LatentBatch, Runtime
+from .base import Arrays, LatentBatch, Runtime, is_verbose
 from .cuda import Cuda, CudaError, Gpu
 from .engine_files import VARIANTS, Engine, RuntimeCache, build_command, choose_engine, load_package, make_logger
 from .engine_memory import check_fits, plan_memory
@@ -276,4 +277,11 @@ class TrtRuntime(Runtime):
 @cache
 def _logger(package: Any) -> Any:
     """One a package: TensorRT keeps the first logger it is given as long as it lives."""
-    return make_logger(package, lambda severity, text: _logged.append(text) if "ERROR" in severity else None)
+
+    def log(severity: str, text: str) -> None:
+        if "ERROR" in severity:
+            _logged.append(text)
+        if is_verbose():
+            print(f"tensorrt {severity.lower()}: {text}", file=sys.stderr)
+
+    return make_logger(package, log)

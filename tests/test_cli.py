@@ -77,6 +77,21 @@ def test_help_names_every_command(capsys: Captured, monkeypatch: pytest.MonkeyPa
     assert set(COMMANDS) <= listed
 
 
+def test_every_help_ends_in_two_examples_that_are_valid(capsys: Captured) -> None:
+    """Each example is read as the command line would be, without its being executed."""
+    group = typer.main.get_command(app_module.app)
+    assert [command.__name__ for command in app_module.COMMANDS] == list(COMMANDS)
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        shown = capsys.readouterr().out.partition("Examples:\n")[2]
+        typed = [line.strip() for line in shown.splitlines() if line.startswith("    moebius-edge ")]
+        assert len(typed) == 2 and all(len(line) < 80 for line in shown.splitlines())
+        for example in typed:
+            program, command, *arguments = example.split()
+            assert (program, command) == ("moebius-edge", name)
+            group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
 def test_python_m_and_the_version() -> None:
     done = subprocess.run([sys.executable, "-m", "moebius_edge", "--version"], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == (f"moebius-edge {moebius_edge.__version__}\n", 0)
@@ -240,6 +255,67 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
     """A command line of bash, in which ``moebius-edge`` is this program; the pipe's first failure is its exit code."""
     program = f"moebius-edge() {{ '{sys.executable}' -m moebius_edge \"$@\"; }}; set -o pipefail; "
     return subprocess.run(["bash", "-c", program + command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> dict[str, str]:
+    """The environment of a user whose folder is empty and whose path has ``moebius-edge``."""
+    program = tmp_path / "bin" / "moebius-edge"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m moebius_edge "$@"\n')
+    program.chmod(0o755)
+    return {"HOME": str(tmp_path), "PATH": f"{program.parent}:/usr/bin:/bin", "TERM": "dumb", "PS1": "$ "}
+
+
+def test_completion_is_installed_and_completes_in_bash(home: dict[str, str]) -> None:
+    """An interactive shell on a terminal of its own, in which Tab is pressed."""
+    import pty
+
+    (Path(home["HOME"]) / "picture.png").touch()
+    done = subprocess.run(
+        ["bash", "-c", "moebius-edge --install-completion; exit $?"], env=home, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "bash completion installed in" in done.stdout
+    for typed, completed in (("ins\t", "inspect"), ("run --pre\t", "--preset"), ("run --start pre\t", "prefill"),
+                             ("run pict\t", "picture.png")):  # fmt: skip
+        parent, child = pty.openpty()
+        shell = subprocess.Popen(
+            ["bash", "-i"], env=home, cwd=home["HOME"], stdin=child, stdout=child, stderr=child, start_new_session=True
+        )
+        os.close(child)
+        os.write(parent, f"moebius-edge {typed}".encode())
+        shown, deadline = b"", time.monotonic() + 30
+        while completed.encode() not in shown and time.monotonic() < deadline:
+            shown += os.read(parent, 4096)
+        shell.kill()
+        shell.wait()
+        os.close(parent)
+        assert completed.encode() in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "shown"),
+    [
+        ("complete_bash COMP_WORDS='moebius-edge exp' COMP_CWORD=1", 0, "export"),
+        ("complete_zsh _TYPER_COMPLETE_ARGS='moebius-edge run --pre'", 0, '"--preset"'),
+        ("complete_zsh _TYPER_COMPLETE_ARGS='moebius-edge run ph'", 0, "_files"),
+        ("complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS='moebius-edge d'", 0, "doctor\t"),
+        ("complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS='moebius-edge d'", 0, ""),
+        ("complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS='moebius-edge run ph'", 1, ""),
+    ],
+)
+def test_what_the_shells_scripts_ask_is_answered(variables: str, code: int, shown: str) -> None:
+    done = shell(f"export _MOEBIUS_EDGE_COMPLETE={variables}; moebius-edge")
+    assert (done.returncode, done.stderr) == (code, "") and shown in done.stdout
+
+
+def test_a_home_that_takes_no_completion_is_one_line(home: dict[str, str]) -> None:
+    done = subprocess.run(
+        ["bash", "-c", "moebius-edge --install-completion; exit $?"],
+        env={**home, "HOME": "/proc/nowhere"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 3 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: completion cannot be installed") and "--show-completion" in done.stderr
 
 
 @pytest.mark.parametrize("where", [">/dev/full", ">&-"])

@@ -294,6 +294,13 @@ def test_the_sizes_that_a_build_logs(monkeypatch: pytest.MonkeyPatch) -> None:
 # When engines are built again
 
 
+@pytest.mark.slow
+def test_verbose_shows_what_tensorrt_logs_while_it_builds(toy: Bundle) -> None:
+    command = [sys.executable, "-m", "moebius_edge", "export", str(toy.path), *COMMAND, "--verbose"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("Total Weights Memory: ") == 4
+
+
 def test_what_changed_is_built_again_and_said(toy: Bundle) -> None:
     first = build_engines(toy, OPTIONS)
     assert first.fresh and not first.notes and not build_engines(toy, OPTIONS).fresh

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -478,8 +479,8 @@ def test_a_batch_that_is_ended_says_what_is_done(
     number = getattr(signal, name)
     signalled(monkeypatch, number, 25)
     assert main(["run", "in", "in", "-o", "out", *toy]) == 128 + number
-    assert capsys.readouterr().err.splitlines()[-1] == f"{said}, 1 of 3 done"
-    assert contents(here / "out") == {"a.png"}
+    assert capsys.readouterr().err.splitlines()[-1] == f"{said}, 1 of 3 done: the same command goes on from there"
+    assert len(contents(here / "out")) == 2 and len(log_lines(here / "out")) == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -506,7 +507,7 @@ def test_a_folder_is_processed_pair_by_pair(here: Path, toy: tuple[str, str], ca
     asked = ["run", "in", "in", "-o", "out", *toy]
     assert main([*asked, "--latency-report", "l.json"]) == 0
     out, err = capsys.readouterr()
-    assert contents(here / "out") == {"a.png", "b.png", "c.png"}
+    assert contents(here / "out") == {"a.png", "b.png", "c.png", "run.jsonl"}
     assert saved(out) == [f"out/{stem}.png" for stem in "abc"] and out.splitlines()[-1] == "3 of 3 done"
     assert "[2/3] b.jpg" in err
     report = json.loads((here / "l.json").read_text())
@@ -514,7 +515,7 @@ def test_a_folder_is_processed_pair_by_pair(here: Path, toy: tuple[str, str], ca
     assert report["stages"]["total"]["count"] == report["settings"]["pictures"] == 3
 
     Image.fromarray(np.zeros((80, 96), np.uint8)).save(here / "in" / "b_mask.png")
-    document = as_json(capsys, *asked)
+    document = as_json(capsys, *asked, "--force")
     assert [result["settings"]["steps_executed"] for result in document["results"]] == [19, 0, 19]
     assert "steps_executed" not in document["latency"]["settings"], "what differs is not one setting"
 
@@ -557,9 +558,10 @@ def test_a_gpus_memory_that_runs_out_costs_one_picture(
     assert contents(here) == before
     gpu.failure, calls = "", 0
     write_folders(here, **{"a.png": "a.png", "b.png": "b.png"})
-    assert main([*FOLDERS, *toy, "--device", "cuda"]) == 6
+    assert main([*FOLDERS, *toy, "--device", "cuda", "--jobs", "1"]) == 6
     out, err = capsys.readouterr()
-    assert saved(out) == ["out/b.png"] and contents(here / "out") == {"b.png"} and f"error: a.png: {message}" in err
+    assert saved(out) == ["out/b.png"] and f"error: a.png: {message}" in err
+    assert contents(here / "out") == {"b.png", "run.jsonl"}
     assert main([*FOLDERS[:3], "-o", "whole", *toy, "--device", "cuda"]) == 0
     assert (here / "whole" / "b.png").read_bytes() == (here / "out" / "b.png").read_bytes()
 
@@ -574,7 +576,7 @@ def test_pairs_that_cannot_be_made(here: Path, toy: tuple[str, str], capsys: Cap
     assert "error: twice.png: twice.png has 2 masks, twice.bmp and twice.png: keep one" in err
     assert "error: lonely.png: lonely.png has no mask: put lonely.png or lonely_mask.png into masks" in err
     assert "note: 1 mask without an image: lonley.png" in err
-    assert "error: 1 of 5 done, 4 failed" in err and contents(here / "out") == {"a.png"}
+    assert "error: 1 of 5 done, 4 failed" in err and contents(here / "out") == {"a.png", "run.jsonl"}
 
 
 def test_a_bad_model_ends_a_batch_at_once(here: Path, toys: Callable[..., Path], capsys: Captured) -> None:
@@ -626,6 +628,8 @@ def test_no_picture_is_overwritten_through_a_link(
         os.remove("out/b.png")
         report = ("--latency-report", "l.json")
         refused(capsys, 2, "the latency report l.json is one of the pictures", *FOLDERS, *toy, *report)
+        os.symlink("../images/b.png", "out/run.jsonl")
+        refused(capsys, 2, "out/run.jsonl leads to images/b.png, which would be lost", *FOLDERS, *toy)
 
 
 def test_what_is_no_picture_is_skipped_by_name(here: Path, toy: tuple[str, str], capsys: Captured) -> None:
@@ -655,14 +659,14 @@ def test_sub_folders_keep_their_place(here: Path, toy: tuple[str, str], capsys: 
     os.mkdir("elsewhere")
     os.rename("images/x/y", "elsewhere/y")
     os.symlink("../../elsewhere/y", "images/x/y")
-    asked = ["run", "images", "images/masks", "--recursive", *toy, "-o"]
+    asked = ["run", "images", "images/masks", "--recursive", "--force", *toy, "-o"]
     for _ in range(2):  # the second time there are results in the tree
         assert main([*asked, "images/out"]) == 6
         out, err = capsys.readouterr()
         assert saved(out) == ["images/out/a.png", "images/out/x/a.png", "images/out/x/y/b.png"]
         assert "z/lonely.png: lonely.png has no mask: put lonely.png or lonely_mask.png into images/masks/z" in err
         assert "error: 3 of 4 done, 1 failed" in err and "[3/4] x/y/b.jpg" in err and "note: " not in err
-    assert contents(here / "images" / "out") == {"a.png", "x", "x/a.png", "x/y", "x/y/b.png"}
+    assert contents(here / "images" / "out") == {"a.png", "x", "x/a.png", "x/y", "x/y/b.png", "run.jsonl"}
     (here / "images" / "out2").mkdir()
     (here / "images" / "out2" / "x").write_text("a file")
     assert main([*asked, "images/out2"]) == 6
@@ -696,6 +700,158 @@ def test_pairs_by_order(here: Path, toy: tuple[str, str], capsys: Captured) -> N
     refused(capsys, 2, "images holds 3 pictures and masks 2: add or remove", *FOLDERS, *by_order)
 
 
+# --- folders of thousands: overlapped, and taken up again ------------------------------------------------
+
+
+def write_batch(here: Path, count: int) -> list[str]:
+    """``count`` pairs in the folder ``in``; returns a command that fills them."""
+    for number in range(count):
+        write_pair(here / "in", f"p{number}")
+    return ["run", "in", "in", "-o", "out", "--steps", "2"]
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("jobs", ["3", "5"])
+def test_the_device_does_not_wait_for_files(
+    here: Path, toy: tuple[str, str], capsys: Captured, monkeypatch: pytest.MonkeyPatch, jobs: str
+) -> None:
+    """Reading, the network and writing take 0.1 s each, asleep: one after another they take three times as long."""
+    asked = write_batch(here, 12)
+    plain = OrtRuntime._run
+
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: (time.sleep(0.1), function(*arguments, **options))[1]
+
+    def run(self: OrtRuntime, component: str, *given: Any) -> dict[str, np.ndarray]:
+        time.sleep(0.1 if component == "denoiser" else 0)
+        return plain(self, component, *given)
+
+    monkeypatch.setattr(OrtRuntime, "_run", run)
+    for name in ("pictures.read_picture", "pictures.write_picture"):
+        module, _, function = f"moebius_edge.imaging.{name}".rpartition(".")
+        monkeypatch.setattr(f"{module}.{function}", slow(getattr(sys.modules[module], function)))
+    document = as_json(capsys, *asked, *toy, "--guidance", "1", "--jobs", jobs)
+    assert [result["output"] for result in document["results"]] == sorted(f"out/p{n}.png" for n in range(12))
+    stages, throughput = document["latency"]["stages"], document["latency"]["throughput"]
+    serial_ms = sum(stages[name]["total_ms"] for name in ("read", "total", "write"))
+    assert stages["read"]["count"] == stages["write"]["count"] == 12
+    assert throughput["elapsed_ms"] < 0.6 * serial_ms and throughput["device_busy_percent"] > 60
+    assert contents(here / "out") == {"run.jsonl", *(f"p{n}.png" for n in range(12))}
+
+
+def test_few_pictures_are_in_memory_at_a_time(
+    here: Path, toy: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moebius_edge.imaging import pictures
+
+    asked, counts, plain = write_batch(here, 10), {"read": 0, "written": 0, "most": 0}, pictures.read_picture
+
+    def read(path: Path) -> Any:
+        counts["read"] += 1
+        counts["most"] = max(counts["most"], counts["read"] - counts["written"])
+        return plain(path)
+
+    def write(path: Path, picture: Any) -> tuple[str, ...]:
+        time.sleep(0.03)
+        counts["written"] += 1
+        Path(path).touch()
+        return ()
+
+    monkeypatch.setattr(pictures, "read_picture", read)
+    monkeypatch.setattr(pictures, "write_picture", write)
+    assert main([*asked, *toy, "--jobs", "2"]) == 0
+    assert counts["read"] == counts["written"] == 10 and counts["most"] <= 2
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_picture(
+    here: Path, toy: tuple[str, str], capsys: Captured
+) -> None:
+    """Killed outright, in a process of its own, as soon as some results are there."""
+    asked = [*write_batch(here, 24), *toy]
+    process = subprocess.Popen([sys.executable, "-m", "moebius_edge", *asked], stderr=subprocess.DEVNULL)
+    log = here / "out" / "run.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    there = {line["name"]: (here / "out" / line["name"]).stat().st_mtime_ns for line in log_lines(here / "out")}
+    log.write_text(log.read_text() + '{"name": "p1')  # what a full disk may leave of a line
+    assert 5 <= len(there) < 24
+    document = as_json(capsys, *asked)
+    assert contents(here / "out") == {"run.jsonl", *(f"p{n}.png" for n in range(24))}
+    before = {Path(result["output"]).name for result in document["results"] if "done_before" in result}
+    assert before == set(there) and len(document["results"]) == 24
+    assert all((here / "out" / name).stat().st_mtime_ns == when for name, when in there.items())
+    assert document["latency"]["settings"]["pictures"] == 24 - len(there)
+    whole = as_json(capsys, *asked[:4], "whole", *asked[5:])
+    assert [r["settings"] for r in whole["results"]] == [r["settings"] for r in document["results"]]
+    for number in range(24):
+        assert (here / "out" / f"p{number}.png").read_bytes() == (here / "whole" / f"p{number}.png").read_bytes()
+
+
+def test_what_has_changed_is_filled_again(here: Path, toy: tuple[str, str], tmp_path: Path, capsys: Captured) -> None:
+    """Other settings do not pass for done, nor another model, a changed picture or mask, or a result that is gone."""
+    asked = [*write_batch(here, 4), *toy]
+
+    def filled(*options: str) -> list[str]:
+        results = as_json(capsys, *asked, *options)["results"]
+        return [Path(result["output"]).stem for result in results if "done_before" not in result]
+
+    every = [f"p{n}" for n in range(4)]
+    assert filled() == every and filled() == [] and filled("--jobs", "1", "--guidance", "2") == []
+    assert filled("--seed", "1") == every and filled("--seed", "1") == [] and filled("--seed", "1", "--force") == every
+    assert filled("--mask-dilate", "2") == every and filled("--preset", "fast") == every and filled() == every
+    (here / "out" / "p0.png").unlink()
+    (here / "out" / "p1.png").write_bytes(b"half")
+    write_pair(here / "in", "p2", size=(96, 88))
+    os.utime(here / "in" / "p3_mask.png", (1, 1))
+    assert filled() == every and filled() == []
+    write_pair(here / "in", "p4")
+    assert filled() == ["p4"]
+    assert filled("--bundle", str(make_toy_bundle(tmp_path / "other", deep=True))) == [*every, "p4"]
+    capsys.readouterr()
+    assert main([*asked, "--bundle", str(tmp_path / "other")]) == 0
+    out, err = capsys.readouterr()
+    message = "5 of 5 pictures were done before with the same settings, says out/run.jsonl: --force fills them again"
+    assert (out, err) == ("5 of 5 done\n", f"note: {message}\n")
+
+
+def test_every_picture_of_a_folder_has_a_line(here: Path, toy: tuple[str, str], capsys: Captured) -> None:
+    asked = write_batch(here, 3)
+    (here / "in" / "p1.png").write_text("no picture")
+    assert main([*asked, *toy]) == 6
+    lines = {line["name"]: line for line in log_lines(here / "out")}
+    assert set(lines) == {"p0.png", "p1.png", "p2.png"}
+    assert lines["p0.png"]["settings"]["steps"] == 2 and lines["p0.png"]["latency_ms"]["denoise"] > 0
+    assert lines["p0.png"]["image"] == "in/p0.png" and lines["p0.png"]["output"] == "out/p0.png"
+    assert lines["p1.png"]["exit_code"] == 2 and "in/p1.png" in lines["p1.png"]["error"]
+    out, err = capsys.readouterr()
+    assert "throughput " in out and "device busy percent" in out
+    write_pair(here / "in", "p1")
+    results = as_json(capsys, *asked, *toy)["results"]
+    assert ["done_before" in result for result in results] == [True, False, True]
+
+
+def test_an_error_is_printed_while_a_decoder_is_silenced(here: Path, toy: tuple[str, str]) -> None:
+    """A reader of a 16-bit picture points descriptor 2 elsewhere; what the program says meanwhile is still seen."""
+    write_batch(here, 2)
+    (here / "in" / "p0.png").write_text("no picture")
+    code = (
+        "import os, sys\nfrom moebius_edge import cli\nfrom moebius_edge.commands import console\n"
+        "plain = console.print_error\n"
+        "def print_error(*given):\n"
+        "    saved = os.dup(2); os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\n"
+        "    plain(*given); os.dup2(saved, 2)\n"
+        "console.print_error = print_error\n"
+        f"sys.exit(cli.main(['run', 'in', 'in', '-o', 'out', *{toy!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 6 and "error: p0.png: in/p0.png" in done.stderr and "1 of 2 done" in done.stderr
+
+
 # --- the process -----------------------------------------------------------------------------------------
 
 
@@ -711,7 +867,22 @@ def test_paths_that_are_not_utf8(here: Path, toys: Callable[..., Path], capsys: 
     document = as_json(capsys, "run", name, name, "-o", out, *options)
     assert document["results"][0]["image"] == "b\\xe9/b\\xe9.png"
     assert json.loads((here / name / "l.json").read_text("utf-8"))["bundle"]["name"] == "toy"
-    assert contents(here / out) == {f"{name}.png"}
+    assert contents(here / out) == {f"{name}.png", "run.jsonl"}
+    assert as_json(capsys, "run", name, name, "-o", out, *options)["results"][0]["done_before"] is True
+
+
+@pytest.mark.parametrize(
+    ("runtime", "line"), [("onnxruntime", "[I:onnxruntime:"), ("openvino", "openvino denoiser of 2: ")]
+)
+def test_verbose_shows_what_the_runtime_logs(here: Path, toy: tuple[str, str], runtime: str, line: str) -> None:
+    pytest.importorskip(runtime, reason=f"the extra {runtime} is not installed")
+    command = [sys.executable, "-m", "moebius_edge", *PAIR, *toy, "--device", "cpu", "--runtime", runtime]
+    quiet, verbose = (
+        subprocess.run([*command, *more], capture_output=True, text=True, env={**os.environ, "XDG_CACHE_HOME": "cache"})
+        for more in ((), ("--verbose",))
+    )
+    assert quiet.returncode == verbose.returncode == 0
+    assert line in verbose.stderr and line not in quiet.stderr and line not in verbose.stdout
 
 
 def test_a_terminal_gets_a_bar_and_the_result_stays(here: Path, toy: tuple[str, str]) -> None:

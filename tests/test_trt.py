@@ -18,12 +18,13 @@ from moebius_edge.bundle.manifest import resolved_components
 from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
 from moebius_edge.imaging.pictures import read_picture
+from moebius_edge.options import VERBOSE
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.loop import denoise
 from moebius_edge.runtimes import create_runtime
 from moebius_edge.runtimes.base import Arrays, drawn_feeds
 from moebius_edge.runtimes.engine_files import make_logger, read_engine
-from moebius_edge.runtimes.trt import TrtRuntime
+from moebius_edge.runtimes.trt import TrtRuntime, _logger
 from moebius_edge.sampling.calls import Sampling
 from moebius_edge.sampling.scheduler import DDIM, DPMSolverPP2M
 from moebius_edge.system.files import sha256_file
@@ -290,9 +291,9 @@ def test_memory_that_runs_out_in_a_picture_costs_that_picture_alone(
     pictures = {}
     for runtime, code in (("onnxruntime", 0), ("tensorrt", 6)):
         out = tmp_path / runtime
-        command = ["run", str(photos), str(photos), "-b", str(bundle.path), "-o", str(out), "--steps", "3"]
+        command = ["run", str(photos), str(photos), "-b", str(bundle.path), "-o", str(out), "--steps", "3", "-j", "1"]
         assert main([*command, "--runtime", runtime, "--device", "cpu" if code == 0 else "cuda"]) == code
-        pictures[runtime] = {path.name: np.asarray(Image.open(path)) for path in sorted(out.iterdir())}
+        pictures[runtime] = {path.name: np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))}
         monkeypatch.setattr("moebius_edge.imaging.pictures.read_picture", read)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "2.png: TensorRT 10.3.0 cannot run" in errors[0] and "not enough memory on the GPU: close other" in errors[0]
@@ -340,6 +341,17 @@ def test_the_real_package_has_what_the_fake_one_has(tmp_path: Path) -> None:
     runtime = trt.Runtime(make_logger(trt, lambda severity, text: logged.append(text)))
     with (tmp_path / "x.plan").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         assert runtime.deserialize_cuda_engine(plan) is None and any("header.magicTag" in text for text in logged)
+
+
+def test_what_tensorrt_logs_is_shown_for_verbose_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = FakeTensorRT(FakeCuda())
+    monkeypatch.delenv(VERBOSE, raising=False)
+    _logger(trt).log("Severity.INFO", "silent")
+    monkeypatch.setenv(VERBOSE, "1")
+    _logger(trt).log("Severity.INFO", "shown")
+    assert capsys.readouterr().err == "tensorrt info: shown\n"
 
 
 # --- a real GPU ------------------------------------------------------------------------------------------

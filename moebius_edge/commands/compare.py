@@ -17,7 +17,7 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..options import AUTO, Device, Runtime
 from . import console
-from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed
+from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed, Verbose
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -43,6 +43,7 @@ def compare(
     image: Annotated[Path | None, Option(metavar="IMAGE", help="A photograph; default a drawn scene.")] = None,
     mask: Annotated[Path | None, Option(metavar="MASK", help="Its mask: white is filled.")] = None,
     mask_from: MaskFrom = None,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two bundles, or two runtimes, on the same noise.

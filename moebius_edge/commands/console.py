@@ -38,12 +38,17 @@ class Interrupted(MoebiusError):
 
 
 def open_output() -> None:
-    """Make stdout and stderr print any name, with escapes where no encoding can; writing to a closed one fails."""
+    """Make stdout and stderr print any name, with escapes where no encoding can; writing to a closed one fails.
+
+    stderr gets a descriptor of its own: 2 is silenced while some pictures are decoded, which other threads do.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) < 3:  # else the next file would get what is printed
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None or sys.stderr is sys.__stderr__:  # else a test or a notebook has its own, or it is done
+        encoding = None if sys.stderr is None else sys.stderr.encoding
+        sys.stderr = open(os.dup(2), "w", buffering=1, encoding=encoding)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a test or a notebook has its own
             stream.reconfigure(errors=ESCAPED)
@@ -52,13 +57,12 @@ def open_output() -> None:
 def flush_output() -> OSError | None:
     """Print what is buffered; return why stdout could not be written, and let the interpreter's end not try again."""
     failure = None
-    for descriptor, stream in ((2, sys.stderr), (1, sys.stdout), (1, sys.__stdout__)):  # typer may have wrapped stdout
+    for stream in filter(None, (sys.stderr, sys.stdout, sys.__stdout__)):  # typer may have wrapped stdout
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except OSError as error:
-            failure = error if descriptor == 1 else failure
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            failure = failure if stream is sys.stderr else error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return failure
 
 
@@ -214,14 +218,16 @@ def progress() -> Iterator[Progress]:
 
 def _lines() -> Progress:
     """Progress for a log: the first line of each piece of work, then one every few seconds."""
-    current, last = "", 0.0
+    begun: set[str] = set()
+    last = 0.0
 
     def show(what: str, done: int, total: int) -> None:
-        nonlocal current, last
+        nonlocal last
         now = time.monotonic()
-        if what == current and now - last < _LINE_EVERY_S:
+        if what in begun and now - last < _LINE_EVERY_S:
             return
-        current, last = what, now
+        begun.add(what)
+        last = now
         _say(f"{what}: {done} of {total}" if total else what)
 
     return show

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import MachineError, MoebiusError
 from . import console
-from .shared import AsJson
+from .shared import AsJson, Verbose
 
 if TYPE_CHECKING:
     from ..system.jetson import Board
@@ -48,7 +48,7 @@ class Check:
     required: bool = False
 
 
-def doctor(as_json: AsJson = False) -> int:
+def doctor(verbose: Verbose = False, as_json: AsJson = False) -> int:
     """Show what runs on this machine, and how to add the rest.
 
     Exit code 0: `run` works here. 3: it does not, and the table says why.

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..options import PRECISIONS, Engine, GateRuntime, LambdaPlugin, Precision, Ranges
 from ..text import counted
 from . import console
-from .shared import AsJson, Force, Guidance
+from .shared import AsJson, Force, Guidance, Verbose
 
 if TYPE_CHECKING:
     from ..bundle.bundle import Bundle
@@ -74,6 +74,7 @@ def export(
         LambdaPlugin, Option(help="Engines for TensorRT, FP16: LocalLambda as one kernel; auto is off: not yet timed.")
     ] = "auto",
     force: Force = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a bundle from a checkpoint, and engines from a bundle.

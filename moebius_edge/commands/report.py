@@ -16,7 +16,7 @@ from ..errors import PartialFailure, UsageError
 from ..options import AUTO, BASELINES, DEVICES, PRESETS, RUNTIMES, SCHEDULERS, STARTS
 from ..text import counted
 from . import console
-from .shared import AsJson, Seed
+from .shared import AsJson, Seed, Verbose
 
 if TYPE_CHECKING:
     from ..report.inputs import Input
@@ -66,21 +66,22 @@ def report(
     runtime: Annotated[Any, Option(**_names((AUTO, *RUNTIMES)), help="Runtimes to compare, as of run.")] = "",
     device: Annotated[Any, Option(**_names((AUTO, *DEVICES)), help="Devices to compare.")] = "",
     steps: Annotated[Any, Option(**_COUNTS, help="Step counts to compare; default the bundle's.")] = "",
-    scheduler: Annotated[Any, Option(**_names(SCHEDULERS), help=f"{', '.join(SCHEDULERS)}.")] = "",
-    guidance: Annotated[Any, Option(parser=_several(float), metavar="X,...", help="Default the bundle's.")] = "",
+    scheduler: Annotated[Any, Option(**_names(SCHEDULERS), help=f"Schedulers: {', '.join(SCHEDULERS)}.")] = "",
+    guidance: Annotated[Any, Option(parser=_several(float), metavar="X,...", help="Scales of guidance.")] = "",
     cache_interval: Annotated[Any, Option(**_COUNTS, help="Reuse of deep features; default 1, none.")] = "",
-    start: Annotated[Any, Option(**_names(STARTS), help=f"{', '.join(STARTS)}; default the bundle's.")] = "",
-    preset: Annotated[Any, Option(**_names(PRESETS), help=f"Of run, beside them: {', '.join(PRESETS)}.")] = "",
-    baseline: Annotated[Any, Option(**_names(BASELINES), help=f"{', '.join(BASELINES)}: without a network.")] = "",
-    reference: Annotated[str, Option(metavar="BUNDLE", help="What accuracy is against; default float32.")] = "",
+    start: Annotated[Any, Option(**_names(STARTS), help=f"Starts to compare: {', '.join(STARTS)}.")] = "",
+    preset: Annotated[Any, Option(**_names(PRESETS), help=f"Presets of run as well: {', '.join(PRESETS)}.")] = "",
+    baseline: Annotated[Any, Option(**_names(BASELINES), help=f"Without a network: {', '.join(BASELINES)}.")] = "",
+    reference: Annotated[str, Option(metavar="BUNDLE", help="Accuracy is against it; default float32.")] = "",
     seed: Seed = 0,
     runs: Annotated[int, Option(min=1, metavar="N", help="Timed passes over all photographs.")] = 5,
     warmup: Annotated[int, Option(min=0, metavar="N", help="Passes before them.")] = 1,
-    sustained: Annotated[float, Option(min=0.0, metavar="MINUTES", help="Then go on: cold against soaked.")] = 0,
-    max_latency_ms: Annotated[float | None, Option(min=0.0, metavar="MS", help="The recommendation keeps it.")] = None,
-    min_psnr: Annotated[float | None, Option(metavar="DB", help="The same, in the hole.")] = None,
-    max_memory: Annotated[Any, Option(parser=_bytes, metavar="SIZE", help="The same, such as 2GB.")] = None,
+    sustained: Annotated[float, Option(min=0.0, metavar="MINUTES", help="Then go on: cold against hot.")] = 0,
+    max_latency_ms: Annotated[float | None, Option(min=0.0, metavar="MS", help="Recommend nothing slower.")] = None,
+    min_psnr: Annotated[float | None, Option(metavar="DB", help="Recommend nothing less accurate in the hole.")] = None,
+    max_memory: Annotated[Any, Option(parser=_bytes, metavar="SIZE", help="Recommend nothing above 2GB, say.")] = None,
     force: Annotated[bool, Option("--force", help="Measure everything again.")] = False,
+    verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> int:
     """Compare bundles, runtimes and settings: latency, memory, energy and accuracy on the same photographs.

@@ -27,7 +27,7 @@ from ..sampling.calls import Sampling
 from ..sampling.guidance import Interval, check_interval, choose_guidance
 from ..sampling.scheduler import SCHEDULERS
 from .latency import StageTimer
-from .loop import Floats, OnStep, Step, check_cache_interval, fill, initial_noise
+from .loop import Fill, Floats, OnStep, Step, check_cache_interval, fill, initial_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,6 +91,7 @@ class Inpainter:
         if self.bundle is not bundle and self.runtime.executes_onnx:
             self.bundle.verify()
         self._opened = False
+        self.fill: Callable[..., Fill] = fill  # replaced where one thread runs the networks and others do the rest
 
     def __enter__(self) -> Inpainter:
         self._open()
@@ -186,7 +187,7 @@ class Inpainter:
                 with timer.measure("preprocess"):
                     images, holes, starts = _views(filling, group, start)
                     noise = self._noise(seed, range(first, first + len(group)))
-                filled = fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
+                filled = self.fill(self.runtime, images, holes, noise, sampling, starts, report, timer)
                 _paste(filling, group, holes, filled.images, on_window, timer)
         notes = [*picture.notes, *_notes(hole, sampling)]
         settings = {

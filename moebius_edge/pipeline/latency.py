@@ -31,18 +31,32 @@ class StageTimer:
     """Collects milliseconds by stage. One timer may serve many pictures."""
 
     def __init__(self) -> None:
+        self._waited = 0.0
         self._ms: dict[str, list[float]] = {stage: [] for stage in STAGES}
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Time a block; a block that raises leaves no entry, for half a stage is no figure."""
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self._waited
         yield
-        self.add(stage, (time.perf_counter() - start) * 1e3)
+        self.add(stage, (time.perf_counter() - start - (self._waited - waited)) * 1e3)
 
     def add(self, stage: str, ms: float) -> None:
         """Count ``ms`` milliseconds for ``stage``, one of ``STAGES``."""
         self._ms[stage].append(ms)
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count ``seconds`` of waiting for other pictures in the stage that is being measured."""
+        self._waited += seconds
+
+    def merge(self, other: StageTimer) -> None:
+        """Add the latencies of another timer."""
+        for stage, values in other._ms.items():
+            self._ms[stage] += values
+
+    def totals_ms(self) -> dict[str, float]:
+        """The milliseconds of each measured stage in all."""
+        return {stage: round(sum(values), 1) for stage, values in self._ms.items() if values}
 
     def summary(self) -> dict[str, dict[str, float]]:
         """For each measured stage, in order: count, and in ms first, median, 95th and 99th percentile,

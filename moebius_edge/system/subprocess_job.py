@@ -22,6 +22,7 @@ from typing import Any
 
 from .. import errors
 from ..errors import MachineError, MoebiusError, OutOfMemory
+from ..options import VERBOSE
 from ..progress import Progress, no_progress
 from .machine import available_memory_bytes, oom_kills
 
@@ -78,6 +79,8 @@ def run_job(
                     stream.close()  # type: ignore[union-attr]
         stderr.seek(0)
         lines = stderr.read().decode(errors="replace").strip().splitlines()
+        if os.environ.get(VERBOSE) == "1" and lines:
+            print("\n".join(lines), file=sys.stderr)
     if reply.get("event") == "result" and process.returncode == 0:
         return dict(reply["result"])
     if reply.get("event") == "error":

@@ -22,8 +22,17 @@ from moebius_edge.imaging.decoding import picture_format, read_picture
 from moebius_edge.imaging.mask_files import read_mask
 
 PAGE = Path(moebius_edge.__file__).parent / "serve" / "page"
-CSP = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+CSP = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".jpg": "image/jpeg",
+}
 COLOUR = (40, 200, 90)  # of what is filled
 STEPS = 4
 
@@ -62,8 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             self._json(200, {"models": [{"name": "stand-in", "precision": "fp32"}]})
             return
-        path = PAGE / ("index.html" if self.path == "/" else self.path.removeprefix("/page/"))
-        if path.parent != PAGE or not path.is_file():
+        files = {"/": PAGE / "index.html", **{f"/page/{path.name}": path for path in PAGE.glob("*.*")}}
+        files |= {f"/samples/{n}": path for n, path in enumerate(sorted((PAGE / "samples").iterdir()), start=1)}
+        if (path := files.get(self.path)) is None:
             self._json(404, {"error": "there is no such page", "remedy": "open /"})
             return
         self._answer(200, path.read_bytes(), {"Content-Type": TYPES[path.suffix], "Content-Security-Policy": CSP})
@@ -83,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
         parts = email.message_from_bytes(head + body).walk()
-        fields = {str(part.get_param("name", header="content-disposition")): part for part in parts if not part.is_multipart()}
+        fields = {
+            str(part.get_param("name", header="content-disposition")): part for part in parts if not part.is_multipart()
+        }
         return {name: bytes(part.get_payload(decode=True)) for name, part in fields.items()}
 
     def _stream(self, form: dict[str, bytes]) -> None:

@@ -45,6 +45,7 @@ function refresh() {
   button("run").disabled = !open;
   button("run").children[0].textContent = busy ? "Stop" : "Fill";
   button("run").children[1].textContent = busy ? "Esc" : "Enter";
+  button("run").classList.toggle("stop", busy);
   button("again").hidden = busy || !work.current?.source || stage.mask?.filled !== 0;
   for (const id of ["open", "camera"]) button(id).disabled = busy;
   get("progress").hidden = !busy;
@@ -62,6 +63,7 @@ function refreshHistory(busy) {
     step.thumbnail.setAttribute("aria-hidden", "true");
     const text = document.createElement("span");
     text.append(index ? `Result ${index}` : "Original", element("small", step.detail || work.name));
+    item.title = step.notes;
     item.append(step.thumbnail, text);
     return element("li", item);
   });
@@ -191,9 +193,10 @@ async function run() {
     const source = work.snapshot();
     const result = await asked(async () => send(await orderForm(), /** @type {AbortController} */ (running).signal));
     const seconds = `${((performance.now() - begin) / 1000).toFixed(1)} s`;
-    await work.addResult(source, result.image, describe(result.settings, seconds), Number(result.settings.seed ?? 0));
+    const made = result.settings;
+    await work.addResult(source, result.image, { detail: describe(made, seconds), notes: notes(made), seed: Number(made.seed ?? 0) });
     saved = false;
-    say(`Done in ${seconds}. ${notes(result.settings)}`.trim());
+    say(`Done in ${seconds}. ${notes(made)}`.trim());
   } catch (error) {
     if (running.signal.aborted) say("Stopped. Nothing has changed.");
     else showError(error);
@@ -291,20 +294,11 @@ async function again() {
   await run();
 }
 
+/** The model's name, and a token before any work is done, if one is needed. */
 async function greet() {
-  const found = await asked(() => getJson("/v1/models"));
-  const model = found.models?.[0] ?? found.model ?? {};
+  const [model] = (await asked(() => getJson("/v1/models"))).models;
   get("model").textContent = [model.name, model.precision].filter(Boolean).join(", ");
-  const samples = (found.samples ?? []).map((/** @type {{url: string, title: string, credit?: string}} */ sample) => {
-    const image = Object.assign(new Image(), { src: sample.url, alt: sample.title });
-    const choose = async () => open(await getBlob(sample.url), sample.url.split("/").pop());
-    const item = Object.assign(document.createElement("button"), { type: "button", title: sample.credit ?? sample.title });
-    item.onclick = () => choose().catch(showError);
-    item.append(image);
-    return element("li", item);
-  });
-  get("samples").hidden = samples.length === 0;
-  get("samples").querySelector("ul")?.replaceChildren(...samples);
+  get("model").title = model.description ?? "";
 }
 
 // --- buttons and keys -------------------------------------------------------------------------------------------------
@@ -339,6 +333,7 @@ const ACTIONS = {
   save,
   help: () => /** @type {HTMLDialogElement} */ (get("help-dialog")).showModal(),
   "panel-toggle": () => togglePanel(),
+  "panel-close": () => togglePanel(false),
   undo: () => !running && work.undo().catch(showError),
   redo: () => !running && work.redo().catch(showError),
   clear: () => work.draw((mask) => mask.clear()),
@@ -415,6 +410,10 @@ input("size").addEventListener("input", () => {
 input("compare").addEventListener("input", () => compare(Number(input("compare").value) / 1000));
 get("stage").addEventListener("pointerdown", () => togglePanel(false));
 
+for (const image of get("samples").querySelectorAll("img")) {
+  const choose = async () => open(await getBlob(image.src), image.dataset.name);
+  image.closest("button")?.addEventListener("click", () => void choose().catch(showError));
+}
 document.addEventListener("paste", (event) => void open(event.clipboardData?.files[0]));
 for (const name of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {

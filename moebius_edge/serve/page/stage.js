@@ -365,8 +365,11 @@ export class Stage {
   #drawPicture() {
     const context = this.#cleared(this.pictureCanvas);
     if (!this.#picture) return;
-    const { scale, x, y, width, height } = this.view;
-    const [w, h] = [this.#picture.width * scale, this.#picture.height * scale];
+    const { scale, width, height } = this.view;
+    // On whole pixels of the screen, or the ground would shine through at the edges.
+    const whole = (/** @type {number} */ at) => Math.round(at * devicePixelRatio) / devicePixelRatio;
+    const [x, y] = [whole(this.view.x), whole(this.view.y)];
+    const [w, h] = [whole(this.view.x + this.#picture.width * scale) - x, whole(this.view.y + this.#picture.height * scale) - y];
     context.imageSmoothingQuality = "high";
     context.imageSmoothingEnabled = scale < 4; // nearer than that, single pixels are to be seen
     drawChequers(context, x, y, w, h);

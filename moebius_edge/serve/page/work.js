@@ -6,9 +6,10 @@ import { UndoStack } from "./undo.js";
 
 /** @typedef {import("./mask.js").Patch} Patch */
 /** @typedef {import("./stage.js").Stage} Stage */
+/** @typedef {{detail: string, notes: string, seed: number}} Remarks  How a result was made. */
 /**
  * A picture of the history; `source` is the state that it was made from, for a result.
- * @typedef {{blob: Blob, thumbnail: HTMLCanvasElement, detail: string, seed: number, source?: State}} Step
+ * @typedef {Remarks & {blob: Blob, thumbnail: HTMLCanvasElement, source?: State}} Step
  */
 /**
  * All that is seen: which picture of which history, and the mask as a patch on an empty one.
@@ -24,8 +25,8 @@ export class Work {
   #last = Promise.resolve(); // changes come one after the other, though they wait for decoders
   /** @type {State | null} */
   #state = null;
-  /** @type {ImageBitmap[]} */
-  #bitmaps = []; // the picture's and the first one's
+  /** @type {Map<Blob, ImageBitmap>} */
+  #decoded = new Map(); // the picture that is shown, the first one, and what is about to be shown
 
   /** @param {Stage} stage @param {() => void} onChange */
   constructor(stage, onChange) {
@@ -61,7 +62,7 @@ export class Work {
   /** Begin anew with a file. Raises `PictureError`. @param {Blob} file @param {string} name */
   open(file, name) {
     return this.#queue(async () => {
-      const first = await this.#step(file, "");
+      const first = await this.#step(file, { detail: "", notes: "", seed: 0 });
       await this.#change({ name, steps: [first], index: 0, mask: null });
     });
   }
@@ -72,10 +73,10 @@ export class Work {
     return { ...this.#state, mask: this.stage.mask?.toPatch() ?? null };
   }
 
-  /** @param {State} source  What the result was made from. @param {Blob} blob @param {string} detail @param {number} seed */
-  addResult(source, blob, detail, seed) {
+  /** @param {State} source  What the result was made from. @param {Blob} blob @param {Remarks} remarks */
+  addResult(source, blob, remarks) {
     return this.#queue(async () => {
-      const steps = [...source.steps, { ...(await this.#step(blob, detail)), seed, source }];
+      const steps = [...source.steps, { ...(await this.#step(blob, remarks)), source }];
       await this.#change({ ...source, steps, index: steps.length - 1, mask: null });
     });
   }
@@ -145,29 +146,35 @@ export class Work {
 
   /** @param {State} state */
   async #enter(state) {
-    const [old, oldFirst] = this.#bitmaps;
     const { locked } = this.stage;
     this.stage.locked = true; // what is painted meanwhile would be lost
     try {
-      const sameFirst = oldFirst && this.steps[0] === state.steps[0];
-      const first = sameFirst ? oldFirst : await decode(state.steps[0].blob);
-      const picture = state.index === 0 ? first : await decode(state.steps[state.index].blob);
+      const blobs = [state.steps[state.index].blob, state.steps[0].blob];
+      const picture = await this.#bitmap(blobs[0]);
+      const first = await this.#bitmap(blobs[1]);
       const mask = new Mask(picture.width, picture.height);
       mask.apply(state.mask);
       this.stage.show(picture, first, thumbnail(picture, QUICK), mask);
-      this.#bitmaps = [picture, first];
       this.#state = state;
-      for (const bitmap of [old, oldFirst]) if (bitmap && !this.#bitmaps.includes(bitmap)) bitmap.close();
+      for (const [blob, bitmap] of this.#decoded) {
+        if (blobs.includes(blob)) continue;
+        bitmap.close();
+        this.#decoded.delete(blob);
+      }
     } finally {
       this.stage.locked = locked;
     }
   }
 
-  /** @param {Blob} blob @param {string} detail @returns {Promise<Step>} */
-  async #step(blob, detail) {
-    const bitmap = await decode(blob);
-    const step = { blob, thumbnail: thumbnail(bitmap, THUMBNAIL), detail, seed: 0 };
-    bitmap.close();
-    return step;
+  /** @param {Blob} blob */
+  async #bitmap(blob) {
+    const bitmap = this.#decoded.get(blob) ?? (await decode(blob));
+    this.#decoded.set(blob, bitmap);
+    return bitmap;
+  }
+
+  /** @param {Blob} blob @param {Remarks} remarks @returns {Promise<Step>} */
+  async #step(blob, remarks) {
+    return { ...remarks, blob, thumbnail: thumbnail(await this.#bitmap(blob), THUMBNAIL) };
   }
 }

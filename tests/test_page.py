@@ -244,7 +244,7 @@ def test_on_a_phone_by_touch(opened: Opener, service: str) -> None:
     assert mask_of(page)[80, 110]
     page.locator("#run").click()
     expect(page.locator("#status")).to_contain_text("Done")
-    page.locator("#panel-toggle").click()
+    page.get_by_role("button", name="Settings and history", exact=True).click()
     expect(current(page)).to_contain_text("Result 1")
     expect(current(page)).to_be_in_viewport(ratio=0.99)
 
@@ -394,7 +394,8 @@ def test_pictures_are_dropped_and_pasted(opened: Opener, stand_in: PageService) 
       const data = new DataTransfer();
       data.items.add(new File([new Uint8Array(bytes)], event + '.png', {type: 'image/png'}));
       const options = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
-      document.body.dispatchEvent(event === 'drop' ? new DragEvent(event, options) : new ClipboardEvent(event, options));
+      const Kind = event === 'drop' ? DragEvent : ClipboardEvent;
+      document.body.dispatchEvent(new Kind(event, options));
     }"""
     for event in ("drop", "paste"):
         page.evaluate(give, [event, list(coded(photograph()))])

@@ -1,7 +1,7 @@
 /** The service's interface: what is behind it, and a request that fills a mask while it says how far it is. */
 
 /** @typedef {{step: number, of: number, window: number, windows: number}} Progress */
-/** @typedef {{image: Blob, settings: Record<string, unknown>, timing: Record<string, unknown>}} Result */
+/** @typedef {{image: Blob, settings: Record<string, unknown>}} Result */
 
 const TOKEN = "moebius-edge-token"; // in the session's storage: it ends with the tab
 
@@ -45,8 +45,7 @@ export async function inpaint(form, signal, { onProgress, onPreview }) {
     else if (event === "preview") onPreview(data.image);
     else if (event === "error") throw new ServiceError(data.error, data.remedy ?? "", data.status ?? 500);
     else if (event === "result") {
-      const bytes = Uint8Array.from(atob(data.image), (character) => character.charCodeAt(0));
-      return { image: new Blob([bytes], { type: data.media_type }), settings: data.settings ?? {}, timing: data.timing ?? {} };
+      return { image: new Blob([fromBase64(data.image)], { type: data.media_type }), settings: data.settings ?? {} };
     }
   }
   throw new ServiceError("The service closed the connection before the picture was done.", "Try again.", 0);
@@ -67,6 +66,14 @@ async function request(path, options) {
   const body = await response.json().catch(() => ({}));
   const problem = body.error ?? `The service answered ${response.status} ${response.statusText}.`;
   throw new ServiceError(problem, body.remedy ?? "", response.status, Number(response.headers.get("Retry-After")) || 0);
+}
+
+/** @param {string} text */
+function fromBase64(text) {
+  const characters = atob(text);
+  const bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
 }
 
 /** The events of a text/event-stream. @param {Response} response */

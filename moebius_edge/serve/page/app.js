@@ -8,6 +8,7 @@ import { Work } from "./work.js";
 
 const SUFFIXES = { "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/tiff": "tif", "image/bmp": "bmp" };
 const SIZES = { smallest: 2, share: 0.5 }; // of the brush: pixels at one end of the slider, share of the picture at the other
+const THUMB = 44; // stage pixels, of the slider's thumb in style.css
 const BUSY_S = 2; // until the next try, where a busy service does not say
 
 /** @template {HTMLElement} [T=HTMLElement] @param {string} id @returns {T} */
@@ -22,7 +23,10 @@ const stage = new Stage(get("stage"), {
   onPatch: (patch) => work.notePatch(patch),
   onSize: showSize,
   onPaint: () => compare(0),
-  onView: () => (get("zoom-text").textContent = `${Math.round(stage.view.scale * 100)}%`),
+  onView: () => {
+    get("zoom-text").textContent = `${Math.round(stage.view.scale * 100)}%`;
+    placeSplit();
+  },
   onCursor: (text) => announceCursor(text),
 });
 const work = new Work(stage, refresh);
@@ -38,6 +42,7 @@ function refresh() {
   get("empty").hidden = open;
   get("zoom").hidden = !open;
   input("compare").hidden = !open || busy || work.index === 0;
+  if (input("compare").hidden) compare(0);
   /** @type {HTMLFieldSetElement} */ (get("tools")).disabled = !open || busy;
   button("undo").disabled = !work.canUndo;
   button("redo").disabled = !work.canRedo;
@@ -113,10 +118,14 @@ function showSize(size) {
 /** Show the picture before on so much of the stage. @param {number} share */
 function compare(share) {
   input("compare").value = String(1000 * share);
-  // The middle of the thumb, which stays inside the slider.
-  const { width } = stage.view;
-  stage.split = share && (share * (width - 44) + 22) / width;
+  placeSplit();
   stage.redraw();
+}
+
+/** The pictures meet at the middle of the slider's thumb, which stays inside the stage. */
+function placeSplit() {
+  const share = Number(input("compare").value) / 1000;
+  stage.split = share && (share * (stage.view.width - THUMB) + THUMB / 2) / stage.view.width;
 }
 
 // --- files ------------------------------------------------------------------------------------------------------------
@@ -232,7 +241,10 @@ async function send(form, signal) {
       if (!(error instanceof ServiceError) || error.status !== 429) throw error;
       for (let left = Math.ceil(error.retryAfter || BUSY_S); left > 0; left--) {
         showProgress(`The service is busy: next try in ${left} s`, null);
-        await new Promise((resolve) => setTimeout(resolve, 1000));
+        await new Promise((resolve) => {
+          setTimeout(resolve, 1000);
+          signal.addEventListener("abort", resolve, { once: true });
+        });
         signal.throwIfAborted();
       }
     }

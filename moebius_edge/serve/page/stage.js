@@ -402,17 +402,18 @@ export class Stage {
     const { scale, x, y } = this.view;
     const colours = new Uint32Array(pixels.data.buffer);
     const [fill, edge] = new Uint32Array(Uint8Array.from([...FILL, ...EDGE]).buffer);
-    // One more to the left and above, to see where the mask begins.
+    // One column and one row more, to the left and above, to see where the mask begins.
     const column = Int32Array.from({ length: pixels.width + 1 }, (_, i) => Math.floor((left + i - 0.5 - x) / scale));
-    const row = (/** @type {number} */ j) => Math.floor((top + j - 0.5 - y) / scale);
-    const value = (/** @type {number} */ c, /** @type {number} */ r) =>
-      c >= 0 && c < columns && r >= 0 && r < rows ? data[r * columns + c] : 0;
-    for (let j = 1, at = 0; j <= pixels.height; j++) {
-      const [r, above] = [row(j), row(j - 1)];
-      for (let i = 1; i <= pixels.width; i++, at++) {
-        const here = value(column[i], r);
-        if (here !== value(column[i - 1], r) || here !== value(column[i], above)) colours[at] = edge;
-        else if (here) colours[at] = fill;
+    let [above, here] = [new Uint8Array(column.length), new Uint8Array(column.length)];
+    for (let j = 0, at = 0; j <= pixels.height; j++) {
+      [above, here] = [here, above];
+      const row = Math.floor((top + j - 0.5 - y) / scale);
+      for (let i = 0; i < column.length; i++) {
+        here[i] = row >= 0 && row < rows && column[i] >= 0 && column[i] < columns ? data[row * columns + column[i]] : 0;
+      }
+      for (let i = 1; j > 0 && i < column.length; i++, at++) {
+        if (here[i] !== here[i - 1] || here[i] !== above[i]) colours[at] = edge;
+        else if (here[i]) colours[at] = fill;
       }
     }
   }

@@ -203,7 +203,8 @@ async function run() {
     const result = await asked(async () => send(await orderForm(), /** @type {AbortController} */ (running).signal));
     const seconds = `${((performance.now() - begin) / 1000).toFixed(1)} s`;
     const made = result.settings;
-    await work.addResult(source, result.image, { detail: describe(made, seconds), notes: notes(made), seed: Number(made.seed ?? 0) });
+    const seed = Number(made.seed ?? 0);
+    await work.addResult(source, result.image, { detail: `seed ${seed}, ${seconds}`, notes: notes(made), seed });
     saved = false;
     say(`Done in ${seconds}. ${notes(made)}`.trim());
   } catch (error) {
@@ -287,13 +288,7 @@ function showProgress(text, share) {
   get("progress-text").textContent = text;
 }
 
-/** @param {Record<string, unknown>} made  The settings of a result. @param {string} seconds */
-function describe(made, seconds) {
-  const { steps, seed } = made;
-  return [steps === undefined ? "" : `${steps} steps`, seed === undefined ? "" : `seed ${seed}`, seconds].filter(Boolean).join(", ");
-}
-
-/** @param {Record<string, unknown>} made */
+/** @param {Record<string, unknown>} made  The settings of a result. */
 function notes(made) {
   return Array.isArray(made.notes) ? made.notes.map((note) => `Note: ${note}.`).join(" ") : "";
 }

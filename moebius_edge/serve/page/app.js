@@ -1,23 +1,16 @@
 /** The page: buttons, keys and files on one side, the stage, the work and the service on the other. */
 
 import { getBlob, getJson, inpaint, ServiceError, setToken } from "./api.js";
-import { PictureError, readMask } from "./picture.js";
+import { readMask } from "./picture.js";
 import { encodeMask } from "./png.js";
 import { Stage } from "./stage.js";
+import { announceCursor, askToken, button, download, element, get, input, say, settings, showError, showProgress, togglePanel } from "./ui.js";
 import { Work } from "./work.js";
 
 const SUFFIXES = { "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/tiff": "tif", "image/bmp": "bmp" };
 const SIZES = { smallest: 2, share: 0.5 }; // of the brush: pixels at one end of the slider, share of the picture at the other
 const THUMB = 44; // stage pixels, of the slider's thumb in style.css
 const BUSY_S = 2; // until the next try, where a busy service does not say
-
-/** @template {HTMLElement} [T=HTMLElement] @param {string} id @returns {T} */
-const get = (id) => /** @type {T} */ (document.getElementById(id));
-/** @param {string} id */
-const button = (id) => /** @type {HTMLButtonElement} */ (get(id));
-/** @param {string} id */
-const input = (id) => /** @type {HTMLInputElement} */ (get(id));
-const settings = /** @type {HTMLFormElement} */ (get("settings"));
 
 const stage = new Stage(get("stage"), {
   onPatch: (patch) => work.notePatch(patch),
@@ -76,36 +69,6 @@ function refreshHistory(busy) {
   if (hadFocus) items[work.index]?.querySelector("button")?.focus();
 }
 
-/** @param {string} name @param {string | Node} content */
-function element(name, content) {
-  const made = document.createElement(name);
-  made.append(content);
-  return made;
-}
-
-/** @param {string} text */
-function say(text) {
-  get("status").textContent = text;
-}
-
-/** @param {unknown} error */
-function showError(error) {
-  const { message, remedy } = /** @type {{message: string, remedy?: string}} */ (error);
-  if (!(error instanceof ServiceError || error instanceof PictureError)) console.error(error);
-  get("problem").textContent = message;
-  get("remedy").textContent = remedy ?? "";
-  get("error").hidden = false;
-  say("");
-}
-
-/** @type {number | undefined} */
-let cursorTimer;
-/** Once the cursor rests: a screen reader would otherwise read every step. @param {string} text */
-function announceCursor(text) {
-  clearTimeout(cursorTimer);
-  cursorTimer = setTimeout(() => (get("cursor").textContent = text), 400);
-}
-
 /** The slider is logarithmic. @param {number} size  In pixels. */
 function showSize(size) {
   const largest = Math.max(stage.mask?.width ?? 0, stage.mask?.height ?? 0) * SIZES.share || 1000;
@@ -119,7 +82,7 @@ function showSize(size) {
 function compare(share) {
   input("compare").value = String(1000 * share);
   placeSplit();
-  stage.redraw();
+  stage.draw("picture", "mask", "pointer");
 }
 
 /** The pictures meet at the middle of the slider's thumb, which stays inside the stage. */
@@ -145,13 +108,6 @@ async function open(file, name = /** @type {File} */ (file)?.name || "picture.pn
   stage.setSize(Math.max(SIZES.smallest, Math.min(width, height) / 12));
   say(`${name}, ${width} × ${height}. Paint over what is to go.`);
   stage.canvas.focus({ preventScroll: true });
-}
-
-/** @param {Blob} blob @param {string} name */
-function download(blob, name) {
-  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
 /** The file as the service sent it. */
@@ -215,7 +171,7 @@ async function run() {
     stage.locked = false;
     await stage.preview(null);
     refresh();
-    stage.redraw();
+    stage.draw("picture", "mask", "pointer");
   }
 }
 
@@ -266,28 +222,6 @@ async function asked(action) {
   }
 }
 
-/** @param {ServiceError} error @returns {Promise<string>} empty if it was not given. */
-function askToken(error) {
-  const dialog = /** @type {HTMLDialogElement} */ (get("token-dialog"));
-  const form = /** @type {HTMLFormElement} */ (dialog.querySelector("form"));
-  get("token-problem").textContent = error.message;
-  form.reset();
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    form.onsubmit = () => resolve(form.token.value);
-    dialog.onclose = () => resolve(""); // after a submit it is resolved already
-  });
-}
-
-/** @param {string} text @param {number | null} share  Null while it is not known. */
-function showProgress(text, share) {
-  const bar = /** @type {HTMLProgressElement} */ (document.querySelector("progress"));
-  if (share === null) bar.removeAttribute("value");
-  else bar.value = share;
-  get("progress-text").textContent = text;
-}
-
 /** @param {Record<string, unknown>} made  The settings of a result. */
 function notes(made) {
   return Array.isArray(made.notes) ? made.notes.map((note) => `Note: ${note}.`).join(" ") : "";
@@ -310,18 +244,12 @@ async function greet() {
 
 // --- buttons and keys -------------------------------------------------------------------------------------------------
 
-/** @param {boolean} [open] */
-function togglePanel(open = !document.body.classList.contains("panel-open")) {
-  document.body.classList.toggle("panel-open", open);
-  button("panel-toggle").setAttribute("aria-expanded", String(open));
-}
-
 /** @param {string} tool */
 function chooseTool(tool) {
   const radio = /** @type {HTMLInputElement} */ (document.querySelector(`[name=tool][value=${tool}]`));
   radio.checked = true;
   stage.tool = /** @type {import("./stage.js").Tool} */ (tool);
-  stage.redraw();
+  stage.draw("picture", "mask", "pointer");
 }
 
 function stop() {

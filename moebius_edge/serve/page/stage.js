@@ -1,9 +1,10 @@
 /**
- * The stage: three canvases on top of each other (picture, mask, pointer), and the gestures that draw on the mask.
+ * The stage: three canvases on top of each other (picture, mask, pointer), and what a gesture paints on the mask.
  *
- * Mouse, touch, pen and keyboard all come down to `#begin`, `#extend`, `#finish` and `#abandon` of one gesture.
+ * Mouse, touch, pen and keyboard (`input.js`) all come down to `begin`, `extend`, `finish` and `abandon`.
  */
 
+import { listen } from "./input.js";
 import { context2d } from "./picture.js";
 import { View } from "./view.js";
 
@@ -16,8 +17,6 @@ import { View } from "./view.js";
 const FILL = [255, 45, 120, 120]; // red, green, blue and opacity of the mask
 const EDGE = [255, 255, 255, 230];
 const SMALLEST = 1; // pixels of the picture, of a brush
-const PEN_ERASER = 32; // in PointerEvent.buttons
-const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 export class Stage {
   view = new View();
@@ -29,6 +28,15 @@ export class Stage {
   locked = false; // nothing can be painted
   split = 0; // the share of the stage's width, from the left, that shows the picture before
 
+  /** @type {Gesture | null} */
+  gesture = null;
+  /** @type {Point | null} */
+  hover = null; // where the mouse or pen is, on the stage
+  /** @type {Point | null} */
+  cursor = null; // where the keyboard paints, in the picture
+  /** @type {"" | "grab" | "grabbing"} */
+  grip = ""; // the view can be moved, or is
+
   /** @type {ImageBitmap | null} */
   #picture = null;
   /** @type {HTMLCanvasElement | null} */
@@ -37,17 +45,6 @@ export class Stage {
   #before = null;
   /** @type {HTMLImageElement | null} */
   #preview = null;
-  /** @type {Map<number, Point>} */
-  #pointers = new Map(); // on the stage, by their number
-  /** @type {Gesture | null} */
-  #gesture = null;
-  #fingers = false; // the pointers that are down are fingers
-  #moving = false; // the view is being moved by a pointer, or by two fingers
-  #space = false; // held, to move the view with the mouse
-  /** @type {Point | null} */
-  #hover = null; // where the mouse or pen is, on the stage
-  /** @type {Point | null} */
-  #cursor = null; // where the keyboard paints, in the picture
   #stale = new Set();
 
   /**
@@ -62,11 +59,7 @@ export class Stage {
     this.canvas = pointer;
     this.callbacks = callbacks;
     new ResizeObserver(() => this.#resize(element.clientWidth, element.clientHeight)).observe(element);
-    this.#listen();
-  }
-
-  get isPainting() {
-    return this.#gesture !== null;
+    listen(this);
   }
 
   /**
@@ -79,9 +72,9 @@ export class Stage {
     [this.#picture, this.#before, this.#small, this.mask, this.#preview] = [picture, before, small, mask, null];
     if (size?.width !== picture.width || size.height !== picture.height) {
       this.view.setPicture(picture.width, picture.height);
-      this.#cursor = null;
+      this.cursor = null;
     }
-    this.#changed();
+    this.changed();
   }
 
   /** An image of the work in progress in place of the picture, null for none. @param {string | null} url */
@@ -90,12 +83,7 @@ export class Stage {
     await image?.decode().catch(() => undefined);
     if (image && !this.locked) return; // the work has ended meanwhile
     this.#preview = image;
-    this.#draw("picture");
-  }
-
-  /** Draw the mask anew, and the rest too. */
-  redraw() {
-    this.#draw("picture", "mask", "pointer");
+    this.draw("picture");
   }
 
   /** @param {number} size */
@@ -103,220 +91,61 @@ export class Stage {
     const largest = Math.max(this.mask?.width ?? 0, this.mask?.height ?? 0, 2 * SMALLEST);
     this.size = Math.min(Math.max(size, SMALLEST), largest);
     this.callbacks.onSize(this.size);
-    this.#draw("pointer");
+    this.draw("pointer");
   }
 
   /** @param {number} factor @param {Point} [at] */
   zoom(factor, at) {
     this.view.zoom(factor, at);
-    this.#changed();
+    this.changed();
   }
 
   fit() {
     this.view.fit();
-    this.#changed();
-  }
-
-  /** @returns {boolean} whether there was a gesture to give up. */
-  abandon() {
-    const had = this.#gesture !== null;
-    this.#abandon();
-    return had;
+    this.changed();
   }
 
   // --- gestures -----------------------------------------------------------------------------------------------------
 
   /** @param {Point} at @param {0 | 1} value */
-  #begin(at, value) {
-    if (!this.mask || this.locked) return;
+  begin(at, value) {
+    if (!this.mask || this.locked || this.tool === "hand") return;
     this.callbacks.onPaint();
-    this.#gesture = { tool: this.tool, value, points: [at, at] };
-    this.#extend(at);
+    this.gesture = { tool: this.tool, value, points: [at, at] };
+    this.extend(at);
   }
 
   /** @param {Point} at */
-  #extend(at) {
-    if (!this.#gesture || !this.mask) return;
-    const { tool, value, points } = this.#gesture;
+  extend(at) {
+    if (!this.gesture || !this.mask) return;
+    const { tool, value, points } = this.gesture;
     if (tool === "brush" || tool === "eraser") {
       this.mask.stroke(points[1], at, this.size / 2, value);
-      this.#gesture.points = [points[1], at];
+      this.gesture.points = [points[1], at];
       this.#drawMaskRound(points[1], at);
     } else if (tool === "lasso") points.push(at);
     else points[1] = at;
-    this.#draw("pointer");
+    this.draw("pointer");
   }
 
-  #finish() {
-    if (!this.#gesture || !this.mask) return;
-    const { tool, value, points } = this.#gesture;
+  finish() {
+    if (!this.gesture || !this.mask) return;
+    const { tool, value, points } = this.gesture;
     if (tool === "rectangle") this.mask.rectangle(points[0], points[1], value);
     if (tool === "lasso") this.mask.polygon(points, value);
-    this.#gesture = null;
-    this.#draw("mask", "pointer");
+    this.gesture = null;
+    this.draw("mask", "pointer");
     const patch = this.mask.commit();
     if (patch) this.callbacks.onPatch(patch);
   }
 
-  #abandon() {
-    if (this.#gesture) this.mask?.revert();
-    this.#gesture = null;
-    this.#draw("mask", "pointer");
-  }
-
-  // --- pointers and keys --------------------------------------------------------------------------------------------
-
-  #listen() {
-    const { canvas } = this;
-    canvas.addEventListener("pointerdown", (event) => this.#onDown(event));
-    canvas.addEventListener("pointermove", (event) => this.#onMove(event));
-    for (const name of ["pointerup", "pointercancel", "lostpointercapture"]) {
-      canvas.addEventListener(name, (event) => this.#onUp(/** @type {PointerEvent} */ (event)));
-    }
-    canvas.addEventListener("pointerleave", () => this.#setHover(null));
-    canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    canvas.addEventListener("wheel", (event) => this.#onWheel(event), { passive: false });
-    canvas.addEventListener("keydown", (event) => this.#onKey(event));
-    canvas.addEventListener("keyup", (event) => this.#onKeyUp(event));
-    canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && this.#setCursor(this.#cursor ?? this.#middle()));
-    canvas.addEventListener("blur", () => {
-      this.#space = false;
-      if (this.#cursor && this.#gesture) this.#finish();
-      this.#setCursor(null);
-    });
-  }
-
-  /** @param {PointerEvent} event */
-  #onDown(event) {
-    if (!this.#picture) return;
-    event.preventDefault(); // no text is selected, and the focus is set here
-    this.canvas.focus({ preventScroll: true });
-    this.#cursor = null;
-    if (event.pointerType === "touch" && this.#pointers.size && !this.#fingers) return; // a hand beside the pen
-    this.canvas.setPointerCapture(event.pointerId);
-    this.#pointers.set(event.pointerId, this.#onStage(event));
-    this.#fingers = event.pointerType === "touch";
-    if (this.#pointers.size > 1) {
-      this.#abandon();
-      this.#moving = true;
-    } else if (event.button === 1 || this.#space || this.tool === "hand") this.#moving = true;
-    else {
-      const erase = this.tool === "eraser" || event.button === 2 || event.altKey || event.buttons & PEN_ERASER;
-      this.#begin(this.view.toPicture(this.#onStage(event)), erase ? 0 : 1);
-    }
-    this.#setHover(this.#fingers ? null : this.#onStage(event));
-  }
-
-  /** @param {PointerEvent} event */
-  #onMove(event) {
-    const at = this.#onStage(event);
-    if (!this.#fingers || event.pointerType !== "touch") this.#setHover(at);
-    if (!this.#pointers.has(event.pointerId)) return;
-    if (this.#moving) return this.#moveView(event.pointerId, at);
-    this.#pointers.set(event.pointerId, at);
-    const events = event.getCoalescedEvents?.() ?? [];
-    for (const each of events.length ? events : [event]) this.#extend(this.view.toPicture(this.#onStage(each)));
-  }
-
-  /** @param {PointerEvent} event */
-  #onUp(event) {
-    if (!this.#pointers.delete(event.pointerId)) return;
-    if (event.type === "pointercancel") this.#abandon();
-    else if (!this.#moving) this.#finish();
-    if (this.#pointers.size === 0) this.#moving = false;
-    this.#draw("pointer");
-  }
-
-  /** Pan by one pointer; by two, zoom as their distance changes. @param {number} id @param {Point} at */
-  #moveView(id, at) {
-    const old = /** @type {Point} */ (this.#pointers.get(id));
-    this.#pointers.set(id, at);
-    const others = [...this.#pointers].filter(([other]) => other !== id).map(([, point]) => point);
-    const share = 1 / (1 + others.length);
-    this.view.pan((at.x - old.x) * share, (at.y - old.y) * share);
-    if (others.length) {
-      const distance = (/** @type {Point} */ from) => Math.hypot(from.x - others[0].x, from.y - others[0].y) || 1;
-      this.view.zoom(distance(at) / distance(old), { x: (at.x + others[0].x) / 2, y: (at.y + others[0].y) / 2 });
-    }
-    this.#changed();
-  }
-
-  /** @param {WheelEvent} event */
-  #onWheel(event) {
-    event.preventDefault();
-    if (!this.#picture) return;
-    const lines = event.deltaMode === WheelEvent.DOM_DELTA_LINE ? 30 : 1;
-    if (event.ctrlKey || event.metaKey) { // a touchpad's pinch comes with ctrlKey and small steps
-      const step = Math.min(Math.max(event.deltaY * lines, -25), 25);
-      this.zoom(Math.exp(-step / 100), this.#onStage(event));
-    } else this.setSize(this.size * Math.exp(-Math.min(Math.max(event.deltaY * lines, -100), 100) / 700));
-  }
-
-  /** @param {KeyboardEvent} event */
-  #onKey(event) {
-    if (!this.#picture || event.ctrlKey || event.metaKey) return;
-    if (event.key in ARROWS) {
-      const [dx, dy] = ARROWS[/** @type {keyof typeof ARROWS} */ (event.key)];
-      const step = event.altKey ? 1 : Math.max(1, this.size / 4) * (event.shiftKey ? 4 : 1);
-      const { width, height } = this.#picture;
-      const { x, y } = this.#cursor ?? this.#middle();
-      this.#setCursor({ x: Math.min(Math.max(x + dx * step, 0), width - 0.5), y: Math.min(Math.max(y + dy * step, 0), height - 0.5) });
-      if (this.#gesture && this.#cursor) this.#extend(this.#cursor);
-    } else if (event.key === " ") {
-      if (!this.#cursor) this.#space = true;
-      else if (!event.repeat && !this.#gesture) this.#begin(this.#cursor, this.tool === "eraser" || event.altKey ? 0 : 1);
-    } else return;
-    event.preventDefault();
-    this.#draw("pointer");
-  }
-
-  /** @param {KeyboardEvent} event */
-  #onKeyUp(event) {
-    if (event.key !== " ") return;
-    this.#space = false;
-    if (this.#cursor) {
-      this.#finish();
-      this.#tellCursor();
-    }
-    this.#draw("pointer");
-  }
-
-  /** @param {Point | null} at */
-  #setHover(at) {
-    this.#hover = at;
-    if (at && !this.#gesture) this.#cursor = null;
-    this.#draw("pointer");
-  }
-
-  /** @param {Point | null} at */
-  #setCursor(at) {
-    this.#cursor = at;
-    if (at) {
-      this.#hover = null;
-      this.view.show(at);
-      this.#changed();
-      this.#tellCursor();
-    }
-    this.#draw("pointer");
-  }
-
-  /** Say where the cursor is, for those who do not see it. */
-  #tellCursor() {
-    if (!this.#cursor || !this.mask) return;
-    const [x, y] = [Math.floor(this.#cursor.x), Math.floor(this.#cursor.y)];
-    const painted = this.mask.data[y * this.mask.width + x] ? "in the mask" : "not in the mask";
-    this.callbacks.onCursor(`Column ${x + 1} of ${this.mask.width}, row ${y + 1} of ${this.mask.height}, ${painted}.`);
-  }
-
-  #middle() {
-    const { width, height } = this.view;
-    return this.view.toPicture({ x: width / 2, y: height / 2 });
-  }
-
-  /** @param {MouseEvent} event @returns {Point} */
-  #onStage(event) {
-    const { left, top } = this.canvas.getBoundingClientRect();
-    return { x: event.clientX - left, y: event.clientY - top };
+  /** @returns {boolean} whether there was a gesture to give up. */
+  abandon() {
+    if (!this.gesture) return false;
+    this.mask?.revert();
+    this.gesture = null;
+    this.draw("mask", "pointer");
+    return true;
   }
 
   // --- drawing ------------------------------------------------------------------------------------------------------
@@ -330,18 +159,24 @@ export class Stage {
       [canvas.width, canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
     }
     this.view.resize(width, height);
-    this.#changed(true);
+    this.changed(true);
+  }
+
+  /** Where the middle of the stage is in the picture. */
+  get middle() {
+    const { width, height } = this.view;
+    return this.view.toPicture({ x: width / 2, y: height / 2 });
   }
 
   /** The view or the picture has changed. @param {boolean} [atOnce]  A resized canvas is blank until it is drawn. */
-  #changed(atOnce = false) {
+  changed(atOnce = false) {
     this.callbacks.onView();
-    this.redraw();
+    this.draw("picture", "mask", "pointer");
     if (atOnce) this.#drawStale();
   }
 
   /** @param {...("picture" | "mask" | "pointer")} layers */
-  #draw(...layers) {
+  draw(...layers) {
     if (this.#stale.size === 0) requestAnimationFrame(() => this.#drawStale());
     for (const layer of layers) this.#stale.add(layer);
   }
@@ -430,19 +265,19 @@ export class Stage {
 
   #drawPointer() {
     const context = this.#cleared(this.canvas);
-    const moving = this.#moving || this.#space || this.tool === "hand";
-    this.canvas.style.cursor = moving ? (this.#pointers.size ? "grabbing" : "grab") : "crosshair";
+    const grip = this.grip || (this.tool === "hand" ? "grab" : "");
+    this.canvas.style.cursor = grip || "crosshair";
     if (!this.#picture) return;
     if (this.split > 0) outline(context, () => line(context, this.split * this.view.width, 0, 0, this.view.height));
-    const at = this.#cursor ? this.view.toStage(this.#cursor) : this.#hover;
+    const at = this.cursor ? this.view.toStage(this.cursor) : this.hover;
     const brush = this.tool === "brush" || this.tool === "eraser";
-    if (at && brush && !this.locked && (this.#cursor || !moving)) {
+    if (at && brush && !this.locked && (this.cursor || !grip)) {
       outline(context, () => context.arc(at.x, at.y, Math.max((this.size / 2) * this.view.scale, 1.5), 0, 2 * Math.PI));
     }
-    if (at && this.#cursor) {
+    if (at && this.cursor) {
       outline(context, () => (line(context, at.x - 10, at.y, 20, 0), line(context, at.x, at.y - 10, 0, 20)));
     }
-    if (this.#gesture && !brush) this.#drawShape(context, this.#gesture);
+    if (this.gesture && !brush) this.#drawShape(context, this.gesture);
   }
 
   /** @param {CanvasRenderingContext2D} context @param {Gesture} gesture */

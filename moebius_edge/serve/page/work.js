@@ -103,14 +103,14 @@ export class Work {
     draw(mask);
     const patch = mask.commit();
     if (patch) this.notePatch(patch);
-    this.stage.redraw();
+    this.stage.draw("picture", "mask", "pointer");
   }
 
   /** Note a change of the mask that was made. @param {Patch} patch */
   notePatch(patch) {
     const toggle = () => {
       this.stage.mask?.apply(patch);
-      this.stage.redraw();
+      this.stage.draw("picture", "mask", "pointer");
     };
     this.#undo.push({ undo: toggle, redo: toggle, bytes: patch.bits.length });
     this.onChange();

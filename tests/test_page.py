@@ -27,7 +27,7 @@ if find_chromium() is None:
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 WIDTH, HEIGHT = 240, 160  # of the picture that most tests open
-DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+DESKTOP = {"viewport": {"width": 1000, "height": 760}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 expect.set_options(timeout=20_000)
 SEAM = 24  # pixels beyond the mask that a real network's fill may be blended into
@@ -282,6 +282,36 @@ def test_by_keyboard_alone(opened: Opener, stand_in: PageService) -> None:
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_stroke_is_every_pixel_within_its_radius(opened: Opener, stand_in: PageService) -> None:
+    """Against the distance of each pixel's centre from the line; patches go there and back."""
+    page, rng, size = opened(stand_in.url), np.random.default_rng(7), 48
+    strokes = np.hstack([rng.uniform(-10, size + 10, (40, 4)), rng.uniform(1, 15, (40, 1))])
+    draw = """async ([strokes, size]) => {
+      const {Mask} = await import('/page/mask.js');
+      return strokes.map(([x0, y0, x1, y1, radius]) => {
+        const mask = new Mask(size, size);
+        mask.stroke({x: x0, y: y0}, {x: x1, y: y1}, radius, 1);
+        const drawn = mask.data.join('');
+        const patch = mask.commit();
+        const copy = new Mask(size, size);
+        copy.apply(mask.toPatch());
+        mask.apply(patch);
+        return [drawn, copy.data.join(''), mask.filled, copy.filled];
+      });
+    }"""
+    centres = np.stack(np.meshgrid(*[np.arange(size) + 0.5] * 2), axis=-1)
+    for (x0, y0, x1, y1, radius), (drawn, copy, none, filled) in zip(
+        strokes, page.evaluate(draw, [strokes.tolist(), size]), strict=True
+    ):
+        start, along = np.array([x0, y0]), np.array([x1 - x0, y1 - y0])
+        share = np.clip((centres - start) @ along / (along @ along), 0, 1)
+        within = np.linalg.norm(centres - start - share[..., None] * along, axis=-1) <= radius
+        if 0 <= x1 < size and 0 <= y1 < size:
+            within[int(y1), int(x1)] = True
+        assert drawn == "".join(map(str, within.ravel().astype(int)))
+        assert copy == drawn and (none, filled) == (0, within.sum())
+
+
 def test_tools_draw_what_they_say(opened: Opener, stand_in: PageService) -> None:
     page = opened(stand_in.url)
     choose(page, coded(photograph()))
@@ -348,7 +378,13 @@ def test_size_zoom_and_pan(opened: Opener, stand_in: PageService) -> None:
     expect(zoom).to_have_text(whole)
 
 
-@pytest.mark.parametrize("form, orientation", [("JPEG", 6), ("PNG", 8), ("WEBP", 3), ("WEBP", 7)])
+TURNED = [
+    ("WEBP", 7),
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("JPEG", 6), ("PNG", 8), ("WEBP", 3))),
+]
+
+
+@pytest.mark.parametrize("form, orientation", TURNED)
 def test_the_mask_fits_a_picture_turned_by_exif(
     opened: Opener, stand_in: PageService, form: str, orientation: int
 ) -> None:
@@ -392,16 +428,17 @@ def test_pictures_are_dropped_and_pasted(opened: Opener, stand_in: PageService) 
     page = opened(stand_in.url)
     give = """([event, bytes]) => {
       const data = new DataTransfer();
-      data.items.add(new File([new Uint8Array(bytes)], event + '.png', {type: 'image/png'}));
+      data.items.add(new File([new Uint8Array(bytes)], event + '.jpg', {type: 'image/jpeg'}));
       const options = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
       const Kind = event === 'drop' ? DragEvent : ClipboardEvent;
       document.body.dispatchEvent(new Kind(event, options));
     }"""
     for event in ("drop", "paste"):
-        page.evaluate(give, [event, list(coded(photograph()))])
-        expect(page.locator("#status")).to_contain_text(f"{event}.png, {WIDTH} × {HEIGHT}")
+        page.evaluate(give, [event, list(coded(photograph(), "JPEG", quality=50))])
+        expect(page.locator("#status")).to_contain_text(f"{event}.jpg, {WIDTH} × {HEIGHT}")
 
 
+@pytest.mark.slow
 def test_samples_are_opened(opened: Opener, service: str) -> None:
     page = opened(service)
     for number, name in enumerate(("coffee", "osprey", "sand")):

@@ -85,22 +85,18 @@ export class Mask {
 
   /** What changed since the last commit, null if nothing did. @returns {Patch | null} */
   commit() {
-    const box = this.#changed && this.#tight(this.#changed);
+    const box = this.#changed;
     this.#changed = null;
     if (!box) return null;
-    const bits = new Uint8Array(Math.ceil(((box.right - box.left) * (box.bottom - box.top)) / 8));
-    this.#each(box, (pixel, n) => {
-      if (this.data[pixel] === this.#committed[pixel]) return;
-      bits[n >> 3] |= 1 << (n & 7);
-      this.filled += this.data[pixel] ? 1 : -1;
-      this.#committed[pixel] = this.data[pixel];
-    });
-    return { box, bits };
+    const { bits, added, removed } = this.#difference(box, this.#committed);
+    this.#copyRows(box, this.data, this.#committed);
+    this.filled += added - removed;
+    return added + removed ? { box, bits } : null;
   }
 
   /** Take back what was drawn since the last commit. */
   revert() {
-    if (this.#changed) this.#each(this.#changed, (pixel) => (this.data[pixel] = this.#committed[pixel]));
+    if (this.#changed) this.#copyRows(this.#changed, this.#committed, this.data);
     this.#changed = null;
   }
 
@@ -108,16 +104,55 @@ export class Mask {
   apply(patch) {
     if (!patch) return;
     const { box, bits } = patch;
-    this.#each(box, (pixel, n) => (this.data[pixel] ^= (bits[n >> 3] >> (n & 7)) & 1));
+    for (let y = box.top, n = 0; y < box.bottom; y++) {
+      const row = y * this.width;
+      for (let x = box.left; x < box.right; x++, n++) this.data[row + x] ^= (bits[n >> 3] >> (n & 7)) & 1;
+    }
     this.#touch(box.left, box.top, box.right, box.bottom);
     this.commit();
   }
 
-  /** The patch that turns an empty mask into this one. @returns {Patch | null} */
+  /** The patch that turns an empty mask into this one, null if it is empty. @returns {Patch | null} */
   toPatch() {
-    const whole = new Mask(this.width, this.height);
-    whole.replace(this.#committed);
-    return whole.commit();
+    let [left, top, right, bottom] = [this.width, -1, 0, 0];
+    for (let y = 0; y < this.height; y++) {
+      const row = this.#committed.subarray(y * this.width, (y + 1) * this.width);
+      const first = row.indexOf(1);
+      if (first < 0) continue;
+      [left, right, bottom] = [Math.min(left, first), Math.max(right, row.lastIndexOf(1) + 1), y + 1];
+      if (top < 0) top = y;
+    }
+    if (top < 0) return null;
+    const box = { left, top, right, bottom };
+    return { box, bits: this.#difference(box, null).bits };
+  }
+
+  /**
+   * Which pixels of a box differ from `before`, null for an empty mask, and how many are set and cleared since then.
+   * @param {Box} box @param {Uint8Array | null} before
+   */
+  #difference(box, before) {
+    const bits = new Uint8Array(Math.ceil(((box.right - box.left) * (box.bottom - box.top)) / 8));
+    let [added, removed] = [0, 0];
+    for (let y = box.top, n = 0; y < box.bottom; y++) {
+      const row = y * this.width;
+      for (let x = box.left; x < box.right; x++, n++) {
+        const value = this.data[row + x];
+        if (value === (before ? before[row + x] : 0)) continue;
+        bits[n >> 3] |= 1 << (n & 7);
+        if (value) added++;
+        else removed++;
+      }
+    }
+    return { bits, added, removed };
+  }
+
+  /** @param {Box} box @param {Uint8Array} from @param {Uint8Array} to */
+  #copyRows(box, from, to) {
+    for (let y = box.top; y < box.bottom; y++) {
+      const [start, end] = [y * this.width + box.left, y * this.width + box.right];
+      to.set(from.subarray(start, end), start);
+    }
   }
 
   /** Call `draw` with the height of each row's middle. @param {number} top @param {number} bottom
@@ -147,30 +182,6 @@ export class Mask {
       right: Math.max(box.right, right),
       bottom: Math.max(box.bottom, bottom),
     };
-  }
-
-  /** The smallest box round what really changed in `box`, null if nothing did. @param {Box} box @returns {Box | null} */
-  #tight(box) {
-    let [left, top, right, bottom] = [Infinity, Infinity, -1, -1];
-    for (let y = box.top; y < box.bottom; y++) {
-      for (let x = box.left, pixel = y * this.width + x; x < box.right; x++, pixel++) {
-        if (this.data[pixel] === this.#committed[pixel]) continue;
-        if (x < left) left = x;
-        if (x >= right) right = x + 1;
-        if (y < top) top = y;
-        bottom = y + 1;
-      }
-    }
-    return bottom < 0 ? null : { left, top, right, bottom };
-  }
-
-  /** Call `visit` with the index of every pixel of `box` and its number there.
-   * @param {Box} box @param {(pixel: number, n: number) => void} visit */
-  #each(box, visit) {
-    let n = 0;
-    for (let y = box.top; y < box.bottom; y++) {
-      for (let pixel = y * this.width + box.left, end = pixel + box.right - box.left; pixel < end; pixel++) visit(pixel, n++);
-    }
   }
 }
 

@@ -1,6 +1,6 @@
 /** The service's interface: what is behind it, and a request that fills a mask while it says how far it is. */
 
-/** @typedef {{step: number, of: number, window: number, windows: number}} Progress */
+/** @typedef {{step: number, of: number, window: number, windows: number}} Progress  Steps count through all windows. */
 /** @typedef {{image: Blob, settings: Record<string, unknown>}} Result */
 
 const TOKEN = "moebius-edge-token"; // in the session's storage: it ends with the tab

@@ -189,7 +189,7 @@ async function orderForm() {
 async function send(form, signal) {
   const onProgress = (/** @type {import("./api.js").Progress} */ { step, of, window, windows }) => {
     const part = windows > 1 ? `, part ${window} of ${windows}` : "";
-    showProgress(`Step ${step} of ${of}${part}`, (Math.max(window - 1, 0) + step / of) / windows);
+    showProgress(`Step ${step} of ${of}${part}`, step / of);
   };
   for (;;) {
     try {

@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 WIDTH, HEIGHT = 240, 160  # of the picture that most tests open
 DESKTOP = {"viewport": {"width": 1000, "height": 760}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 SEAM = 24  # pixels beyond the mask that a real network's fill may be blended into
 Opener = Callable[..., Page]
 
@@ -73,7 +73,7 @@ def opened(browser: Browser) -> Iterator[Opener]:
         context = browser.new_context(**(options or DESKTOP))
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
 
         def note(kind: str, text: str) -> None:
             if not expected or expected not in text:
@@ -508,7 +508,7 @@ def test_stopping_closes_the_request(opened: Opener, stand_in: PageService) -> N
     drag(page, (20, 20), (40, 20))
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_contain_text("Stopped")
-    assert stand_in.gone.wait(5)
+    assert stand_in.gone.wait(30)
     assert (mask_of(page) == mask).all(), "nothing is painted meanwhile"
 
 

@@ -60,7 +60,8 @@ async function request(path, options) {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (options.signal?.aborted) throw error;
-    throw new ServiceError("The service does not answer.", "Start it again with `moebius-edge serve`, then try again.", 0);
+    const remedy = "Start it again with `moebius-edge serve`, then try again.";
+    throw new ServiceError("The service does not answer.", remedy, 0);
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));

@@ -4,11 +4,14 @@ import { getBlob, getJson, inpaint, ServiceError, setToken } from "./api.js";
 import { readMask } from "./picture.js";
 import { encodeMask } from "./png.js";
 import { Stage } from "./stage.js";
-import { announceCursor, askToken, button, download, element, get, input, say, settings, showError, showProgress, togglePanel } from "./ui.js";
+import { announceCursor, askToken, button, download, element, get, input, say, settings } from "./ui.js";
+import { showError, showProgress, togglePanel } from "./ui.js";
 import { Work } from "./work.js";
 
-const SUFFIXES = { "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/tiff": "tif", "image/bmp": "bmp" };
-const SIZES = { smallest: 2, share: 0.5 }; // of the brush: pixels at one end of the slider, share of the picture at the other
+// Of media types; where it is the same as the type's own name, that is taken.
+const SUFFIXES = { "image/jpeg": "jpg", "image/tiff": "tif" };
+// Of the brush: pixels at one end of the slider, share of the picture at the other.
+const SIZES = { smallest: 2, share: 0.5 };
 const THUMB = 44; // stage pixels, of the slider's thumb in style.css
 const BUSY_S = 2; // until the next try, where a busy service does not say
 
@@ -27,7 +30,7 @@ const work = new Work(stage, refresh);
 let running = null; // stops the request
 let saved = true; // all results are, or are made again easily
 
-// --- what is shown ----------------------------------------------------------------------------------------------------
+// --- what is shown ---------------------------------------------------------------------------------------------------
 
 /** Bring buttons and lists in line with the work. */
 function refresh() {
@@ -91,7 +94,7 @@ function placeSplit() {
   stage.split = share && (share * (stage.view.width - THUMB) + THUMB / 2) / stage.view.width;
 }
 
-// --- files ------------------------------------------------------------------------------------------------------------
+// --- files -----------------------------------------------------------------------------------------------------------
 
 /** @param {Blob | null | undefined} file @param {string} [name] */
 async function open(file, name = /** @type {File} */ (file)?.name || "picture.png") {
@@ -114,7 +117,7 @@ async function open(file, name = /** @type {File} */ (file)?.name || "picture.pn
 function save() {
   if (!work.current || work.index === 0 || running) return;
   const { blob } = work.current;
-  const suffix = SUFFIXES[/** @type {keyof typeof SUFFIXES} */ (blob.type)] ?? "png";
+  const suffix = SUFFIXES[/** @type {keyof typeof SUFFIXES} */ (blob.type)] ?? blob.type.split("/")[1];
   download(blob, `${baseName()}_inpainted.${suffix}`);
   saved = true;
 }
@@ -134,7 +137,7 @@ async function loadMask(file) {
   }
 }
 
-// --- the service ------------------------------------------------------------------------------------------------------
+// --- the service -----------------------------------------------------------------------------------------------------
 
 async function run() {
   if (running || !work.current) return;
@@ -180,7 +183,9 @@ async function orderForm() {
   const form = new FormData();
   form.append("image", /** @type {import("./work.js").Step} */ (work.current).blob, "image");
   form.append("mask", await encodeMask(/** @type {import("./mask.js").Mask} */ (stage.mask)), "mask.png");
-  for (const [name, value] of new FormData(settings)) if (value !== "" && name !== "match_colours") form.append(name, value);
+  for (const [name, value] of new FormData(settings)) {
+    if (value !== "" && name !== "match_colours") form.append(name, value);
+  }
   form.append("match_colours", String(settings.match_colours.checked));
   return form;
 }
@@ -208,7 +213,8 @@ async function send(form, signal) {
   }
 }
 
-/** Ask for a token as often as the service wants one. @template T @param {() => Promise<T>} action @returns {Promise<T>} */
+/** Ask for a token as often as the service wants one. @template T @param {() => Promise<T>} action
+ * @returns {Promise<T>} */
 async function asked(action) {
   for (;;) {
     try {
@@ -242,7 +248,7 @@ async function greet() {
   get("model").title = model.description ?? "";
 }
 
-// --- buttons and keys -------------------------------------------------------------------------------------------------
+// --- buttons and keys ------------------------------------------------------------------------------------------------
 
 /** @param {string} tool */
 function chooseTool(tool) {
@@ -332,7 +338,8 @@ for (const id of ["file", "camera-file", "mask-file"]) {
 document.addEventListener("click", (event) => {
   const target = /** @type {HTMLElement} */ (event.target);
   // A button that was clicked, not pressed, gives up the focus: Enter is to fill, not to click it again.
-  if (event.detail && work.current && target.closest("button") && !target.closest("dialog")) stage.canvas.focus({ preventScroll: true });
+  const clicked = event.detail && target.closest("button") && !target.closest("dialog");
+  if (clicked && work.current) stage.canvas.focus({ preventScroll: true });
 });
 get("tools").addEventListener("change", (event) => {
   const { name, value } = /** @type {HTMLInputElement} */ (event.target);

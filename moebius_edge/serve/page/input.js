@@ -140,7 +140,9 @@ class Keys {
     else if (!stage.cursor) {
       this.space = true;
       stage.grip ||= "grab";
-    } else if (!event.repeat && !stage.gesture) stage.begin(stage.cursor, stage.tool === "eraser" || event.altKey ? 0 : 1);
+    } else if (!event.repeat && !stage.gesture) {
+      stage.begin(stage.cursor, stage.tool === "eraser" || event.altKey ? 0 : 1);
+    }
     event.preventDefault();
     stage.draw("pointer");
   }
@@ -158,7 +160,8 @@ class Keys {
   }
 
   onFocus() {
-    if (this.stage.mask && this.stage.canvas.matches(":focus-visible")) this.#setCursor(this.stage.cursor ?? this.stage.middle);
+    const { mask, canvas, cursor, middle } = this.stage;
+    if (mask && canvas.matches(":focus-visible")) this.#setCursor(cursor ?? middle);
   }
 
   onBlur() {
@@ -183,7 +186,8 @@ class Keys {
     const { stage } = this;
     stage.cursor = null;
     if (at && stage.mask) {
-      const inside = (/** @type {number} */ value, /** @type {number} */ size) => Math.min(Math.max(value, 0), size - 0.5);
+      const inside = (/** @type {number} */ value, /** @type {number} */ size) =>
+        Math.min(Math.max(value, 0), size - 0.5);
       stage.cursor = { x: inside(at.x, stage.mask.width), y: inside(at.y, stage.mask.height) };
       stage.hover = null;
       stage.view.show(stage.cursor);

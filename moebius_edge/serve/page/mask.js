@@ -54,8 +54,8 @@ export class Mask {
   /** Set what a closed line goes round, once or more often. @param {Point[]} points @param {0 | 1} value */
   polygon(points, value) {
     const corners = points.map(({ x, y }) => [x, y]);
-    const heights = points.map(({ y }) => y);
-    const [top, bottom] = heights.reduce(([low, high], y) => [Math.min(low, y), Math.max(high, y)], [Infinity, -Infinity]);
+    const top = points.reduce((low, { y }) => Math.min(low, y), Infinity);
+    const bottom = points.reduce((high, { y }) => Math.max(high, y), -Infinity);
     this.#rows(top, bottom, (y) => {
       let [winding, start] = [0, 0];
       for (const { x, direction } of crossings(corners, y).sort((one, other) => one.x - other.x)) {

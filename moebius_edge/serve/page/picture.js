@@ -1,4 +1,4 @@
-/** Picture files: decoded for the screen, made small, and read as masks. What goes to the service is the file itself. */
+/** Picture files: decoded for the screen, made small, and read as masks. The service gets the file itself. */
 
 const PIXELS_A_STRIP = 4e6; // read back from a canvas at a time: browsers limit a canvas to as little as 16 megapixels
 
@@ -11,7 +11,8 @@ export class PictureError extends Error {
   }
 }
 
-/** The picture upright by its EXIF orientation, as the service reads it. @param {Blob} file @returns {Promise<ImageBitmap>} */
+/** The picture upright by its EXIF orientation, as the service reads it. @param {Blob} file
+ * @returns {Promise<ImageBitmap>} */
 export async function decode(file) {
   try {
     const bytes = new Uint8Array(await file.arrayBuffer());
@@ -22,7 +23,8 @@ export async function decode(file) {
     bytes.set(new TextEncoder().encode("SKIP"), exif.start - 8);
     return turned(await createImageBitmap(new Blob([bytes], { type: "image/webp" })), orientation);
   } catch {
-    const kind = /\.tiff?$/i.test(/** @type {File} */ (file).name ?? "") || file.type === "image/tiff" ? "a TIFF" : "this file";
+    const { name = "", type } = /** @type {File} */ (file);
+    const kind = type === "image/tiff" || /\.tiff?$/i.test(name) ? "a TIFF" : "this file";
     throw new PictureError(
       `The browser cannot show ${kind}.`,
       "Save it as PNG, JPEG, WebP or AVIF; `moebius-edge run` reads TIFF and JPEG 2000 too.",
@@ -75,7 +77,7 @@ function turned(bitmap, orientation) {
   return canvas.transferToImageBitmap();
 }
 
-/** A small copy. @param {ImageBitmap} bitmap @param {number} side  The longest it may have. @returns {HTMLCanvasElement} */
+/** A small copy. @param {ImageBitmap} bitmap @param {number} side  The longest it may have. */
 export function thumbnail(bitmap, side) {
   const canvas = document.createElement("canvas");
   const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
@@ -95,8 +97,8 @@ export function thumbnail(bitmap, side) {
 export async function readMask(file, width, height) {
   const bitmap = await decode(file);
   if (bitmap.width !== width || bitmap.height !== height) {
-    const size = `${bitmap.width}×${bitmap.height}`;
-    throw new PictureError(`The mask is ${size} and the picture is ${width}×${height}.`, `Resize the mask to ${width}×${height}.`);
+    const [own, size] = [`${bitmap.width}×${bitmap.height}`, `${width}×${height}`];
+    throw new PictureError(`The mask is ${own} and the picture is ${size}.`, `Resize the mask to ${size}.`);
   }
   const [white, painted] = [new Uint8Array(width * height), new Uint8Array(width * height)];
   const has = { clear: false, black: false, white: false };
@@ -122,6 +124,6 @@ export async function readMask(file, width, height) {
 /** @param {HTMLCanvasElement | OffscreenCanvas} canvas */
 export function context2d(canvas) {
   const context = /** @type {CanvasRenderingContext2D | null} */ (canvas.getContext("2d"));
-  if (!context) throw new PictureError("The browser has no memory for the picture.", "Close other tabs, or scale it down.");
-  return context;
+  if (context) return context;
+  throw new PictureError("The browser has no memory for the picture.", "Close other tabs, or scale it down.");
 }

@@ -12,7 +12,7 @@ import { View } from "./view.js";
 /** @typedef {import("./mask.js").Patch} Patch */
 /** @typedef {import("./mask.js").Point} Point */
 /** @typedef {"brush" | "eraser" | "rectangle" | "lasso" | "hand"} Tool */
-/** @typedef {{tool: Tool, value: 0 | 1, points: Point[]}} Gesture  `points` are the line of a lasso; else first and last. */
+/** @typedef {{tool: Tool, value: 0 | 1, points: Point[]}} Gesture  Points of a lasso; else the first and last. */
 
 const FILL = [255, 45, 120, 120]; // red, green, blue and opacity of the mask
 const EDGE = [255, 255, 255, 230];
@@ -204,7 +204,9 @@ export class Stage {
     // On whole pixels of the screen, or the ground would shine through at the edges.
     const whole = (/** @type {number} */ at) => Math.round(at * devicePixelRatio) / devicePixelRatio;
     const [x, y] = [whole(this.view.x), whole(this.view.y)];
-    const [w, h] = [whole(this.view.x + this.#picture.width * scale) - x, whole(this.view.y + this.#picture.height * scale) - y];
+    const right = this.view.x + this.#picture.width * scale;
+    const bottom = this.view.y + this.#picture.height * scale;
+    const [w, h] = [whole(right) - x, whole(bottom) - y];
     context.imageSmoothingQuality = "high";
     context.imageSmoothingEnabled = scale < 4; // nearer than that, single pixels are to be seen
     drawChequers(context, x, y, w, h);
@@ -221,7 +223,8 @@ export class Stage {
     context.restore();
   }
 
-  /** Draw the mask in a part of the stage. @param {number} left @param {number} top @param {number} right @param {number} bottom */
+  /** Draw the mask in a part of the stage, whose ends are exclusive.
+   * @param {number} left @param {number} top @param {number} right @param {number} bottom */
   #drawMask(left, top, right, bottom) {
     const context = context2d(this.maskCanvas);
     const [width, height] = [right - left, bottom - top];
@@ -258,9 +261,11 @@ export class Stage {
     const [a, b] = [this.view.toStage(from), this.view.toStage(to)];
     const reach = (this.size / 2) * this.view.scale + this.view.scale + 2;
     const { width, height } = this.maskCanvas;
-    const [left, right] = [Math.min(a.x, b.x) - reach, Math.max(a.x, b.x) + reach];
-    const [top, bottom] = [Math.min(a.y, b.y) - reach, Math.max(a.y, b.y) + reach];
-    this.#drawMask(Math.max(0, Math.floor(left)), Math.max(0, Math.floor(top)), Math.min(width, Math.ceil(right)), Math.min(height, Math.ceil(bottom)));
+    const from0 = (/** @type {number} */ at) => Math.max(0, Math.floor(at - reach));
+    const [right, bottom] = [Math.ceil(Math.max(a.x, b.x) + reach), Math.ceil(Math.max(a.y, b.y) + reach)];
+    this.#drawMask(
+      from0(Math.min(a.x, b.x)), from0(Math.min(a.y, b.y)), Math.min(width, right), Math.min(height, bottom),
+    );
   }
 
   #drawPointer() {
@@ -294,7 +299,8 @@ export class Stage {
   }
 }
 
-/** A line that is seen on anything: white on black. @param {CanvasRenderingContext2D} context @param {() => void} path */
+/** A line that is seen on anything: white on black.
+ * @param {CanvasRenderingContext2D} context @param {() => void} path */
 function outline(context, path) {
   context.beginPath();
   path();
@@ -304,7 +310,8 @@ function outline(context, path) {
   }
 }
 
-/** @param {CanvasRenderingContext2D} context @param {number} x @param {number} y @param {number} dx @param {number} dy */
+/** @param {CanvasRenderingContext2D} context @param {number} x @param {number} y @param {number} dx
+ * @param {number} dy */
 function line(context, x, y, dx, dy) {
   context.moveTo(x, y);
   context.lineTo(x + dx, y + dy);

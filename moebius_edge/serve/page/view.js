@@ -73,7 +73,8 @@ export class View {
     return { x: x * this.scale + this.x, y: y * this.scale + this.y };
   }
 
-  /** Bring a point of the picture to one of the stage, but keep the picture in sight. @param {Point} point @param {Point} at */
+  /** Bring a point of the picture to one of the stage, but keep the picture in sight.
+   * @param {Point} point @param {Point} at */
   #place(point, at) {
     const { width, height } = this.picture ?? { width: 1, height: 1 };
     const keep = (/** @type {number} */ corner, /** @type {number} */ size, /** @type {number} */ stage) => {

@@ -1,4 +1,4 @@
-/** The pictures of one piece of work, from the file that was opened to the last result, and the way back through them. */
+/** The pictures of one piece of work, from the file that was opened to the last result, and the way back. */
 
 import { Mask } from "./mask.js";
 import { decode, thumbnail } from "./picture.js";

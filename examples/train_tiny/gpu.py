@@ -32,7 +32,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from moebius_edge.export.source import open_vae
-from moebius_edge.model import build_student
+from moebius_edge.model import build_student, load_checkpoint
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import draw_batches, update_average
 from moebius_edge.training.losses import autocast
@@ -139,6 +139,9 @@ class Step:
         torch.manual_seed(recipe.seed)
         self.network = build_student(recipe.student)
         identity_start(self.network)
+        if options.weights:
+            load_checkpoint(self.network, options.weights)
+            self.network.float()
         self.network.to(device).train()
         self.average = build_student(recipe.student).to(device).requires_grad_(False).eval()
         self.average.load_state_dict(self.network.state_dict())
@@ -251,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
+    parser.add_argument("--weights", type=Path, help="student.safetensors to start from")
     parser.add_argument("--workers", type=int, default=12, help="processes that draw samples")
     parser.add_argument("--prefill", type=int, default=2048, help="encoded samples before the first step")
     parser.add_argument("--burst", type=int, default=20, help="steps between two looks at the clock and the loss")

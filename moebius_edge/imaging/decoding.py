@@ -82,7 +82,9 @@ def picture_format(head: bytes) -> str | None:
     return next((form for form, matches in signatures.items() if matches), None)
 
 
-def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None) -> Picture:
+def read_picture(
+    path: str | os.PathLike[str], contents: BinaryIO | None = None, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
     Grey stays grey and 16 bits stay 16, but AVIF, and JPEG 2000 in colour, are read at 8 bits. Palettes become RGB, a
@@ -92,7 +94,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
 
     Raises:
         MachineError: the file is missing or may not be read.
-        UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
+        UsageError: it is no picture, damaged, larger than ``max_pixels``, or of a kind that would lose depth.
     """
     with _opened(Path(path), contents) as (stream, form):
         png = read_png(stream) if form == "PNG" else None
@@ -103,7 +105,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
             file = io.BytesIO(b"".join((jpeg.coded, _JPEG_END)))
         image = _header(file, form)
         bits = png.bits if png else check_tiff(image, stream) if form == "TIFF" else 8
-        _check_size(path, image, form, bits, scans)
+        _check_size(path, image, form, bits, scans, max_pixels)
         # A Huffman code takes a bit or more for a block of the finest component: 8x8 pixels, of a quarter of them.
         if jpeg is not None and image.width * image.height > 8 * 256 * len(jpeg.coded) + (1 << 16):
             raise ValueError("it is truncated")
@@ -202,11 +204,12 @@ def _header(stream: BinaryIO, form: str) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: int) -> None:
+def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: int, max_pixels: int) -> None:
     """Raise ``UsageError`` where decoding would take gigabytes above the samples, or many seconds."""
     channels, (width, height) = len(image.getbands()), image.size
     limits = {
-        f" of {form}" if form in _MAX_PIXELS else "": _MAX_PIXELS.get(form, MAX_PIXELS),
+        "": max_pixels,
+        f" of {form}": _MAX_PIXELS.get(form, MAX_PIXELS),
         f" with {channels} channels of 16 bits": _MAX_BYTES_AT_16_BITS // (2 * channels) if bits == 16 else MAX_PIXELS,
         f" of JPEG in {scans} scans": _MAX_PIXELS_IN_SCANS if scans > 1 else MAX_PIXELS,
         f" of JPEG in so many scans, {scans},": _MAX_SCANNED_PIXELS // scans if scans > _MAX_SCANS else MAX_PIXELS,

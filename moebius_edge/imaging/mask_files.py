@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import UsageError
 from . import mask_evidence as evidence
-from .decoding import read_picture, upright
+from .decoding import MAX_PIXELS, read_picture, upright
 from .mask_evidence import NOISE, WHITE, Bytes, Colour
 from .masks import Mask, threshold
 from .masks import dilate as dilated
@@ -49,6 +49,7 @@ def read_mask(
     dilate: float = 0,
     source: str | None = None,
     contents: BinaryIO | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> MaskFile:
     """Read the mask of ``picture`` from a file of any kind that ``pictures.read_picture`` reads.
 
@@ -59,14 +60,14 @@ def read_mask(
         invert: fill the other part.
         dilate: grow the part to fill by so many pixels, after inverting.
         source: a value of --mask-from, see ``check_source``; None finds out.
-        contents: as for ``read_picture``.
+        contents, max_pixels: as for ``read_picture``.
 
     Raises:
         MachineError, UsageError: as ``read_picture`` and ``read_hole``; also for another size than the picture's, and
             for ``dilate`` below 0.
     """
     name = f"mask {path}"
-    drawn = read_picture(path, contents)
+    drawn = read_picture(path, contents, max_pixels)
     samples, indices, notes = drawn.samples, drawn.indices, []
     swapped = samples.shape[1::-1] == picture.size[::-1] != picture.size
     if picture.orientation >= 5 and drawn.orientation == 1 and swapped:

@@ -179,7 +179,8 @@ class Inpainter:
 
             def report(step: Step) -> None:
                 if on_step is not None:
-                    on_step(replace(step, index=done * calls + step.index, total=len(groups) * calls))
+                    place = {"window": first + 1, "windows": len(filling.windows)}
+                    on_step(replace(step, index=done * calls + step.index, total=len(groups) * calls, **place))
 
             for done, group in enumerate(groups):
                 first = sum(map(len, groups[:done]))

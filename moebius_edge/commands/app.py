@@ -15,6 +15,7 @@ from .inspect import inspect
 from .profile import profile
 from .report import report
 from .run import run
+from .serve import serve
 from .train import train
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: a third of the time to print, and it can be searched
 )
-for command in (run, report, inspect, compare, profile, doctor, download, export, train):
+for command in (run, serve, report, inspect, compare, profile, doctor, download, export, train):
     app.command()(command)
 
 Abort = typer.Abort

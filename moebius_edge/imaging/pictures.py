@@ -18,8 +18,14 @@ from .png import write_png
 from .tiff import write_tiff
 
 __all__ = [
-    *("MAX_PIXELS", "OUTPUT_FORMATS", "Picture"),
-    *("check_output", "encode_picture", "missing_in", "read_picture", "write_picture"),
+    "MAX_PIXELS",
+    "OUTPUT_FORMATS",
+    "Picture",
+    "check_output",
+    "encode_picture",
+    "missing_in",
+    "read_picture",
+    "write_picture",
 ]
 
 OUTPUT_FORMATS = {  # by extension

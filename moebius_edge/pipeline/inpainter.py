@@ -179,8 +179,8 @@ class Inpainter:
 
             def report(step: Step) -> None:
                 if on_step is not None:
-                    place = {"window": first + 1, "windows": len(filling.windows)}
-                    on_step(replace(step, index=done * calls + step.index, total=len(groups) * calls, **place))
+                    index, total = done * calls + step.index, len(groups) * calls
+                    on_step(replace(step, index=index, total=total, window=first + 1, windows=len(filling.windows)))
 
             for done, group in enumerate(groups):
                 first = sum(map(len, groups[:done]))

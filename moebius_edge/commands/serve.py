@@ -29,6 +29,7 @@ def serve(
     ] = 300,
     max_bytes: Annotated[int, Option(min=1000, metavar="N", help="Of a request.")] = 64_000_000,
     max_pixels: Annotated[int, Option(min=1, metavar="N", help="Of a picture.")] = 50_000_000,
+    upload_time: Annotated[float, Option(min=0.1, metavar="S", help="Seconds a request may take to arrive.")] = 60,
     rate: Annotated[
         int | None,
         Option(min=0, metavar="N", help="Pictures a minute from one address, 0 any; default 60 beyond loopback."),
@@ -50,6 +51,6 @@ def serve(
         console.note(exposure)
     listener = listen(host, port)
     owner = Owner((bundle, runtime, device), queue, deadline, console.note)
-    limits = Limits(max_bytes, pixels=max_pixels)
+    limits = Limits(max_bytes, upload_time, max_pixels)
     asyncio.run(answer(listener, owner, limits, token, (60 if exposure else 0) if rate is None else rate))
     return 0

@@ -312,7 +312,9 @@ class Device:
         process, self._process = self._process, None
         for task in [*self._tasks]:
             task.cancel()
-        if process is not None:
+        if process is not None and self._active:
+            process.kill()
+        elif process is not None:
             await process.end()
 
     def _spawn(self, work: Any) -> None:

@@ -30,9 +30,9 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Limits:
     """What a request may bring: bytes of its body, seconds to send it, pixels of a picture."""
 
-    body_bytes: int = 64_000_000
-    body_s: float = 60.0
-    pixels: int = 50_000_000
+    body_bytes: int
+    body_s: float
+    pixels: int
 
 
 class Options(BaseModel):

@@ -23,19 +23,24 @@ from .app import create_app, is_loopback
 from .device import Device
 from .forms import Limits
 
-_HEADER_S = 15.0  # in which a new connection must have sent the head of its first request
+_HEADER_S = 15.0  # in which a connection must have sent the head of a request
 
 
 class _Protocol(H11Protocol):
-    """HTTP whose connections may not be held open without a request; uvicorn has no such limit for the first."""
+    """HTTP whose connections may not be held open by half of a request's head, for which uvicorn has no limit."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(_HEADER_S, self._close_if_silent)
+        self.loop.call_later(_HEADER_S, self._watch, None)
 
-    def _close_if_silent(self) -> None:
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+    def _watch(self, before: Any) -> None:
+        """Close where no request has begun since the last look, when ``before`` was the newest one."""
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.cycle is before:
             self.transport.close()
+        else:
+            self.loop.call_later(_HEADER_S, self._watch, self.cycle)
 
 
 class _Server(uvicorn.Server):

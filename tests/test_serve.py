@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,9 +102,11 @@ class Service:
         return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
     def end(self) -> None:
-        with suppress(ProcessLookupError):
-            self.process.terminate()
-        self.process.communicate(timeout=30)
+        self.process.terminate()
+        try:
+            self.process.communicate(timeout=10)
+        finally:
+            self.process.kill()
 
 
 def form(files: dict[str, bytes], fields: dict[str, str]) -> tuple[bytes, str]:
@@ -361,8 +362,10 @@ def test_slow_senders_are_left_behind(strict: Service) -> None:
 
 
 def test_a_full_queue_is_said_and_clients_that_leave_are_forgotten(service: Service) -> None:
-    connections = [service.open(LARGE, LONG, f"/v1/inpaint{'/stream' * (n % 2)}") for n in range(4)]
-    service.wait(lambda health: health["active"] == 2 and health["waiting"] == 2)
+    connections = []
+    for number in range(4):
+        connections.append(service.open(LARGE, LONG, f"/v1/inpaint{'/stream' * (number % 2)}"))
+        service.wait(lambda health, all=number + 1: health["active"] + health["waiting"] == all)  # type: ignore[misc]
     answer = service.post(BOTH)
     assert answer.status == 429 and "2 pictures are worked on and 2 wait" in answer.json["error"]
     assert 1 <= int(answer.headers["Retry-After"]) < 60

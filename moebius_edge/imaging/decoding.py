@@ -156,9 +156,9 @@ def _open(path: Path) -> BinaryIO:
             raise UsageError(f"{path} is {kind}")
         return path.open("rb")
     except FileNotFoundError:
-        raise MachineError(f"there is no picture {path}: check the name with `ls {path.parent}`") from None
+        raise MachineError(f"there is no picture {path}", f"check the name with `ls {path.parent}`") from None
     except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from None
+        raise MachineError(f"cannot read {path}: {error.strerror}", f"check it with `ls -l {path}`") from None
 
 
 @contextmanager
@@ -168,29 +168,29 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, s
         warnings.simplefilter("ignore")  # Pillow's: on sizes, which are checked here, and on odd metadata
         head = stream.read(32)
         if not head:
-            raise UsageError(f"picture {path} is empty (0 bytes): copy it again")
+            raise UsageError(f"picture {path} is empty (0 bytes)", "copy it again")
         form = picture_format(head)
         if form is None:
             raise UsageError(
-                f"{path} is not a picture of a known kind, or its header is damaged (it begins "
-                f"with {head[:16]!r}): convert it to PNG, JPEG, TIFF, WebP, BMP or GIF"
+                f"{path} is not a picture of a known kind, or its header is damaged (it begins with {head[:16]!r})",
+                "convert it to PNG, JPEG, TIFF, WebP, BMP or GIF",
             )
         if form == "AVIF" and not features.check("avif"):
             command = "pip install 'pillow>=11.3'"
-            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `{command}`")
+            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read", f"run `{command}`")
         if stream.seek(0, io.SEEK_END) > _MAX_FILE_BYTES:
-            raise UsageError(f"picture {path} has more than {_MAX_FILE_BYTES / 1e9:g} GB: scale it down first")
+            raise UsageError(f"picture {path} has more than {_MAX_FILE_BYTES / 1e9:g} GB", "scale it down first")
         try:
             yield stream, form
         except MoebiusError:
             raise
         except UnidentifiedImageError:
-            raise UsageError(f"{form} picture {path} is truncated, or its header is damaged: copy it again") from None
+            raise UsageError(f"{form} picture {path} is truncated, or its header is damaged", "copy it again") from None
         except MemoryError:
-            raise MachineError(f"not enough memory to read picture {path}: scale it down first") from None
+            raise MachineError(f"not enough memory to read picture {path}", "scale it down first") from None
         except Exception as error:  # a decoder meets damage with any exception at all
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"cannot read picture {path}: {reason}: copy or save it again") from None
+            raise UsageError(f"cannot read picture {path}: {reason}", "copy or save it again") from None
 
 
 def _header(stream: BinaryIO, form: str) -> Image.Image:
@@ -217,7 +217,7 @@ def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: i
     of_what, most = min(limits.items(), key=lambda limit: limit[1])
     if width * height > most:
         size = f"{width}x{height}, {width * height / 1e6:.0f} megapixels"
-        raise UsageError(f"picture {path} is {size}: at most {most / 1e6:.0f}{of_what} are read: scale it down first")
+        raise UsageError(f"picture {path} is {size}: at most {most / 1e6:.0f}{of_what} are read", "scale it down first")
 
 
 class _Jpeg(NamedTuple):

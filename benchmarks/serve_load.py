@@ -92,6 +92,14 @@ class Service:
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return [int(word) for path in tasks for word in path.read_text().split()]
 
+    def processor_s(self) -> float:
+        """Seconds that the processor has worked for the service and its processes."""
+        total = 0
+        for pid in (self.process.pid, *self.workers()):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+        return total / os.sysconf("SC_CLK_TCK")
+
     def memory_bytes(self) -> int:
         """Of the service and its processes, what each holds for itself and its share of the rest (PSS)."""
         total = 0
@@ -179,8 +187,8 @@ class Load:
         }
 
 
-def own_rate(bundle: str, seconds: float) -> float:
-    """Pictures a second that the device fills without a service, decoding and encoding included."""
+def own_rate(bundle: str, seconds: float) -> tuple[float, float]:
+    """Pictures a second without a service, decoding and encoding included, and the processor's seconds for one."""
     code = f"""
 import io, time
 from benchmarks.serve_load import sample
@@ -195,14 +203,15 @@ with Inpainter({bundle!r}) as inpainter:
         hole, _ = read_mask("mask", picture, contents=io.BytesIO(mask))
         encode_picture(io.BytesIO(), "PNG", inpainter.inpaint(picture, hole, **settings).picture)
     once()
-    begin, count = time.monotonic(), 0
+    begin, processor, count = time.monotonic(), time.process_time(), 0
     while time.monotonic() - begin < {seconds}:
         once()
         count += 1
-    print(count / (time.monotonic() - begin))
+    print(count / (time.monotonic() - begin), (time.process_time() - processor) / count)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return float(done.stdout)
+    rate, processor_s = map(float, done.stdout.split())
+    return rate, processor_s
 
 
 def malformed(service: Service, body: bytes, count: int) -> dict[str, Any]:
@@ -270,11 +279,15 @@ def main() -> None:
     try:
         service.post(body)
         for clients in options.clients:
-            load, rates = Load(clients), []
+            load, own, before = Load(clients), [], service.processor_s()
             for _ in range(ROUNDS):
-                rates.append(own_rate(options.bundle, options.seconds / ROUNDS / 2))
+                own.append(own_rate(options.bundle, options.seconds / ROUNDS / 2))
                 load.run(service, body, options.seconds / ROUNDS)
-            results["loads"].append(load.figures(float(np.mean(rates))))
+            rate, own_s = np.mean(own, axis=0).tolist()
+            figures = load.figures(rate)
+            figures["processor_s"] = round((service.processor_s() - before) / len(load.seconds), 3)
+            figures["own_processor_s"] = round(own_s, 3)
+            results["loads"].append(figures)
             print(json.dumps(results["loads"][-1]), flush=True)
         results["faults"] = faults(service, body)
         print(json.dumps(results["faults"]), flush=True)

@@ -180,14 +180,14 @@ def create_app(device: Device, limits: Limits, token: str | None = None, rate: i
 def _add_pictures(app: FastAPI, device: Device, limits: Limits, rate: Rate, metrics: _Metrics) -> None:
     uploads = 0
 
-    async def submit(request: Request, preview: bool) -> Job:
+    async def submit(request: Request, streamed: bool) -> Job:
         nonlocal uploads
         rate.take(request.client.host if request.client else "")
         if device.full or uploads > device.queue:  # before memory is given to its body
             raise device.busy()
         uploads += 1
         try:
-            order = await read_form(request, limits, preview)
+            order = await read_form(request, limits, streamed)
         finally:
             uploads -= 1
         return device.submit(order)
@@ -197,7 +197,7 @@ def _add_pictures(app: FastAPI, device: Device, limits: Limits, rate: Rate, metr
     @app.post("/v1/inpaint", tags=["pictures"], openapi_extra=form, response_class=Response, responses=_answers())
     async def inpaint(request: Request) -> Response:
         """Fill what the mask marks; the picture comes back in the format of the input."""
-        job = await submit(request, preview=False)
+        job = await submit(request, streamed=False)
         try:
             outcome = await _outcome(job, request)
         finally:
@@ -216,7 +216,7 @@ def _add_pictures(app: FastAPI, device: Device, limits: Limits, rate: Rate, metr
     )
     async def stream(request: Request) -> StreamingResponse:
         """As ``/v1/inpaint``, as server-sent events: ``progress``, ``preview``, then ``result`` or ``error``."""
-        job = await submit(request, preview=True)
+        job = await submit(request, streamed=True)
 
         async def events() -> AsyncIterator[str]:
             try:

@@ -65,7 +65,7 @@ class Options(BaseModel):
         except UsageError as error:
             raise ValueError(str(error).removeprefix("--").replace("mask-from", "mask_from")) from None
 
-    def order(self, image: bytes, mask: bytes, preview: bool, limits: Limits) -> Order:
+    def order(self, image: bytes, mask: bytes, streamed: bool, limits: Limits) -> Order:
         """The order for these options; numbers are checked further by the pipeline."""
         values = self.model_dump(exclude_none=True)
         mask_options = {name: values.pop(field) for field, name in _MASK_OPTIONS.items() if field in values}
@@ -73,7 +73,7 @@ class Options(BaseModel):
         if interval := values.pop("guidance_interval", None):
             values["guidance_interval"] = tuple(map(int, interval.split(",")))
         orders: dict[str, Any] = {"settings": values, "mask_options": mask_options, "preset": preset}
-        return Order(image=image, mask=mask, preview=preview, max_pixels=limits.pixels, **orders)
+        return Order(image=image, mask=mask, streamed=streamed, max_pixels=limits.pixels, **orders)
 
 
 def request_schema() -> dict[str, Any]:
@@ -87,7 +87,7 @@ def request_schema() -> dict[str, Any]:
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
 
 
-async def read_form(request: Request, limits: Limits, preview: bool) -> Order:
+async def read_form(request: Request, limits: Limits, streamed: bool) -> Order:
     """The order that a request holds.
 
     Raises Refused: it is no form, lacks a file, has an unknown or wrong field, is too large, or comes too slowly.
@@ -112,7 +112,7 @@ async def read_form(request: Request, limits: Limits, preview: bool) -> Order:
     except ValidationError as error:
         problem = first_problem(error)[1]
         raise Refused(400, problem, f"the fields are {', '.join(Options.model_fields)}") from None
-    return options.order(files["image"], files["mask"], preview, limits)
+    return options.order(files["image"], files["mask"], streamed, limits)
 
 
 async def _parse(request: Request, limits: Limits) -> dict[str, str | bytes]:

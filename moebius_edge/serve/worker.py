@@ -51,7 +51,7 @@ class Order:
     settings: dict[str, Any] = field(default_factory=dict)
     mask_options: dict[str, Any] = field(default_factory=dict)
     preset: str | None = None
-    preview: bool = False
+    streamed: bool = False  # with progress and previews
     max_pixels: int
     number: int = 0
 
@@ -140,12 +140,13 @@ class _Worker:
             hole, notes = read_mask('"mask"', picture, contents=mask, max_pixels=order.max_pixels, **order.mask_options)
             form, format_notes = _output_format(order.image, picture.opaque_in(hole))
         settings, preset_remarks = self._settings(order)
-        preview = _Preview(picture, send) if order.preview else None
+        preview = _Preview(picture, send) if order.streamed else None
 
         def on_step(step: Step) -> None:
             if stop.is_set():
                 raise _Stopped
-            send("progress", step=step.index, of=step.total, window=step.window, windows=step.windows)
+            if order.streamed:
+                send("progress", step=step.index, of=step.total, window=step.window, windows=step.windows)
 
         def compute() -> Result:
             send("started")

@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 from mutations import change_bytes, change_start, corpus, with_checksums  # noqa: E402
 
 FIELDS = {"start": "prefill", "steps": "10"}
-ROUNDS = 4
 BOUNDARY = b"----moebius"
 
 
@@ -271,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default="tiny")
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--clients", type=int, nargs="*", default=[4, 16, 64])
     parser.add_argument("--malformed", type=int, default=1000)
     options = parser.parse_args()
@@ -280,9 +280,9 @@ def main() -> None:
         service.post(body)
         for clients in options.clients:
             load, own, before = Load(clients), [], service.processor_s()
-            for _ in range(ROUNDS):
-                own.append(own_rate(options.bundle, options.seconds / ROUNDS / 2))
-                load.run(service, body, options.seconds / ROUNDS)
+            for _ in range(options.rounds):
+                own.append(own_rate(options.bundle, options.seconds / options.rounds / 2))
+                load.run(service, body, options.seconds / options.rounds)
             rate, own_s = np.mean(own, axis=0).tolist()
             figures = load.figures(rate)
             figures["processor_s"] = round((service.processor_s() - before) / len(load.seconds), 3)

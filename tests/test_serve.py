@@ -164,7 +164,7 @@ def service(bundle: Path) -> Iterator[Service]:
 def strict(bundle: Path) -> Iterator[Service]:
     """A service with a token and with limits that are soon reached."""
     options = ("--token", TOKEN, "--max-bytes", "50000", "--upload-time", "0.5", "--deadline", "2")
-    patch = "from moebius_edge.serve import server\nserver._HEADER_S = 0.5"
+    patch = "from moebius_edge.serve import server\nserver._LOOK_S = 0.5"
     service = Service(bundle, *options, patch=patch)
     yield service
     service.end()

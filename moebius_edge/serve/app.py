@@ -144,11 +144,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def create_app(device: Device, limits: Limits, token: str | None = None, rate: int = 0, page: Path = PAGE) -> FastAPI:
+def create_app(device: Device, limits: Limits, token: str | None = None, rate: int = 0, page: Path = PAGE) -> Guard:
     """The service as an ASGI application; ``device`` is started and closed by the caller."""
     app = FastAPI(title="moebius-edge", version=__version__, docs_url=None, redoc_url=None)
     metrics = _Metrics(device)
-    app.add_middleware(Guard, token=token, counter=metrics.answers)
     _add_errors(app, limits)
     _add_pictures(app, device, limits, Rate(rate), metrics)
     _add_page(app, page)
@@ -156,7 +155,7 @@ def create_app(device: Device, limits: Limits, token: str | None = None, rate: i
     @app.get("/v1/health", tags=["service"], responses=_json_example(503, _health_example("no process")))
     async def health() -> JSONResponse:
         """Whether pictures can be filled, and how many wait. Needs no token."""
-        status = "stopping" if device.stopping else "failed" if device.problem else "ok"
+        status = device.status
         facts = {"status": status, "active": device.active, "waiting": device.waiting, "queue": device.queue}
         problem = {"error": device.problem.problem, "remedy": device.problem.remedy} if device.problem else {}
         return JSONResponse({**facts, **problem}, 200 if status == "ok" else 503)
@@ -171,7 +170,7 @@ def create_app(device: Device, limits: Limits, token: str | None = None, rate: i
         """Figures for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return app
+    return Guard(app, token, metrics.answers)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------

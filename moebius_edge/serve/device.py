@@ -100,7 +100,8 @@ class _Process:
         self.kill()
 
     def kill(self) -> None:
-        self.process.kill()
+        self.process.kill()  # it ignores all other signals
+        self.process.join(_END_S)
         for threads in (self._reader, self._writer):
             threads.shutdown(wait=False)
 
@@ -130,6 +131,7 @@ class Device:
         self.stopping = False
         self.starts, self.busy_s = 0, 0.0
         self._process: _Process | None = None
+        self._processes: set[_Process] = set()  # this one, and one that takes its place or has given it up
         self._waiting: deque[Job] = deque()
         self._active: dict[int, Job] = {}
         self._numbers = 0
@@ -168,22 +170,20 @@ class Device:
             self._note("the bundle was loaded anew")
         if old is not None:
             await old.end()
+            self._drop(old)
 
     async def _load(self) -> _Process:
         process = _Process(self.model)
+        self._processes.add(process)
         self.starts += 1
-        try:
-            reply = await process.receive()
-        except BaseException:
-            process.kill()
-            raise
+        reply = await process.receive()
         if reply is not None and reply[1] == "ready":
             process.facts = reply[2]["model"]
             for text in reply[2]["notes"]:
                 self._note(text)
             return process
         cause = "" if reply is not None else await process.cause_of_death()
-        process.kill()
+        self._drop(process)
         if reply is not None:
             raise reply[2]["error"]
         raise ProcessFailed(f"the process that loads bundle {self.model[0]} {cause}", "see the lines above")
@@ -207,9 +207,13 @@ class Device:
         if process is not self._process:
             return
         self._process = None
-        process.kill()
         self._bury(f"the process that fills pictures {await process.cause_of_death()}")
+        self._drop(process)
         await self._start_again()
+
+    def _drop(self, process: _Process) -> None:
+        self._processes.discard(process)
+        process.kill()
 
     def _bury(self, cause: str) -> None:
         """Fail the job that the process died of, and let those that it had not begun wait again.
@@ -251,6 +255,13 @@ class Device:
     @property
     def active(self) -> int:
         return len(self._active)
+
+    @property
+    def status(self) -> str:
+        """``ok`` where pictures are filled, else why not: ``stopping``, ``failed`` or ``starting``."""
+        if self.stopping:
+            return "stopping"
+        return "failed" if self.problem else "starting" if self._process is None else "ok"
 
     @property
     def full(self) -> bool:
@@ -308,14 +319,15 @@ class Device:
             self._waiting.popleft().fail(503, "the service is shutting down", "try again in a minute")
 
     async def close(self) -> None:
+        """End the process, at once if it is busy."""
         self.stopping = True
         process, self._process = self._process, None
         for task in [*self._tasks]:
             task.cancel()
-        if process is not None and self._active:
-            process.kill()
-        elif process is not None:
+        if process is not None and not self._active:
             await process.end()
+        for process in [*self._processes]:
+            self._drop(process)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import sys
@@ -23,24 +24,26 @@ from .app import create_app, is_loopback
 from .device import Device
 from .forms import Limits
 
-_HEADER_S = 15.0  # in which a connection must have sent the head of a request
+_LOOK_S = 15.0  # in which a connection must have sent the head of a request, or read some of an answer
 
 
 class _Protocol(H11Protocol):
-    """HTTP whose connections may not be held open by half of a request's head, for which uvicorn has no limit."""
+    """HTTP whose connections are not held open by half of a request's head, nor by an answer that is not read."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(_HEADER_S, self._watch, None)
+        self.loop.call_later(_LOOK_S, self._watch, None, -1)
 
-    def _watch(self, before: Any) -> None:
-        """Close where no request has begun since the last look, when ``before`` was the newest one."""
-        if self.transport.is_closing():
+    def _watch(self, cycle: Any, unread: int) -> None:
+        """Close what has not moved since the last look, when ``cycle`` was its request and ``unread`` bytes waited."""
+        still_unread = self.transport.get_write_buffer_size()
+        if self.transport.is_closing() and not still_unread:
             return
-        if self.conn.their_state is h11.IDLE and self.cycle is before:
-            self.transport.close()
+        silent = self.conn.their_state is h11.IDLE and self.cycle is cycle
+        if still_unread == unread if still_unread else silent:
+            self.transport.abort()
         else:
-            self.loop.call_later(_HEADER_S, self._watch, self.cycle)
+            self.loop.call_later(_LOOK_S, self._watch, self.cycle, still_unread)
 
 
 class _Server(uvicorn.Server):
@@ -100,7 +103,9 @@ async def serve(listener: socket.socket, device: Device, limits: Limits, token: 
     server = _Server(config)
 
     def end() -> None:
-        server.force_exit = server.should_exit
+        if server.should_exit:
+            server.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # of the requests that are cut off it has tracebacks
         server.should_exit = True
         device.drain()
 

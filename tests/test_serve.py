@@ -27,8 +27,8 @@ from toy import flip_byte, make_toy_bundle
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from moebius_edge import Inpainter
-from moebius_edge.serve.app import Rate, is_loopback
 from moebius_edge.serve.device import Refused
+from moebius_edge.serve.guard import Rate, is_loopback
 
 SIZE = (80, 60)
 TOKEN = "a-token-of-the-tests"
@@ -263,7 +263,8 @@ def test_the_service_describes_itself(service: Service) -> None:
     document = service.get("/openapi.json").json
     schema = document["paths"]["/v1/inpaint"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert {"image", "mask", "steps", "guidance", "preset"} <= schema["properties"].keys()
-    assert schema["required"] == ["image", "mask"]
+    assert schema["required"] == ["image", "mask"] and "null" not in json.dumps(schema)
+    assert schema["properties"]["steps"].items() >= {"type": "integer", "maximum": 1000}.items()
     answers = document["paths"]["/v1/inpaint"]["post"]["responses"]
     assert answers["429"]["content"]["application/json"]["example"].keys() == {"error", "remedy"}
 

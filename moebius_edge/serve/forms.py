@@ -79,6 +79,10 @@ class Options(BaseModel):
 def request_schema() -> dict[str, Any]:
     """The form as OpenAPI describes it."""
     schema = Options.model_json_schema()
+    for field in schema["properties"].values():  # a form has no null: what is not wanted is left out
+        field |= next((kind for kind in field.pop("anyOf", []) if kind.get("type") != "null"), {})
+        if field.get("default", "") is None:
+            del field["default"]
     files = {
         "image": {"type": "string", "format": "binary", "description": "PNG, JPEG, TIFF, WebP, BMP, GIF or AVIF."},
         "mask": {"type": "string", "format": "binary", "description": "Of the same size; white or strokes are filled."},

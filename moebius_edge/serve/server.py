@@ -20,9 +20,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import MachineError, UsageError
-from .app import create_app, is_loopback
+from .app import create_app
 from .device import Device
 from .forms import Limits
+from .guard import is_loopback
 
 _LOOK_S = 15.0  # in which a connection must have sent the head of a request, or read some of an answer
 

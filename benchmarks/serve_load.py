@@ -226,7 +226,7 @@ def malformed(service: Service, body: bytes, count: int) -> dict[str, Any]:
         else:
             damaged = with_checksums(change_start(rng.choice(pictures)[1], rng, (64, 600))[1])
             files = (damaged, mask) if rng.random() < 0.7 else (rng.choice(pictures)[1], damaged)
-            changed = form(*files, {"steps": "1", "guidance": "1"})
+            changed = form(*files, {"steps": "2", "start": "noise"})
         begin = time.monotonic()
         try:
             status, _, answer = service.post(changed, timeout=60)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -27,8 +29,9 @@ from toy import flip_byte, make_toy_bundle
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from moebius_edge import Inpainter
-from moebius_edge.serve.device import Refused
+from moebius_edge.serve.device import Job, Refused
 from moebius_edge.serve.guard import Rate, is_loopback
+from moebius_edge.serve.worker import Order
 
 SIZE = (80, 60)
 TOKEN = "a-token-of-the-tests"
@@ -104,7 +107,7 @@ class Service:
     def end(self) -> None:
         self.process.terminate()
         try:
-            self.process.communicate(timeout=10)
+            self.process.communicate(timeout=60)
         finally:
             self.process.kill()
 
@@ -162,10 +165,12 @@ def service(bundle: Path) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def strict(bundle: Path) -> Iterator[Service]:
-    """A service with a token and with limits that are soon reached."""
-    options = ("--token", TOKEN, "--max-bytes", "50000", "--upload-time", "0.5", "--deadline", "2")
+    """A service with a token and with limits that are soon reached; it can write to no file, as on a full disk."""
+    options = ("--token", TOKEN, "--max-bytes", "50000", "--upload-time", "0.5")
     patch = "from moebius_edge.serve import server\nserver._LOOK_S = 0.5"
     service = Service(bundle, *options, patch=patch)
+    for pid in (service.process.pid, *service.workers()):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
     yield service
     service.end()
 
@@ -340,14 +345,32 @@ def test_the_rate_of_an_address_is_limited() -> None:
 # --- faults --------------------------------------------------------------------------------------------------------
 
 
-def test_limits_of_bytes_and_time(strict: Service) -> None:
-    bearer = f"Bearer {TOKEN}"
-    answer = strict.post({"image": b"x" * 3_000_000, "mask": MASK}, Authorization=bearer)
+def test_a_body_of_too_many_bytes_is_refused(strict: Service) -> None:
+    answer = strict.post({"image": b"x" * 3_000_000, "mask": MASK}, Authorization=f"Bearer {TOKEN}")
     assert answer.status == 413 and "more than 0.05 MB" in answer.json["error"]
-    files = {"image": coded(Image.new("L", (512, 512))), "mask": coded(lines((512, 512)), "GIF")}
-    answer = strict.post(files, _fields=LONG, Authorization=bearer)
-    assert answer.status == 504 and "more than the 2 seconds" in answer.json["error"]
-    assert strict.post(BOTH, _fields={"steps": "2"}, Authorization=bearer).status == 200, "the device is free again"
+
+
+def test_past_its_deadline_a_job_has_failed() -> None:
+    async def events() -> list[Any]:
+        job = Job(Order(image=b"", mask=b"", max_pixels=1), deadline_s=0.3)
+        job.put("progress", {"step": 1})
+        return [await job.next(), await job.next(0.01), await job.next(60)]
+
+    first, second, third = asyncio.run(events())
+    assert first == ("progress", {"step": 1}) and second is None
+    assert third[0] == "error" and third[1]["status"] == 504 and "more than the 0.3 seconds" in third[1]["problem"]
+
+
+@pytest.mark.slow
+def test_past_its_deadline_a_picture_leaves_the_device(bundle: Path) -> None:
+    service = Service(bundle, "--deadline", "3")
+    try:
+        answer = service.post(LARGE, _fields=LONG)
+        assert answer.status == 504 and "more than the 3 seconds" in answer.json["error"]
+        service.wait(lambda health: health["active"] == 0)
+        assert service.post(BOTH, _fields={"steps": "2"}).status == 200
+    finally:
+        service.end()
 
 
 def test_slow_senders_are_left_behind(strict: Service) -> None:

@@ -89,6 +89,7 @@ def address_of(listener: socket.socket) -> str:
 
 async def serve(listener: socket.socket, device: Device, limits: Limits, token: str | None, rate: int) -> None:
     """Load the bundle, print the address, and answer until a signal ends it. Raises MoebiusError as loading does."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of damaged forms, which are answered
     app = create_app(device, limits, token, rate)
     config = uvicorn.Config(
         app,

@@ -29,7 +29,7 @@ from moebius_edge.runtimes.engine_files import VARIANTS
 from moebius_edge.runtimes.openvino import DEVICES as OPENVINO_DEVICES
 from moebius_edge.sampling.scheduler import SCHEDULERS
 
-COMMANDS = ("run", "report", "inspect", "compare", "profile", "doctor", "download", "export", "train")
+COMMANDS = ("run", "serve", "report", "inspect", "compare", "profile", "doctor", "download", "export", "train")
 HEAVY = ("numpy", "cv2", "PIL", "torch", "onnxruntime", "onnx", "huggingface_hub", "rich.markdown")
 
 

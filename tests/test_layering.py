@@ -30,10 +30,10 @@ DEVICE_LAYERS = (
     {"data", "runtimes"},
     {"pipeline"},
     {"metrics"},
-    {"report"},
+    {"report", "serve"},
 )
 DEVICE = {name: rank for rank, layer in enumerate(DEVICE_LAYERS) for name in layer}
-BELOW_REPORT = DEVICE.keys() - {"report"}
+BELOW_REPORT = DEVICE.keys() - {"report", "serve"}
 
 # What runs on a workstation, and what each part may import.
 WORKSTATION: dict[str, set[str]] = {
@@ -48,7 +48,7 @@ TORCH_BACKEND = "runtimes.pytorch"  # the reference back-end: the one module of 
 
 FRAMEWORKS = {"diffusers", "fla", "onnx", "onnxscript", "safetensors", "skimage", "torch", "torchvision"}
 RUNTIMES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"}
-HEAVY = FRAMEWORKS | RUNTIMES | {"cv2", "numpy", "PIL", "pydantic", "huggingface_hub"}
+HEAVY = FRAMEWORKS | RUNTIMES | {"cv2", "fastapi", "numpy", "PIL", "pydantic", "huggingface_hub", "uvicorn"}
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def test_metadata(metadata: email.message.Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     extras = set(metadata.get_all("Provides-Extra") or [])
     on_cuda = {f"{name}{suffix}" for name in ("gpu", "tensorrt", "rtx") for suffix in ("", "-cu12")}
-    assert extras == {"cpu", "openvino", *on_cuda, "download", "export", "report", "train", "docs", "dev"}
+    assert extras == {"cpu", "openvino", *on_cuda, "download", "export", "report", "serve", "train", "docs", "dev"}
 
 
 def test_the_device_installs_no_framework(metadata: email.message.Message) -> None:

@@ -16,6 +16,7 @@ from .inspect import inspect
 from .profile import profile
 from .report import report
 from .run import run
+from .serve import serve
 from .train import train
 
 # Each command with its examples: what is typed after the program's name, and what it does.
@@ -23,6 +24,10 @@ COMMANDS: dict[Callable[..., Any], dict[str, str]] = {
     run: {
         "run photo.jpg mask.png --start prefill": "remove what is white in the mask",
         "run photos masks --output filled --preset fast": "a folder; again, to go on after a kill",
+    },
+    serve: {
+        "serve": "the bundled model, and a page to paint masks on",
+        "serve --bundle places2 --port 0 --queue 4": "another, at a port that is free",
     },
     report: {
         "report tiny --images photos --output comparison": "latency and accuracy as one page",

@@ -82,7 +82,9 @@ def picture_format(head: bytes) -> str | None:
     return next((form for form, matches in signatures.items() if matches), None)
 
 
-def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None) -> Picture:
+def read_picture(
+    path: str | os.PathLike[str], contents: BinaryIO | None = None, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """Read a PNG, JPEG, TIFF, WebP, BMP or GIF file, turned upright by its EXIF orientation.
 
     Grey stays grey and 16 bits stay 16, but AVIF, and JPEG 2000 in colour, are read at 8 bits. Palettes become RGB, a
@@ -92,7 +94,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
 
     Raises:
         MachineError: the file is missing or may not be read.
-        UsageError: it is no picture, damaged, larger than ``MAX_PIXELS``, or of a kind that would lose depth.
+        UsageError: it is no picture, damaged, larger than ``max_pixels``, or of a kind that would lose depth.
     """
     with _opened(Path(path), contents) as (stream, form):
         png = read_png(stream) if form == "PNG" else None
@@ -103,7 +105,7 @@ def read_picture(path: str | os.PathLike[str], contents: BinaryIO | None = None)
             file = io.BytesIO(b"".join((jpeg.coded, _JPEG_END)))
         image = _header(file, form)
         bits = png.bits if png else check_tiff(image, stream) if form == "TIFF" else 8
-        _check_size(path, image, form, bits, scans)
+        _check_size(path, image, form, bits, scans, max_pixels)
         # A Huffman code takes a bit or more for a block of the finest component: 8x8 pixels, of a quarter of them.
         if jpeg is not None and image.width * image.height > 8 * 256 * len(jpeg.coded) + (1 << 16):
             raise ValueError("it is truncated")
@@ -154,9 +156,9 @@ def _open(path: Path) -> BinaryIO:
             raise UsageError(f"{path} is {kind}")
         return path.open("rb")
     except FileNotFoundError:
-        raise MachineError(f"there is no picture {path}: check the name with `ls {path.parent}`") from None
+        raise MachineError(f"there is no picture {path}", f"check the name with `ls {path.parent}`") from None
     except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}: check it with `ls -l {path}`") from None
+        raise MachineError(f"cannot read {path}: {error.strerror}", f"check it with `ls -l {path}`") from None
 
 
 @contextmanager
@@ -166,29 +168,29 @@ def _opened(path: Path, contents: BinaryIO | None) -> Iterator[tuple[BinaryIO, s
         warnings.simplefilter("ignore")  # Pillow's: on sizes, which are checked here, and on odd metadata
         head = stream.read(32)
         if not head:
-            raise UsageError(f"picture {path} is empty (0 bytes): copy it again")
+            raise UsageError(f"picture {path} is empty (0 bytes)", "copy it again")
         form = picture_format(head)
         if form is None:
             raise UsageError(
-                f"{path} is not a picture of a known kind, or its header is damaged (it begins "
-                f"with {head[:16]!r}): convert it to PNG, JPEG, TIFF, WebP, BMP or GIF"
+                f"{path} is not a picture of a known kind, or its header is damaged (it begins with {head[:16]!r})",
+                "convert it to PNG, JPEG, TIFF, WebP, BMP or GIF",
             )
         if form == "AVIF" and not features.check("avif"):
             command = "pip install 'pillow>=11.3'"
-            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read: run `{command}`")
+            raise MachineError(f"picture {path} is AVIF, which this Pillow cannot read", f"run `{command}`")
         if stream.seek(0, io.SEEK_END) > _MAX_FILE_BYTES:
-            raise UsageError(f"picture {path} has more than {_MAX_FILE_BYTES / 1e9:g} GB: scale it down first")
+            raise UsageError(f"picture {path} has more than {_MAX_FILE_BYTES / 1e9:g} GB", "scale it down first")
         try:
             yield stream, form
         except MoebiusError:
             raise
         except UnidentifiedImageError:
-            raise UsageError(f"{form} picture {path} is truncated, or its header is damaged: copy it again") from None
+            raise UsageError(f"{form} picture {path} is truncated, or its header is damaged", "copy it again") from None
         except MemoryError:
-            raise MachineError(f"not enough memory to read picture {path}: scale it down first") from None
+            raise MachineError(f"not enough memory to read picture {path}", "scale it down first") from None
         except Exception as error:  # a decoder meets damage with any exception at all
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"cannot read picture {path}: {reason}: copy or save it again") from None
+            raise UsageError(f"cannot read picture {path}: {reason}", "copy or save it again") from None
 
 
 def _header(stream: BinaryIO, form: str) -> Image.Image:
@@ -202,11 +204,12 @@ def _header(stream: BinaryIO, form: str) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: int) -> None:
+def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: int, max_pixels: int) -> None:
     """Raise ``UsageError`` where decoding would take gigabytes above the samples, or many seconds."""
     channels, (width, height) = len(image.getbands()), image.size
     limits = {
-        f" of {form}" if form in _MAX_PIXELS else "": _MAX_PIXELS.get(form, MAX_PIXELS),
+        "": max_pixels,
+        f" of {form}": _MAX_PIXELS.get(form, MAX_PIXELS),
         f" with {channels} channels of 16 bits": _MAX_BYTES_AT_16_BITS // (2 * channels) if bits == 16 else MAX_PIXELS,
         f" of JPEG in {scans} scans": _MAX_PIXELS_IN_SCANS if scans > 1 else MAX_PIXELS,
         f" of JPEG in so many scans, {scans},": _MAX_SCANNED_PIXELS // scans if scans > _MAX_SCANS else MAX_PIXELS,
@@ -214,7 +217,7 @@ def _check_size(path: object, image: Image.Image, form: str, bits: int, scans: i
     of_what, most = min(limits.items(), key=lambda limit: limit[1])
     if width * height > most:
         size = f"{width}x{height}, {width * height / 1e6:.0f} megapixels"
-        raise UsageError(f"picture {path} is {size}: at most {most / 1e6:.0f}{of_what} are read: scale it down first")
+        raise UsageError(f"picture {path} is {size}: at most {most / 1e6:.0f}{of_what} are read", "scale it down first")
 
 
 class _Jpeg(NamedTuple):

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import UsageError
 from . import mask_evidence as evidence
-from .decoding import read_picture, upright
+from .decoding import MAX_PIXELS, read_picture, upright
 from .mask_evidence import NOISE, WHITE, Bytes, Colour
 from .masks import Mask, threshold
 from .masks import dilate as dilated
@@ -49,6 +49,7 @@ def read_mask(
     dilate: float = 0,
     source: str | None = None,
     contents: BinaryIO | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> MaskFile:
     """Read the mask of ``picture`` from a file of any kind that ``pictures.read_picture`` reads.
 
@@ -59,14 +60,14 @@ def read_mask(
         invert: fill the other part.
         dilate: grow the part to fill by so many pixels, after inverting.
         source: a value of --mask-from, see ``check_source``; None finds out.
-        contents: as for ``read_picture``.
+        contents, max_pixels: as for ``read_picture``.
 
     Raises:
         MachineError, UsageError: as ``read_picture`` and ``read_hole``; also for another size than the picture's, and
             for ``dilate`` below 0.
     """
     name = f"mask {path}"
-    drawn = read_picture(path, contents)
+    drawn = read_picture(path, contents, max_pixels)
     samples, indices, notes = drawn.samples, drawn.indices, []
     swapped = samples.shape[1::-1] == picture.size[::-1] != picture.size
     if picture.orientation >= 5 and drawn.orientation == 1 and swapped:
@@ -76,7 +77,7 @@ def read_mask(
     height, width = samples.shape[:2]
     if (width, height) != picture.size:
         size = f"{picture.size[0]}x{picture.size[1]}"
-        raise UsageError(f"{name} is {width}x{height} and the picture is {size}: resize the mask to {size}")
+        raise UsageError(f"{name} is {width}x{height} and the picture is {size}", f"resize the mask to {size}")
     hole, note = read_hole(samples, name, source, indices)
     hole = ~hole if invert else hole
     notes += [note] if note else []
@@ -95,7 +96,7 @@ def check_source(text: str) -> str:
     kind, _, number = text.partition(":")
     if text in SOURCES or (kind == "index" and number.isascii() and number.isdigit()):
         return text
-    raise UsageError(f"--mask-from {text} is unknown: choose {', '.join(SOURCES)}, or index:N such as index:1")
+    raise UsageError(f"--mask-from {text} is unknown", f"choose {', '.join(SOURCES)}, or index:N such as index:1")
 
 
 def read_hole(
@@ -143,7 +144,7 @@ def _of_channel(pixels: Bytes, alpha: Bytes | None, source: str, name: str) -> M
     if source == "alpha":
         if alpha is None or np.ptp(alpha) <= NOISE:
             has = "no alpha channel" if alpha is None else f"alpha {alpha.max()} everywhere"
-            raise UsageError(f"{name} has {has}: leave out --mask-from alpha")
+            raise UsageError(f"{name} has {has}", "leave out --mask-from alpha")
         return evidence.painted(alpha)
     pixels = pixels if alpha is None else evidence.on_black(pixels, alpha)
     if source == "luma" or pixels.shape[2] == 1:
@@ -157,10 +158,10 @@ def _of_channel(pixels: Bytes, alpha: Bytes | None, source: str, name: str) -> M
 def _of_index(exact: np.ndarray, indices: np.ndarray | None, number: int, name: str) -> Mask:
     values = exact[..., 0] if indices is None else indices
     if indices is None and (exact != values[..., None]).any():
-        raise UsageError(f"{name} has colours and no palette: --mask-from index:N needs a palette, or grey levels")
+        raise UsageError(f"{name} has colours and no palette", "--mask-from index:N needs a palette, or grey levels")
     hole: Mask = values == number
     if not hole.any():
-        raise UsageError(f"{name} has no pixel of index {number}: it holds {_listed(np.unique(values))}")
+        raise UsageError(f"{name} has no pixel of index {number}", f"it holds {_listed(np.unique(values))}")
     return hole
 
 
@@ -256,7 +257,8 @@ def _coloured(colour: np.ndarray) -> bool:
 
 def _refuse(name: str, seen: str, remedy: str, separator: str = ": ") -> NoReturn:
     save = "save the hole as white on black"
-    raise UsageError(f"{name} {seen}{separator}{f'{remedy}, or {save}' if remedy else save}")
+    advice = f"{remedy}, or {save}" if remedy else save
+    raise UsageError(f"{name} {seen}", advice) if separator == ": " else UsageError(f"{name} {seen}{separator}{advice}")
 
 
 def _refuse_levels(name: str, levels: Sequence[int]) -> NoReturn:

@@ -31,7 +31,7 @@ def threshold(values: np.ndarray, name: str = "mask") -> Mask:
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim != 2:
-        raise UsageError(f"{name} has shape {values.shape}: give one value a pixel, (height, width)")
+        raise UsageError(f"{name} has shape {values.shape}", "give one value a pixel, (height, width)")
     if values.dtype == np.bool_:
         return values
     brightest = values.max(initial=0) if values.dtype.kind in "uif" else 0
@@ -40,11 +40,11 @@ def threshold(values: np.ndarray, name: str = "mask") -> Mask:
     elif np.issubdtype(values.dtype, np.floating):
         white = 1.0
         if not np.isfinite(values).all():
-            raise UsageError(f"{name} has values that are not finite: give numbers from 0 to 1")
+            raise UsageError(f"{name} has values that are not finite", "give numbers from 0 to 1")
     elif values.dtype.kind in "ui" and ((values == 0) | (values == brightest)).all():
         return np.asarray(values > 0)
     else:
-        raise UsageError(f"{name} has type {values.dtype}: convert it to bool, or to uint8 with white as 255")
+        raise UsageError(f"{name} has type {values.dtype}", "convert it to bool, or to uint8 with white as 255")
     if 0 < brightest <= white / 2:
         one_value = not ((values > 0) & (values < brightest)).any()
         white = float(brightest) if one_value or brightest > FAINT * white else white
@@ -73,7 +73,7 @@ def dilate(mask: Mask, radius: float) -> Mask:
         UsageError: ``radius`` is negative or not a number.
     """
     if not radius >= 0:
-        raise UsageError(f"mask-dilate is {radius}: give 0 or more pixels")
+        raise UsageError(f"mask-dilate is {radius}", "give 0 or more pixels")
     box = bounds(mask)
     if radius == 0 or box is None:
         return mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -17,7 +17,16 @@ from .picture import Picture
 from .png import write_png
 from .tiff import write_tiff
 
-__all__ = ["MAX_PIXELS", "OUTPUT_FORMATS", "Picture", "check_output", "read_picture", "write_picture"]
+__all__ = [
+    "MAX_PIXELS",
+    "OUTPUT_FORMATS",
+    "Picture",
+    "check_output",
+    "encode_picture",
+    "missing_in",
+    "read_picture",
+    "write_picture",
+]
 
 OUTPUT_FORMATS = {  # by extension
     **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP", ".bmp": "BMP"}
@@ -38,19 +47,23 @@ def check_output(path: str | os.PathLike[str], picture: Picture) -> str:
     if form is None:
         what = f"extension {suffix}" if suffix else "no extension"
         raise UsageError(f"output {path} has {what}: use one of {', '.join(OUTPUT_FORMATS)}")
-    longest = max(picture.size)
-    lacks = ""
-    if form not in ("PNG", "TIFF") and picture.bits == 16:
-        lacks = "16-bit samples"
-    elif form in ("JPEG", "BMP") and not picture.opaque:
-        lacks = "an alpha channel"
-    elif longest > _LONGEST_SIDE.get(form, longest):
-        lacks = f"a side of {longest} pixels"
-    elif form == "TIFF" and picture.bits == 16 and picture.samples.shape[2] == 2:
-        lacks = "16-bit grey with alpha that other programs can read"
-    if lacks:
+    if lacks := missing_in(form, picture):
         raise UsageError(f"output {path}: {form} cannot hold {lacks}: use .png")
     return form
+
+
+def missing_in(form: str, picture: Picture) -> str:
+    """What the format ``form`` cannot hold of ``picture``; empty if it holds all, as PNG always does."""
+    longest = max(picture.size)
+    if form not in ("PNG", "TIFF") and picture.bits == 16:
+        return "16-bit samples"
+    if form in ("JPEG", "BMP") and not picture.opaque:
+        return "an alpha channel"
+    if longest > _LONGEST_SIDE.get(form, longest):
+        return f"a side of {longest} pixels"
+    if form == "TIFF" and picture.bits == 16 and picture.samples.shape[2] == 2:
+        return "16-bit grey with alpha that other programs can read"
+    return ""
 
 
 def write_picture(path: str | os.PathLike[str], picture: Picture) -> tuple[str, ...]:
@@ -65,13 +78,19 @@ def write_picture(path: str | os.PathLike[str], picture: Picture) -> tuple[str, 
     """
     form = check_output(path, picture)
     with atomic_write(path) as temporary, temporary.open("wb") as stream:
-        if form == "PNG":
-            write_png(stream, picture.samples, picture.metadata.png_chunks())
-        elif form == "TIFF":
-            write_tiff(stream, picture.samples, picture.metadata.exif_with_resolution(), picture.metadata.icc)
-        else:
-            stream.write(_encoded(form, picture))
-    return tuple(f"{path} is {form}, {note}" for note in _losses(form, picture))
+        notes = encode_picture(stream, form, picture)
+    return tuple(f"{path} is {note}" for note in notes)
+
+
+def encode_picture(stream: BinaryIO, form: str, picture: Picture) -> tuple[str, ...]:
+    """Write ``picture`` to ``stream`` in a format that holds it; return notes such as "JPEG, which is lossy"."""
+    if form == "PNG":
+        write_png(stream, picture.samples, picture.metadata.png_chunks())
+    elif form == "TIFF":
+        write_tiff(stream, picture.samples, picture.metadata.exif_with_resolution(), picture.metadata.icc)
+    else:
+        stream.write(_encoded(form, picture))
+    return tuple(f"{form}, {note}" for note in _losses(form, picture))
 
 
 def _losses(form: str, picture: Picture) -> list[str]:

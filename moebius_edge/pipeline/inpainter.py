@@ -180,7 +180,8 @@ class Inpainter:
 
             def report(step: Step) -> None:
                 if on_step is not None:
-                    on_step(replace(step, index=done * calls + step.index, total=len(groups) * calls))
+                    index, total = done * calls + step.index, len(groups) * calls
+                    on_step(replace(step, index=index, total=total, window=first + 1, windows=len(filling.windows)))
 
             for done, group in enumerate(groups):
                 first = sum(map(len, groups[:done]))

@@ -29,12 +29,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One call of the denoiser is done: ``index`` counts from 1 to ``total``."""
+    """One call of the denoiser is done: ``index`` counts from 1 to ``total``, and ``window`` from 1 to ``windows``."""
 
     index: int
     total: int
     timestep: int
     read: Callable[[], Floats]
+    window: int = 1
+    windows: int = 1
 
     @property
     def latent(self) -> Floats:

@@ -93,7 +93,7 @@ def run_job(
         available = available_memory_bytes()
         size = "" if available is None else f"; {available / 1e9:.1f} GB are free without it"
         raise OutOfMemory(f"the kernel killed {name} for lack of memory{size}", memory_remedy)
-    raise ProcessFailed(f"{name} {_cause_of_death(process.returncode, lines[-1] if lines else '')}")
+    raise ProcessFailed(f"{name} {cause_of_death(process.returncode, lines[-1] if lines else '')}")
 
 
 def serve_job(task: Callable[[dict[str, Any], Progress, Note], dict[str, Any]]) -> int:
@@ -194,7 +194,7 @@ class _StallWatch(threading.Thread):
         return None
 
 
-def _cause_of_death(code: int, last_line: str) -> str:
+def cause_of_death(code: int, last_line: str) -> str:
     if code >= 0:
         cause = f"ended with exit code {code}"
     elif code == -signal.SIGKILL:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,40 @@ def outline(model: ModelProto) -> ModelProto:
         else:
             copy.graph.initializer.append(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims))
     return copy
+
+
+def cut(model: ModelProto, number: int, rows: int) -> list[ModelProto]:
+    """``model`` for a batch of ``rows`` as ``number`` models that run one after the other, cut where least crosses.
+
+    What one computes and a later one reads is an output of the one and an input of the other, under the same name.
+    """
+    tensors, nodes = infer_tensors(model, rows), list(model.graph.node)
+    weights = {t.name: t for t in model.graph.initializer}
+    made = {name: index for index, node in enumerate(nodes) for name in node.output}
+    last = {name: index for index, node in enumerate(nodes) for name in node.input if name and name not in weights}
+    last |= {value.name: len(nodes) for value in model.graph.output}
+    crossing = np.zeros(len(nodes) + 1, np.int64)  # elements that the nodes before an index hand on to those after it
+    for name, index in last.items():
+        crossing[made.get(name, -1) + 1 : index + 1] += math.prod(tensors[name][0])
+    length = len(nodes) / number
+    windows = [(math.ceil((k - 0.5) * length), math.ceil((k + 0.5) * length)) for k in range(1, number)]
+    edges = [0, *(low + int(np.argmin(crossing[low:high])) for low, high in windows), len(nodes)]
+    parts = []
+    for start, end in pairwise(edges):
+        read = dict.fromkeys(name for node in nodes[start:end] for name in node.input if name)
+        values = [
+            [helper.make_tensor_value_info(name, tensors[name][1], tensors[name][0]) for name in names]
+            for names in (
+                [name for name in read if name not in weights and made.get(name, -1) < start],
+                [name for node in nodes[start:end] for name in node.output if last.get(name, -1) >= end],
+            )
+        ]
+        part = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+        constants = [weights[name] for name in read if name in weights]
+        part.graph.CopyFrom(helper.make_graph(nodes[start:end], f"{start} to {end}", *values, constants))
+        drop_unused(part)
+        parts.append(part)
+    return parts
 
 
 def drop_unused(model: ModelProto) -> None:

@@ -34,7 +34,7 @@ from .quantise import Quantiser
 from .sensitivity import PartedDenoiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
-POINTS = (0.2, 0.5, 0.8)  # of a trajectory, the cases in turn
+POINTS = (0.25, 0.65)  # of a trajectory, the cases in turn
 MAX_RECIPES = 4  # that whole trajectories measure
 SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
 PLAIN, SMOOTHED = "plain", "smoothed"

@@ -61,6 +61,7 @@ class PartedDenoiser:
 
 def _open(model: ModelProto) -> Any:
     options = quiet_options(onnxruntime, available_cores())
+    options.enable_cpu_mem_arena = False  # every part would keep room for its largest tensors
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

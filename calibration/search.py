@@ -35,7 +35,8 @@ from .sensitivity import PartedDenoiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
 POINTS = (0.25, 0.65)  # of a trajectory, the cases in turn
-MAX_RECIPES = 4  # that whole trajectories measure
+MAX_RECIPES = 5  # that whole trajectories measure
+LEAST_SLOPE_DB = 3.0  # what a tenfold error in the noise costs at least
 SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
 PLAIN, SMOOTHED = "plain", "smoothed"
 
@@ -113,6 +114,7 @@ class Search:
         """
         self.measure([block.name for block in self.quantiser.candidates])
         least, best, limit, failed = min_psnr_db + MARGIN_DB, Recipe({}), math.inf, math.inf
+        measured: list[tuple[float, float]] = []  # the logarithm of a recipe's sum of errors, and its worst PSNR
         tried: list[str] = []
         while len(tried) < MAX_RECIPES:
             recipe = self._largest_recipe(min(limit, failed * (1 - 1e-9)))
@@ -122,11 +124,12 @@ class Search:
             tried.append(f"{counted(len(recipe.chosen), 'block')} had {psnr_db:.2f}")
             error = sum(self.error(name) for name in recipe.chosen)
             self.factor = 10 ** (-psnr_db / 10) / error
-            limit = 10 ** (-least / 10) / self.factor
             if psnr_db >= least:
                 best = recipe
             else:
                 failed = error
+            measured.append((math.log10(error), psnr_db))
+            limit = predict_limit(measured, least)
         if not best.chosen:
             raise QualityError(
                 f"no recipe is good enough: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "
@@ -174,3 +177,16 @@ class Search:
         with scratch_directory(self.cache.folder) as folder:
             onnx.save(self.quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
             return min(m["hole_psnr_db"] for m in self.evaluator.evaluate(folder, what, self.progress))
+
+
+def predict_limit(measured: Sequence[tuple[float, float]], least: float) -> float:
+    """The sum of errors at which a recipe is predicted to have ``least`` dB, from log10 of the sum and dB of others.
+
+    By the last one if errors add up, 10 dB for each tenfold; two say how much less it is, where the sampler mends some.
+    """
+    logarithm, psnr_db = measured[-1]
+    slope = 10.0
+    if len(measured) > 1:
+        before, its_psnr_db = measured[-2]
+        slope = min(slope, max(LEAST_SLOPE_DB, (its_psnr_db - psnr_db) / (logarithm - before)))
+    return 10 ** (logarithm + (psnr_db - least) / slope)

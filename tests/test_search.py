@@ -56,6 +56,8 @@ class Fake:
     facts: dict[str, Any] = field(default_factory=lambda: {"ranges": "mse"})
     gain: float = 7.0
     excess: float = 1.0  # of the errors of several blocks over the sum of each one's
+    exponent: float = 1.0  # of the sum of errors, in the error of a picture
+    scale: float = 1.0
     guidance: Guidance = Guidance(2.0, 2.0)
     tried: list[tuple[frozenset[str], tuple[str, ...]]] = field(default_factory=list)
     called: list[tuple[str, bool]] = field(default_factory=list)
@@ -84,7 +86,7 @@ class Fake:
         document = json.loads(onnx.load(folder / "denoiser.onnx").graph.doc_string)
         recipe = Recipe(document["quantised"], tuple(document["smoothed"]))
         self.tried.append((recipe.chosen, recipe.smoothed))
-        error = self.error(recipe.chosen, recipe.smoothed)
+        error = self.scale * self.error(recipe.chosen, recipe.smoothed) ** self.exponent
         return [{"hole_psnr_db": -10 * math.log10(error * harder)} for harder in CASES]
 
     # The denoiser in parts.
@@ -219,6 +221,15 @@ def test_errors_that_do_not_add_up_cost_no_more_trials(tmp_path: Path, excess: f
     number = len(choose(fake, 30.0, tmp_path).chosen)
     fits = [n for n in range(2, 61) if n * excess * max(CASES) * 10**-4.5 <= 10 ** (-(30 + MARGIN_DB) / 10)]
     assert number == max(fits) < 60 and len(fake.tried) <= MAX_RECIPES
+
+
+@pytest.mark.parametrize("exponent", [0.4, 0.7])
+def test_errors_that_the_sampler_mends_in_part_are_followed(tmp_path: Path, exponent: float) -> None:
+    """The error of a picture is a power of the sum of the blocks', such that 20 of 60 alike are at the floor."""
+    scale = 10 ** (-(40 + MARGIN_DB) / 10) / max(CASES) / (20.4 * 10**-4.5) ** exponent
+    fake = Fake([Part(f"b{i}", 100, 45.0) for i in range(60)], exponent=exponent, scale=scale)
+    assert 19 <= len(choose(fake, 40.0, tmp_path).chosen) <= 20
+    assert len(fake.tried) <= MAX_RECIPES
 
 
 def test_the_worst_case_and_the_margin_count(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import onnx
 
@@ -36,7 +35,6 @@ from .sensitivity import PartedDenoiser
 
 MARGIN_DB = 1.0  # a recipe is chosen on few pictures, and judged on others
 POINTS = (0.25, 0.65)  # of a trajectory, the cases in turn
-CELL = 4  # positions of the latent, each way
 MAX_RECIPES = 5  # that whole trajectories measure
 LEAST_SLOPE_DB = 3.0  # what a tenfold error in the noise costs at least
 SMOOTHING_GAIN_DB = 0.5  # what smoothing must bring a block alone
@@ -46,8 +44,8 @@ PLAIN, SMOOTHED = "plain", "smoothed"
 class Search:
     """Looks for the best recipe of ``quantiser``, which the trajectories of ``evaluator`` decide.
 
-    ``errors`` has, for each block that was measured, the ``coarse_error`` of the noise in the hole with the block alone
-    quantised, ``plain`` and, where that can be done, ``smoothed``. ``factor`` turns it into 10^(-PSNR/10) of the
+    ``errors`` has, for each block that was measured, the mean squared error of the noise in the hole with the block
+    alone quantised, ``plain`` and, where that can be done, ``smoothed``. ``factor`` turns it into 10^(-PSNR/10) of the
     picture's hole; it is None until a recipe was measured.
     """
 
@@ -60,7 +58,7 @@ class Search:
 
     def measure(self, names: Sequence[str]) -> None:
         """Measure the error of each block of ``names``, kept block by block: an interrupted search goes on."""
-        facts: dict[str, Any] = {"recording": self.quantiser.facts, "points": [POINTS, CELL]}
+        facts: dict[str, Any] = {"recording": self.quantiser.facts, "points": POINTS}
         self.errors = self.cache.get("sensitivity", facts) or {}
         trials = [(name, PLAIN) for name in names]
         trials += [(name, SMOOTHED) for name in names if name in self.quantiser.smoothable]
@@ -72,8 +70,8 @@ class Search:
         for done, (name, kind) in enumerate(missing, len(trials) - len(missing)):
             self.progress(f"sensitivity of {name}{', smoothed' if kind == SMOOTHED else ''}", done, len(trials))
             difference = self._guided(network.noise_with(name, kind == SMOOTHED) - network.noise)
-            errors = [coarse_error(d, hole) for d, hole in zip(difference, holes, strict=True)]
-            self.errors.setdefault(name, {})[kind] = float(np.mean(errors))
+            squares = [np.square(d[:, h], dtype=np.float64).mean() for d, h in zip(difference, holes, strict=True)]
+            self.errors.setdefault(name, {})[kind] = float(np.mean(squares))
             self.cache.put("sensitivity", facts, self.errors)
 
     def _prepare(self, trials: Sequence[tuple[str, str]]) -> tuple[PartedDenoiser, list[Mask], float]:
@@ -179,15 +177,6 @@ class Search:
         with scratch_directory(self.cache.folder) as folder:
             onnx.save(self.quantiser.quantise(recipe)[0], str(folder / f"{DENOISER}.onnx"))
             return min(m["hole_psnr_db"] for m in self.evaluator.evaluate(folder, what, self.progress))
-
-
-def coarse_error(difference: np.ndarray, hole: Mask) -> float:
-    """The mean squared difference (c, h, w) in the hole (h, w), averaged over ``CELL`` x ``CELL`` positions before.
-
-    What is coarse adds up from step to step. What is fine differs from one to the next and is mended by those after it.
-    """
-    cells = [cv2.blur(plane * hole, (CELL, CELL), borderType=cv2.BORDER_CONSTANT) for plane in difference]
-    return float(np.square(cells, dtype=np.float64).sum() / hole.sum() / len(cells))
 
 
 def predict_limit(measured: Sequence[tuple[float, float]], least: float) -> float:

@@ -63,20 +63,24 @@ class CandidateEvaluator:
 
     def __init__(self, bundle: Bundle, cases: Sequence[Case], guidance: float | None, steps: int) -> None:
         self.guidance = choose_guidance(guidance, bundle.distilled_guidance)
-        self._bundle, self._cases, self._steps = bundle, cases, steps
+        self.cases, self.steps, self._bundle = cases, steps, bundle
         self._encoded: dict[bytes, Arrays] = {}
         self._references: list[Trajectory] = []
+
+    def references(self, what: str, progress: Progress) -> list[Trajectory]:
+        """The trajectories of the float32 bundle, sampled when they are first asked for."""
+        if not self._references:
+            self._references = self._sample(self._bundle.path, f"{what}: float32", progress)
+        return self._references
 
     def evaluate(self, candidate: Path | Runtime, what: str, progress: Progress) -> list[Metrics]:
         """The metrics of a runtime, or of the denoiser in a folder with the float32 autoencoder, on all cases.
 
         Raises BundleError if what it computes is not finite.
         """
-        if not self._references:
-            self._references = self._sample(self._bundle.path, f"{what}: float32", progress)
-        results = []
+        references, results = self.references(what, progress), []
         trajectories = self._sample(candidate, what, progress)
-        for (name, scene), trajectory, reference in zip(self._cases, trajectories, self._references, strict=True):
+        for (name, scene), trajectory, reference in zip(self.cases, trajectories, references, strict=True):
             metrics = fill_figures(trajectory.image[0], reference.image[0], scene[1])
             rounded = {k: round(v, 2 if k.endswith("db") else 4) for k, v in metrics.items() if v is not None}
             drift = compare(trajectory, reference)["latent_rms_drift"]
@@ -90,11 +94,11 @@ class CandidateEvaluator:
         trajectories: list[Trajectory] = []
 
         def on_step(done: int, total: int) -> None:
-            progress(what, len(trajectories) * total + done, len(self._cases) * total)
+            progress(what, len(trajectories) * total + done, len(self.cases) * total)
 
-        settings: dict[str, Any] = {"steps": self._steps, "guidance": self.guidance.sampled, "on_step": on_step}
+        settings: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance.sampled, "on_step": on_step}
         with nullcontext(candidate) if candidate.active else candidate as runtime:
-            for _, scene in self._cases:
+            for _, scene in self.cases:
                 trajectories.append(run_trajectory(runtime, scene=scene, **settings))
         return trajectories
 

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from .blocks import Recipe, blocks
 from .evaluate import CandidateEvaluator, Metrics, gate_device, make_cases, mean_hole_psnr_db, measure_speed
 from .quantise import Quantiser, quantised_nodes
 from .record import record
-from .search import Search, best_psnr_db
+from .search import Search
 
 RECIPE_FILE = "recipe.json"
 MIN_PSNR_DB = 30.0  # in the hole, of the worst held-out case
@@ -112,8 +111,8 @@ def quantise_bundle(
         progress("read the denoiser", 0, 0)
         quantiser = Quantiser(reference.component_path(DENOISER), statistics, options.ranges)
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
-        evaluator = partial(CandidateEvaluator, reference, cases, options.guidance)
-        search = Search(quantiser, evaluator, cache, progress, options.steps)
+        evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
+        search = Search(quantiser, evaluator, cache, progress)
         if recipe is None:
             recipe = search.find_recipe(options.min_psnr_db)
         recipe.save(options.folder / RECIPE_FILE)
@@ -126,7 +125,7 @@ def quantise_bundle(
         metrics, gate = _measure(reference, candidate, held_out, options, progress)
         if not gate["hole_psnr_db"] >= options.min_psnr_db:  # a floor that is NaN is missed too
             raise gate_error(metrics, recipe, search, options)
-        int8["blocks"] = block_table(quantiser, recipe, int8["nodes"], search.sensitivity)
+        int8["blocks"] = block_table(quantiser, recipe, int8["nodes"], search.sensitivity())
         int8["cases"] = [{k: v for k, v in m.items() if k != "latent_rms_drift"} for m in metrics]
         int8["speed"] = measure_speed(reference, candidate, options.gate_runtime, progress)
         write_bundle(folder, gate=gate, **card)
@@ -215,12 +214,13 @@ def gate_error(metrics: Sequence[Metrics], recipe: Recipe, search: Search, optio
     """The error for a gate that was missed: the worst case, and the three blocks that cost most alone."""
     worst = min(metrics, key=lambda m: m["hole_psnr_db"])
     search.measure(sorted(recipe.chosen))
-    alone = {name: best_psnr_db(search.sensitivity[name]) for name in recipe.chosen}
-    costly = ", ".join(f"{name} ({alone[name]:.1f} dB alone)" for name in sorted(alone, key=alone.__getitem__)[:3])
+    total = sum(map(search.error, recipe.chosen))
+    costly = sorted(recipe.chosen, key=search.error, reverse=True)[:3]
+    shares = ", ".join(f"{name} ({search.error(name) / total:.0%} of the error)" for name in costly)
     return QualityError(
         f"quality gate missed: in the hole of {worst['name']} INT8 is {worst['hole_psnr_db']:.2f} dB from float32, "
         f"{options.min_psnr_db:g} dB is the floor (mean of {len(metrics)} held-out cases "
-        f"{mean_hole_psnr_db(metrics):.2f} dB); the blocks that cost most: {costly}; nothing was saved",
+        f"{mean_hole_psnr_db(metrics):.2f} dB); the blocks that cost most: {shares}; nothing was saved",
         f"set them to false in {options.folder / RECIPE_FILE} and pass it with --int8-recipe, give more calibration "
         "pictures, or lower --min-psnr",
     )

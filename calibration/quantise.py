@@ -52,13 +52,17 @@ class Quantiser:
         """The block's share of all multiply-adds of a call."""
         return block.macs / sum(b.macs for b in self.blocks)
 
-    def quantise(self, recipe: Recipe, half: bool = False) -> tuple[ModelProto, dict[str, list[str]]]:
-        """The denoiser by ``recipe``; with ``half`` the rest is in FP16, but for the nodes returned by operator type.
+    def quantise(
+        self, recipe: Recipe, half: bool = False, part: ModelProto | None = None
+    ) -> tuple[ModelProto, dict[str, list[str]]]:
+        """The denoiser by ``recipe``, or a ``part`` of it alone, as ``cut`` returns them.
+
+        With ``half`` the rest is in FP16, but for the nodes returned by operator type.
 
         Raises as ``quantise``, ``activation_scale`` and ``convert``.
         """
         model = ModelProto()
-        model.CopyFrom(self.model)
+        model.CopyFrom(self.model if part is None else part)
         smoothed = smooth(model, recipe.chosen.intersection(recipe.smoothed), self._channels)
         float32_operators: dict[str, list[str]] = {}
         if half:

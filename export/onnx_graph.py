@@ -8,12 +8,23 @@ names that it gives depend on the call's name alone: a range recorded in one inl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 from onnx.reference import ReferenceEvaluator
 
 # Operator type -> the axis of its first input that it sums over, which are a convolution's input channels.
@@ -28,7 +39,7 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
-def signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+def signature(value: ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
     """The name, the element type and the shape of an input or output of a graph, a free size by its name."""
     tensor = value.type.tensor_type
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
@@ -108,6 +119,40 @@ def outline(model: ModelProto) -> ModelProto:
         else:
             copy.graph.initializer.append(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims))
     return copy
+
+
+def cut(model: ModelProto, number: int, rows: int) -> list[ModelProto]:
+    """``model`` for a batch of ``rows`` as ``number`` models that run one after the other, cut where least crosses.
+
+    What one computes and a later one reads is an output of the one and an input of the other, under the same name.
+    """
+    tensors, nodes = infer_tensors(model, rows), list(model.graph.node)
+    weights = {t.name: t for t in model.graph.initializer}
+    made = {name: index for index, node in enumerate(nodes) for name in node.output}
+    last = {name: index for index, node in enumerate(nodes) for name in node.input if name and name not in weights}
+    last |= {value.name: len(nodes) for value in model.graph.output}
+    crossing = np.zeros(len(nodes) + 1, np.int64)  # elements that the nodes before an index hand on to those after it
+    for name, index in last.items():
+        crossing[made.get(name, -1) + 1 : index + 1] += math.prod(tensors[name][0])
+    length = len(nodes) / number
+    windows = [(math.ceil((k - 0.5) * length), math.ceil((k + 0.5) * length)) for k in range(1, number)]
+    edges = [0, *(low + int(np.argmin(crossing[low:high])) for low, high in windows), len(nodes)]
+    parts = []
+
+    def values(names: Iterable[str]) -> list[ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, tensors[name][1], tensors[name][0]) for name in names]
+
+    for start, end in pairwise(edges):
+        read = dict.fromkeys(name for node in nodes[start:end] for name in node.input if name)
+        inputs = [name for name in read if name not in weights and made.get(name, -1) < start]
+        outputs = [name for node in nodes[start:end] for name in node.output if last.get(name, -1) >= end]
+        constants = [weights[name] for name in read if name in weights]
+        part = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+        graph = helper.make_graph(nodes[start:end], f"{start} to {end}", values(inputs), values(outputs), constants)
+        part.graph.CopyFrom(graph)
+        drop_unused(part)
+        parts.append(part)
+    return parts
 
 
 def drop_unused(model: ModelProto) -> None:

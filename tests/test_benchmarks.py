@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exporting import save_student, save_vae
 
 pytestmark = [pytest.mark.slow, pytest.mark.benchmark]
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,3 +87,25 @@ def test_thin_masks_on_a_photograph(tmp_path: Path) -> None:
     rows = [line.split("|") for line in out.splitlines() if " x |" in line]
     assert len(rows) == 8 and all(float(row[5].replace("x", "")) <= 3 for row in rows)
     assert (tmp_path / "windows.jpg").stat().st_size > 1000
+
+
+def test_a_whole_picture_upstreams_way_and_ours(tmp_path: Path) -> None:
+    save_student(tmp_path / "student.pt")
+    save_vae(tmp_path / "vae")
+    run("picture.py", str(tmp_path), "prepare")
+    for name in ("plain", "ort", "fast"):
+        table = run("picture.py", str(tmp_path), name, "--steps", "15")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["14", "14", "14"] and [row[-1] == "" for row in rows] == [True, False, False]
+    assert float(rows[1][-1]) > 60, "the same arithmetic"
+    figures = json.loads((tmp_path / "fast.json").read_text())
+    assert figures["cpu_s"] >= figures["stages_s"]["denoise"][1] > 0 and figures["settings"]["cache_interval"] == 5
+    assert (
+        "no "
+        in subprocess.run(
+            [sys.executable, "-m", "benchmarks.picture", str(tmp_path), "int8"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        ).stderr
+    )

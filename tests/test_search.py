@@ -10,15 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
+from moebius_edge.calibration import search as search_module
 from moebius_edge.calibration.blocks import Block, Recipe
 from moebius_edge.calibration.evaluate import Metrics
-from moebius_edge.calibration.search import MARGIN_DB, SEARCH_STEPS, Search, best_psnr_db, smoothing_helps
+from moebius_edge.calibration.search import MARGIN_DB, MAX_RECIPES, POINTS, Search
 from moebius_edge.errors import QualityError
+from moebius_edge.imaging.masks import latent_mask
+from moebius_edge.metrics.trajectory import Trajectory, draw_scene
+from moebius_edge.pipeline.inpainter import STRENGTH
 from moebius_edge.progress import Progress, no_progress
+from moebius_edge.runtimes.base import Arrays
+from moebius_edge.sampling.guidance import Guidance
+from moebius_edge.sampling.scheduler import DDIM
 from moebius_edge.system.fingerprint import ResultCache
 
 CASES = (1.0, 1.5)  # how much harder than the first each case is
@@ -37,21 +45,29 @@ class Part:
 
 @dataclass
 class Fake:
-    """Quantiser and evaluator in one: the candidate's file says what was quantised, errors add up.
+    """Quantiser, evaluator and denoiser in one: the candidate's file says what was quantised, errors add up.
 
-    ``tried`` holds what each trial quantised and smoothed; the trial of number ``stop_at`` is interrupted.
+    A block's error in the picture is ``gain`` times its error in the noise. ``tried`` holds what each recipe quantised
+    and smoothed, ``called`` the blocks that were measured alone; the call of number ``stop_at`` is interrupted.
     """
 
     parts: Sequence[Part]
     stop_at: int = -1
     facts: dict[str, Any] = field(default_factory=lambda: {"ranges": "mse"})
+    gain: float = 7.0
+    excess: float = 1.0  # of the errors of several blocks over the sum of each one's
+    exponent: float = 1.0  # of the sum of errors, in the error of a picture
+    scale: float = 1.0
+    guidance: Guidance = Guidance(2.0, 2.0)
     tried: list[tuple[frozenset[str], tuple[str, ...]]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)  # of the evaluators that were made
+    called: list[tuple[str, bool]] = field(default_factory=list)
+    steps: int = 20
 
     def __post_init__(self) -> None:
         self.blocks = [Block(p.name, (p.name,), frozenset(), p.macs) for p in self.parts]
         self.candidates = [b for b, p in zip(self.blocks, self.parts, strict=True) if p.candidate]
         self.smoothable = frozenset(p.name for p in self.parts if p.smoothed_db is not None)
+        self.cases = [(str(i), draw_scene(64, i)) for i in range(len(CASES))]
 
     def quantise(self, recipe: Recipe) -> tuple[onnx.ModelProto, dict[str, list[str]]]:
         text = json.dumps({"quantised": recipe.quantised, "smoothed": recipe.smoothed})
@@ -59,37 +75,46 @@ class Fake:
 
     def error(self, chosen: frozenset[str], smoothed: Sequence[str]) -> float:
         decibels = [p.smoothed_db if p.name in smoothed else p.db for p in self.parts if p.name in chosen]
-        return sum(4 / 10 ** (db / 10) for db in decibels if db is not None)
+        total = sum(10 ** (-db / 10) for db in decibels if db is not None)
+        return total * (self.excess if len(chosen) > 1 else 1)
+
+    def references(self, what: str, progress: Progress) -> list[Trajectory]:
+        latents = [np.full((1, 4, 8, 8), float(i), np.float32) for i in range(19)]
+        return [Trajectory(np.zeros((2, 4, 8, 8), np.float32), latents, np.zeros(0)) for _ in self.cases]
 
     def evaluate(self, folder: Path, what: str, progress: Progress) -> list[Metrics]:
-        if len(self.tried) == self.stop_at:
-            raise KeyboardInterrupt
         document = json.loads(onnx.load(folder / "denoiser.onnx").graph.doc_string)
         recipe = Recipe(document["quantised"], tuple(document["smoothed"]))
         self.tried.append((recipe.chosen, recipe.smoothed))
-        progress(what, 1, 2)
-        error = self.error(recipe.chosen, recipe.smoothed)
-        decibels = [10 * math.log10(4 / (error * harder)) if error else 200.0 for harder in CASES]
-        return [{"hole_psnr_db": round(db, 2)} for db in decibels]
+        error = self.scale * self.error(recipe.chosen, recipe.smoothed) ** self.exponent
+        return [{"hole_psnr_db": -10 * math.log10(error * harder)} for harder in CASES]
+
+    # The denoiser in parts.
+
+    def opened(self, quantiser: Any, feeds: Arrays) -> Fake:
+        self.feeds, self.noise = feeds, np.zeros_like(feeds["sample"][:, :4])
+        return self
+
+    def share(self, name: str) -> float:
+        return 0.5
+
+    def noise_with(self, name: str, smoothed: bool) -> np.ndarray:
+        if len(self.called) == self.stop_at:
+            raise KeyboardInterrupt
+        self.called.append((name, smoothed))
+        error = self.error(frozenset([name]), [name] if smoothed else [])
+        return self.noise + np.float32(math.sqrt(error / self.gain))
 
 
 def search_of(fake: Fake, folder: Path, progress: Progress = no_progress) -> Search:
-    def evaluator(steps: int) -> Any:
-        fake.steps.append(steps)
-        return fake
-
-    return Search(fake, evaluator, ResultCache(folder), progress, 20)  # type: ignore[arg-type]
-
-
-def measured(fake: Fake, folder: Path, progress: Progress = no_progress) -> dict[str, dict[str, float]]:
-    search = search_of(fake, folder, progress)
-    search.measure([p.name for p in fake.parts])
-    return search.sensitivity
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "PartedDenoiser", fake.opened)
+        search = Search(fake, fake, ResultCache(folder), progress)  # type: ignore[arg-type]
+        search.measure([b.name for b in fake.candidates])
+    return search
 
 
 def choose(fake: Fake, floor: float, folder: Path) -> Recipe:
-    measured(fake, folder)
-    fake.tried.clear()
     return search_of(fake, folder).find_recipe(floor)
 
 
@@ -100,34 +125,51 @@ THREE = [Part("a", 100, 50.0), Part("b", 100, 40.0, 44.0), Part("c", 100, 30.0, 
 
 def test_each_block_is_measured_alone_and_smoothed_where_it_can_be(tmp_path: Path) -> None:
     fake, progress = Fake(THREE), list[tuple[str, int, int]]()
-    sensitivity = measured(fake, tmp_path / "cache", lambda *update: progress.append(update))
-    mean = 10 * math.log10((1 + 1.5) / 2)
-    expected = {"a": [50], "b": [40, 44], "c": [30, 30.2]}
-    for name, row in sensitivity.items():
-        assert list(row) == ["psnr_db", "smoothed_psnr_db"][: len(expected[name])]
-        assert list(row.values()) == pytest.approx([db - mean for db in expected[name]], abs=0.02)
-    alone = [frozenset(name) for name in "abcbc"]
-    assert fake.tried == [(name, ()) for name in alone[:3]] + [(name, tuple(name)) for name in alone[3:]]
-    assert [done for _, done, _ in progress] == [0, 1, 2, 3, 4] and {total for *_, total in progress} == {5}
-    assert progress[0][0] == "sensitivity of a" and progress[3][0] == "sensitivity of b, smoothed"
-    assert fake.steps == [SEARCH_STEPS]
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the candidates are gone"
-    assert [smoothing_helps(sensitivity[name]) for name in "abc"] == [False, True, False]
-    assert best_psnr_db(sensitivity["b"]) == sensitivity["b"]["smoothed_psnr_db"]
-    assert best_psnr_db(sensitivity["c"]) == sensitivity["c"]["psnr_db"]
+    search = search_of(fake, tmp_path / "cache", lambda *update: progress.append(update))
+    for part in THREE:
+        row = search.errors[part.name]
+        assert row["plain"] == pytest.approx(10 ** (-part.db / 10) / fake.gain, rel=1e-5)
+        assert ("smoothed" in row) == (part.smoothed_db is not None)
+    assert fake.called == [(name, False) for name in "abc"] + [(name, True) for name in "bc"]
+    assert [done for _, done, _ in progress[1:]] == [0, 1, 2, 3, 4] and {total for *_, total in progress[1:]} == {5}
+    assert progress[0][0].startswith("search, at most about ") and progress[4][0] == "sensitivity of b, smoothed"
+    assert [search.error(name) == search.errors[name]["plain"] for name in "abc"] == [True, False, True]
+    assert search.sensitivity() == {}, "decibels are not known before a recipe was measured"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sensitivity.json"]
+    assert search.find_recipe(20.0).smoothed == ("b",)
+    harder = 10 * math.log10(max(CASES))
+    rows = {"a": [50.0], "b": [40.0, 44.0], "c": [30.0, 30.2]}
+    for name, row in search.sensitivity().items():
+        assert list(row) == ["psnr_db", "smoothed_psnr_db"][: len(rows[name])]
+        assert list(row.values()) == pytest.approx([db - harder for db in rows[name]], abs=0.02)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["sensitivity.json"], "the candidate is gone"
+
+
+@pytest.mark.parametrize("guidance", [Guidance(2.0, 2.0), Guidance(3.0, 1.0)])
+def test_a_call_has_points_of_all_cases_with_the_branches_that_are_sampled(tmp_path: Path, guidance: Guidance) -> None:
+    fake = Fake(THREE, guidance=guidance)
+    search_of(fake, tmp_path)
+    rows = 1 if guidance.sampled == 1 else 2
+    points, timesteps = len(POINTS), DDIM(20, STRENGTH).timesteps
+    indices = [round(share * 18) for share in POINTS]
+    assert fake.feeds["timestep"].tolist() == [timesteps[i] for i in indices] * rows
+    assert fake.feeds["branch"].tolist() == [0] * points if rows == 1 else [1] * points + [0] * points
+    assert fake.feeds["sample"][:points, 0, 0, 0].tolist() == [i - 1 for i in indices], "what the last step returned"
+    for point in range(points):
+        hole = fake.cases[point % 2][1][1]
+        assert np.array_equal(fake.feeds["sample"][point, 4], latent_mask(hole, 8))
 
 
 def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        measured(Fake(THREE, stop_at=2), folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the candidate is gone"
+        search_of(Fake(THREE, stop_at=2), tmp_path)
     later, again = Fake(THREE), Fake(THREE)
-    assert measured(later, folder) == measured(Fake(THREE), tmp_path / "anew") == measured(again, folder)
-    assert [names for names, _ in later.tried] == [{"c"}, {"b"}, {"c"}] and again.tried == []
+    errors = search_of(later, tmp_path).errors
+    assert errors == search_of(Fake(THREE), tmp_path / "anew").errors == search_of(again, tmp_path).errors
+    assert [name for name, _ in later.called] == ["c", "b", "c"] and again.called == []
     other = Fake(THREE, facts={"ranges": "minmax"})
-    measured(other, folder)
-    assert len(other.tried) == 5, "what depends on other facts is measured anew"
+    search_of(other, tmp_path)
+    assert len(other.called) == 5, "what depends on other facts is measured anew"
 
 
 # --- how many together ------------------------------------------------------------------------------------
@@ -135,7 +177,7 @@ def test_an_interrupted_measurement_goes_on_and_a_complete_one_is_read(tmp_path:
 
 def brute_force(fake: Fake, floor: float, smoothed: Sequence[str]) -> int:
     """The most multiply-adds of any choice of candidates whose worst case stays above floor and margin."""
-    most, limit = 0, 4 / 10 ** ((floor + MARGIN_DB) / 10)
+    most, limit = 0, 10 ** (-(floor + MARGIN_DB) / 10)
     for number in range(len(fake.candidates) + 1):
         for some in itertools.combinations(fake.candidates, number):
             chosen = frozenset(block.name for block in some)
@@ -168,9 +210,26 @@ def test_the_recipe_is_the_best_there_is(tmp_path: Path, name: str, floor: float
     assert brought == brute_force(fake, floor, helped) > 0
     assert set(recipe.smoothed) == recipe.chosen & set(helped)
     assert recipe.quantised.keys() == {p.name for p in fake.parts}, "a person may switch any block"
-    assert len(fake.tried) <= 2 + math.ceil(math.log2(len(fake.blocks)))
-    assert fake.steps[-1] == 20, "whole trajectories decide"
+    assert len(fake.tried) <= MAX_RECIPES
     assert len(fake.tried[0][0]) == max(len(chosen) for chosen, _ in fake.tried), "all at once are tried first"
+
+
+@pytest.mark.parametrize("excess", [0.6, 1.7])
+def test_errors_that_do_not_add_up_cost_no_more_trials(tmp_path: Path, excess: float) -> None:
+    """All blocks are alike, so that the best recipe is a number of them."""
+    fake = Fake([Part(f"b{i}", 100, 45.0) for i in range(60)], excess=excess)
+    number = len(choose(fake, 30.0, tmp_path).chosen)
+    fits = [n for n in range(2, 61) if n * excess * max(CASES) * 10**-4.5 <= 10 ** (-(30 + MARGIN_DB) / 10)]
+    assert number == max(fits) < 60 and len(fake.tried) <= MAX_RECIPES
+
+
+@pytest.mark.parametrize("exponent", [0.4, 0.7])
+def test_errors_that_the_sampler_mends_in_part_are_followed(tmp_path: Path, exponent: float) -> None:
+    """The error of a picture is a power of the sum of the blocks', such that 20 of 60 alike are at the floor."""
+    scale = 10 ** (-(40 + MARGIN_DB) / 10) / max(CASES) / (20.4 * 10**-4.5) ** exponent
+    fake = Fake([Part(f"b{i}", 100, 45.0) for i in range(60)], exponent=exponent, scale=scale)
+    assert 19 <= len(choose(fake, 40.0, tmp_path).chosen) <= 20
+    assert len(fake.tried) <= MAX_RECIPES
 
 
 def test_the_worst_case_and_the_margin_count(tmp_path: Path) -> None:
@@ -178,18 +237,19 @@ def test_the_worst_case_and_the_margin_count(tmp_path: Path) -> None:
     worst = 10 * math.log10(max(CASES))
     enough, short = 30 + MARGIN_DB + worst + 0.02, 30 + MARGIN_DB + worst - 0.02
     assert choose(Fake([Part("a", 1, enough)]), 30.0, tmp_path / "a").chosen == {"a"}
-    with pytest.raises(QualityError, match=r"31 dB in the hole are wanted \(30 and a margin of 1\), a alone has 30.98"):
+    wanted = r"31 dB in the hole are wanted \(30 and a margin of 1\), 1 block had 30.98; nothing was saved"
+    with pytest.raises(QualityError, match=wanted):
         choose(Fake([Part("a", 1, short)]), 30.0, tmp_path / "b")
 
 
-def test_where_nothing_passes_the_best_block_is_named(tmp_path: Path) -> None:
+def test_where_nothing_passes_what_was_tried_is_told(tmp_path: Path) -> None:
     fake = Fake([Part("a", 1000, 20.0), Part("b", 10, 25.0), Part("c", 10, 90.0, candidate=False)])
     text = (
-        r"no block can be quantised: 31 dB in the hole are wanted \(30 and a margin of 1\), b alone has 24\.0\d; "
+        r"no recipe is good enough: 31 dB in the hole are wanted \(30 and a margin of 1\), 2 blocks had 17\.\d\d; "
         r"nothing was saved: lower --min-psnr, or use --precision fp16"
     )
     with pytest.raises(QualityError, match=text):
         choose(fake, 30.0, tmp_path)
-    assert fake.tried == [], "what is hopeless alone is not sampled at length"
+    assert len(fake.tried) == 1, "what is hopeless alone is not tried"
     with pytest.raises(QualityError, match="there is no block to quantise; nothing was saved"):
         choose(Fake([Part("c", 10, 90.0, candidate=False)]), 30.0, tmp_path / "none")

@@ -55,7 +55,8 @@ class Service:
 
     def __init__(self, bundle: Path, *options: str, patch: str = "") -> None:
         code = f"import sys\n{patch}\nfrom moebius_edge.cli import main\nsys.exit(main())"
-        command = [sys.executable, "-c", code, "serve", "--bundle", str(bundle), "--port", "0", *options]
+        command = [sys.executable, "-c", code, "serve", "--bundle", str(bundle), "--port", "0"]
+        command += ["--runtime", "onnxruntime", *options]  # whatever else is installed
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)

@@ -33,10 +33,10 @@ def tiny() -> SimpleNamespace:
     component = bundle.components["denoiser"]
     feeds = drawn_feeds(component, 2)
     model = inlined(onnx.load(bundle.component_path("denoiser")))
-    tensors = {name: TensorStatistics(axis) for name, axis in activation_axes(model, "tensorrt").items()}
+    tensors = {name: TensorStatistics(axis) for name, axis in activation_axes(model).items()}
     with RecordingRuntime(component, model, tensors) as recording:
         recording.run("denoiser", feeds)
-    quantiser = Quantiser(bundle.component_path("denoiser"), Statistics({}, tensors), "mse", "tensorrt")
+    quantiser = Quantiser(bundle.component_path("denoiser"), Statistics({}, tensors), "mse")
     return SimpleNamespace(quantiser=quantiser, feeds=feeds, parted=PartedDenoiser(quantiser, feeds))
 
 

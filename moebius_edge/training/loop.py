@@ -67,8 +67,14 @@ def draw_batches(
         prefetch_factor=_PREFETCH,
         multiprocessing_context="fork",
     )
+    # Ctrl-C goes to every process of a terminal. One that it reached before ``_begin_worker`` would end.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with lost_processes_named():
-        for batch in loader:
+        for batch in batches:
             if isinstance(batch, MoebiusError):
                 raise batch
             yield batch

@@ -38,12 +38,12 @@ def list_photographs(folder: Path, exclude: Sequence[str] = ()) -> list[str]:
 
 
 def split_validation(names: Sequence[str], count: int) -> tuple[list[str], list[str]]:
-    """Split names into those to train on and ``count`` to validate on.
+    """Split names into those to train on and ``count`` to validate on, of few photographs at most half.
 
     The choice goes by the hash of the name, so it does not depend on the folder's other files.
     """
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    validation = set(ranked[:count])
+    validation = set(ranked[: min(count, len(names) // 2)])
     return [name for name in names if name not in validation], sorted(validation)
 
 

@@ -66,6 +66,7 @@ def draw_batches(
         worker_init_fn=_begin_worker,
         prefetch_factor=_PREFETCH,
         multiprocessing_context="fork",
+        generator=torch.Generator(),  # or each start would draw from the one that the losses draw from
     )
     # Ctrl-C goes to every process of a terminal. One that it reached before ``_begin_worker`` would end.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moebius_edge.export.source import open_vae
-from moebius_edge.model import build_student, load_checkpoint
+from moebius_edge.model import build_student
 from moebius_edge.system.files import atomic_write
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
 from moebius_edge.training.losses import autocast, noise_loss
-from moebius_edge.training.networks import identity_start
+from moebius_edge.training.networks import identity_start, load_student
 from moebius_edge.training.noising import Batch, draw_noise, prompt_ids
 from moebius_edge.training.recipe import LossRecipe, Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
@@ -166,11 +166,21 @@ def border_cells(mask: Tensor) -> Tensor:
 
 def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
     """Return the preset ``tiny``, with the student's channels those of the autoencoder."""
-    optimiser = {"steps": options.steps, "batch": options.batch, "ema_decay": 0.999}
-    optimiser["learning_rate"] = options.learning_rate
+    rate = options.learning_rate
+    optimiser = {"steps": options.steps, "batch": options.batch, "learning_rate": rate, "ema_decay": 0.999}
     student = {"block_out_channels": list(options.channels)} if options.channels else {}
     values = {"seed": options.seed, "optimiser": optimiser, "student": {**student, "latent_channels": latent_channels}}
     return with_values(preset_recipe("tiny", "student"), values)
+
+
+def starting_student(recipe: Recipe, weights: Path | None) -> nn.Module:
+    """The student to train, in float32: drawn by the recipe's seed, or with the weights of a file."""
+    torch.manual_seed(recipe.seed)
+    if weights:
+        return load_student(weights, recipe.student)
+    network = build_student(recipe.student)
+    identity_start(network)
+    return network
 
 
 def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: BranchSamples) -> BranchTrainer:
@@ -179,12 +189,7 @@ def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: Bran
     device = accelerator.device
     recipe = recipe_of(options, vae.config["latent_channels"])
     vae.to(device)
-    torch.manual_seed(recipe.seed)
-    network = build_student(recipe.student)
-    identity_start(network)
-    if options.weights:
-        load_checkpoint(network, options.weights)
-        network.float()
+    network = starting_student(recipe, options.weights)
     source: EncodedSamples | PooledSamples = EncodedSamples(vae, samples)
     if device.type == "cpu":
         source = PooledSamples(vae, samples, options.pool, options.reuse)
@@ -215,24 +220,30 @@ def write_student(student: nn.Module, recipe: Recipe, vae: AutoencoderKL, folder
     save_autoencoder(copy.deepcopy(vae).half(), folder / "vae")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, batch: int, workers: int) -> argparse.ArgumentParser:
+    """The options of the training on a CPU and of that on a GPU, with the defaults in which these differ."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the trained autoencoder")
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
     parser.add_argument("--exclude", action="append", default=[], help="name of a folder in it to leave out")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoints and the model")
     parser.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
-    parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
     parser.add_argument("--weights", type=Path, help="student.safetensors to start from")
-    parser.add_argument("--channels", type=int, nargs="+", help="of the denoiser's levels (default: the preset's)")
+    parser.add_argument("--channels", nargs="+", type=int, help="of the levels (%(default)s; None: the preset's)")
+    parser.add_argument("--workers", type=int, default=workers, help="processes that draw samples; on a GPU most cores")
+    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, batch=12, workers=1)
+    parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held on a CPU")
     parser.add_argument("--reuse", type=int, default=8, help="noises that each of them is used with")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw samples; on a GPU use most cores")
-    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
     parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
     if options.pool < PooledSamples.GROUP or options.pool % PooledSamples.GROUP:

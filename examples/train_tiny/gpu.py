@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -32,15 +31,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from moebius_edge.export.source import open_vae
-from moebius_edge.model import build_student, load_checkpoint
+from moebius_edge.model import build_student
+from moebius_edge.spec import LATENT_DOWNSCALE
 from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import draw_batches, update_average
 from moebius_edge.training.losses import autocast
-from moebius_edge.training.networks import identity_start, measure_statistics
+from moebius_edge.training.networks import measure_statistics
 from moebius_edge.training.noising import Batch, Noising, prompt_ids
 from moebius_edge.training.optimiser import MuonAdamW
 
-from .denoiser import VALIDATION, HoleTask, recipe_of, settle_latents, write_student
+from .data import NETWORK_SIDE
+from .denoiser import VALIDATION, HoleTask, parser_of, recipe_of, settle_latents, starting_student, write_student
 from .objects import BranchSamples
 from .training import open_data
 
@@ -136,13 +137,7 @@ class Step:
     def __init__(self, pool: Pool, options: argparse.Namespace, channels: int, device: torch.device) -> None:
         recipe = self.recipe = recipe_of(options, channels)
         self.pool, self.batch_size = pool, options.batch
-        torch.manual_seed(recipe.seed)
-        self.network = build_student(recipe.student)
-        identity_start(self.network)
-        if options.weights:
-            load_checkpoint(self.network, options.weights)
-            self.network.float()
-        self.network.to(device).train()
+        self.network = starting_student(recipe, options.weights).to(device).train()
         self.average = build_student(recipe.student).to(device).requires_grad_(False).eval()
         self.average.load_state_dict(self.network.state_dict())
         self.model = torch.compile(self.network) if options.compile else self.network
@@ -245,22 +240,11 @@ def settle(step: Step, batches: int = 60) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the trained autoencoder")
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, searched recursively")
-    parser.add_argument("--exclude", action="append", default=[], help="name of a folder in it to leave out")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--cache", type=Path, help="file for the decoded photographs (default: in the output)")
+    parser = parser_of(__doc__, batch=128, workers=12)
+    parser.set_defaults(channels=[64, 128, 256])
     parser.add_argument("--minutes", type=float, default=7)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest")
-    parser.add_argument("--weights", type=Path, help="student.safetensors to start from")
-    parser.add_argument("--workers", type=int, default=12, help="processes that draw samples")
     parser.add_argument("--prefill", type=int, default=2048, help="encoded samples before the first step")
     parser.add_argument("--burst", type=int, default=20, help="steps between two looks at the clock and the loss")
-    parser.add_argument("--channels", type=int, nargs="+", default=[64, 128, 256], help="of the denoiser's levels")
-    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.steps = 1  # the recipe wants a number; the clock decides
     cv2.setNumThreads(0)
@@ -280,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def trained(vae: AutoencoderKL, encoder: Encoder, options: argparse.Namespace, device: torch.device) -> dict[str, int]:
     """Train and write the student; how many steps, samples and drawn samples it took."""
-    step = Step(Pool(vae.config["latent_channels"], 32, device), options, vae.config["latent_channels"], device)
+    channels = vae.config["latent_channels"]
+    step = Step(Pool(channels, NETWORK_SIDE // LATENT_DOWNSCALE, device), options, channels, device)
     while step.pool.drawn < options.prefill:
         for encoded in encoder.take(block=True):
             step.pool.add(encoded)

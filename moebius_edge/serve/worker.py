@@ -67,11 +67,8 @@ def main(connection: Connection, model: tuple[str, str, str]) -> None:
     and at once when the other end of ``connection`` is closed.
     """
     os.dup2(2, 1)  # what libraries print is no result
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a terminal's and a service manager's: the parent acts
+    # A terminal and a service manager send these to every process, and the parent acts on them.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
         with Inpainter(*model) as inpainter:

@@ -20,7 +20,7 @@ from moebius_edge.imaging.decoding import FORMATS, picture_format
 from moebius_edge.imaging.pictures import read_picture
 from moebius_edge.imaging.png import PNG_SIGNATURE, png_chunk, write_png
 
-MAX_SECONDS = 5.0
+MAX_SECONDS = 5.0  # of a core that ``slowness`` calls fast
 MAX_BYTES = 1 << 30  # above the samples
 STATUS = Path("/proc/self/status")
 
@@ -293,6 +293,13 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")) * 1024
 
 
+def slowness() -> float:
+    """How much longer this core takes now than one that inflates and copies 256 MiB of zeros in half a second."""
+    packed, start = bomb(1 << 28), time.process_time()
+    np.frombuffer(zlib.decompress(packed), np.uint8).copy()
+    return max(1.0, (time.process_time() - start) / 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_file_takes_long_or_much_memory(tmp_path: Path, name: str) -> None:
@@ -305,5 +312,6 @@ def test_no_file_takes_long_or_much_memory(tmp_path: Path, name: str) -> None:
     except UsageError as error:
         outcome = str(error)
     seconds, used = time.process_time() - start, peak_bytes() - before - needed
-    print(f"{name}: {seconds:.1f} s, {used / 1e6:.0f} MB, {outcome}")
-    assert seconds < MAX_SECONDS and used < MAX_BYTES
+    slow = slowness() if seconds >= MAX_SECONDS else 1.0
+    print(f"{name}: {seconds:.1f} s on a core {slow:.1f} times slow, {used / 1e6:.0f} MB, {outcome}")
+    assert seconds < MAX_SECONDS * slow and used < MAX_BYTES

@@ -25,6 +25,7 @@ from ..errors import BundleError, QualityError, UsageError
 from ..export.autoencoder import AUTOENCODER, half_autoencoder, range_images
 from ..export.exporter import MIN_PSNR_DB as FLOAT_MIN_PSNR_DB
 from ..export.exporter import check_gate_runtime, judge_shallow, shallow_difference
+from ..export.precision import read_model
 from ..export.shallow import shallow_part
 from ..export.trt_rules import problems
 from ..progress import Progress, no_progress
@@ -100,7 +101,7 @@ def quantise_bundle(
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
     recipe = None if options.recipe is None else Recipe.load(options.recipe)
     if recipe is not None:
-        recipe.check(block.name for block in blocks(onnx.load(str(reference.component_path(DENOISER)))))
+        recipe.check(block.name for block in blocks(read_model(reference.component_path(DENOISER))))
         if not recipe.chosen:
             raise UsageError(f"recipe {options.recipe} quantises nothing", "set a block to true")
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)

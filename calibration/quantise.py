@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from ..errors import BundleError, UsageError
 from ..export.int8_ranges import LARGEST, activation_scale
 from ..export.onnx_graph import PRODUCTS, attribute, drop_unused, infer_tensors
-from ..export.precision import convert
+from ..export.precision import convert, read_model
 from .blocks import Block, Recipe, block_of, blocks, inlined
 from .smoothing import norms, smooth
 from .statistics import Statistics
@@ -39,7 +39,7 @@ class Quantiser:
     """
 
     def __init__(self, file: Path, statistics: Statistics, method: str) -> None:
-        self.model = onnx.load(str(file))
+        self.model = read_model(file)
         self.method = method
         self.facts = {**statistics.facts, "ranges": method}  # what a result of this quantiser depends on
         self.blocks: list[Block] = blocks(self.model)

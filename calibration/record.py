@@ -20,6 +20,7 @@ from ..data.calibration_pictures import picture_and_hole
 from ..data.pictures import Pictures
 from ..errors import BundleError, MachineError
 from ..export.onnx_graph import PRODUCTS, constant_tensors, summed_axis
+from ..export.precision import read_model
 from ..pipeline.inpainter import Inpainter, Step
 from ..progress import Progress
 from ..runtimes.base import Arrays, Runtime
@@ -55,7 +56,7 @@ def record(bundle: Bundle, pictures: Pictures, cache: ResultCache, progress: Pro
         "onnx": onnx.__version__,  # which names inlined tensors
         **settings,
     }
-    model = inlined(onnx.load(str(bundle.component_path(DENOISER))))
+    model = inlined(read_model(bundle.component_path(DENOISER)))
     empty = {name: TensorStatistics(axis).to_dict() for name, axis in activation_axes(model).items()}
     cached = cache.get(_RESULT, facts) or {"pictures": 0, "tensors": empty}
     tensors = {name: TensorStatistics.from_dict(content) for name, content in cached["tensors"].items()}

@@ -28,7 +28,7 @@ from ..progress import Progress
 from ..runtimes.providers import quiet_options
 from ..system.machine import available_cores
 from .onnx_graph import attribute, constant_tensors, drop_unused, tensor_readers
-from .precision import LARGEST, convert, float_tensors
+from .precision import LARGEST, convert, float_tensors, read_model
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -77,7 +77,7 @@ def range_images(resolution: int, pictures: str | None = None) -> list[np.ndarra
 
 def _half(path: Path, feeds: Sequence[Feeds], min_psnr_db: float) -> tuple[ComponentPrecision, Any, list[np.ndarray]]:
     """``half_autoencoder`` of one file, and what its float32 form returns for each of the ``feeds``."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), check_type=True, data_prop=True)
+    model = onnx.shape_inference.infer_shapes(read_model(path), check_type=True, data_prop=True)
     ranges, results = record_ranges(model, feeds)
     divided, scores = divisible_tensors(model), attention_scores(model)
     divisor = choose_divisor(ranges[name] for name in divided)

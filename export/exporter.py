@@ -61,6 +61,7 @@ class BundleOptions:
         steps, guidance: of the gate, and the bundle's defaults unless the model is a bundled one.
         distilled_guidance: the guidance that a student has learned whose checkpoint does not note it.
         precision: ``float32`` or ``float16``.
+        weights: what a ``float32`` bundle's weights are stored in: ``float32`` or ``float16``.
         min_psnr_db: the gate's floor, by default the precision's in ``MIN_PSNR_DB``.
         gate_runtime: what computes the gate's trajectory on the exported files: ``onnxruntime`` or ``openvino``.
         calibration_data: pictures, as for ``open_pictures``, that the autoencoder's ranges are recorded over for
@@ -78,6 +79,7 @@ class BundleOptions:
     calibration_data: str | None = None
     force: bool = False
     gate_runtime: str = "onnxruntime"
+    weights: str = "float32"
 
 
 def export_bundle(
@@ -167,6 +169,12 @@ def _export(
         images = range_images(config.latent_size * LATENT_DOWNSCALE, options.calibration_data)
         typed, float32_nodes = half_autoencoder(paths, images, min_psnr_db, progress)
         precisions, islands = precisions | typed, islands | float32_nodes
+    elif options.weights == "float16":
+        from .precision import store_in_half
+
+        for path in paths.values():
+            store_in_half(path)
+        precisions = dict.fromkeys(paths, {"type": "float32", "weights": "float16"})
     reference = trajectory(TorchRuntime(student, vae, components), "gate, PyTorch")
 
     del student, vae  # a gigabyte at full size, and the other runtime needs as much again

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto
 
 from ..errors import BundleError, MachineError, UsageError
@@ -22,6 +21,7 @@ from ..progress import Progress, no_progress
 from ..runtimes.base import drawn_feeds
 from ..spec import Component, Tensor
 from .onnx_graph import constant_tensors, infer_tensors, signature
+from .precision import read_model
 from .trt_builder import import_polygraphy
 
 LIMIT_BYTES = 256 << 20  # of the tensors that one file returns at a time
@@ -84,7 +84,7 @@ def compare_layers(
 
 def _load(path: Path) -> ModelProto:
     try:
-        return onnx.load(str(path))
+        return read_model(path)
     except OSError as error:
         raise MachineError(f"cannot read {path} ({error.strerror}): check it with `ls -l {path}`") from error
     except Exception as error:  # protobuf's own

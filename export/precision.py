@@ -7,6 +7,7 @@ to FP16 on its way to an island, the timestep too. Needs onnx only, no PyTorch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -25,6 +26,7 @@ ISLANDS = ("Softmax", "InstanceNormalization", "LayerNormalization")
 # Modules whose every node stays float32, by the module path that the exporter noted: angles of up to 999 radians.
 ISLAND_MODULES = ("time_embedding",)
 
+_SMALLEST_STORED = 256  # elements of a weight that is worth a cast: see ``store_in_half``
 _EITHER = ("Shape", "Size", "Cast")  # what these return does not depend on the type of what they read
 _FLOAT_INPUTS = {"Resize": (1, 2)}  # region and scales, float32 whatever is resized
 _TYPE_NAMES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
@@ -130,3 +132,42 @@ def _rounded(tensor: onnx.TensorProto) -> onnx.TensorProto:
         problem = f"weight {tensor.name} reaches {largest:.3g}, FP16 ends at {LARGEST:g}"
         raise BundleError(problem, "use --precision fp32")
     return numpy_helper.from_array(values.astype(np.float16), f"{tensor.name}_float16")
+
+
+def store_in_half(path: Path) -> None:
+    """Store the float32 weights of the file ``path`` in FP16, each with a cast back, which ``read_model`` undoes.
+
+    Runtimes fold the casts when they load the file: it halves, and what is computed stays float32.
+
+    Raises:
+        BundleError: a weight is beyond FP16's range; the message names it.
+    """
+    model = onnx.load(str(path))
+    nodes: list[onnx.NodeProto] = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) >= _SMALLEST_STORED:
+            name = tensor.name
+            tensor.CopyFrom(_rounded(tensor))
+            nodes.append(helper.make_node("Cast", [tensor.name], [name], f"cast_{name}", to=TensorProto.FLOAT))
+    nodes += model.graph.node
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, str(path))
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file with its weights in the type that they are computed in; see ``store_in_half``."""
+    model = onnx.load(str(path))
+    graph = model.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    computed = []
+    for node in graph.node:
+        stored = weights.get(node.input[0]) if node.op_type == "Cast" else None
+        if stored is None or attribute(node, "to", None) != TensorProto.FLOAT:
+            computed.append(node)
+        else:
+            values = numpy_helper.to_array(stored).astype(np.float32)
+            stored.CopyFrom(numpy_helper.from_array(values, node.output[0]))
+    del graph.node[:]
+    graph.node.extend(computed)
+    return model

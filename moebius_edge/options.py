@@ -36,6 +36,7 @@ MASK_SOURCES: tuple[str, ...] = ("alpha", "luma", "red", "green", "blue")  # bes
 # What export makes.
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: dict[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}  # as said -> as in bundle.json
+Weights = Literal["fp32", "fp16"]
 Engine = Literal["tensorrt", "tensorrt-rtx"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 LambdaPlugin = Literal["auto", "on", "off"]  # auto is off, until it is measured

@@ -384,6 +384,18 @@ def test_every_island_computes_in_float32_and_every_product_in_fp16(half: Bundle
     assert {("Softmax", FLOAT), ("MatMul", HALF), ("Conv", HALF), ("LocalLambda", HALF)} <= seen
 
 
+def test_float32_with_weights_stored_in_fp16(exported: SimpleNamespace, parts: SimpleNamespace, tmp_path: Path) -> None:
+    options = replace(parts.options, steps=STEPS, weights="float16")
+    with pytest.MonkeyPatch.context() as patch:
+        convert_by(patch, lambda name, path: shutil.copy(exported.bundle.component_path(name), path))
+        bundle = export_bundle(parts.student, tmp_path / "bundle", options)
+    assert bundle.precision == "float32" and 60 <= bundle.gate["psnr_db"] < exported.bundle.gate["psnr_db"]
+    assert bundle.precisions == dict.fromkeys(bundle.components, {"type": "float32", "weights": "float16"})
+    for name in bundle.components:
+        sizes = weight_bytes(onnx.load(bundle.component_path(name)))
+        assert sizes["FLOAT16"] > 8 * sizes["FLOAT"]
+
+
 @pytest.fixture
 def published_folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path

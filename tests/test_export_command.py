@@ -108,6 +108,12 @@ def test_options_reach_the_exporter(work: Work, tmp_path: Path, capsys: Captured
     assert stderr.splitlines() == ["load weights", "gate, PyTorch: 50 of 100"]
 
 
+def test_weights_in_fp16_are_an_option_of_float32(work: Work, tmp_path: Path, capsys: Captured) -> None:
+    command = ["export", "tiny", "-o", str(tmp_path / "b"), "--weights", "fp16"]
+    assert main(command) == 0 and work.exported == [("tiny", tmp_path / "b", BundleOptions(weights="float16"))]
+    refused(capsys, 2, "--weights: not for fp16, which stores what it computes in", *command, "--precision", "fp16")
+
+
 def test_defaults_are_the_exporters(work: Work, tmp_path: Path, capsys: Captured) -> None:
     document = as_json(capsys, "export", "tiny", "-o", tmp_path / "b")
     assert work.exported == [("tiny", tmp_path / "b", BundleOptions())]
@@ -199,7 +205,7 @@ def test_the_name_tiny_means_its_bundle_when_engines_are_built(work: Work, tmp_p
     assert len(work.exported) == 1, "in another precision it is another bundle"
 
 
-@pytest.mark.parametrize("option", ["--vae x", "--config x", "--precision fp16", "--distilled-guidance 2"])
+@pytest.mark.parametrize("option", ["--vae x", "--config x", "--precision fp16", "--weights fp16"])
 def test_a_bundle_is_complete(work: Work, toy: Path, capsys: Captured, option: str) -> None:
     message = f"{option.split()[0]}: not for {toy}, which is a bundle, complete as it is: leave out"
     refused(capsys, 2, message, "export", toy, "--engine", "tensorrt", *option.split())

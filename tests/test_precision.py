@@ -12,7 +12,7 @@ from exporting import element_types, weight_bytes
 from onnx import TensorProto, numpy_helper
 
 from moebius_edge.errors import BundleError
-from moebius_edge.export.precision import convert, to_float16
+from moebius_edge.export.precision import convert, read_model, store_in_half, to_float16
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -53,6 +53,28 @@ def test_a_converted_file_computes_what_it_did(tmp_path: Path) -> None:
         results.append(session.run(None, {"x": x})[0])
     assert results[1].dtype == np.float32
     assert 0 < np.abs(results[0] - results[1]).max() < 4e-3  # FP16 has eleven bits
+
+
+def test_weights_stored_in_half_compute_in_float32(tmp_path: Path) -> None:
+    """What ONNX Runtime makes of the file is, bit for bit, what it makes of the rounded weights."""
+    model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 20]>
+        product (float[N, 40] x) => (float[N, 40] y) { a = MatMul(x, w) y = Add(a, b) }""")
+    rng = np.random.default_rng(0)
+    w, b, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((40, 40), (40,), (3, 40)))
+    model.graph.initializer.extend([numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")])
+    onnx.save(model, tmp_path / "m.onnx")
+    store_in_half(tmp_path / "m.onnx")
+    stored, read = onnx.load(tmp_path / "m.onnx"), read_model(tmp_path / "m.onnx")
+    onnx.checker.check_model(stored, full_check=True)
+    assert weight_bytes(stored) == {"FLOAT16": 3200, "FLOAT": 160}  # a short one is not worth a cast
+    assert [node.op_type for node in read.graph.node] == ["MatMul", "Add"] and weight_bytes(read) == {"FLOAT": 6560}
+    values = {t.name: numpy_helper.to_array(t) for t in read.graph.initializer}
+    assert np.array_equal(values["w"], w.astype(np.float16).astype(np.float32)) and np.array_equal(values["b"], b)
+    results = [
+        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for m in (stored, read)
+    ]
+    assert results[0].dtype == np.float32 and np.array_equal(*results)
 
 
 @pytest.mark.parametrize("value", [1e5, np.inf, np.nan])

@@ -142,8 +142,12 @@ class HoleTask:
     A known cell counts once, a cell of the hole five times, and one at the hole's border, on either side, eight times.
     Whatever is predicted for the known region is thrown away, but for the cells that the decoder mixes into the hole;
     and a wrong colour next to the border is what makes a fill look like a patch. Timesteps are weighed as predicting
-    the velocity would, or the early ones, which decide the colours, would hardly count.
+    the velocity would, or the early ones, which decide the colours, would hardly count. For the same reason the error's
+    mean over every ``COARSE`` x ``COARSE`` cells of the hole counts once more, as much as the cells' own errors would
+    if they were independent (a loss at several scales, as in Hoogeboom et al., arXiv 2301.11093).
     """
+
+    COARSE = 4
 
     def __init__(self, recipe: LossRecipe, num_prompts: int, precision: str, border_weight: float = 8.0) -> None:
         self.recipe, self.prompts, self.precision, self.border_weight = recipe, num_prompts, precision, border_weight
@@ -155,8 +159,10 @@ class HoleTask:
         weight = torch.where(border_cells(batch.mask), self.border_weight, weight)
         velocity = (1 / batch.alpha_bar).clamp(max=self.recipe.velocity_limit)[:, None, None, None]
         loss = noise_loss(predicted, batch.noise, weight * velocity)
+        coarse = F.avg_pool2d((predicted.float() - batch.noise) * batch.mask, self.COARSE).square() * velocity
+        loss = loss + self.recipe.hole_weight * self.COARSE**2 * coarse.mean()
         error = noise_loss(predicted.detach(), batch.noise, batch.mask) / batch.mask.mean()
-        return loss, {"task": loss.detach(), "hole_error": error}
+        return loss, {"task": loss.detach(), "coarse": coarse.detach().mean(), "hole_error": error}
 
 
 def border_cells(mask: Tensor) -> Tensor:
@@ -169,7 +175,13 @@ def recipe_of(options: argparse.Namespace, latent_channels: int) -> Recipe:
     rate = options.learning_rate
     optimiser = {"steps": options.steps, "batch": options.batch, "learning_rate": rate, "ema_decay": 0.999}
     student = {"block_out_channels": list(options.channels)} if options.channels else {}
-    values = {"seed": options.seed, "optimiser": optimiser, "student": {**student, "latent_channels": latent_channels}}
+    losses = {"velocity_limit": 215.0}  # no limit: the last timestep's 1 / alpha-bar is 214.6
+    values = {
+        "seed": options.seed,
+        "optimiser": optimiser,
+        "losses": losses,
+        "student": {**student, "latent_channels": latent_channels},
+    }
     return with_values(preset_recipe("tiny", "student"), values)
 
 

@@ -110,12 +110,14 @@ class ComponentPrecision(TypedDict):
     """What the file of one component computes in.
 
     Tensors that group norms alone read are divided by ``divisor``, see docs/rewrites.md. ``reason`` says why an
-    autoencoder's file is float32 in a bundle of lower precision.
+    autoencoder's file is float32 in a bundle of lower precision. ``weights`` is there where they are stored in another
+    type than ``type``.
     """
 
     type: Literal["float32", "float16", "int8"]
     divisor: NotRequired[Annotated[int, Field(strict=True, ge=1, le=1 << 30)]]
     reason: NotRequired[Text]
+    weights: NotRequired[Literal["float16"]]
 
 
 @dataclass(frozen=True, kw_only=True)

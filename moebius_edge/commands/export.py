@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Option
 
 from ..errors import UsageError
-from ..options import PRECISIONS, Engine, GateRuntime, LambdaPlugin, Precision, Ranges
+from ..options import PRECISIONS, Engine, GateRuntime, LambdaPlugin, Precision, Ranges, Weights
 from ..text import counted
 from . import console
 from .shared import AsJson, Force, Guidance, Verbose
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..export.engines import Built
 
 # Options by the one thing that they are for.
-_OF_CHECKPOINTS = ("vae", "config", "precision", "distilled_guidance", "gate_runtime")
+_OF_CHECKPOINTS = ("vae", "config", "precision", "weights", "distilled_guidance", "gate_runtime")
 _OF_INT8 = ("calibration_masks", "int8_recipe", "ranges", "calibration_cache")
 _OF_ENGINES = ("max_batch", "workspace", "opt_level", "timing_cache", "compute_capability", "lambda_plugin")
 _SHOWN_OF_GATE = ("hole_psnr_db", "mean_hole_psnr_db", "psnr_db", "ssim", "image_max_difference", "min_psnr_db")
@@ -44,6 +44,7 @@ def export(
         float | None, Option(metavar="X", help="What the student has learned, if its checkpoint does not note it.")
     ] = None,
     precision: Annotated[Precision | None, Option(help="What the network computes in; default fp32.")] = None,
+    weights: Annotated[Weights, Option(help="FP32: what weights are stored in; fp16 halves the files.")] = "fp32",
     min_psnr: Annotated[
         float | None, Option(metavar="DB", help="Below it nothing is saved. Default 60; fp16 40; int8 30.")
     ] = None,
@@ -95,6 +96,8 @@ def export(
     if precision != "int8":
         others = () if precision == "fp16" else ("calibration_data",)
         _refuse(context, (*others, *_OF_INT8), "options of INT8", "add --precision int8")
+    if precision not in (None, "fp32"):
+        _refuse(context, ("weights",), f"not for {precision}, which stores what it computes in", "leave out")
     if engine is None:
         _refuse(context, _OF_ENGINES, "options of engines", "add --engine")
     engines_alone = _asks_for_engines_alone(source, precision, engine)
@@ -128,7 +131,8 @@ def export(
             )  # fmt: skip
         else:
             options = replace(
-                options, precision=PRECISIONS[precision or "fp32"], min_psnr_db=min_psnr, gate_runtime=gate_runtime,
+                options, precision=PRECISIONS[precision or "fp32"], weights=PRECISIONS[weights],
+                min_psnr_db=min_psnr, gate_runtime=gate_runtime,
                 calibration_data=None if calibration_data is None else str(calibration_data),
             )  # fmt: skip
             with console.progress() as on_progress:

@@ -26,7 +26,7 @@ test: $(VENV)/.installed
 
 SLOW ?= slow and not gpu
 test-slow: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q --timeout 900 -m "$(SLOW)" $(PARALLEL)
+	$(VENV)/bin/python -m pytest -q --timeout 900 -m "$(SLOW)" $(PARALLEL) --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

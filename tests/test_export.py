@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -394,27 +394,6 @@ def test_float32_with_weights_stored_in_fp16(exported: SimpleNamespace, parts: S
     for name in bundle.components:
         sizes = weight_bytes(onnx.load(bundle.component_path(name)))
         assert sizes["FLOAT16"] > 8 * sizes["FLOAT"]
-
-
-@pytest.fixture
-def published_folder(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path
-    shutil.rmtree(tmp_path)  # pytest would keep the gigabytes of the last three runs
-
-
-@pytest.mark.slow
-def test_the_published_size(published_folder: Path) -> None:
-    """Needs 9 GB of memory and 3 GB of disk. No configuration lies beside it: the published one holds."""
-    torch.save(fill_golden(build_student()).state_dict(), published_folder / "diffusion_pytorch_model.bin")
-    vae = save_vae(
-        published_folder / "vae", block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32
-    )
-    options = BundleOptions(vae=vae, steps=2)  # one network call on either side: seconds instead of minutes
-    bundle = export_bundle(published_folder / "diffusion_pytorch_model.bin", published_folder / "bundle", options)
-    assert bundle.gate["psnr_db"] >= 60 and bundle.gate["steps_executed"] == 1
-    assert (bundle.resolution, bundle.latent_size) == (512, 64)
-    assert StudentConfig.from_dict(bundle.model) == StudentConfig()
-    assert bundle.files["denoiser.onnx"]["bytes"] > 4 * 226_041_531 - 2**20
 
 
 def test_a_node_the_oldest_tensorrt_refuses_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto
 
 from ..documents import Flag, Text, read_document
 from ..errors import BundleError, UsageError
@@ -66,22 +66,8 @@ def inlined(model: ModelProto, only: frozenset[str] | None = None) -> ModelProto
     """A copy of ``model`` with the bodies of its lambda operators in their place: of all, or of the blocks ``only``."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    _state_kernel_sizes(copy)
     inline(copy, lambda call: only is None or block_of(call) in only)
     return copy
-
-
-def _state_kernel_sizes(model: ModelProto) -> None:
-    """Give a function's convolution its ``kernel_shape`` (see ``trt_rules``), which ``export`` did not write at first.
-
-    Its kernel is a reshaped formal, and the constant that shapes it ends with the sizes.
-    """
-    for function in model.functions:
-        makers = {node.output[0]: node for node in function.node}
-        for node in function.node:
-            if node.op_type == "Conv" and not attribute(node, "kernel_shape", None):
-                shape = numpy_helper.to_array(attribute(makers[makers[node.input[1]].input[1]], "value", None))
-                node.attribute.append(helper.make_attribute("kernel_shape", shape[2:].tolist()))
 
 
 def block_of(node: NodeProto) -> str:

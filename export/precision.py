@@ -42,7 +42,7 @@ def to_float16(
     Raises:
         BundleError: a weight is beyond FP16's range; the message names it.
     """
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)), check_type=True, data_prop=True)
+    model = onnx.shape_inference.infer_shapes(read_model(path), check_type=True, data_prop=True)
     float32_nodes = convert(model, islands, modules)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))

@@ -112,7 +112,7 @@ def find_source(
     refuse_other_network(checkpoint, network_tensors(checkpoint, open_weights(checkpoint).content, []), STUDENT)
     if vae is None:
         raise UsageError(f"{checkpoint} needs an autoencoder: add --vae DIR, a diffusers VAE folder")
-    vae_weights, autoencoder = _find_vae(Path(vae))
+    vae_weights, autoencoder = find_vae(Path(vae))
     guidance = find_guidance(checkpoint, distilled_guidance)
     config = _find_config(checkpoint, config)
     numbers = float(autoencoder["scaling_factor"]), int(autoencoder["latent_channels"])
@@ -169,7 +169,7 @@ def open_vae(folder: Path) -> Any:
 
     from ..model import load_checkpoint
 
-    weights, _ = _find_vae(folder)
+    weights, _ = find_vae(folder)
     try:
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             vae = AutoencoderKL.from_config(_read_config(folder / VAE_CONFIG))
@@ -190,7 +190,7 @@ def _current_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _find_vae(folder: Path) -> tuple[Path, dict[str, Any]]:
+def find_vae(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The weights' file and the configuration of a diffusers VAE folder."""
     if not (folder / VAE_CONFIG).is_file():
         remedy = "name a diffusers AutoencoderKL folder, `moebius-edge download places2` fetches the published one"

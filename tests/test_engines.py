@@ -30,6 +30,7 @@ from moebius_edge.cli import main
 from moebius_edge.errors import BundleError, MachineError, OutOfMemory, UsageError
 from moebius_edge.export import EngineOptions, build_engines, engines, trt_builder
 from moebius_edge.export.engines import copy_bundle_for_engines, find_engine_key
+from moebius_edge.export.precision import read_model
 from moebius_edge.export.trt_builder import TrtBuilder, build, import_polygraphy, make_monitor
 from moebius_edge.progress import no_progress
 from moebius_edge.runtimes.cuda import Gpu
@@ -123,11 +124,17 @@ def test_the_network_is_what_the_file_asked_for(tiny: tuple[Any, Bundle]) -> Non
     _, bundle = tiny
     for name, component in bundle.components.items():
         facts = network_facts(bundle.component_path(name))
-        whole = inline_local_functions(onnx.load(bundle.component_path(name)))  # as the parser does
+        whole = inline_local_functions(read_model(bundle.component_path(name)))  # as the parser does
         nodes = Counter(node.op_type for node in whole.graph.node)
         for layer, operators in ONE_FOR_ONE.items():
             assert facts["layers"].get(layer, 0) == sum(nodes[o] for o in operators), (name, layer)
-        assert set(facts["tensors"]) <= {"FLOAT", "INT32", "INT64", "BOOL"}, "shapes are whole numbers"
+        assert set(facts["tensors"]) <= {"FLOAT", "HALF", "INT32", "INT64", "BOOL"}, "shapes are whole numbers"
+        stored = {
+            t.name
+            for t in onnx.load(bundle.component_path(name)).graph.initializer
+            if t.data_type == TensorProto.FLOAT16
+        }
+        assert facts["tensors"].get("HALF", 0) == len(stored), "weights, which are cast, and nothing else"
         kinds = {"float32": "FLOAT", "int64": "INT64"}
         assert facts["inputs"] == {t.name: kinds[t.dtype] for t in component.inputs}
         assert facts["outputs"] == {t.name: kinds[t.dtype] for t in component.outputs}
@@ -256,7 +263,7 @@ def test_what_tensorrt_does_not_take_is_named(toy: Bundle, opset: int, operator:
 def test_a_gpu_that_tensorrt_refuses_while_it_builds(tiny: tuple[Any, Bundle], tmp_path: Path) -> None:
     """Turing: known to the enumeration, but without float32 products."""
     bundle = copy_bundle_for_engines(str(tiny[1].path), tmp_path / "turing")
-    with pytest.raises(MachineError, match="cannot build vae_encoder .*Turing.*this GPU or driver does not suit it"):
+    with pytest.raises(MachineError, match="cannot build denoiser .*Turing.*this GPU or driver does not suit it"):
         build_engines(bundle, replace(OPTIONS, compute_capabilities=("7.5",)))
     assert engines_of(bundle) == []
 

@@ -16,7 +16,7 @@ from moebius_edge.bundle.bundle import ASSETS
 from moebius_edge.errors import BundleError, MachineError, UsageError
 from moebius_edge.export import layers
 from moebius_edge.export.layers import compare_layers
-from moebius_edge.export.precision import to_float16
+from moebius_edge.export.precision import read_model, to_float16
 
 
 def chain(path: Path, third: float = 1.0, inner: str = "b = Relu(a)") -> Path:
@@ -68,7 +68,7 @@ def test_fp16_is_near_float32_in_every_layer_but_not_equal(tmp_path: Path, monke
     monkeypatch.setattr(layers, "_ROWS", 1)
     groups: list[int] = []
     differences = compare_layers(float32, half, on_progress=lambda what, done, total: groups.append(total))
-    nodes = onnx.load(float32).graph.node
+    nodes = read_model(float32).graph.node
     assert len(differences) > 0.8 * len(nodes) and groups[0] > 1
     assert all(d.operator != "Cast" for d in differences)
     assert 1e-5 < differences[0].relative_error < 0.05 and 40 < differences[0].psnr_db < 100

@@ -24,6 +24,7 @@ from moebius_edge.data.calibration_pictures import picture_and_hole
 from moebius_edge.data.pictures import Pictures
 from moebius_edge.data.sources import open_pictures
 from moebius_edge.errors import BundleError
+from moebius_edge.export.precision import read_model
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.progress import no_progress
 from moebius_edge.runtimes.base import Arrays
@@ -175,7 +176,7 @@ def test_inputs_of_products_are_found_inside_local_functions_too(tmp_path: Path)
 
 
 def test_every_scale_that_is_needed_has_been_recorded() -> None:
-    model = onnx.load(ASSETS / "tiny" / "denoiser.onnx")
+    model = read_model(ASSETS / "tiny" / "denoiser.onnx")
     scales: dict[str, float] = defaultdict(lambda: 0.05)
     quantise(model, Recipe({block.name: True for block in blocks(model)}), scales)
     assert scales and scales.keys() <= activation_axes(inlined(model)).keys()

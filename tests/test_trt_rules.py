@@ -112,13 +112,8 @@ def test_what_is_right_passes(right: str) -> None:
     assert found(right) == []
 
 
-OLDER = pytest.mark.xfail(strict=True, reason="exported before kernel_shape was written: export the model again")
-
-
 @pytest.mark.parametrize("file", [f"{name}.onnx" for name in components(deep_channels=1)])
-def test_the_bundled_model_keeps_them(file: str, request: pytest.FixtureRequest) -> None:
-    if file.startswith("denoiser"):
-        request.applymarker(OLDER)
+def test_the_bundled_model_keeps_them(file: str) -> None:
     assert problems(onnx.load(ASSETS / "tiny" / file)) == []
 
 

@@ -155,6 +155,9 @@ def save_autoencoder(model: AutoencoderKL, folder: Path) -> None:
     """Write a diffusers folder, whole or not at all; another autoencoder there is replaced."""
     with atomic_directory(folder, overwrite=True, marker="config.json") as temporary:
         model.save_pretrained(temporary)
+        config = json.loads((temporary / "config.json").read_text())
+        config.pop("_name_or_path", None)  # the folder that it was read from, on this machine
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_sheet(path: Path, versions: Sequence[Sequence[np.ndarray]], columns: int = 4) -> None:

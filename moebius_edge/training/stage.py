@@ -28,7 +28,7 @@ from ..checkpoints.weights_metadata import find_guidance, guidance_metadata
 from ..data.samples import MaskedPictures, Transform, listed_names
 from ..data.sources import open_pictures
 from ..errors import BundleError, MachineError, UsageError
-from ..export.source import open_vae
+from ..export.source import find_vae, open_vae
 from ..model import build_student, build_teacher
 from ..progress import Progress, no_progress
 from ..system.files import atomic_write, sha256_file
@@ -42,7 +42,7 @@ from .losses import Distillation, Guidance, Objective, QuantisationAware, Task
 from .monitor import Monitor, SampleGrid
 from .networks import identity_start, load_student, load_teacher, upstream_start
 from .perceptual import choose_distance
-from .recipe import Inputs, Recipe, RunOptions
+from .recipe import Inputs, Recipe, RunOptions, with_values
 from .trainer import Trainer, make_accelerator, mean_over_processes
 
 RECORD = "train.json"
@@ -101,6 +101,9 @@ def train(
 ) -> Path:
     """Train a stage from what a user names; the file of the averaged weights. Raises as ``train_stage``."""
     accelerator = make_accelerator(options.device)  # what it refuses is said before anything is made
+    if inputs.vae is not None:
+        latents = {"latent_channels": find_vae(inputs.vae)[1]["latent_channels"]}
+        recipe = with_values(recipe, {"student": latents, "teacher": latents})
     check_output_dir(output, recipe_of_processes(recipe, accelerator), resume)
     unreadable = output / "unreadable.txt"
     opened = open_inputs(recipe, inputs, unreadable, accelerator.device)

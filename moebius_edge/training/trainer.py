@@ -122,8 +122,9 @@ class Trainer:
         """Sample ``number`` with its noise, timestep and branch."""
         rng = np.random.default_rng([self.recipe.seed if seed is None else seed, number])
         drawn = self.source.draw(number, rng)
-        side, batch = self.recipe.student.latent_size, self.recipe.optimiser.batch
-        return (*drawn, *draw_noise(rng, (4, side, side), number % batch, batch, self.recipe.noise))
+        student, batch = self.recipe.student, self.recipe.optimiser.batch
+        shape = (student.latent_channels, student.latent_size, student.latent_size)
+        return (*drawn, *draw_noise(rng, shape, number % batch, batch, self.recipe.noise))
 
     def batch(self, drawn: Arrays) -> Batch:
         """Samples as ``draw`` made them, stacked, on the device and noised."""

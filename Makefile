@@ -1,4 +1,5 @@
 # make demo   inpaint the example photograph, with nothing installed but Python and make
+# make serve  the mask editor in a browser, likewise; its first line is the address
 # make test   install what the tests need and run them
 # The other targets serve development: see CONTRIBUTING.md.
 
@@ -12,12 +13,15 @@ DEMO_OUTPUT := outputs/coffee.png
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_QUIET := -q --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow lint types docs schemas wheel gpu clean
+.PHONY: demo serve test test-slow lint types docs schemas wheel gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/.installed
 	@mkdir -p $(dir $(DEMO_OUTPUT))
 	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --start prefill --output $(DEMO_OUTPUT)
+
+serve: $(DEMO)/.serve
+	@$(DEMO)/bin/moebius-edge serve
 
 # The tests of a file share what they make, so a process takes a whole file at a time.
 PARALLEL ?= -n 2 --dist loadfile
@@ -68,6 +72,11 @@ $(DEMO)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(DEMO))
 	@echo "installing moebius-edge and ONNX Runtime into $(DEMO) (once)"
 	@$(DEMO)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt -e ".[cpu]"
+	@touch $@
+
+$(DEMO)/.serve: $(DEMO)/.installed
+	@echo "installing what moebius-edge serve needs into $(DEMO) (once)"
+	@$(DEMO)/bin/python -m pip install $(PIP_QUIET) -c constraints.txt -e ".[cpu,serve]"
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

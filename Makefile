@@ -6,9 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= .demo/venv
-DEMO_IMAGE := examples/coffee.png
-DEMO_MASK := examples/coffee_mask.png
-DEMO_OUTPUT := outputs/coffee.png
+DEMO_IMAGE := examples/wall.jpg
+DEMO_MASK := examples/wall_mask.png
+DEMO_OUTPUT := outputs/wall.png
 # One wheel of torch, exactly: a range may bring another build with gigabytes of GPU libraries.
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_QUIET := -q --disable-pip-version-check --no-input
@@ -18,7 +18,7 @@ PIP_QUIET := -q --disable-pip-version-check --no-input
 
 demo: $(DEMO)/.installed
 	@mkdir -p $(dir $(DEMO_OUTPUT))
-	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --start prefill --output $(DEMO_OUTPUT)
+	@$(DEMO)/bin/moebius-edge run $(DEMO_IMAGE) $(DEMO_MASK) --output $(DEMO_OUTPUT)
 
 serve: $(DEMO)/.serve
 	@$(DEMO)/bin/moebius-edge serve

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from examples.train_tiny.photographs import border_mean, held_out_cases
 from moebius_edge.bundle.bundle import ASSETS, Bundle
@@ -26,25 +27,26 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 def test_the_bundle_is_whole_within_its_size_and_from_the_checkpoint_beside_it() -> None:
     bundle, checkpoint = Bundle.load("tiny"), ASSETS / "tiny" / "checkpoint"
     assert bundle.resolution == 256 and bundle.gate["psnr_db"] >= 60
-    assert sum(f["bytes"] for f in bundle.files.values()) <= 25e6
+    assert sum(file.stat().st_size for file in (ASSETS / "tiny").rglob("*") if file.is_file()) <= 40e6
     sources = {"checkpoint": "student.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
     for name, file in sources.items():
         assert bundle.source[name]["sha256"] == sha256_file(checkpoint / file)
 
 
-def test_the_demo_removes_the_spoon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The README's command: the spoon's pixels change, and nothing does beyond the seam."""
+def test_the_demo_removes_the_stain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's command: the wall is left in the colour of its surroundings, and nothing changes beyond the seam."""
     output = tmp_path / "out.png"
-    code = main(["run", str(EXAMPLES / "coffee.png"), str(EXAMPLES / "coffee_mask.png"), "-o", str(output), "--json"])
+    code = main(["run", str(EXAMPLES / "wall.jpg"), str(EXAMPLES / "wall_mask.png"), "-o", str(output), "--json"])
     assert code == 0
     settings = json.loads(capsys.readouterr().out)["results"][0]["settings"]
-    before = cv2.imread(str(EXAMPLES / "coffee.png"))
-    mask = cv2.imread(str(EXAMPLES / "coffee_mask.png"), cv2.IMREAD_GRAYSCALE) > 127
-    after = cv2.imread(str(output))
-    reach = int(np.ceil(settings["feather_px"])) + 1
-    seam = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5) <= reach
-    np.testing.assert_array_equal(after[~seam], before[~seam])
-    assert np.abs(after[mask].astype(int) - before[mask]).mean() > 20  # a chrome spoon against a red saucer
+    before, after = (np.asarray(Image.open(file)) for file in (EXAMPLES / "wall.jpg", output))
+    mask = np.asarray(Image.open(EXAMPLES / "wall_mask.png")) > 127
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
+    beyond = distance > int(np.ceil(settings["feather_px"])) + 1
+    np.testing.assert_array_equal(after[beyond], before[beyond])
+    wall = (distance > 9) & (distance < 20)
+    off = [np.abs(cv2.GaussianBlur(p.astype(float), (0, 0), 3) - p[wall].mean(0))[mask].max() for p in (before, after)]
+    assert off[0] > 16 and off[1] < 8  # levels: a yellow stain, and less than the wall itself changes round it
 
 
 @pytest.mark.slow

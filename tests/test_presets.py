@@ -30,7 +30,7 @@ def test_presets_are_settings_of_the_pipeline_and_leave_the_picture_alone() -> N
         for settings in preset.values():
             assert settings.keys() <= inspect.signature(Inpainter.inpaint).parameters.keys()
             assert not settings.keys() & {"start", "strength", "guidance", "seed"}
-            assert settings["scheduler"] in SCHEDULERS
+            assert settings.get("scheduler", "ddim") in SCHEDULERS
 
 
 def test_nothing_chosen_is_the_presets_for_the_start(bundle: Bundle) -> None:
@@ -40,13 +40,13 @@ def test_nothing_chosen_is_the_presets_for_the_start(bundle: Bundle) -> None:
     assert preset_settings("fast", {}, from_noise) == FROM_NOISE
     assert preset_notes("fast", {}, bundle) == []
     fewer_steps = replace(bundle, defaults={**bundle.defaults, "steps": 4})
-    assert preset_settings("fast", {}, fewer_steps) == FAST | {"steps": 4}
+    assert preset_settings("fast", {"start": "noise"}, fewer_steps) == FROM_NOISE | {"steps": 4}
 
 
 def test_what_is_chosen_stays(bundle: Bundle) -> None:
-    chosen: dict[str, Any] = {"steps": 50, "scheduler": FAST["scheduler"], "cache_interval": 1}
-    assert preset_settings("fast", chosen, bundle) == {"guidance_interval": FAST["guidance_interval"]}
-    assert preset_settings("fast", chosen | {"guidance_interval": (0, 1000), "seed": 1}, bundle) == {}
+    chosen: dict[str, Any] = {"steps": 50, "start": "noise"}
+    assert preset_settings("fast", chosen, bundle) == {"scheduler": FROM_NOISE["scheduler"]}
+    assert preset_settings("fast", {"cache_interval": 1, "seed": 1}, bundle) == {}
 
 
 def test_a_bundle_that_cannot_reuse_features_goes_without_and_says_so(bundle: Bundle) -> None:
@@ -58,16 +58,4 @@ def test_a_bundle_that_cannot_reuse_features_goes_without_and_says_so(bundle: Bu
         "preset fast reuses deep features, and bundle toy was exported without the part that does: "
         "export the checkpoint again, and it is faster"
     )
-    assert preset_notes("fast", {"cache_interval": 1}, plain) == []
-
-
-@pytest.mark.parametrize(
-    ("chosen", "defaults", "distilled"),
-    [({"guidance": 1.0}, {}, None), ({}, {"guidance": 1.0}, None), ({}, {"guidance": 2.5}, 2.5)],
-)
-def test_no_interval_where_a_call_has_one_row_already(
-    bundle: Bundle, chosen: dict[str, Any], defaults: dict[str, Any], distilled: float | None
-) -> None:
-    changed = replace(bundle, defaults={**bundle.defaults, **defaults}, distilled_guidance=distilled)
-    settings = preset_settings("fast", chosen, changed)
-    assert "guidance_interval" not in settings and settings["steps"] == FAST["steps"]
+    assert preset_notes("fast", {"cache_interval": 1}, plain) == preset_notes("fast", {"start": "noise"}, plain) == []

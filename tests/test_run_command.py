@@ -175,10 +175,7 @@ def test_what_is_not_chosen_is_the_bundles(
             "--preset fast",
             {"deep": True},
             "settings preset fast, start image",
-            {
-                **{name: list(v) if isinstance(v, tuple) else v for name, v in PRESETS["fast"]["image"].items()},
-                **{"preset": "fast", "strength": 0.99, "guidance": 2.0, "seed": 0},
-            },
+            {**PRESETS["fast"]["image"], "preset": "fast", "strength": 0.99, "guidance": 2.0, "seed": 0},
         ),
         ("", {"distilled_guidance": 2.5}, "distilled guidance 2.5", {"guidance": 2.5, "distilled_guidance": 2.5}),
         ("--guidance 2.5", {"distilled_guidance": 2.5}, "guidance 2.5", {"guidance": 2.5}),
@@ -803,7 +800,7 @@ def test_what_has_changed_is_filled_again(here: Path, toy: tuple[str, str], tmp_
     every = [f"p{n}" for n in range(4)]
     assert filled() == every and filled() == [] and filled("--jobs", "1", "--guidance", "2") == []
     assert filled("--seed", "1") == every and filled("--seed", "1") == [] and filled("--seed", "1", "--force") == every
-    assert filled("--mask-dilate", "2") == every and filled("--preset", "fast") == every and filled() == every
+    assert filled("--mask-dilate", "2") == every and filled("--scheduler", "dpm++2m") == every and filled() == every
     (here / "out" / "p0.png").unlink()
     (here / "out" / "p1.png").write_bytes(b"half")
     write_pair(here / "in", "p2", size=(96, 88))

@@ -15,10 +15,10 @@ from moebius_edge.cli import main
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECORDED_WITH = "ONNX Runtime 1.32.0 on x86_64 (Intel Xeon with AVX-512)"
 GOLDEN = {
-    "--start prefill": "783cc87b5870376b96655bff4c6487090f4addee4146a7a1c4af4b6fa5afb513",
-    "--start noise --seed 3 --preset fast": "bd013760caae329c5c417ce507deccd4f6fc5d7b391fb8e8b88f387c21c0b56a",
+    "--start prefill": "96c327db3ea998085e87b2db57eb53db071ec46fb6e50ff19f00af7886a689d2",
+    "--start noise --seed 3 --preset fast": "f8aa3454e66de60de63667649c09ac4419d05c3f50a9402c7acfb571567d7a8a",
     "--scheduler dpm++2m --steps 8 --guidance 3 --guidance-interval 100,800 --raw-colours": (
-        "35db7cfa98612c21c776149df761c031319aa5b6b583ea307f0cb86c1a597fcf"
+        "32f55b61aa459174ae91c954b734f8d71201395e4a321002721998057d40bff8"
     ),
 }
 

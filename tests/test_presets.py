@@ -46,7 +46,7 @@ def test_nothing_chosen_is_the_presets_for_the_start(bundle: Bundle) -> None:
 def test_what_is_chosen_stays(bundle: Bundle) -> None:
     chosen: dict[str, Any] = {"steps": 50, "start": "noise"}
     assert preset_settings("fast", chosen, bundle) == {"scheduler": FROM_NOISE["scheduler"]}
-    assert preset_settings("fast", {"cache_interval": 1, "seed": 1}, bundle) == {}
+    assert preset_settings("fast", {"cache_interval": 1, "steps": 9, "seed": 1}, bundle) == {}
 
 
 def test_a_bundle_that_cannot_reuse_features_goes_without_and_says_so(bundle: Bundle) -> None:

@@ -1,9 +1,9 @@
 """Presets of ``run``: named settings that take the place of a bundle's own, see docs/few-steps.md.
 
 A preset leaves alone where sampling starts, how strong guidance is and the seed: those are what the picture is to be,
-not what it may cost. What it does depends on the start. From a picture fewer steps would begin at less noise, for
-strength leaves out the first of them: the steps stay, and every other call reuses deep features. From noise the sampler
-of second order needs fewer.
+not what it may cost. What it does depends on the start. From a picture far fewer steps would begin at less noise, for
+strength leaves out the first of them: most steps stay, and every other call reuses deep features. From noise the
+sampler of second order needs fewer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # name -> start -> settings
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
-        "image": {"cache_interval": 2},
-        "prefill": {"cache_interval": 2},
+        "image": {"steps": 18, "cache_interval": 2},
+        "prefill": {"steps": 18, "cache_interval": 2},
         "noise": {"scheduler": "dpm++2m", "steps": 8},
     },
 }

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("export", "runtimes", "calibration")  # top-level folders that are sub-packages of moebius_edge
-WHEEL_LIMIT_BYTES = 30_000_000  # the bundled model may take 25 MB of them
+WHEEL_LIMIT_BYTES = 40_000_000  # the bundled model is nearly all of it
 
 
 def sources() -> Iterator[tuple[Path, str]]:

@@ -480,7 +480,7 @@ def decoder(bench: Bench) -> Result:
 def demonstration() -> StudentConfig:
     """The shape of the demonstration's student, examples/train_tiny/denoiser.py: the recipe ``tiny``, 16 channels."""
     return StudentConfig(
-        block_out_channels=(64, 96, 128), layers_per_block=1, cross_attention_dim=32, prompt_embedding_dim=32,
+        block_out_channels=(64, 128, 256), layers_per_block=1, cross_attention_dim=32, prompt_embedding_dim=32,
         latent_size=32, latent_channels=16,
     )  # fmt: skip
 

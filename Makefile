@@ -1,5 +1,5 @@
 # make demo   inpaint the example photograph, with nothing installed but Python and make
-# make serve  the mask editor in a browser, likewise; its first line is the address
+# make serve  start the mask editor for a browser, with as little; the first line is its address
 # make test   install what the tests need and run them
 # The other targets serve development: see CONTRIBUTING.md.
 

@@ -68,6 +68,8 @@ COMBINED = (
     Setting("ddim", 8, PAPER_W2, 3),
     Setting("ddim", 8, PAPER_W2, 5),
     Setting("ddim", 6, PAPER_W2, 5),
+    Setting("ddim", 18, cache=2),
+    Setting("ddim", 17, cache=2),
 )
 # name -> what is asked of the pipeline beside the setting
 REGIMES: dict[str, dict[str, Any]] = {

@@ -47,14 +47,14 @@ def test_every_rewrite_beside_its_twin(tmp_path: Path) -> None:
 
 def test_fewer_steps_are_compared_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    only = ("--per-photograph", "1", "--regimes", "defaults", "--only", "DDIM, 4", "every 2")
+    only = ("--per-photograph", "1", "--regimes", "defaults", "--only", "DDIM, 4", "20, deep features every 2")
     chosen = (*only, "--results", str(results))
     first = run("few_steps.py", "tiny", *chosen, "--json", str(tmp_path / "f.json"))
     rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| D")]
     assert [tuple(row[:4]) for row in rows] == [
-        ("| DDIM, 20", "8", "8", "8"),
-        ("| DDIM, 4", "1", "1", "1"),
-        ("| DDIM, 20, deep features every 2", "8", "4", "8"),
+        ("| DDIM, 20", "14", "14", "28"),
+        ("| DDIM, 4", "2", "2", "4"),
+        ("| DDIM, 20, deep features every 2", "14", "7", "28"),
     ]
     figures = json.loads((tmp_path / "f.json").read_text())["defaults"]
     assert figures["DDIM, 20"]["within"] and figures["DDIM, 20"]["hole_psnr_gain_db"] == 0

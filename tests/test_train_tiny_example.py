@@ -239,8 +239,8 @@ def test_a_step_is_taken_with_the_autoencoders_channels(
     samples: objects.BranchSamples, tmp_path: Path, channels: int
 ) -> None:
     options = SimpleNamespace(
-        device="cpu", seed=0, steps=1, batch=2, pool=8, reuse=1, output=tmp_path, save_every=9, workers=1,
-        compile=False, channels=None, weights=None, learning_rate=3e-3,
+        seed=0, steps=1, batch=2, pool=8, reuse=1, output=tmp_path, save_every=9, workers=1,
+        channels=None, weights=None, learning_rate=3e-3,
     )  # fmt: skip
     pictures = objects.BranchSamples(samples.mixture)
     trainer = denoiser.build_trainer(options, small_vae(channels=channels), pictures)  # type: ignore[arg-type]
@@ -277,8 +277,7 @@ def test_the_learning_rate_of_a_timed_training_rises_and_falls() -> None:
 def test_an_interrupted_denoiser_continues_exactly(photos: Path, tmp_path: Path) -> None:
     vae = autoencoder.build_autoencoder(autoencoder.Recipe(block_out_channels=(8, 8, 8, 8)))
     vae.save_pretrained(tmp_path / "vae")
-    common = ["--vae", str(tmp_path / "vae"), "--photos", str(photos), "--device", "cpu", "--batch", "3"]
-    common += ["--pool", "8"]
+    common = ["--vae", str(tmp_path / "vae"), "--photos", str(photos), "--batch", "3", "--pool", "8"]
 
     def run(output: str, save_every: int) -> bytes:
         folder = tmp_path / output

@@ -1,4 +1,4 @@
-"""Train the demonstration model's denoiser on the latents of a trained autoencoder.
+"""Train the demonstration model's denoiser on the latents of a trained autoencoder, on a CPU; see gpu.py for a GPU.
 
     python -m examples.train_tiny.denoiser --vae runs/sharpened/vae --photos PHOTOS --output runs/denoiser --steps 20000
 
@@ -35,7 +35,7 @@ from moebius_edge.training.latents import encode_batch
 from moebius_edge.training.loop import atomic_save
 from moebius_edge.training.losses import autocast, noise_loss
 from moebius_edge.training.networks import identity_start, load_student
-from moebius_edge.training.noising import Batch, draw_noise, prompt_ids
+from moebius_edge.training.noising import Batch, prompt_ids
 from moebius_edge.training.recipe import LossRecipe, Recipe, RunOptions, preset_recipe, with_values
 from moebius_edge.training.trainer import Trainer, make_accelerator
 
@@ -44,7 +44,7 @@ from .objects import BranchSamples
 from .training import open_data, save_autoencoder
 
 VALIDATION = 8  # photographs that are not trained on, the same as the autoencoder's
-SETTLING_PICTURES = 512  # that the batch norms' statistics are measured on at the end
+SETTLING_PICTURES = 512  # that the batch norms' statistics are measured on at the end; no step trains on their noise
 
 
 @torch.no_grad()
@@ -67,25 +67,8 @@ def settle_latents(vae: AutoencoderKL, mixture: PictureMixture, count: int = 48)
     encode.bias[channels:] = -20  # the logarithm of the variance
 
 
-class EncodedSamples:
-    """A source for the trainer: pictures with mask and branch, encoded as they are used. For a GPU, which is quick."""
-
-    def __init__(self, vae: AutoencoderKL, samples: BranchSamples) -> None:
-        self.vae, self.samples = vae, samples
-
-    def draw(self, number: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """uint8 RGB (S, S, 3), bool (1, S, S) and the branch; ``rng`` is left to the noise."""
-        picture, mask, branch = self.samples(number)
-        return picture, mask[None], np.asarray(branch, np.int64)
-
-    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean and masked latents (N, C, h, w) and the mask (N, 1, h, w)."""
-        clean, masked, mask = encode_batch(self.vae, *(part.cpu().numpy() for part in drawn))
-        return clean, masked[:, 0], mask
-
-
 class PooledSamples:
-    """A source for the trainer on a CPU: samples come from a rolling pool of encoded ones, of ``size``.
+    """A source for the trainer: samples come from a rolling pool of encoded ones, of ``size``.
 
     Encoding costs half as much as the denoiser's step. Each sample stays in the pool while ``size * reuse`` are drawn,
     so it is used ``reuse`` times, each with its own noise and timestep, and seldom twice in a batch. Which sample is
@@ -109,9 +92,8 @@ class PooledSamples:
         *latents, branch = (column[row] for column in self._groups[place][1])
         return (*(array.astype(np.float32) for array in latents), branch)
 
-    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        clean, masked, mask = drawn
-        return clean, masked, mask
+    def latents(self, drawn: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return drawn
 
     def _encoded(self, group: int) -> list[np.ndarray]:
         drawn = [self.samples(number) for number in range(group * self.GROUP, (group + 1) * self.GROUP)]
@@ -121,19 +103,10 @@ class PooledSamples:
 
 
 class BranchTrainer(Trainer):
-    """The trainer, with noise of the autoencoder's channels and with the branch that belongs to each sample."""
-
-    source: EncodedSamples | PooledSamples
+    """The trainer, which settles batch norms on few pictures: any others lie far from the pool, and cost much."""
 
     def draw(self, number: int, seed: int | None = None) -> tuple[Any, ...]:
-        rng = np.random.default_rng([self.recipe.seed if seed is None else seed, number])
-        if seed is not None:  # what no step trains on has its own noise; pictures far from the pool would cost much
-            number %= SETTLING_PICTURES
-        *sample, branch = self.source.draw(number, rng)
-        channels, side = self.source.vae.config["latent_channels"], self.recipe.student.latent_size
-        batch = self.recipe.optimiser.batch
-        noise, timestep, _ = draw_noise(rng, (channels, side, side), number % batch, batch, self.recipe.noise)
-        return (*sample, noise, timestep, branch)
+        return super().draw(number if seed is None else number % SETTLING_PICTURES, seed)
 
 
 class HoleTask:
@@ -197,27 +170,17 @@ def starting_student(recipe: Recipe, weights: Path | None) -> nn.Module:
 
 def build_trainer(options: argparse.Namespace, vae: AutoencoderKL, samples: BranchSamples) -> BranchTrainer:
     """Build the student and its trainer as the command line's ``options`` say, at the start of the training."""
-    accelerator = make_accelerator(options.device)
-    device = accelerator.device
     recipe = recipe_of(options, vae.config["latent_channels"])
-    vae.to(device)
-    network = starting_student(recipe, options.weights)
-    source: EncodedSamples | PooledSamples = EncodedSamples(vae, samples)
-    if device.type == "cpu":
-        source = PooledSamples(vae, samples, options.pool, options.reuse)
-    trainer = BranchTrainer(
+    return BranchTrainer(
         recipe,
-        network.to(device),
+        starting_student(recipe, options.weights),
         build_student(recipe.student),
         HoleTask(recipe.losses, recipe.student.num_prompts, recipe.optimiser.precision),
-        source,
+        PooledSamples(vae, samples, options.pool, options.reuse),
         options.output,
         replace(RunOptions(), save_every=options.save_every, workers=options.workers),
-        accelerator,
+        make_accelerator("cpu"),
     )
-    if options.compile:
-        trainer.model = torch.compile(trainer.model)
-    return trainer
 
 
 def write_student(student: nn.Module, recipe: Recipe, vae: AutoencoderKL, folder: Path) -> None:
@@ -245,7 +208,6 @@ def parser_of(description: str | None, batch: int, workers: int) -> argparse.Arg
     parser.add_argument("--weights", type=Path, help="student.safetensors to start from")
     parser.add_argument("--channels", nargs="+", type=int, help="of the levels (%(default)s; None: the preset's)")
     parser.add_argument("--workers", type=int, default=workers, help="processes that draw samples; on a GPU most cores")
-    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -253,10 +215,9 @@ def parser_of(description: str | None, batch: int, workers: int) -> argparse.Arg
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, batch=12, workers=1)
     parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held on a CPU")
+    parser.add_argument("--pool", type=int, default=1024, help="encoded samples that are held")
     parser.add_argument("--reuse", type=int, default=8, help="noises that each of them is used with")
     parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
     if options.pool < PooledSamples.GROUP or options.pool % PooledSamples.GROUP:
         parser.error(f"--pool {options.pool} is no multiple of {PooledSamples.GROUP}")

@@ -241,6 +241,7 @@ def settle(step: Step, batches: int = 60) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__, batch=128, workers=12)
+    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
     parser.set_defaults(channels=[64, 128, 256])
     parser.add_argument("--minutes", type=float, default=7)
     parser.add_argument("--prefill", type=int, default=2048, help="encoded samples before the first step")

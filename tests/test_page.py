@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import find_chromium
+from browser import WITHOUT, Pages, chromium, find_chromium
 from page_service import COLOUR, PageService
 from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
 
 if find_chromium() is None:
-    pytest.skip("no Chromium here: apt-get install chromium", allow_module_level=True)
-
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+    pytest.skip(WITHOUT, allow_module_level=True)
 
 WIDTH, HEIGHT = 240, 160  # of the picture that most tests open
 DESKTOP = {"viewport": {"width": 1000, "height": 760}}
@@ -36,10 +35,8 @@ Opener = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -66,29 +63,9 @@ def service() -> Iterator[str]:
 
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Opener]:
-    """Opens the page of a service; at the end nothing was blocked, had failed, or had left the service's host."""
-    contexts, problems = [], []
-
-    def open_page(url: str, expected: str = "", **options: Any) -> Page:
-        context = browser.new_context(**(options or DESKTOP))
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-
-        def note(kind: str, text: str) -> None:
-            if not expected or expected not in text:
-                problems.append(f"{kind}: {text}")
-
-        page.on("pageerror", lambda error: note("exception", str(error)))
-        page.on("console", lambda message: message.type in ("error", "warning") and note(message.type, message.text))
-        page.on("request", lambda r: r.url.startswith((url, "blob:", "data:")) or note("requested", r.url))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
+    """Opens the page of a service, by default as on a desktop."""
+    with Pages(browser) as pages:
+        yield lambda url, expected="", **options: pages(url, expected, **(options or DESKTOP))
 
 
 # --- what a person does -----------------------------------------------------------------------------------------------

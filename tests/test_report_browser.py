@@ -5,26 +5,27 @@ Skipped where there is no Chromium: `apt-get install chromium` brings it, and CH
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, find_chromium
+from browser import WITHOUT, Pages, chromium, find_chromium
+from playwright.sync_api import Browser, Page
 from report_sample import draw_pictures, hostile_results, sample_results
 
 from moebius_edge.report import html as page
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason=WITHOUT)
 
 ROWS = "[...document.querySelectorAll('#comparison tbody tr')]"
-ENTER = ("Enter", 13)
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(find_chromium() or "", tmp_path_factory.mktemp("profile")) as found:
-        yield found
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +36,26 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(browser: Browser, report: Path) -> Iterator[Browser]:
-    browser.open(report)
-    yield browser
-    assert browser.problems == []
+def pages(browser: Browser) -> Iterator[Pages]:
+    with Pages(browser) as pages:
+        yield pages
 
 
-def numbers(browser: Browser) -> list[int]:
+@pytest.fixture
+def opened(pages: Pages, report: Path) -> Page:
+    return pages(report.as_uri(), viewport={"width": 1280, "height": 900})
+
+
+def numbers(opened: Page) -> list[int]:
     """The numbers of the rows shown, from the top."""
-    found = browser.evaluate(f"{ROWS}.filter(r => !r.hidden).map(r => Number(r.cells[0].textContent))")
-    return list(found)
+    return list(opened.evaluate(f"{ROWS}.filter(r => !r.hidden).map(r => Number(r.cells[0].textContent))"))
 
 
-def sort_by(browser: Browser, heading: str) -> str | None:
-    """Focus a heading's button, press Enter, and return the heading's aria-sort."""
-    find = f"[...document.querySelectorAll('#comparison th')].find(h => h.textContent.startsWith('{heading}'))"
-    browser.evaluate(f"{find}.querySelector('button').focus()")
-    browser.press(*ENTER)
-    order: str | None = browser.evaluate(f"{find}.getAttribute('aria-sort')")
-    return order
-
-
-def fill(browser: Browser, name: str, value: str, event: str) -> None:
-    browser.evaluate(
-        f"(() => {{ const e = document.getElementById('filter-{name}'); e.value = '{value}';"
-        f" e.dispatchEvent(new Event('{event}')); }})()"
-    )
+def sort_by(opened: Page, heading: str) -> str | None:
+    """Press Enter on a heading's button, and return the heading's aria-sort."""
+    column = opened.locator("#comparison th").filter(has_text=re.compile(f"^{re.escape(heading)}"))
+    column.locator("button").press("Enter")
+    return column.get_attribute("aria-sort")
 
 
 def by_median() -> dict[int, float | None]:
@@ -70,7 +65,7 @@ def by_median() -> dict[int, float | None]:
     }
 
 
-def test_everything_is_shown_and_nothing_is_blocked(opened: Browser) -> None:
+def test_everything_is_shown_and_nothing_is_blocked(opened: Page) -> None:
     assert len(numbers(opened)) == 13
     assert opened.evaluate("document.getElementById('filter-shown').textContent") == "13 of 13 shown"
     loaded = "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth > 0)))"
@@ -78,7 +73,7 @@ def test_everything_is_shown_and_nothing_is_blocked(opened: Browser) -> None:
     assert len(widths) > 50 and all(widths)
 
 
-def test_sorting_by_keyboard(opened: Browser) -> None:
+def test_sorting_by_keyboard(opened: Page) -> None:
     medians = by_median()
     known = sorted((n for n, ms in medians.items() if ms is not None), key=lambda n: medians[n] or 0)
     unknown = {n for n, ms in medians.items() if ms is None}
@@ -92,7 +87,7 @@ def test_sorting_by_keyboard(opened: Browser) -> None:
     assert opened.evaluate("document.querySelectorAll('#comparison [aria-sort]').length") == 1
 
 
-def test_filters(opened: Browser) -> None:
+def test_filters(opened: Page) -> None:
     for name, value, shown in (
         ("text", "TensorRT board", {11, 12}),
         ("text", "sigsegv", {9}),  # reasons are searched too
@@ -102,12 +97,13 @@ def test_filters(opened: Browser) -> None:
         ("group", "1", {5}),  # the group that starts from noise
         ("status", "failed", set()),  # both at once
     ):
-        fill(opened, name, value, "input" if name == "text" else "change")
+        field = opened.locator(f"#filter-{name}")
+        _ = field.fill(value) if name == "text" else field.select_option(value)
         assert set(numbers(opened)) == shown, (name, value)
         assert opened.evaluate("document.getElementById('filter-shown').textContent") == f"{len(shown)} of 13 shown"
 
 
-def test_pictures_switch_to_differences(opened: Browser) -> None:
+def test_pictures_switch_to_differences(opened: Page) -> None:
     visible = "[...document.querySelectorAll('#grid img.view')].filter(i => i.offsetWidth).map(i => i.alt)"
     results = opened.evaluate(visible)
     opened.evaluate("document.querySelector('input[name=view][value=truth]').click()")
@@ -119,21 +115,21 @@ def test_pictures_switch_to_differences(opened: Browser) -> None:
     assert 0 < len(opened.evaluate(visible)) < 27  # a reference has no difference to itself
 
 
-def test_results_can_be_saved_from_the_page(opened: Browser) -> None:
+def test_results_can_be_saved_from_the_page(opened: Page) -> None:
     assert opened.evaluate(SAVED) == sample_results()
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 1280])
-def test_it_fits_the_window_in_both_schemes(browser: Browser, report: Path, width: int, dark: bool) -> None:
-    browser.open(report, width, 800, dark)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width, "the page itself must not scroll sideways"
-    shown = browser.evaluate("[...document.querySelectorAll('img.chart')].map(i => i.currentSrc === i.src)")
+def test_it_fits_the_window_in_both_schemes(pages: Pages, report: Path, width: int, dark: bool) -> None:
+    scheme = "dark" if dark else "light"
+    opened = pages(report.as_uri(), viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width, "the page itself must not scroll sideways"
+    shown = opened.evaluate("[...document.querySelectorAll('img.chart')].map(i => i.currentSrc === i.src)")
     assert len(shown) == 6 and set(shown) == {not dark}, "the picture of the page's scheme"
-    light = browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    light = opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light != dark
-    assert browser.evaluate(CONTRAST) >= 4.5
-    assert browser.problems == []
+    assert opened.evaluate(CONTRAST) >= 4.5
 
 
 # What the button hands to the browser to save.
@@ -161,38 +157,33 @@ CONTRAST = """(() => {
 })()"""
 
 
-def test_it_prints(opened: Browser, tmp_path: Path) -> None:
-    opened.pdf(tmp_path / "report.pdf")
+def test_it_prints(opened: Page, tmp_path: Path) -> None:
+    opened.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     assert opened.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
 
 
-def test_without_a_script_everything_is_there(browser: Browser, report: Path) -> None:
-    browser.call("Emulation.setScriptExecutionDisabled", value=True)
-    try:
-        browser.open(report)
-    finally:
-        browser.call("Emulation.setScriptExecutionDisabled", value=False)
-    assert len(numbers(browser)) == 13
-    assert browser.evaluate("[...document.querySelectorAll('.controls')].every(c => c.hidden)")
+def test_without_a_script_everything_is_there(pages: Pages, report: Path) -> None:
+    opened = pages(report.as_uri(), java_script_enabled=False)
+    assert len(numbers(opened)) == 13
+    assert opened.evaluate("[...document.querySelectorAll('.controls')].every(c => c.hidden)")
 
 
-def test_hostile_text_does_nothing(browser: Browser, tmp_path: Path) -> None:
+def test_hostile_text_does_nothing(pages: Pages, tmp_path: Path) -> None:
+    """It is not even tried: the policy would have complained."""
     results: dict[str, Any] = hostile_results()
     draw_pictures(sample_results(), tmp_path)
-    browser.open(page.write(results, tmp_path))
-    assert browser.problems == [], "not even tried: the policy would have complained"
-    assert len(numbers(browser)) == 13
-    assert browser.evaluate("document.querySelectorAll('main script, main img[src=x]').length") == 0
-    sort_by(browser, "No.")
-    fill(browser, "text", "<script>", "input")
-    assert len(numbers(browser)) == 13
-    assert browser.problems == []
+    opened = pages(page.write(results, tmp_path).as_uri())
+    assert len(numbers(opened)) == 13
+    assert opened.evaluate("document.querySelectorAll('main script, main img[src=x]').length") == 0
+    sort_by(opened, "No.")
+    opened.locator("#filter-text").fill("<script>")
+    assert len(numbers(opened)) == 13
 
 
-def test_the_policy_stops_what_would_get_in(browser: Browser, report: Path, tmp_path: Path) -> None:
-    """The check's own check: markup that got past the escaping would be blocked, and noticed here."""
+def test_the_policy_stops_what_would_get_in(pages: Pages, report: Path, tmp_path: Path) -> None:
+    """The check's own check: markup that got past the escaping would be blocked, and noticed."""
     changed = report.read_text(encoding="utf-8").replace("<main>", "<main><img src=x onerror='window.hit = 1'>")
     (tmp_path / "changed.html").write_text(changed, encoding="utf-8")
-    browser.open(tmp_path / "changed.html")
-    assert browser.problems and browser.evaluate("window.hit") is None
+    opened = pages((tmp_path / "changed.html").as_uri(), expected="Content Security Policy")
+    assert opened.evaluate("window.hit") is None and pages.expected

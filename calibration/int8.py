@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ _INHERITED = (  # what an INT8 bundle has in common with the one that it was mad
 class Int8Options:
     """How to quantise; ``folder`` keeps what was recorded and measured, with ``force`` an older output is replaced.
 
-    ``data`` and ``masks`` are as for ``open_calibration``, ``recipe`` is a file that spares the search, ``ranges`` is
-    one of ``int8_ranges.METHODS``, and ``gate_runtime`` what judges and times the files. Raises UsageError without
-    ``data``.
+    ``guidance`` is by default the bundle's own. ``data`` and ``masks`` are as for ``open_calibration``, ``recipe`` is
+    a file that spares the search, ``ranges`` is one of ``int8_ranges.METHODS``, and ``gate_runtime`` what judges and
+    times the files. Raises UsageError without ``data``.
     """
 
     folder: Path
@@ -98,6 +98,8 @@ def quantise_bundle(
     check_gate_runtime(options.gate_runtime)
     if reference.precision != "float32":
         raise UsageError(f"bundle {reference.path} is in {reference.precision}: INT8 is made of a float32 bundle")
+    if options.guidance is None:
+        options = replace(options, guidance=reference.defaults["guidance"])
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
     recipe = None if options.recipe is None else Recipe.load(options.recipe)
     if recipe is not None:

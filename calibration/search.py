@@ -55,6 +55,8 @@ class Search:
         self.quantiser, self.evaluator, self.cache, self.progress = quantiser, evaluator, cache, progress
         self.errors: dict[str, dict[str, float]] = {}
         self.factor: float | None = None
+        self.reached_db = math.nan  # in the hole, of the worst case, by the recipe that was found
+        self._measured: list[tuple[float, float]] = []  # log10 of a recipe's sum of errors, and its worst PSNR
 
     def measure(self, names: Sequence[str]) -> None:
         """Measure the error of each block of ``names``, kept block by block: an interrupted search goes on."""
@@ -109,12 +111,14 @@ class Search:
     def find_recipe(self, min_psnr_db: float) -> Recipe:
         """The recipe with the most multiply-adds in INT8 whose worst case stays ``MARGIN_DB`` above the floor.
 
+        A second search, for another floor, goes on from what the first has measured.
+
         Raises:
             QualityError: no recipe that was tried is that good.
         """
         self.measure([block.name for block in self.quantiser.candidates])
-        least, best, limit, failed = min_psnr_db + MARGIN_DB, Recipe({}), math.inf, math.inf
-        measured: list[tuple[float, float]] = []  # the logarithm of a recipe's sum of errors, and its worst PSNR
+        least, best, failed = min_psnr_db + MARGIN_DB, Recipe({}), math.inf
+        limit = predict_limit(self._measured, least) if self._measured else math.inf
         tried: list[str] = []
         while len(tried) < MAX_RECIPES:
             recipe = self._largest_recipe(min(limit, failed * (1 - 1e-9)))
@@ -125,11 +129,11 @@ class Search:
             error = sum(self.error(name) for name in recipe.chosen)
             self.factor = 10 ** (-psnr_db / 10) / error
             if psnr_db >= least:
-                best = recipe
+                best, self.reached_db = recipe, psnr_db
             else:
                 failed = error
-            measured.append((math.log10(error), psnr_db))
-            limit = predict_limit(measured, least)
+            self._measured.append((math.log10(error), psnr_db))
+            limit = predict_limit(self._measured, least)
         if not best.chosen:
             raise QualityError(
                 f"no recipe is good enough: {least:g} dB in the hole are wanted ({min_psnr_db:g} and a margin of "

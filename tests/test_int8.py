@@ -28,8 +28,9 @@ from moebius_edge.calibration.evaluate import mean_hole_psnr_db
 from moebius_edge.calibration.int8 import Int8Options, advice, block_table, quantise_bundle
 from moebius_edge.calibration.quantise import MIN_MAC_SHARE, SLOW, Quantiser, quantised_nodes
 from moebius_edge.calibration.record import RecordingRuntime
+from moebius_edge.calibration.search import MARGIN_DB, Search
 from moebius_edge.cli import main
-from moebius_edge.errors import UsageError
+from moebius_edge.errors import QualityError, UsageError
 from moebius_edge.export.precision import read_model
 from moebius_edge.progress import no_progress
 from moebius_edge.runtimes import create_runtime
@@ -288,6 +289,24 @@ def test_without_a_recipe_one_is_found(recorded: Path, pictures: Path, monkeypat
     ratios = [alone[name] / row["plain"] for name, row in measured.items()]
     assert max(ratios) / min(ratios) < 1.01, "decibels follow from the errors in the noise"
     assert "smoothed_psnr_db" in rows[ATTENTION] and bundle.int8["quantised_products"] == len(nodes_of(few[:3]))
+
+
+def test_a_missed_gate_is_searched_once_more_by_what_was_missing(
+    recorded: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The searched pictures reach 60 dB and the held-out ones less than the floor: so much more is asked of those."""
+    floors: list[float] = []
+
+    def find_recipe(self: Search, floor: float) -> Recipe:
+        floors.append(floor)
+        self.reached_db = 60.0
+        return RECIPE
+
+    monkeypatch.setattr(Search, "find_recipe", find_recipe)
+    with pytest.raises(QualityError, match=r"INT8 is (\d+\.\d+) dB from float32, 100 dB is the floor") as caught:
+        quantise(recorded, pictures, None, min_psnr_db=100.0)
+    worst = float(str(caught.value).partition("INT8 is ")[2].split()[0])
+    assert floors == [100.0, pytest.approx(60 + (100 - worst) - MARGIN_DB, abs=0.01)]
 
 
 @pytest.mark.slow

@@ -101,10 +101,10 @@ def quantise_bundle(
     if options.guidance is None:
         options = replace(options, guidance=reference.defaults["guidance"])
     refuse_loss(output, (reference.path, options.folder, options.data, options.masks), "which is used or kept")
-    recipe = None if options.recipe is None else Recipe.load(options.recipe)
-    if recipe is not None:
-        recipe.check(block.name for block in blocks(read_model(reference.component_path(DENOISER))))
-        if not recipe.chosen:
+    given = None if options.recipe is None else Recipe.load(options.recipe)
+    if given is not None:
+        given.check(block.name for block in blocks(read_model(reference.component_path(DENOISER))))
+        if not given.chosen:
             raise UsageError(f"recipe {options.recipe} quantises nothing", "set a block to true")
     recorded, held_out, notes = open_calibration(str(options.data), options.masks)
     settings = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
@@ -116,7 +116,7 @@ def quantise_bundle(
         cases = make_cases(recorded, SEARCH_CASES, reference.resolution, options.seed)
         evaluator = CandidateEvaluator(reference, cases, options.guidance, options.steps)
         search = Search(quantiser, evaluator, cache, progress)
-        given, floor = recipe, options.min_psnr_db
+        floor = options.min_psnr_db
         gate_cases = make_cases(held_out, max(HELD_OUT_CASES, len(held_out)), reference.resolution, options.seed + 1)
         judge = CandidateEvaluator(reference, gate_cases, options.guidance, options.steps)
         for _ in range(SEARCHES):

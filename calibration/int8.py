@@ -119,11 +119,15 @@ def quantise_bundle(
         floor = options.min_psnr_db
         gate_cases = make_cases(held_out, max(HELD_OUT_CASES, len(held_out)), reference.resolution, options.seed + 1)
         judge = CandidateEvaluator(reference, gate_cases, options.guidance, options.steps)
+        autoencoder: tuple[dict[str, Any], dict[str, Any]] | None = None
         for _ in range(SEARCHES):
             recipe = given or search.find_recipe(floor)
             recipe.save(options.folder / RECIPE_FILE)
             progress("quantise", 0, 0)
-            card = _write_files(folder, reference, quantiser, recipe, progress)
+            card = _write_denoiser(folder, reference, quantiser, recipe)
+            autoencoder = autoencoder or _write_autoencoder(folder, reference, progress)
+            card["precisions"] |= autoencoder[0]
+            card["float32_islands"] |= autoencoder[1]
             card["name"], int8 = Path(output).resolve().name, card["int8"]
             int8["calibration"] = {key: statistics.facts[key] for key in ("pictures", "steps", "seed")}
             write_bundle(folder, gate={}, **card)  # provisional, so that a runtime can be made of it
@@ -143,10 +147,16 @@ def quantise_bundle(
     return Bundle.load(Path(output), verify=False), notes + advice(int8["speed"])
 
 
-def _write_files(
-    folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe, progress: Progress
-) -> dict[str, Any]:
-    """Write the ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them.
+def _write_autoencoder(folder: Path, reference: Bundle, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the autoencoder in FP16 into ``folder``; return its ``precisions`` and ``float32_islands``."""
+    files = {name: folder / reference.components[name].file for name in AUTOENCODER}
+    for name, file in files.items():
+        shutil.copyfile(reference.component_path(name), file)
+    return half_autoencoder(files, range_images(reference.resolution), FLOAT_MIN_PSNR_DB["float16"], progress)
+
+
+def _write_denoiser(folder: Path, reference: Bundle, quantiser: Quantiser, recipe: Recipe) -> dict[str, Any]:
+    """Write the denoiser's ONNX files and the recipe into ``folder``; return what ``bundle.json`` says of them.
 
     They keep TensorRT's rules, which are the strictest.
     """
@@ -158,19 +168,11 @@ def _write_files(
     nodes = {name: quantised_nodes(network) for name, network in networks.items()}
     if not nodes[DENOISER]:
         raise UsageError("the recipe leaves nothing in INT8", "set a block to true that has a product")
-    for name in reference.components:
+    for name, network in networks.items():
         file = folder / reference.components[name].file
-        if name not in networks:
-            shutil.copyfile(reference.component_path(name), file)
-            continue
-        onnx.save(networks[name], str(file))
-        if wrong := problems(networks[name]):
+        onnx.save(network, str(file))
+        if wrong := problems(network):
             raise BundleError(f"{file.name} is not for TensorRT: {wrong[0]}", "this is a bug, please report it")
-    precisions: dict[str, Any] = dict.fromkeys(networks, {"type": "int8"})
-    files = {name: folder / reference.components[name].file for name in AUTOENCODER}
-    images = range_images(reference.resolution)
-    typed, float32_nodes = half_autoencoder(files, images, FLOAT_MIN_PSNR_DB["float16"], progress)
-    precisions, float32 = precisions | typed, float32 | float32_nodes
     recipe.save(folder / RECIPE_FILE)
     tools = {"moebius-edge": __version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     int8 = {
@@ -186,7 +188,7 @@ def _write_files(
     }
     card: dict[str, Any] = {field: getattr(reference, field) for field in _INHERITED}
     card |= {"precision": "int8", "float32_islands": float32, "tools": {**reference.tools, **tools}, "int8": int8}
-    card["precisions"] = precisions
+    card["precisions"] = dict.fromkeys(networks, {"type": "int8"})
     return card
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WITHOUT = "no Chromium here: apt-get install chromium"
+NO_CHROMIUM = "no Chromium here: apt-get install chromium"
 
 
 def find_chromium() -> str | None:

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import WITHOUT, Pages, chromium, find_chromium
+from browser import NO_CHROMIUM, Pages, chromium, find_chromium
 from page_service import COLOUR, PageService
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 if find_chromium() is None:
-    pytest.skip(WITHOUT, allow_module_level=True)
+    pytest.skip(NO_CHROMIUM, allow_module_level=True)
 
 WIDTH, HEIGHT = 240, 160  # of the picture that most tests open
 DESKTOP = {"viewport": {"width": 1000, "height": 760}}

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import WITHOUT, Pages, chromium, find_chromium
+from browser import NO_CHROMIUM, Pages, chromium, find_chromium
 from playwright.sync_api import Browser, Page
 from report_sample import draw_pictures, hostile_results, sample_results
 
 from moebius_edge.report import html as page
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason=WITHOUT)
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason=NO_CHROMIUM)
 
 ROWS = "[...document.querySelectorAll('#comparison tbody tr')]"
 

@@ -48,7 +48,9 @@ MIN_PSNR_DB = {"float32": 60.0, "float16": 40.0}
 # the order of sums may differ, and roundings where the types are shorter.
 SHALLOW_DIFFERENCE = {"float32": 1e-4, "float16": 1e-2, "int8": 1e-2}
 # What suits a bundled model better than upstream's settings; docs/tiny-model.md has the measurements.
-BUNDLED_DEFAULTS: dict[str | None, dict[str, Any]] = {"tiny": {"start": "prefill", "strength": 0.7, "guidance": 3.0}}
+BUNDLED_DEFAULTS: dict[str | None, dict[str, Any]] = {
+    "tiny": {"start": "prefill", "strength": 0.7, "guidance": 3.0, "match_depth": 16.0}
+}
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ EDITS: list[tuple[str, Any, str]] = [
     ("scheduler/beta_end", 0.02, "scheduler.beta_end is 0.02 there, 0.012 here"),
     ("defaults/guidance", DELETED, "defaults.guidance is missing"),
     ("defaults/guidance", 3.0, "defaults.guidance is 3.0, expected 2.0, which is distilled"),
+    ("defaults/match_depth", -1, "defaults.match_depth is -1, expected greater than or equal to 0"),
     ("defaults/strength", 0.01, "defaults.strength is 0.01, expected more: of 20 steps it leaves none"),
     ("deep_channels", 32, "components.denoiser.outputs is .*64.* there, .*32.* here"),
     ("precision", "float16", "precision is 'float16', expected 'int8' with the field int8"),

@@ -15,8 +15,8 @@ from moebius_edge.cli import main
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECORDED_WITH = "ONNX Runtime 1.32.0 on x86_64 (Intel Xeon with AVX-512)"
 GOLDEN = {
-    "--start prefill": "96c327db3ea998085e87b2db57eb53db071ec46fb6e50ff19f00af7886a689d2",
-    "--start noise --seed 3 --preset fast": "f8aa3454e66de60de63667649c09ac4419d05c3f50a9402c7acfb571567d7a8a",
+    "--start prefill": "690d436ccf7d37ee766d67fb06358887ce403708c0c5fef5861cf46629b3c590",
+    "--start noise --seed 3 --preset fast": "63d227fcb6d8e7c4e30a12c58d82f2e906d5aa24307f44a2c2c0dfd0ad534949",
     "--scheduler dpm++2m --steps 8 --guidance 3 --guidance-interval 100,800 --raw-colours": (
         "32f55b61aa459174ae91c954b734f8d71201395e4a321002721998057d40bff8"
     ),

@@ -439,7 +439,8 @@ def test_settings_say_everything_and_a_picture_keeps_its_profile_and_notes(photo
     assert result.settings == {
         **{"start": "image", "steps": 10, "steps_executed": 5, "strength": 0.5, "scheduler": "dpm++2m"},
         **{"guidance": 1.5, "guidance_interval": [200, 800], "distilled_guidance": None, "cache_interval": 1},
-        **{"seed": 7, "generator": "PCG64", "windows": 1, "network_calls": 5, "feather_px": 6, "match_colours": False},
+        **{"seed": 7, "generator": "PCG64", "windows": 1, "network_calls": 5, "feather_px": 6},
+        **{"match_colours": False, "match_depth": 0.0},
     }
 
 
@@ -508,6 +509,7 @@ def test_what_is_not_finite_ends_the_run(
         ({"guidance_interval": (500, 200)}, "interval is 500,200: give LOW,HIGH with 0 <= LOW <= HIGH <= 1000"),
         ({"seed": -1}, "seed is -1"),
         ({"feather": -2}, "feather is -2: give 0 or more pixels"),
+        ({"match_depth": -2}, "match_depth is -2: give 0 or more pixels"),
         ({"cache_interval": 2}, "cache interval is 2, and bundle nowhere was exported without the part"),
         ({"mask": np.zeros((170, 150), bool)}, "the mask is 150x170 and the picture is 170x150: give a mask of"),
     ],

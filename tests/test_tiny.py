@@ -63,7 +63,7 @@ def test_holes_of_photographs_never_trained_on_beat_the_border_mean_by_2_db() ->
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["image", "prefill", "noise"])
 def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> None:
-    """Within 0.5 dB and 5% of 20-step DDIM, on half the pictures of docs/few-steps.md's first tables."""
+    """Within 0.5 dB and 5% of 20-step DDIM, as docs/few-steps.md has it: colours matched outside of the hole alone."""
     calls: list[tuple[str, int]] = []
 
     class Counting(OrtRuntime):
@@ -77,7 +77,7 @@ def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> No
     with Inpainter(bundle, Counting(bundle.components, bundle.paths)) as inpainter:
         for preset in ({}, preset_settings("fast", chosen, bundle)):
             calls.clear()
-            settings = bundle.settings(**chosen, **preset)
+            settings = bundle.settings(**chosen, **preset, match_depth=0.0)
             fills = [inpainter.inpaint(c.image, c.mask, seed=i, **settings).image for i, c in enumerate(cases)]
             psnr = [hole_psnr_db(f, c.image, c.mask) for f, c in zip(fills, cases, strict=True)]
             texture = [texture_ratio(f, c.mask) for f, c in zip(fills, cases, strict=True)]

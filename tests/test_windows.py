@@ -332,6 +332,30 @@ def test_matched_colours_undo_a_shift_that_varies_slowly() -> None:
     np.testing.assert_array_equal(match_colours(image, image, np.ones((R, R), bool)), image)  # nothing is known
 
 
+def test_with_a_depth_wrong_colours_in_the_hole_are_mended_and_detail_stays() -> None:
+    """The network is right outside of the hole and 0.2 too dark in all of it, but for its detail."""
+    rng = np.random.default_rng(0)
+    ground = np.broadcast_to(np.linspace(0.4, 0.7, R)[None, :, None], (R, R, 3))
+    image = (ground + rng.normal(0, 0.02, (R, R, 3))).astype(np.float32)
+    hole = boxes(R, R, (16, 16, 32, 32))
+    generated = np.where(hole[..., None], image - np.float32(0.2), image)
+
+    def error(filled: np.ndarray) -> float:
+        return float(np.abs((filled - image)[hole].mean(0)).max())
+
+    def detail(filled: np.ndarray) -> float:
+        return float((filled - cv2.blur(filled, (5, 5)))[20:44, 20:44].std())
+
+    unknown = np.where(hole[..., None], np.float32(0.9), image)
+    matched = match_colours(generated, unknown, hole, depth=8)
+    assert error(match_colours(generated, unknown, hole)) > 0.15 and error(matched) < 0.05
+    assert 0.6 < detail(matched) / detail(image) < 1.2
+    plain = match_colours(generated, np.full_like(image, 0.5), hole, depth=8)
+    np.testing.assert_allclose(plain[hole], 0.5, atol=0.01)  # where nothing varies, neither does the fill
+    everything = np.ones((R, R), bool)
+    np.testing.assert_array_equal(match_colours(generated, image, everything, depth=8), generated)
+
+
 def test_prefill_changes_only_the_hole_and_takes_its_surroundings() -> None:
     image = np.random.default_rng(0).random((R, R, 3), np.float32) * 0.01 + np.float32(0.6)
     hole = boxes(R, R, (20, 20, 20, 20))

@@ -64,12 +64,13 @@ class FileRecord(TypedDict):
 
 
 class Defaults(TypedDict):
-    """Settings of a run that names none. ``strength`` is there where it is not the usual one."""
+    """Settings of a run that names none. The last two are there where they are not the usual ones."""
 
     steps: Annotated[int, Field(strict=True, ge=1, le=NUM_TRAIN_TIMESTEPS)]
     guidance: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE)]
     start: Literal["image", "prefill", "noise"]
     strength: NotRequired[Annotated[Number, Field(gt=0, le=1)]]
+    match_depth: NotRequired[Annotated[Number, Field(ge=0)]]
 
 
 class SourceFile(TypedDict):

@@ -21,7 +21,7 @@ from .shared import AsJson, CacheInterval, Guidance, MaskFrom, Seed, Verbose
 
 DEMONSTRATION = "tiny"
 _SETTINGS = ("steps", "guidance", "guidance_interval", "cache_interval", "start", "strength", "scheduler", "seed",
-             "feather", "match_colours")  # fmt: skip
+             "feather", "match_colours", "match_depth")  # fmt: skip
 
 
 def _interval(text: str) -> tuple[int, int]:
@@ -60,6 +60,9 @@ def run(
     match_colours: Annotated[
         bool, Option("--match-colours/--raw-colours", help="Match each fill's colours to those round the hole.")
     ] = True,
+    match_depth: Annotated[
+        float | None, Option(min=0.0, metavar="PX", help="So deep they follow a smooth fill; default the model's.")
+    ] = None,
     runtime: Annotated[Runtime, Option(help="tensorrt needs engines; auto: the fastest that works.")] = AUTO,
     device: Annotated[Device, Option(help="Where to execute; auto: the fastest that works.")] = AUTO,
     jobs: Annotated[int, Option("--jobs", "-j", min=1, metavar="N", help="Folders: pictures in work at a time.")] = 3,

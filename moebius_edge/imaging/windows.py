@@ -111,8 +111,8 @@ def extract_mask(mask: Mask, window: Window, resolution: int) -> Mask:
     return np.asarray(cv2.resize(square.astype(np.float32), size, interpolation=cv2.INTER_AREA)) > 0
 
 
-def prefill(image: Floats, hole: Mask) -> Floats:
-    """``image`` (H, W, 3 in [0, 1]), its hole filled by Telea's fast marching, the rest as it was.
+def prefill(image: Floats, hole: Mask, inpainter: Callable[[np.ndarray, Mask], np.ndarray] = telea) -> Floats:
+    """``image`` (H, W, 3 in [0, 1]), its hole filled by a function of ``classical``, the rest as it was.
 
     It works on 8 bits, ample for what is noised afterwards. A hole without surroundings turns mid-grey.
     """
@@ -120,7 +120,8 @@ def prefill(image: Floats, hole: Mask) -> Floats:
     if hole.all():
         filled[...] = 0.5
     elif hole.any():
-        filled[hole] = telea(np.rint(image * 255).astype(np.uint8), hole)[hole].astype(np.float32) / 255
+        levels = inpainter(np.rint(image * 255).astype(np.uint8), hole)
+        filled[hole] = levels[hole].astype(np.float32) / 255
     return filled
 
 

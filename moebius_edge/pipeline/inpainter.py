@@ -128,6 +128,7 @@ class Inpainter:
         on_window: OnWindow | None = None,
         cache_interval: int = 1,
         match_colours: bool = True,
+        match_depth: float = 0.0,
     ) -> Result:
         """Fill ``mask`` in ``image``; outside the mask and its seam every pixel keeps its bytes.
 
@@ -155,6 +156,8 @@ class Inpainter:
                 level alone, and reuse the deep feature (DeepCache, arXiv 2312.00858). At 1 nothing is reused.
             match_colours: bring the colours of each fill to those round its hole, where the autoencoder shifts them.
                 Upstream does not.
+            match_depth: how deep in the hole colours follow a smooth classical fill, in pixels of the network: for a
+                weak network, whose colours are wrong there. See ``stitching.match_colours``.
 
         Raises:
             UsageError: an argument is out of range, the mask has another size than the image, or the bundle cannot
@@ -171,8 +174,10 @@ class Inpainter:
                 raise UsageError(f"seed is {seed}", "give a whole number of 0 or more")
             if feather is not None and not 0 <= feather < math.inf:
                 raise UsageError(f"feather is {feather}", "give 0 or more pixels")
+            if not 0 <= match_depth < math.inf:
+                raise UsageError(f"match_depth is {match_depth}", "give 0 or more pixels")
             with timer.measure("preprocess"):
-                filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours)
+                filling = Filling(picture.pixels, hole, self.bundle.resolution, feather, match_colours, match_depth)
             if filling.windows:
                 self._open()
             groups = _groups(filling.windows, 1 if on_window is not None else self.runtime.pictures_per_call)
@@ -207,6 +212,7 @@ class Inpainter:
             "network_calls": len(groups) * calls,
             "feather_px": max(map(filling.feather, filling.windows), default=0.0),
             "match_colours": match_colours,
+            "match_depth": match_depth if match_colours else 0.0,
         }
         return Result(replace(picture, pixels=filling.canvas), notes, settings)
 

@@ -313,12 +313,11 @@ def test_after_a_missed_gate_the_search_goes_on_for_what_was_missing(
 @pytest.mark.slow
 def test_every_candidate_of_the_bundled_model_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT for RTX builds what was saved. It is below the usual floor of 30 dB: a search would leave blocks out."""
-    photographs = ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "astronaut.png")
-    photographs += ("camera.png", "moon.png", "brick.png", "grass.png", "coffee.png")
+    photographs = ("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png", "coffee.png")
     (tmp_path / "photographs").mkdir()
     for i, name in enumerate(photographs):
         (tmp_path / "photographs" / f"{i:02}-{name}").write_bytes((files("skimage.data") / name).read_bytes())
-    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 8)
+    monkeypatch.setattr(int8_module, "HELD_OUT_CASES", 4)
     every = blocks(read_model(TINY.component_path("denoiser")))
     total = sum(block.macs for block in every)
     standard = [b for b in every if not b.name.endswith(SLOW) and b.macs >= MIN_MAC_SHARE * total]
@@ -326,8 +325,8 @@ def test_every_candidate_of_the_bundled_model_in_int8(tmp_path: Path, monkeypatc
     data, recipe = str(tmp_path / "photographs"), tmp_path / "standard.json"
     options = Int8Options(tmp_path / "cache", data, recipe=recipe, steps=10, min_psnr_db=23.0)
     bundle, _ = quantise_bundle(TINY, tmp_path / "out", options)
-    assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == {"04-astronaut.png", "09-coffee.png"}
-    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 8
+    assert {case["name"].split(",")[0] for case in bundle.int8["cases"]} == {"04-coffee.png"}
+    assert len(bundle.int8["cases"]) == bundle.gate["cases"] == 4
     assert bundle.gate["hole_psnr_db"] == min(case["hole_psnr_db"] for case in bundle.int8["cases"]) < 30
     assert bundle.int8["share_of_multiplications"] >= 0.6
     assert sorted(bundle.int8["nodes"]) == sorted(node for block in standard for node in block.nodes)

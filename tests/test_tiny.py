@@ -61,9 +61,12 @@ def test_holes_of_photographs_never_trained_on_beat_the_border_mean_by_2_db() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["image", "prefill", "noise"])
+@pytest.mark.parametrize("start", ["prefill", "noise"])
 def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> None:
-    """Within 0.5 dB and 5% of 20-step DDIM, as docs/few-steps.md has it: colours matched outside of the hole alone."""
+    """Within 0.5 dB and 5% of 20-step DDIM, as docs/few-steps.md has it: colours matched outside of the hole alone.
+
+    From the image the preset has the settings of the prefill.
+    """
     calls: list[tuple[str, int]] = []
 
     class Counting(OrtRuntime):
@@ -86,7 +89,7 @@ def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> No
     (psnr, texture), (fast_psnr, fast_texture) = figures
     assert abs(fast_psnr.mean() - psnr.mean()) <= 0.5
     assert abs(np.median(fast_texture / texture) - 1) <= 0.05
-    assert work[1] < {"image": 0.68, "prefill": 0.68, "noise": 0.45}[start] * work[0]
+    assert work[1] < {"prefill": 0.68, "noise": 0.45}[start] * work[0]
 
 
 @pytest.mark.slow

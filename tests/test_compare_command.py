@@ -80,6 +80,14 @@ def test_two_devices_on_one_bundle(toy: Path, capsys: Captured, monkeypatch: pyt
     assert document["figures"]["psnr_db"] > 100
 
 
+def test_guidance_is_by_default_that_of_the_first_bundle(toy: Path, capsys: Captured, tmp_path: Path) -> None:
+    own = make_toy_bundle(tmp_path / "own")
+    text = (own / "bundle.json").read_text()
+    (own / "bundle.json").write_text(text.replace('"guidance": 2.0', '"guidance": 3.0'))
+    assert as_json(capsys, "compare", own, toy, "--steps", "3")["settings"]["guidance"] == 3.0
+    assert as_json(capsys, "compare", toy, own, "--steps", "3")["settings"]["guidance"] == 2.0
+
+
 def test_distilled_guidance_is_compared_with_guiding(toy: Path, capsys: Captured, tmp_path: Path) -> None:
     distilled = make_toy_bundle(tmp_path / "distilled", name="distilled", distilled_guidance=1.5)
     document = as_json(capsys, "compare", toy, distilled, "--steps", "4")

@@ -113,7 +113,7 @@ def _guidance_scales(a: Bundle, b: Bundle, chosen: float | None) -> tuple[float,
     if len(distilled) == 2:
         sides = f"{a.path} has guidance {a.distilled_guidance} distilled into it and {b.path} {b.distilled_guidance}"
         raise UsageError(sides, "compare bundles of one guidance")
-    scale = next(iter(distilled), None) if chosen is None else chosen
+    scale = next(iter(distilled), a.defaults["guidance"]) if chosen is None else chosen
     guides = [choose_guidance(scale, bundle.distilled_guidance) for bundle in (a, b)]
     return guides[0].scale, guides[0].sampled, guides[1].sampled
 

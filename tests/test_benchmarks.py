@@ -99,7 +99,7 @@ def test_a_whole_picture_upstreams_way_and_ours(tmp_path: Path) -> None:
     assert [row[1] for row in rows] == ["14", "14", "14"] and [row[-1] == "" for row in rows] == [True, False, False]
     assert float(rows[1][-1]) > 60, "the same arithmetic"
     figures = json.loads((tmp_path / "fast.json").read_text())
-    assert figures["cpu_s"] >= figures["stages_s"]["denoise"][1] > 0 and figures["settings"]["cache_interval"] == 5
+    assert figures["cpu_s"] >= figures["stages_s"]["denoise"][1] > 0 and figures["settings"]["cache_interval"] == 2
     assert (
         "no "
         in subprocess.run(

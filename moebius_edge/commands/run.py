@@ -61,7 +61,8 @@ def run(
         bool, Option("--match-colours/--raw-colours", help="Match each fill's colours to those round the hole.")
     ] = True,
     match_depth: Annotated[
-        float | None, Option(min=0.0, metavar="PX", help="So deep they follow a smooth fill; default the model's.")
+        float | None,
+        Option(min=0.0, metavar="PX", help="Depth to which they follow a smooth fill; default the model's."),
     ] = None,
     runtime: Annotated[Runtime, Option(help="tensorrt needs engines; auto: the fastest that works.")] = AUTO,
     device: Annotated[Device, Option(help="Where to execute; auto: the fastest that works.")] = AUTO,

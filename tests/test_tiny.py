@@ -14,6 +14,7 @@ from PIL import Image
 from examples.train_tiny.photographs import border_mean, held_out_cases
 from moebius_edge.bundle.bundle import ASSETS, Bundle
 from moebius_edge.cli import main
+from moebius_edge.imaging.classical import telea
 from moebius_edge.metrics.fidelity import hole_psnr_db, texture_ratio
 from moebius_edge.pipeline.inpainter import Inpainter
 from moebius_edge.pipeline.presets import preset_settings
@@ -50,14 +51,17 @@ def test_the_demo_removes_the_stain(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_holes_of_photographs_never_trained_on_beat_the_border_mean_by_2_db() -> None:
-    cases = held_out_cases()  # those of docs/tiny-model.md: 2.12 dB there, and none of them chose the defaults
-    flat = np.mean([hole_psnr_db(border_mean(c.image, c.mask), c.image, c.mask) for c in cases])
+def test_holes_of_photographs_never_trained_on_are_filled_as_well_as_by_telea() -> None:
+    """By 0.3 dB better, and 3.3 dB better than by the mean colour of the border: docs/regions.md."""
+    cases = held_out_cases()  # none of them chose the defaults
+    flat, classical = (
+        np.mean([hole_psnr_db(fill(c.image, c.mask), c.image, c.mask) for c in cases]) for fill in (border_mean, telea)
+    )
     bundle = Bundle.load("tiny")
     with Inpainter(bundle) as inpainter:
         filled = [inpainter.inpaint(c.image, c.mask, **bundle.defaults).image for c in cases]
     ours = np.mean([hole_psnr_db(f, c.image, c.mask) for f, c in zip(filled, cases, strict=True)])
-    assert ours >= flat + 2
+    assert ours >= max(classical, flat + 3)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_the_demo_removes_the_stain(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_holes_of_photographs_never_trained_on_are_filled_as_well_as_by_telea() -> None:
-    """By 0.3 dB better, and 3.3 dB better than by the mean colour of the border: docs/regions.md."""
+    """They are 0.3 dB better than Telea's fills and 3.3 dB better than the border's mean colour: docs/regions.md."""
     cases = held_out_cases()  # none of them chose the defaults
     flat, classical = (
         np.mean([hole_psnr_db(fill(c.image, c.mask), c.image, c.mask) for c in cases]) for fill in (border_mean, telea)
@@ -65,12 +65,9 @@ def test_holes_of_photographs_never_trained_on_are_filled_as_well_as_by_telea() 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["prefill", "noise"])
+@pytest.mark.parametrize("start", ["image", "prefill", "noise"])
 def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> None:
-    """Within 0.5 dB and 5% of 20-step DDIM, as docs/few-steps.md has it: colours matched outside of the hole alone.
-
-    From the image the preset has the settings of the prefill.
-    """
+    """Within 0.5 dB and 5% of 20-step DDIM, measured with --match-depth 0 as in docs/few-steps.md."""
     calls: list[tuple[str, int]] = []
 
     class Counting(OrtRuntime):
@@ -93,7 +90,7 @@ def test_the_fast_preset_keeps_psnr_and_texture_with_less_work(start: str) -> No
     (psnr, texture), (fast_psnr, fast_texture) = figures
     assert abs(fast_psnr.mean() - psnr.mean()) <= 0.5
     assert abs(np.median(fast_texture / texture) - 1) <= 0.05
-    assert work[1] < {"prefill": 0.68, "noise": 0.45}[start] * work[0]
+    assert work[1] < {"image": 0.68, "prefill": 0.68, "noise": 0.45}[start] * work[0]
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ class Bundle(Manifest):
         return self.path / self.components[name].file
 
     def settings(self, **chosen: Any) -> dict[str, Any]:
-        """``chosen`` settings of a run, and the bundle's own defaults where they are not."""
+        """``chosen`` settings of a run, and the bundle's own defaults for those that are not chosen."""
         own: dict[str, Any] = {**self.defaults}
         if chosen.get("start", own["start"]) != own["start"]:  # its strength suits no other start
             own.pop("strength", None)

@@ -64,7 +64,7 @@ class FileRecord(TypedDict):
 
 
 class Defaults(TypedDict):
-    """Settings of a run that names none. The last two are there where they are not the usual ones."""
+    """Settings of a run that names none. ``strength`` and ``match_depth`` are there where they are not 0.99 and 0."""
 
     steps: Annotated[int, Field(strict=True, ge=1, le=NUM_TRAIN_TIMESTEPS)]
     guidance: Annotated[Number, Field(ge=0, le=MAX_GUIDANCE)]

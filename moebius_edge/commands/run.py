@@ -62,7 +62,9 @@ def run(
     ] = True,
     match_depth: Annotated[
         float | None,
-        Option(min=0.0, metavar="PX", help="Depth to which they follow a smooth fill; default the model's."),
+        Option(
+            min=0.0, metavar="PX", help="Depth in the hole to which colours follow a smooth fill; default the model's."
+        ),
     ] = None,
     runtime: Annotated[Runtime, Option(help="tensorrt needs engines; auto: the fastest that works.")] = AUTO,
     device: Annotated[Device, Option(help="Where to execute; auto: the fastest that works.")] = AUTO,

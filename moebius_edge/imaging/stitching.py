@@ -32,7 +32,7 @@ class Filling:
         resolution: the network's side in pixels.
         feather: the width of the seam in pixels. Absent, it follows the hole: see ``seam``.
         match: whether the colours of a fill are matched to those round the hole: see ``match_colours``.
-        depth: how deep in the hole they are matched, in pixels of the network; 0 goes by what lies outside alone.
+        depth: how deep in the hole they follow a smooth fill, in pixels of the network; 0: nowhere.
 
     Attributes:
         canvas: the picture as far as it is filled.
@@ -89,32 +89,32 @@ def match_colours(generated: Floats, image: Floats, hole: Mask, depth: float = 0
     over small cells, is continued smoothly into the hole and subtracted. It is continued by a pyramid of averages:
     where a level knows nothing, the coarser one decides (push-pull; Gortler et al. 1996, The Lumigraph, section 3.6.2).
 
-    A weak network is also wrong about the colours in the hole. There, a smooth fill (Navier-Stokes) is nearer to the
-    truth the nearer the edge is. With ``depth`` it counts as known too, by exp(-distance / ``depth``), and the result
-    differs from it by no more than the surroundings vary: see ``_limited``.
+    A weak network is also wrong about the colours in the hole, where a smooth fill (Navier-Stokes) is often better,
+    above all near the edge. With a ``depth`` above 0 the smooth fill counts as known too, by exp(-d / ``depth``) at d
+    pixels from the edge, and the result differs from it by no more than the surroundings vary: see ``_limited``.
 
     Args:
         generated: what the network made of all of the window.
         image: what the window shows.
         hole: (R, R), True where ``image`` is not known.
-        depth: pixels into the hole; 0 takes what is known alone.
+        depth: the distance in pixels at which the smooth fill's weight has fallen to 1 / e; at 0 it has none.
     """
     if hole.all():
         return generated
     known = (~hole).astype(np.float32)
-    if not depth:
-        return generated + _enlarged_to(hole, _spread(image - generated, known))
-    smooth = prefill(image, hole, navier_stokes)
-    weight = np.exp(distance_outside(~hole) / np.float32(-depth))
-    return _limited(generated + _enlarged_to(hole, _spread(smooth - generated, weight)), smooth, known)
+    target, weight = image, known
+    if depth:
+        target, weight = prefill(image, hole, navier_stokes), np.exp(distance_outside(~hole) / np.float32(-depth))
+    matched = generated + _enlarged_to(hole, _spread(target - generated, weight))
+    return _limited(matched, target, known) if depth else matched
 
 
 def _limited(filled: Floats, smooth: Floats, known: Floats) -> Floats:
-    """``filled``, in the hole brought so near to ``smooth`` that it differs by no more than the surroundings vary.
+    """``filled``, brought so near to ``smooth`` in the hole that it differs by no more than the surroundings vary.
 
-    The squared difference, averaged over some cells, is at most the variance of the known colours, which is measured
-    over a cell, or over coarser ones where a cell knows nothing. So a hole in a plain wall stays plain, and one in
-    leaves is not touched.
+    The squared difference, averaged over 5x5 cells, is limited to the variance of the known colours. That is measured
+    in a cell, or in a coarser one where nothing is known. So a hole in a plain wall comes back plain, and one in
+    leaves hardly changes.
     """
     variance = (_spread(np.square(smooth), known) - np.square(_spread(smooth, known))).mean(2)
     difference = filled - smooth

@@ -56,7 +56,7 @@ class Options(BaseModel):
     mask_dilate: Annotated[Amount, Field(description="Grow the mask by so many pixels.")] = 0
     feather: Annotated[Amount | None, Field(description="Width of the seam in pixels.")] = None
     match_colours: Annotated[bool, Field(description="Match the fill's colours to those round the hole.")] = True
-    match_depth: Annotated[Amount | None, Field(description="Depth to which they follow a smooth fill.")] = None
+    match_depth: Annotated[Amount | None, Field(description="Depth to which colours follow a smooth fill.")] = None
 
     @field_validator("mask_from")
     @classmethod
